@@ -1,0 +1,73 @@
+"""Context into weights, exactly, with a proof."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Names are loaded on first use: `import controllability` loads neither torch, transformers nor SymPy.
+_HOME = {
+    "BadInput": "errors",
+    "ControllabilityError": "errors",
+    "NotControllable": "errors",
+    "NotExact": "errors",
+    "PatchError": "errors",
+    "ReadingError": "errors",
+    "SideConditionFailed": "errors",
+    "Component": "interfaces",
+    "Condition": "interfaces",
+    "InputControllable": "interfaces",
+    "OutputControllable": "interfaces",
+    "Param": "interfaces",
+    "Trace": "trace",
+    "Patch": "patch",
+    "Proof": "proof",
+    "prove": "prover",
+    "verify": "verification",
+    "sample": "sampling",
+    "ModelPatch": "models",
+    "exact_mode": "models",
+    "load_patch": "models",
+    "patch_model": "models",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'controllability' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"controllability.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+if TYPE_CHECKING:
+    from controllability.errors import BadInput as BadInput
+    from controllability.errors import ControllabilityError as ControllabilityError
+    from controllability.errors import NotControllable as NotControllable
+    from controllability.errors import NotExact as NotExact
+    from controllability.errors import PatchError as PatchError
+    from controllability.errors import ReadingError as ReadingError
+    from controllability.errors import SideConditionFailed as SideConditionFailed
+    from controllability.interfaces import Component as Component
+    from controllability.interfaces import Condition as Condition
+    from controllability.interfaces import InputControllable as InputControllable
+    from controllability.interfaces import OutputControllable as OutputControllable
+    from controllability.interfaces import Param as Param
+    from controllability.models import ModelPatch as ModelPatch
+    from controllability.models import exact_mode as exact_mode
+    from controllability.models import load_patch as load_patch
+    from controllability.models import patch_model as patch_model
+    from controllability.patch import Patch as Patch
+    from controllability.proof import Proof as Proof
+    from controllability.prover import prove as prove
+    from controllability.sampling import sample as sample
+    from controllability.trace import Trace as Trace
+    from controllability.verification import verify as verify

@@ -1,0 +1,139 @@
+"""Elementwise activations and the tanh soft-cap: fixed maps without parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from controllability.arrays import Array, Arithmetic, arithmetic
+from controllability.errors import BadInput
+from controllability.interfaces import Bijection, Component, Condition, Params
+
+
+def _half(xp: Arithmetic) -> Any:
+    return xp.number(Fraction(1, 2))
+
+
+def _relu(xp: Arithmetic, x: Array) -> Array:
+    return (x + xp.magnitude(x)) * _half(xp)
+
+
+def _gelu(xp: Arithmetic, x: Array) -> Array:
+    return x * _half(xp) * (1 + xp.erf(x / _root_of(xp, 2)))
+
+
+def _gelu_tanh(xp: Arithmetic, x: Array) -> Array:
+    inner = x + xp.number(Fraction("0.044715")) * x * x * x
+    return x * _half(xp) * (1 + xp.tanh(_root_of(xp, 2, over_pi=True) * inner))
+
+
+def _root_of(xp: Arithmetic, value: int, over_pi: bool = False) -> Any:
+    if xp.name == "sympy":
+        import sympy
+
+        return sympy.sqrt(value / sympy.pi if over_pi else sympy.Integer(value))
+    if xp.name == "mpmath":
+        import mpmath
+
+        return mpmath.sqrt(value / mpmath.pi if over_pi else value)
+    return math.sqrt(value / math.pi if over_pi else value)
+
+
+FORMULAS: dict[str, Callable[[Arithmetic, Array], Array]] = {
+    "identity": lambda xp, x: x,
+    "relu": _relu,
+    "relu2": lambda xp, x: _relu(xp, x) * _relu(xp, x),
+    "silu": lambda xp, x: x * xp.sigmoid(x),
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "tanh": lambda xp, x: xp.tanh(x),
+}
+
+
+@dataclass(frozen=True)
+class Activation(Component):
+    """y = φ(x), elementwise.  x: (..., h).
+
+    ``name`` is one of identity, relu, relu2, silu, gelu, gelu_tanh, tanh; or any name with
+    ``coefficients`` (c_0, c_1, …) of a polynomial, which exact rationals can compute; or
+    ``symbol=True``: an unknown function, for SymPy.  Raises ``BadInput`` for an unknown name.
+
+    >>> import numpy as np
+    >>> Activation("relu2")({}, np.array([-1.0, 3.0]))
+    array([0., 9.])
+    >>> Activation("cubic", coefficients=(0, 1, 0, 2))({}, np.array([2.0]))
+    array([18.])
+    """
+
+    name: str
+    coefficients: tuple[Any, ...] = ()
+    symbol: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.coefficients and not self.symbol and self.name not in FORMULAS:
+            raise BadInput(
+                f"unknown activation {self.name!r}: known are {', '.join(FORMULAS)}; "
+                "give coefficients=(...) for a polynomial or symbol=True for an unknown function"
+            )
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        xp = arithmetic(x)
+        if self.coefficients:
+            total = xp.zeros_like(x)
+            for coefficient in reversed(self.coefficients):
+                total = total * x + xp.number(coefficient)
+            return total
+        if self.symbol:
+            return self._unknown(xp, x)
+        kernel = xp.activation(self.name, x)
+        return FORMULAS[self.name](xp, x) if kernel is None else kernel
+
+    def _unknown(self, xp: Arithmetic, x: Array) -> Array:
+        import sympy
+
+        from controllability.arrays import SympyArithmetic
+
+        if not isinstance(xp, SympyArithmetic):
+            raise BadInput(f"activation {self.name!r} is a symbol: it has values in SymPy only, not in {xp.name}")
+        return xp.each(sympy.Function(self.name), x)
+
+    def describe(self) -> str:
+        return f"activation {self.name}"
+
+
+@dataclass(frozen=True)
+class SoftCap(Component, Bijection):
+    """y = c·tanh(x/c), a bijection onto |y| < c.  x: (..., d).
+
+    >>> import numpy as np
+    >>> cap = SoftCap(30.0)
+    >>> bool(np.allclose(cap.invert({}, cap({}, np.array([20.0]))), 20.0))
+    True
+    """
+
+    cap: Any
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        xp = arithmetic(x)
+        cap = xp.number(self.cap)
+        return xp.tanh(x / cap) * cap
+
+    def describe(self) -> str:
+        return f"soft-cap {self.cap}"
+
+    def invert(self, params: Params, y: Array) -> Array:
+        xp = arithmetic(y)
+        cap = xp.number(self.cap)
+        return xp.arctanh(y / cap) * cap
+
+    def image_conditions(self) -> tuple[Condition, ...]:
+        return (Condition(f"the soft-cap can reach the target: |target| < {self.cap}", self.describe(), self._room),)
+
+    def _room(self, target: Array, _: Array) -> Array:
+        xp = arithmetic(target)
+        if xp.name == "sympy":
+            return xp.sum(xp.zeros_like(target)) + 1  # symbols: assumed
+        return xp.min(xp.number(self.cap) - xp.magnitude(target))

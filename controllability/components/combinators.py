@@ -1,0 +1,125 @@
+"""How components are put together: one after the other, added, multiplied, beside a skip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+from controllability.arrays import Array
+from controllability.errors import BadInput
+from controllability.interfaces import Bijection, Component, Condition, Params
+
+
+@dataclass(frozen=True)
+class Identity(Component, Bijection):
+    """y = x: the plain skip of a residual block."""
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        return x
+
+    def describe(self) -> str:
+        return "identity"
+
+    def invert(self, params: Params, y: Array) -> Array:
+        return y
+
+    def image_conditions(self) -> tuple[Condition, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class Sequence(Component):
+    """g ∘ … ∘ f, written ``f >> … >> g``.  Nested sequences are flattened.
+
+    >>> import numpy as np
+    >>> from controllability.components.times import Times
+    >>> (Times(2) >> Times(3))({}, np.ones(1))
+    array([6.])
+    """
+
+    parts: tuple[Component, ...]
+
+    @staticmethod
+    def of(*parts: Component) -> Sequence:
+        """A flat sequence of ``parts``."""
+        flat = [p for part in parts for p in (part.parts if isinstance(part, Sequence) else (part,))]
+        return Sequence(tuple(flat))
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        return reduce(lambda value, part: part(params, value), self.parts, x)
+
+    def describe(self) -> str:
+        return " >> ".join(part.describe() for part in self.parts)
+
+    def children(self) -> tuple[Component, ...]:
+        return self.parts
+
+    @property
+    def width(self) -> int | str | None:
+        return next((p.width for p in self.parts if p.width is not None), None)
+
+
+@dataclass(frozen=True)
+class Sum(Component):
+    """f₁(x) + … + f_k(x).  A residual block is the sum of its skip and its branch."""
+
+    terms: tuple[Component, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.terms) < 2:
+            raise BadInput(f"a sum needs at least two terms, got {len(self.terms)}")
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        return self.combine([term(params, x) for term in self.terms])
+
+    def combine(self, values: list[Array]) -> Array:
+        """The sum of the values of the terms."""
+        return reduce(lambda a, b: a + b, values)
+
+    def describe(self) -> str:
+        return " + ".join(f"({t.describe()})" if t.children() else t.describe() for t in self.terms)
+
+    def children(self) -> tuple[Component, ...]:
+        return self.terms
+
+    @property
+    def width(self) -> int | str | None:
+        return next((t.width for t in self.terms if t.width is not None), None)
+
+
+@dataclass(frozen=True)
+class Product(Component):
+    """f₁(x) ∘ … ∘ f_k(x), elementwise: the gated product."""
+
+    factors: tuple[Component, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.factors) < 2:
+            raise BadInput(f"a product needs at least two factors, got {len(self.factors)}")
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        return self.combine([factor(params, x) for factor in self.factors])
+
+    def combine(self, values: list[Array]) -> Array:
+        """The elementwise product of the values of the factors."""
+        return reduce(lambda a, b: a * b, values)
+
+    def describe(self) -> str:
+        return " * ".join(f"({f.describe()})" if f.children() else f.describe() for f in self.factors)
+
+    def children(self) -> tuple[Component, ...]:
+        return self.factors
+
+    @property
+    def width(self) -> int | str | None:
+        return next((f.width for f in self.factors if f.width is not None), None)
+
+
+def residual(branch: Component, skip: Component | None = None) -> Sum:
+    """skip(x) + branch(x); the skip is the identity unless given."""
+    return Sum((skip or Identity(), branch))
+
+
+def gated(gate: Component, up: Component, activation: Component) -> Product:
+    """activation(gate(x)) ∘ up(x): the first half of a gated feed-forward network."""
+    return Product((gate >> activation, up))

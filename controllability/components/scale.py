@@ -1,0 +1,91 @@
+"""Elementwise scale: the learned part of RMSNorm and LayerNorm, and LayerScale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controllability.arrays import Array, arithmetic
+from controllability.deltas import Delta, Shift
+from controllability.interfaces import Bijection, Component, Condition, Param, Params, Steerable, Steering
+
+INFINITE = float("inf")
+
+
+@dataclass(frozen=True)
+class Scale(Component, Steerable, Bijection):
+    """y = (offset + w) ∘ x.  x, w: (..., d).  The effective scale is m = offset + w (Gemma stores m − 1).
+
+    Rules I-scale, O-scale: Δm = gap/x, 0 where gap and x are both 0; needs gap_i = 0 wherever
+    x_i = 0.  Source: [G] Thm 1 and `lem:output_elem_multiply`.
+
+    >>> import numpy as np
+    >>> scale = Scale(Param("w"), offset=1)
+    >>> scale.steer_output({"w": np.zeros(2)}, np.array([2.0, 4.0]), np.array([1.0, 1.0]))["w"].value
+    array([0.5 , 0.25])
+    """
+
+    weight: Param
+    offset: int = 0
+
+    def effective(self, params: Params) -> Array:
+        """m = offset + w, lifted to the precision in which patches are solved."""
+        stored = self.weight.value(params)
+        return arithmetic(stored).lift(stored) + self.offset
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        return self.effective(params) * x
+
+    def describe(self) -> str:
+        return f"scale {self.weight}"
+
+    def own_parameters(self) -> tuple[Param, ...]:
+        return (self.weight,)
+
+    @property
+    def width(self) -> int | str | None:
+        return self.weight.shape[0] if self.weight.shape else None
+
+    def steerings(self, side: str) -> tuple[Steering, ...]:
+        statement = f"no input coordinate of {self.weight} is zero where its output must change"
+        condition = Condition(statement, self.describe(), _smallest_needed_input)
+        return (Steering(f"{side}-scale", self.weight, (condition,), self._quotient, _effect),)
+
+    def to_scale(self, params: Params, wanted: Array) -> Shift:
+        """The delta that makes the effective scale ``wanted``, as far as the stored dtype can hold it."""
+        stored = self.weight.value(params)
+        xp = arithmetic(stored, wanted)
+        current = xp.lift(stored)
+        return Shift(xp.as_stored(wanted - self.offset, like=stored) - current)
+
+    def _quotient(self, params: Params, x: Array, gap: Array) -> Delta:
+        xp = arithmetic(x, gap)
+        idle = xp.is_zero(x)
+        change = xp.where(idle, xp.zeros_like(gap), gap / xp.where(idle, x + 1, x))
+        return self.to_scale(params, self.effective(params) + change)
+
+    def invert(self, params: Params, y: Array) -> Array:
+        return y / self.effective(params)
+
+    def image_conditions(self) -> tuple[Condition, ...]:
+        # the margin needs the parameter: `Scale.invert` is only used where `nonzero_margin` holds
+        return (Condition(f"no entry of the fixed scale {self.weight} is zero", self.describe()),)
+
+    def nonzero_margin(self, params: Params) -> Array:
+        """Smallest |m_i|, shape (1,): the margin of the image condition."""
+        m = self.effective(params)
+        xp = arithmetic(m)
+        return xp.min(xp.magnitude(m))
+
+
+def _smallest_needed_input(x: Array, gap: Array) -> Array:
+    xp = arithmetic(x, gap)
+    size = xp.magnitude(x)
+    if xp.name == "sympy":  # the product is zero exactly when one needed coordinate is
+        needed = xp.where(xp.is_zero(gap), size * 0 + 1, size)
+        return needed.prod(axis=-1, keepdims=True)
+    return xp.min(xp.where(xp.is_zero(gap), size * 0 + xp.number(1) if xp.exact else size * 0 + INFINITE, size))
+
+
+def _effect(x: Array, delta: Delta) -> Array:
+    assert isinstance(delta, Shift)
+    return delta.value * x

@@ -1,0 +1,102 @@
+"""The micro-world of the embedded model: facts and questions in a few dozen words.
+
+Every world is drawn afresh, so an answer stands in the context and nowhere else: a model
+that knows the language perfectly and has not seen the facts can only guess among the values.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NAMES = tuple(
+    "Mia Leo Ana Tom Eva Max Ida Sam Zoe Ben Lea Jan Amy Dan Fay Gus Joy Kai Liv Ned "
+    "Ola Pia Ray Sue Tia Uma Vic Wes Yan Abe".split()
+)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact: ways to state it, ways to ask for it, and the values it takes."""
+
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+    values: tuple[str, ...]
+
+
+RELATIONS = {
+    "city": Relation(
+        ("{name} lives in {value} .", "the home of {name} is {value} ."),
+        ("Where does {name} live ?", "In which city is {name} at home ?"),
+        tuple("Oslo Rome Paris Lima Cairo Tokyo Delhi Quito Bern Riga Kyiv Dakar Seoul Porto".split()),
+    ),
+    "drink": Relation(
+        ("{name} drinks {value} .", "the favourite drink of {name} is {value} ."),
+        ("What does {name} drink ?", "Which drink does {name} like best ?"),
+        tuple("tea coffee milk juice water cocoa cider lemonade".split()),
+    ),
+    "pet": Relation(
+        ("{name} has a {value} .", "the pet of {name} is a {value} ."),
+        ("Which pet does {name} have ?", "What animal lives with {name} ?"),
+        tuple("cat dog horse parrot rabbit turtle hamster snake goat duck".split()),
+    ),
+    "job": Relation(
+        ("{name} works as a {value} .", "the job of {name} is {value} ."),
+        ("What is the job of {name} ?", "As what does {name} work ?"),
+        tuple("baker nurse pilot teacher lawyer farmer painter sailor doctor cook".split()),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one fact, the answer, and the relation it is about."""
+
+    text: str
+    answer: str
+    relation: str
+
+
+@dataclass(frozen=True)
+class World:
+    """Some facts: the text of the context and one question a fact."""
+
+    context: str
+    questions: tuple[Question, ...]
+
+
+def draw_world(rng: random.Random, facts: int) -> World:
+    """Draw a world of ``facts`` facts about distinct (name, relation) pairs.
+
+    >>> import random
+    >>> world = draw_world(random.Random(0), 3)
+    >>> len(world.questions), all(q.answer in world.context for q in world.questions)
+    (3, True)
+    """
+    # few relations a world: the name in the question must decide, not the relation alone
+    relations = rng.sample(list(RELATIONS), rng.randint(1, 2))
+    pairs = rng.sample([(name, key) for name in NAMES for key in relations], facts)
+    statements, questions = [], []
+    for name, key in pairs:
+        relation = RELATIONS[key]
+        value = rng.choice(relation.values)
+        statements.append(rng.choice(relation.statements).format(name=name, value=value))
+        questions.append(Question(rng.choice(relation.questions).format(name=name), value, key))
+    rng.shuffle(questions)  # in the order of the facts, "the next value" would be a good guess
+    return World(" ".join(statements), tuple(questions))
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word that a world can contain, in a fixed order."""
+    texts: list[str] = list(NAMES)
+    for relation in RELATIONS.values():
+        texts += [*relation.statements, *relation.questions, *relation.values]
+    words = (word for text in texts for word in text.split() if not word.startswith("{"))
+    return tuple(dict.fromkeys(words))
+
+
+def draw_worlds(seed: int, count: int, facts: Sequence[int] = tuple(range(2, 9))) -> list[World]:
+    """``count`` fresh worlds, their numbers of facts running through ``facts`` in turn."""
+    rng = random.Random(seed)
+    return [draw_world(rng, facts[i % len(facts)]) for i in range(count)]

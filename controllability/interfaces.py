@@ -1,0 +1,254 @@
+"""The contract a component fulfils: what it computes, and how its input and output are steered.
+
+Axis names used in every docstring: ``...`` tokens (any number of leading axes), ``d`` model width,
+``h`` hidden width, ``in``/``out`` the sides of one linear map.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from controllability.arrays import Array, arithmetic
+from controllability.deltas import Delta, PatchedMatrix, added
+from controllability.errors import BadInput, SideConditionFailed
+
+if TYPE_CHECKING:
+    from controllability.components.combinators import Product, Sequence, Sum
+
+Params = Mapping[str, Array | PatchedMatrix]
+
+
+@dataclass(frozen=True)
+class Param:
+    """A named parameter, or a slice of one (fused tensors); ``shape`` may name its sizes.
+
+    >>> str(Param("mlp.gate_up.weight", index=(slice(0, 4),)))
+    'mlp.gate_up.weight[0:4]'
+    """
+
+    name: str
+    shape: tuple[int | str, ...] = field(default=(), compare=False)
+    index: tuple[slice, ...] = ()
+
+    def __str__(self) -> str:
+        parts = ",".join(f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}" for s in self.index)
+        return f"{self.name}[{parts}]" if parts else self.name
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def value(self, params: Params) -> Array | PatchedMatrix:
+        """The array of this parameter.  Raises ``BadInput`` when it is missing."""
+        key = str(self)
+        if key in params:
+            return params[key]
+        if self.name not in params:
+            raise BadInput(f"parameter {key} is missing; given are: {', '.join(sorted(params)) or 'none'}")
+        whole = params[self.name]
+        assert not isinstance(whole, PatchedMatrix)
+        return whole[self.index] if self.index else whole
+
+    def overlaps(self, other: Param) -> bool:
+        """Whether the two name a common entry of one tensor."""
+        if self.name != other.name:
+            return False
+        return all(_slices_meet(a, b) for a, b in zip(self.index, other.index, strict=False))
+
+
+def _slices_meet(a: slice, b: slice) -> bool:
+    if None in (a.start, a.stop, b.start, b.stop):
+        return True
+    return max(a.start, b.start) < min(a.stop, b.stop)
+
+
+def overlap(a: frozenset[Param], b: frozenset[Param]) -> tuple[Param, ...]:
+    """The parameters of ``a`` that share an entry with one of ``b``."""
+    return tuple(sorted((p for p in a if any(p.overlaps(q) for q in b)), key=str))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A side condition: a statement about numbers, where it is made, and how far they are from breaking it.
+
+    ``margin(x, gap)`` returns one number a token, shape (..., 1), positive when the condition holds;
+    ``x`` is the input of the component and ``gap`` the wanted change of its output.
+    """
+
+    statement: str
+    where: str
+    margin: Callable[[Array, Array], Array] | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """One way to change a component's output by moving one of its parameters.
+
+    ``solve(params, x, gap)`` returns the delta that adds ``gap`` (..., out) to the output at
+    input ``x`` (..., in); ``effect(x, delta)`` is what a delta adds to the output.
+    """
+
+    rule: str
+    param: Param
+    conditions: tuple[Condition, ...]
+    solve: Callable[[Params, Array, Array], Delta]
+    effect: Callable[[Array, Delta], Array]
+
+
+class Component(ABC):
+    """A map of the last axis with named parameters: a frozen dataclass without state."""
+
+    @abstractmethod
+    def __call__(self, params: Params, x: Array) -> Array:
+        """The value at ``x``, shape (..., in) -> (..., out)."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A short name in the user's own terms (one line, no tree)."""
+
+    def children(self) -> tuple[Component, ...]:
+        """The parts; empty for a leaf."""
+        return ()
+
+    def own_parameters(self) -> tuple[Param, ...]:
+        """The parameters that this very component reads, its parts aside."""
+        return ()
+
+    @property
+    def module(self) -> str:
+        """The live module that computes this leaf, by the name of its parameters; '' if none."""
+        own = self.own_parameters()
+        return own[0].name.rpartition(".")[0] if own else ""
+
+    @property
+    def width(self) -> int | str | None:
+        """The size of the input's last axis, where the component knows it."""
+        return None
+
+    def parameters(self) -> frozenset[Param]:
+        """Every parameter that the component or one of its parts reads."""
+        return frozenset(self.own_parameters()).union(*(c.parameters() for c in self.children()))
+
+    def __rshift__(self, other: Component) -> Sequence:
+        """``f >> g`` computes g(f(x))."""
+        from controllability.components.combinators import Sequence
+
+        return Sequence.of(self, other)
+
+    def __add__(self, other: Component) -> Sum:
+        """``f + g`` computes f(x) + g(x)."""
+        from controllability.components.combinators import Sum
+
+        return Sum((self, other))
+
+    def __mul__(self, other: Component) -> Product:
+        """``f * g`` computes f(x) ∘ g(x)."""
+        from controllability.components.combinators import Product
+
+        return Product((self, other))
+
+
+class InputControllable(ABC):
+    """f with, for admissible (x, x'), parameters θ' such that f(x; θ') = f(x'; θ).  [G, Def. 3]"""
+
+    @abstractmethod
+    def input_steerings(self) -> tuple[Steering, ...]:
+        """The ways to do it, the preferred one first."""
+
+    def steer_input(self, params: Params, x: Array, x_target: Array) -> dict[str, Delta]:
+        """The patch with which the output at ``x`` is what it was at ``x_target`` (same shapes).
+
+        Raises ``SideConditionFailed`` when no way is open at these numbers.
+        """
+        assert isinstance(self, Component)
+        gap = self(params, x_target) - self(params, x)
+        return first_open(self.input_steerings(), params, x, gap)
+
+
+class OutputControllable(ABC):
+    """g with, for admissible x and δ, parameters φ' such that g(x; φ') = g(x; φ) + δ.  [G, Def. 4]"""
+
+    @abstractmethod
+    def output_steerings(self) -> tuple[Steering, ...]:
+        """The ways to do it, the preferred one first."""
+
+    def steer_output(self, params: Params, x: Array, delta: Array) -> dict[str, Delta]:
+        """The patch that adds ``delta`` (..., out) to the output at ``x`` (..., in).
+
+        Raises ``SideConditionFailed`` when no way is open at these numbers.
+        """
+        return first_open(self.output_steerings(), params, x, delta)
+
+
+class Steerable(InputControllable, OutputControllable):
+    """A leaf whose output is affine in its own parameters: one construction serves both sides.
+
+    The input rule is the output rule with gap = f(x') − f(x).
+    """
+
+    @abstractmethod
+    def steerings(self, side: str) -> tuple[Steering, ...]:
+        """The ways to add a gap to the output; ``side`` is 'I' or 'O' and names the rule."""
+
+    def input_steerings(self) -> tuple[Steering, ...]:
+        return self.steerings("I")
+
+    def output_steerings(self) -> tuple[Steering, ...]:
+        return self.steerings("O")
+
+
+class Bijection(ABC):
+    """A component that can be undone on its image, its parameters staying as they are."""
+
+    @abstractmethod
+    def invert(self, params: Params, y: Array) -> Array:
+        """The x with self(params, x) = y."""
+
+    @abstractmethod
+    def image_conditions(self) -> tuple[Condition, ...]:
+        """What a target must fulfil to be in the image; margins are taken of (target, target)."""
+
+
+def first_open(steerings: tuple[Steering, ...], params: Params, x: Array, gap: Array) -> dict[str, Delta]:
+    """The delta of the first steering whose conditions hold on these numbers."""
+    failure: SideConditionFailed | None = None
+    for steering in steerings:
+        try:
+            for condition in steering.conditions:
+                measure(condition, x, gap)
+        except SideConditionFailed as failed:
+            failure = failure or failed
+            continue
+        return {str(steering.param): steering.solve(params, x, gap)}
+    assert failure is not None
+    raise failure
+
+
+def measure(condition: Condition, x: Array, gap: Array) -> float | None:
+    """The smallest margin over the tokens; None when it is vacuous or symbolic.
+
+    Raises ``SideConditionFailed`` with the first offending position.
+    """
+    if condition.margin is None:
+        return None
+    xp = arithmetic(x, gap)
+    margins = condition.margin(x, gap).reshape(-1)
+    if xp.name == "sympy":
+        zeros = xp.is_zero(margins)
+        if not zeros.any():
+            return None  # generic symbols: assumed, and listed with the proof
+        raise SideConditionFailed(condition.statement, condition.where, 0.0, int(zeros.argmax()))
+    smallest = xp.min(margins)
+    value = xp.to_float(smallest)
+    if not value > 0:
+        bad = int((~(margins > 0)).nonzero()[0].reshape(-1)[0])
+        raise SideConditionFailed(condition.statement, condition.where, xp.to_float(margins[bad]), bad)
+    return None if value == float("inf") else value
+
+
+__all__ = [
+    "Bijection", "Component", "Condition", "InputControllable", "OutputControllable", "Param",
+    "Params", "Steerable", "Steering", "added", "first_open", "measure", "overlap",
+]  # fmt: skip

@@ -1,0 +1,6 @@
+"""Live models: reading checks, the layer sweep, applying and undoing, saving, verifying."""
+
+from controllability.models.exact import exact_mode as exact_mode
+from controllability.models.model_patch import ModelPatch as ModelPatch
+from controllability.models.patching import patch_model as patch_model
+from controllability.models.storing import load_patch as load_patch

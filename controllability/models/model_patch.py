@@ -1,0 +1,272 @@
+"""A patch of a whole model: applied for a while, merged into the weights, undone to the last bit."""
+
+from __future__ import annotations
+
+import uuid
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controllability.deltas import Delta, LowRank, Shift
+from controllability.errors import BadInput, PatchError
+from controllability.interfaces import Param
+from controllability.models.hooks import (
+    Installation,
+    carried,
+    carry,
+    drop,
+    low_rank_output,
+    patched_vector,
+    refuse_compiled,
+)
+from controllability.models.pairing import Rows
+from controllability.models.report import Report
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One patched parameter: the module that holds it, and its delta with one row a pair."""
+
+    param: Param
+    delta: Delta
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the parameter."""
+        return self.param.name.rpartition(".")[0]
+
+    @property
+    def attribute(self) -> str:
+        """The parameter's name in its module."""
+        return self.param.name.rpartition(".")[2]
+
+
+@dataclass(eq=False)
+class ModelPatch:
+    """What ``patch_model`` returns: every layer's patch, the patched logits, and the report.
+
+    ``logits`` (B, T, vocabulary) come from the sweep itself (``last_hidden_state`` of models
+    without logits); None for a patch loaded from disk.
+    """
+
+    entries: tuple[Entry, ...]
+    scope: str
+    rows: Rows
+    report: Report
+    inputs: dict[str, Any]
+    logits: Tensor | None = None
+    target_logits: Tensor | None = None
+    made_under: tuple[str, ...] = ()
+    fingerprint: str | None = None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    _model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
+    _originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _merged_into: Any = field(default=None, repr=False)
+
+    # ------------------------------------------------------------------------------------ applying
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Within this context the model's own modules compute with the patched weights.
+
+        Matrices stay factored.  Everything is undone on exit, also after an exception.  Raises
+        ``PatchError`` when the patch was made for other weights, while other patches were on the
+        model, or when the model is compiled.
+
+        >>> # with mp.applied(model): model(**source).logits
+        """
+        self._refuse_misuse(model)
+        installation = Installation()
+        carry(model, self.id)
+        try:
+            self._install(model, installation)
+            yield model
+        finally:
+            installation.undo()
+            drop(model, self.id)
+
+    def _install(self, model: nn.Module, installation: Installation) -> None:
+        rows = self.rows if self.scope == "each" else None
+        for entry in self.entries:
+            module = model.get_submodule(entry.module)
+            if isinstance(entry.delta, Shift):
+                stored = module._parameters[entry.attribute]
+                assert stored is not None
+                patched = patched_vector(stored.detach(), _to(entry.delta, stored), rows)
+                installation.exchange(module, entry.attribute, patched)
+            else:
+                installation.after(module, self._low_rank_hook(entry.delta, rows))
+
+    def _low_rank_hook(self, delta: LowRank, rows: Rows | None) -> Any:
+        samples = delta.left.shape[0] if delta.left.ndim > 2 else 1
+
+        def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            x = args[0]
+            if rows is not None and tuple(x.shape[:2]) != rows.shape:
+                raise PatchError(
+                    f"this patch of scope 'each' is for inputs of shape {rows.shape} (B, T), the model got "
+                    f"{tuple(x.shape[:2])}: every position has its own patch; use scope 'last' for other inputs"
+                )
+            if rows is None and samples > 1 and x.shape[0] != samples:
+                raise PatchError(f"this patch of scope 'last' has one patch for each of {samples} samples, the model got {x.shape[0]}")
+            return low_rank_output(output, x, _to(delta, output), rows)
+
+        return add
+
+    def _refuse_misuse(self, model: nn.Module) -> None:
+        refuse_compiled(model)
+        on_it = carried(model)
+        if on_it != self.made_under:
+            raise PatchError(
+                f"the model carries {len(on_it)} patches and this one was made while it carried {len(self.made_under)}"
+                + (" others" if len(on_it) == len(self.made_under) else "")
+                + ": patches do not commute; undo the others, or make this one again with them applied"
+            )
+        self._refuse_other_model(model)
+
+    def _refuse_other_model(self, model: nn.Module) -> None:
+        if self._model is None or self._model() is not model:
+            from controllability.models.storing import known_fingerprint
+
+            if not carried(model) and known_fingerprint(model) != (self.fingerprint or self.fingerprint_of(self.model())):
+                raise PatchError("this patch was made for other weights (the fingerprints differ)")
+        for entry in self.entries:
+            try:
+                stored = model.get_submodule(entry.module)._parameters[entry.attribute]
+            except (AttributeError, KeyError):
+                raise PatchError(f"the model has no parameter {entry.param}: this patch was made for another model") from None
+            shape = tuple(stored.shape)[-2:] if isinstance(entry.delta, LowRank) else tuple(stored.shape)[-1:]  # type: ignore[union-attr]
+            if shape != _stored_shape(entry.delta):
+                raise PatchError(f"parameter {entry.param} has shape {shape}, the patch is for {_stored_shape(entry.delta)}")
+
+    # ------------------------------------------------------------------------------------- merging
+
+    def merge(self, model: nn.Module) -> int:
+        """Write the patch into the weights (W := W + ΔW, rounded to the model's dtype).
+
+        Keeps the originals for ``unmerge`` and returns how many bytes that takes.  Raises ``PatchError``
+        when the patch is not one set of weights: scope "each" with more than one position, or one patch
+        for each of several samples.
+        """
+        if self._merged_into is not None:
+            raise PatchError("this patch is merged already: unmerge it first")
+        count = len(self.rows.sample)
+        if count > 1:
+            per = "position" if self.scope == "each" else "sample"
+            raise PatchError(
+                f"scope '{self.scope}' holds {count} patches, one a {per}: they cannot be merged into one set of weights; "
+                + ("use scope='last'" if self.scope == "each" else "patch a batch of 1")
+            )
+        self._refuse_misuse(model)
+        originals: dict[str, Tensor] = {}
+        try:
+            for entry in self.entries:
+                stored = model.get_submodule(entry.module)._parameters[entry.attribute]
+                assert stored is not None
+                originals[entry.param.name] = stored.detach().clone()
+                _write(stored, entry.delta)
+        except BaseException:
+            _restore(model, originals)
+            raise
+        self._originals, self._merged_into = originals, model
+        carry(model, self.id)
+        return sum(t.numel() * t.element_size() for t in originals.values())
+
+    def unmerge(self, model: nn.Module) -> None:
+        """Put the original weights back, bit for bit.  Raises ``PatchError`` when not merged into ``model``."""
+        if self._merged_into is not model:
+            raise PatchError("this patch is not merged into this model")
+        if carried(model)[-1:] != (self.id,):
+            raise PatchError("another patch was applied or merged after this one: undo that first")
+        _restore(model, self._originals)
+        self._originals, self._merged_into = {}, None
+        drop(model, self.id)
+
+    # -------------------------------------------------------------------------------------- saving
+
+    def model(self) -> nn.Module:
+        """The model this patch was made on.  Raises ``PatchError`` when it is gone, or was never in this process."""
+        model = self._model() if self._model is not None else None
+        if model is None:
+            raise PatchError("the model that this patch was made on is gone: pass the model")
+        return model
+
+    def fingerprint_of(self, model: nn.Module) -> str:
+        """The fingerprint of the weights that this patch is for, its own merge undone in thought."""
+        from controllability.models.storing import fingerprint, known_fingerprint
+
+        on_it = carried(model)
+        if self._merged_into is model and on_it == (self.id,):
+            return fingerprint(model, self._originals)
+        if on_it:
+            raise PatchError("patches are on the model at the moment: leave applied() or unmerge before saving")
+        return known_fingerprint(model)
+
+    def save(self, directory: str | Path, model: nn.Module | None = None) -> Path:
+        """Write the patch as safetensors and JSON, atomically.  See ``controllability.models.storing``."""
+        from controllability.models.storing import save_patch
+
+        return save_patch(self, Path(directory), model)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the patch holds."""
+        return sum(entry.delta.numbers for entry in self.entries)
+
+    @property
+    def dense_numbers(self) -> int:
+        """How many numbers the dense ΔW would be (one position's worth for each patch)."""
+        return sum(entry.delta.dense_numbers for entry in self.entries)
+
+
+def _to(delta: Any, like: Tensor) -> Any:
+    """A delta on the device of ``like``."""
+    if isinstance(delta, LowRank):
+        return LowRank(delta.left.to(like.device), delta.right.to(like.device), delta.transposed)
+    return Shift(delta.value.to(like.device))
+
+
+def _stored_shape(delta: Delta) -> tuple[int, ...]:
+    if isinstance(delta, Shift):
+        return (delta.value.shape[-1],)
+    shape = (delta.left.shape[-1], delta.right.shape[-1])
+    return shape[::-1] if delta.transposed else shape
+
+
+@torch.no_grad()
+def _write(stored: Tensor, delta: Delta) -> None:
+    """stored += ΔW in place, summed in float32 or better, in blocks so that no second matrix is held."""
+    delta = _to(delta, stored)
+    if isinstance(delta, Shift):
+        value = delta.value.reshape(-1, stored.shape[-1])[0]
+        stored.copy_((stored.to(value.dtype) + value).to(stored.dtype))
+        return
+    left = delta.left.reshape(-1, delta.left.shape[-1])
+    right = delta.right.reshape(-1, delta.right.shape[-1])
+    rows, columns = (right, left) if delta.transposed else (left, right)
+    for start in range(0, stored.shape[0], 1024):
+        block = stored[start : start + 1024]
+        block.copy_((block.to(left.dtype) + rows[:, start : start + 1024].T @ columns).to(stored.dtype))
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
+    for name, value in originals.items():
+        path, _, attribute = name.rpartition(".")
+        stored = model.get_submodule(path)._parameters[attribute]
+        assert stored is not None
+        stored.copy_(value)
+
+
+def refuse_scope(scope: str) -> None:
+    """Raise ``BadInput`` unless the scope is one that exists."""
+    if scope == "all":
+        raise BadInput("scope 'all' (one patch for many tokens) is not built yet: use 'each' or 'last'")
+    if scope not in ("each", "last"):
+        raise BadInput(f"unknown scope {scope!r}: choose each or last")

@@ -1,0 +1,128 @@
+"""Which position of the target run each position of the source run must reproduce."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from controllability.errors import BadInput
+
+Scope = Literal["each", "last"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """N positions of a (B, T, …) tensor, as index tensors (N,); row i of a patch belongs to pair i."""
+
+    sample: Tensor
+    position: Tensor
+    shape: tuple[int, int]
+
+    def of(self, states: Tensor) -> Tensor:
+        """(B, T, n) -> (N, n)."""
+        if self.complete:
+            return states.reshape(-1, states.shape[-1])
+        return states[self.sample.to(states.device), self.position.to(states.device)]
+
+    def put(self, states: Tensor, rows: Tensor) -> Tensor:
+        """``states`` (B, T, n) with these rows (N, n) in their places; ``states`` itself is left alone."""
+        if self.complete:
+            return rows.reshape(states.shape)
+        states = states.clone()
+        states[self.sample.to(states.device), self.position.to(states.device)] = rows
+        return states
+
+    @property
+    def complete(self) -> bool:
+        """Whether the rows are all positions in order."""
+        return self._complete
+
+    def __post_init__(self) -> None:
+        batch, length = self.shape
+        full = len(self.sample) == batch * length and bool(
+            (self.sample * length + self.position == torch.arange(batch * length)).all()
+        )
+        object.__setattr__(self, "_complete", full)
+
+    _complete: bool = False
+
+    def name(self, row: int) -> str:
+        """'sample 0, position 3' for messages."""
+        return f"sample {int(self.sample[row])}, position {int(self.position[row])}"
+
+
+def input_shape(inputs: Mapping[str, Any], role: str) -> tuple[int, int]:
+    """(B, T) of a model's inputs.  Raises ``BadInput`` when there is nothing in them."""
+    main = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if not isinstance(main, Tensor):
+        raise BadInput(f"{role}: give input_ids (B, T) or inputs_embeds (B, T, d) as a torch tensor")
+    if "input_ids" in inputs and (main.ndim != 2 or main.is_floating_point()):
+        raise BadInput(f"{role}: input_ids must be integers of shape (B, T), got {main.dtype} of shape {tuple(main.shape)}")
+    if main.ndim < 2 or main.shape[0] == 0 or main.shape[1] == 0:
+        raise BadInput(f"{role}: the input is empty (shape {tuple(main.shape)})")
+    return int(main.shape[0]), int(main.shape[1])
+
+
+def _valid(inputs: Mapping[str, Any], role: str) -> Tensor:
+    shape = input_shape(inputs, role)
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+        raise BadInput(f"{role}: attention_mask must have the shape of the input, {shape}")
+    valid = mask.to("cpu").bool()
+    if not valid.any(1).all():
+        raise BadInput(f"{role}: sample {int((~valid.any(1)).nonzero()[0])} has no token that is not padding")
+    return valid
+
+
+def pair(
+    target: Mapping[str, Any], source: Mapping[str, Any], scope: str, positions: tuple[Any, Any] | None = None
+) -> tuple[Rows, Rows]:
+    """(source rows, target rows): by default the source corresponds to the last positions of the target.
+
+    Padding is respected per sample.  ``positions=(source positions, target positions)``, each (n,) or
+    (B, n), gives other pairs.  Scope "last" keeps the last pair of each sample.  Raises ``BadInput``
+    when the batches differ or a query is longer than its target.
+    """
+    here, there = _valid(source, "source"), _valid(target, "target")
+    if here.shape[0] != there.shape[0]:
+        raise BadInput(f"source has {here.shape[0]} samples, target {there.shape[0]}: they are paired one to one")
+    if positions is not None:
+        s, t = (torch.as_tensor(p).expand(here.shape[0], -1) for p in positions)
+        if s.shape != t.shape:
+            raise BadInput(f"positions: {tuple(s.shape)} source positions for {tuple(t.shape)} target positions")
+        for which, given, length in (("source", s, here.shape[1]), ("target", t, there.shape[1])):
+            if bool((given < 0).any() or (given >= length).any()):
+                raise BadInput(f"positions: {which} positions must lie in 0 … {length - 1}")
+        sample = torch.arange(here.shape[0])[:, None].expand_as(s)
+    else:
+        sample, s, t = _from_the_end(here, there)
+    if scope == "last":
+        last = torch.cat([sample[1:] != sample[:-1], torch.tensor([True])]) if sample.ndim == 1 else None
+        sample, s, t = (x[last] if last is not None else x[:, -1] for x in (sample, s, t))
+    sample, s, t = sample.reshape(-1), s.reshape(-1), t.reshape(-1)
+    shape_here, shape_there = (here.shape[0], here.shape[1]), (there.shape[0], there.shape[1])
+    return Rows(sample, s, shape_here), Rows(sample, t, shape_there)
+
+
+def _from_the_end(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    counts_here, counts_there = here.sum(1), there.sum(1)
+    longer = counts_here > counts_there
+    if longer.any():
+        b = int(longer.nonzero()[0])
+        raise BadInput(
+            f"sample {b}: the query has {int(counts_here[b])} tokens and its target only {int(counts_there[b])}; "
+            "the target must be the context followed by the query"
+        )
+    sample, s = here.nonzero(as_tuple=True)
+    # rank from the end: the last valid token of each sample has rank 0
+    rank = (here.flip(1).cumsum(1).flip(1) - 1)[sample, s]
+    position_of_rank = torch.zeros_like(there, dtype=torch.long)
+    b, p = there.nonzero(as_tuple=True)
+    position_of_rank[b, (there.flip(1).cumsum(1).flip(1) - 1)[b, p]] = p
+    return sample, s, position_of_rank[sample, rank]

@@ -1,0 +1,248 @@
+"""Patches on disk: safetensors and JSON, written atomically, tied to the weights they were made for."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import controllability
+from controllability.deltas import LowRank, Shift
+from controllability.errors import PatchError
+from controllability.interfaces import Param
+from controllability.models.model_patch import Entry, ModelPatch
+from controllability.models.pairing import Rows
+from controllability.models.report import LayerReport, Report
+
+FORMAT, VERSION = "controllability-patch", 1
+TENSORS, DESCRIPTION = "patch.safetensors", "patch.json"
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
+
+
+# ---------------------------------------------------------------------------------- fingerprints
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from ((name, b) for name, b in model.named_buffers() if b is not None)
+
+
+def _glimpse(model: nn.Module) -> tuple[Any, ...]:
+    """Identity, version and 64 entries of every parameter: enough to notice that a fingerprint is stale."""
+    found = []
+    for name, value in model.named_parameters():
+        flat = value.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)].float().sum()
+        version = 0 if value.is_inference() else value._version
+        found.append((name, id(value), version, value.data_ptr(), float(sample)))
+    return tuple(found)
+
+
+def fingerprint(model: nn.Module, originals: dict[str, Tensor] | None = None, progress: Callable[[int, int], None] | None = None) -> str:
+    """SHA-256 over the name, dtype, shape and bytes of every parameter and buffer.
+
+    ``originals`` stand in for parameters into which a patch is merged.
+    """
+    digest = hashlib.sha256()
+    items = list(_stored(model))
+    for done, (name, value) in enumerate(items):
+        value = (originals or {}).get(name, value).detach()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.contiguous().reshape(-1).view(torch.uint8).cpu()
+        for start in range(0, flat.numel(), 1 << 26):
+            digest.update(flat[start : start + (1 << 26)].numpy().data)
+        if progress:
+            progress(done + 1, len(items))
+    return digest.hexdigest()
+
+
+def known_fingerprint(model: nn.Module) -> str:
+    """The model's fingerprint, remembered as long as its parameters look the same."""
+    glimpse = _glimpse(model)
+    known = _KNOWN.get(model)
+    if known is None or known[0] != glimpse:
+        known = (glimpse, fingerprint(model))
+        _KNOWN[model] = known
+    return known[1]
+
+
+# ---------------------------------------------------------------------------------------- saving
+
+
+def refuse_occupied(directory: Path) -> None:
+    """Raise ``PatchError`` unless ``directory`` can be created, or is an empty directory."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists():
+        raise PatchError(f"{directory} exists already and is not an empty directory: nothing was written")
+
+
+def save_patch(patch: ModelPatch, directory: Path, model: nn.Module | None) -> Path:
+    """Write ``patch`` into ``directory``, which must be new or empty; nothing is left behind on failure.
+
+    Raises ``PatchError``: directory occupied or not writable, patch applied at the moment, or made on
+    top of other patches.
+    """
+    refuse_occupied(directory)
+    model = model if model is not None else patch.model()
+    if patch.made_under:
+        raise PatchError("this patch was made while other patches were on the model: it has no meaning on its own, save those and redo it")
+    mark = patch.fingerprint or patch.fingerprint_of(model)
+    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir(parents=True)
+        tensors = _tensors(patch)
+        save_file(tensors, temporary / TENSORS)
+        description = _description(patch, mark, model.config.model_type if model is not None else "")  # type: ignore[union-attr]
+        description["tensors_sha256"] = hashlib.sha256((temporary / TENSORS).read_bytes()).hexdigest()
+        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, directory)
+    except OSError as error:
+        raise PatchError(f"cannot write to {directory}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _tensors(patch: ModelPatch) -> dict[str, Tensor]:
+    tensors = {"rows.sample": patch.rows.sample, "rows.position": patch.rows.position}
+    for entry in patch.entries:
+        if isinstance(entry.delta, LowRank):
+            tensors[f"{entry.param}::left"] = entry.delta.left
+            tensors[f"{entry.param}::right"] = entry.delta.right
+        else:
+            tensors[f"{entry.param}::shift"] = entry.delta.value
+    for role in ("source", "target"):
+        for name, value in patch.inputs[role].items():
+            if isinstance(value, Tensor):
+                tensors[f"{role}::{name}"] = value
+    if patch.inputs.get("positions") is not None:
+        for role, value in zip(("source", "target"), patch.inputs["positions"], strict=True):
+            tensors[f"positions::{role}"] = torch.as_tensor(value)
+    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+
+
+def _description(patch: ModelPatch, mark: str, model_type: str) -> dict[str, Any]:
+    plain = {
+        role: {n: v for n, v in patch.inputs[role].items() if isinstance(v, bool | int | float | str)}
+        for role in ("source", "target")
+    }
+    ids = {
+        role: patch.inputs[role]["input_ids"].tolist()
+        for role in ("source", "target")
+        if "input_ids" in patch.inputs[role]
+    }
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "written_by": f"controllability {controllability.__version__}",
+        "fingerprint": mark,
+        "model_type": model_type,
+        "scope": patch.scope,
+        "via": patch.report.via,
+        "route": patch.report.route,
+        "valid_for": {"token_ids": ids, "options": plain},
+        "rows_shape": list(patch.rows.shape),
+        "entries": [
+            {
+                "parameter": entry.param.name,
+                "kind": "low rank" if isinstance(entry.delta, LowRank) else "shift",
+                "transposed": isinstance(entry.delta, LowRank) and entry.delta.transposed,
+            }
+            for entry in patch.entries
+        ],
+        "report": patch.report.to_dict(),
+    }
+
+
+# --------------------------------------------------------------------------------------- loading
+
+
+def load_patch(directory: str | Path) -> ModelPatch:
+    """A patch written by ``mp.save``.  Only JSON and safetensors are read.
+
+    Raises ``PatchError`` for a missing, truncated or corrupt patch and for another format version.
+    Whether the weights are the right ones is checked when it is applied or merged.
+    """
+    directory = Path(directory)
+    description = _read_description(directory)
+    try:
+        raw = (directory / TENSORS).read_bytes()
+    except OSError as error:
+        raise PatchError(f"cannot read {directory / TENSORS}: {error.strerror or error}") from None
+    if hashlib.sha256(raw).hexdigest() != description.get("tensors_sha256"):
+        raise PatchError(f"{directory / TENSORS} is corrupt or truncated: its checksum is not the one that was saved")
+    try:
+        tensors = load_file(directory / TENSORS)
+        return _build(description, tensors)
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise PatchError(f"{directory} is corrupt: {type(error).__name__} {error}") from None
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    path = directory / DESCRIPTION
+    if not path.is_file():
+        raise PatchError(f"{directory} is not a saved patch: it has no {DESCRIPTION}")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PatchError(f"{path} is corrupt or truncated: {error}") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise PatchError(f"{path} is not a description of a patch")
+    if description.get("version") != VERSION:
+        raise PatchError(f"{path} has format version {description.get('version')}, this program reads version {VERSION}")
+    return description
+
+
+def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> ModelPatch:
+    entries = []
+    for item in description["entries"]:
+        name = item["parameter"]
+        if item["kind"] == "low rank":
+            delta: LowRank | Shift = LowRank(tensors[f"{name}::left"], tensors[f"{name}::right"], bool(item["transposed"]))
+        else:
+            delta = Shift(tensors[f"{name}::shift"])
+        entries.append(Entry(Param(name), delta))
+    inputs: dict[str, Any] = {
+        role: dict(description["valid_for"]["options"][role])
+        | {name.removeprefix(f"{role}::"): value for name, value in tensors.items() if name.startswith(f"{role}::")}
+        for role in ("source", "target")
+    }
+    positions = tuple(tensors.get(f"positions::{role}") for role in ("source", "target"))
+    inputs["positions"] = positions if positions[0] is not None else None
+    report = dict(description["report"])
+    report.pop("residual", None)
+    known = {field.name for field in dataclasses.fields(Report)}
+    layers = [LayerReport(**layer) for layer in report.pop("layers")]
+    shape = (int(description["rows_shape"][0]), int(description["rows_shape"][1]))
+    return ModelPatch(
+        tuple(entries),
+        description["scope"],
+        Rows(tensors["rows.sample"], tensors["rows.position"], shape),
+        Report(layers=layers, **{k: v for k, v in report.items() if k in known}),
+        inputs,
+        fingerprint=description["fingerprint"],
+    )

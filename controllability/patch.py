@@ -1,0 +1,62 @@
+"""A patch: parameter names and what is added to each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from controllability.arrays import Array
+from controllability.deltas import Delta, PatchedMatrix, added
+from controllability.interfaces import Param, Params
+from controllability.trace import Journal
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(Mapping[str, Delta]):
+    """Parameter name -> delta, for one block.
+
+    >>> import numpy as np
+    >>> from controllability.deltas import Shift
+    >>> patch = Patch({Param("b"): Shift(np.ones(2))})
+    >>> patch.applied_to({"b": np.zeros(2), "W": np.eye(2)})["b"]
+    array([1., 1.])
+    """
+
+    deltas: Mapping[Param, Delta]
+    journal: Journal = field(default_factory=Journal)
+
+    def __getitem__(self, name: str) -> Delta:
+        return self._by_name()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name())
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    def _by_name(self) -> dict[str, Delta]:
+        return {str(param): delta for param, delta in self.deltas.items()}
+
+    def applied_to(self, params: Params) -> dict[str, Array | PatchedMatrix]:
+        """``params`` with the patch on them, matrices still factored: for calling a block."""
+        patched = dict(params)
+        for param, delta in self.deltas.items():
+            base = param.value(params)
+            assert not isinstance(base, PatchedMatrix)
+            patched[str(param)] = added(base, delta)
+        return patched
+
+    def merged_into(self, params: Params) -> dict[str, Array]:
+        """``params`` with the patch added densely; for a patch of one token (no token axes)."""
+        patched = self.applied_to(params)
+        return {name: v.dense() if isinstance(v, PatchedMatrix) else v for name, v in patched.items()}
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the patch holds."""
+        return sum(delta.numbers for delta in self.deltas.values())
+
+    @property
+    def dense_numbers(self) -> int:
+        """How many numbers the same changes would be as dense arrays."""
+        return sum(delta.dense_numbers for delta in self.deltas.values())

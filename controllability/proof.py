@@ -1,0 +1,86 @@
+"""Proof objects: a tree of rules that can be read, checked, and executed to construct the patch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from controllability.arrays import Array
+from controllability.errors import SideConditionFailed
+from controllability.interfaces import Component, Condition, Params
+from controllability.patch import Patch
+from controllability.rules import Step, construct
+from controllability.trace import PatchedRun, Trace
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A derivation that ``block`` is patchable.  ``alternatives`` move other parameters.
+
+    Level "derived" (theory, section 6): the tree follows the rules; ``check`` runs higher levels.
+    """
+
+    block: Component
+    root: Step
+    alternatives: tuple[Step, ...]
+    via: str
+    route: str
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """Every side condition of the derivation; tested whenever it is executed."""
+        return tuple(condition for step in self.root.walk() for condition in step.conditions)
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """The names of the rules used, each once, in the order of the tree."""
+        return tuple(dict.fromkeys(step.rule.name for step in self.root.walk()))
+
+    def patched_run(self, params: Params, source: Trace | Array, target: Trace | Array, choice: int = 0) -> PatchedRun:
+        """The source run in which this proof's patch is solved on demand; ``choice`` > 0 takes an alternative."""
+        run = PatchedRun(self.block, params, source, target)
+        root = (self.root, *self.alternatives)[choice]
+        construct(root, run, lambda: run.target.output(()))
+        return run
+
+    def construct(self, params: Params, source: Trace | Array, target: Trace | Array) -> Patch:
+        """The patch with which the block at ``source`` gives what it gave at ``target``.
+
+        States are (..., d), or traces with node values that were already observed.  When a side
+        condition fails on the numbers the alternatives are tried in order; raises
+        ``SideConditionFailed`` with the first condition when none is open.
+        """
+        failure: SideConditionFailed | None = None
+        for choice in range(1 + len(self.alternatives)):
+            run = self.patched_run(params, source, target, choice)
+            try:
+                return Patch(run.deltas(), run.journal)
+            except SideConditionFailed as failed:
+                failure = failure or failed
+        assert failure is not None
+        if self.alternatives:
+            failure.tried = f"{1 + len(self.alternatives)} derivations that move different parameters"
+        raise failure
+
+    def check(self, level: str = "symbolic", seed: int = 0) -> list[dict[str, Any]]:
+        """Run the checks of a level: [{rule, status, method}].  See ``controllability.checks``."""
+        from controllability.checks import check
+
+        return check(self, level, seed)
+
+    def __str__(self) -> str:
+        from controllability.rendering.text import proof_text
+
+        return proof_text(self)
+
+    def to_latex(self) -> str:
+        """A theorem with its derivation, compilable stand-alone."""
+        from controllability.rendering.latex import proof_latex
+
+        return proof_latex(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole tree as JSON-ready data."""
+        from controllability.rendering.data import proof_dict
+
+        return proof_dict(self)

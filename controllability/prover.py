@@ -1,0 +1,118 @@
+"""The search: which rules conclude that a block can be patched, and where it stops if none does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+from controllability.components.combinators import Identity
+from controllability.errors import BadInput, NotControllable
+from controllability.interfaces import Component, InputControllable, OutputControllable, Param
+from controllability.proof import Proof
+from controllability.routes import check_route
+from controllability.rules import MOST, RULES, Attempt, Failure, Rule, Side, Step
+from controllability.trace import Path, Place
+
+Via = Literal["input-output", "output"]
+
+
+def prove(block: Component, via: Via = "input-output", route: str = "auto", frozen: Iterable[str] = ()) -> Proof:
+    """A proof that ``block`` can be patched: f(v; θ') = f(v'; θ) for admissible states v, v'.
+
+    ``via`` chooses Theorem 1 ("input-output") or 1b ("output"), ``route`` what a normalised output
+    does (auto, scale, secular, uniform, ball), ``frozen`` names parameters that must not move.
+    Raises ``NotControllable`` with the smallest culprit, and ``BadInput`` for unknown options.
+    Sound, not complete: a refusal means that no derivation was found.
+
+    >>> from controllability.components import Linear, Activation, residual
+    >>> up, down = Linear(Param("up", ("h", "d"))), Linear(Param("down", ("d", "h")))
+    >>> proof = prove(residual(up >> Activation("silu") >> down))
+    >>> proof.root.rule.name, sorted(map(str, proof.root.moved))
+    ('theorem-1', ['down', 'up'])
+    """
+    if via not in get_args(Via):
+        raise BadInput(f"unknown theorem via={via!r}: choose input-output (Theorem 1) or output (Theorem 1b)")
+    check_route(route)
+    prover = Prover(via, route, frozenset(frozen))
+    place = Place(block)
+    attempt = prover.attempt(place, "input")
+    if not attempt.steps:
+        raise refusal(attempt, place, via, route, block)
+    return Proof(block, attempt.steps[0], tuple(attempt.steps[1:]), via, route)
+
+
+class Prover:
+    """One search; attempts are remembered by place and side."""
+
+    def __init__(self, via: Via, route: str, frozen: frozenset[str]) -> None:
+        self.via, self.route, self.frozen = via, route, frozen
+        self._known: dict[tuple[Path, int, int, Side], Attempt] = {}
+
+    def is_frozen(self, param: Param) -> bool:
+        """Whether the user forbade to move this parameter."""
+        return param.name in self.frozen or str(param) in self.frozen
+
+    def attempt(self, place: Place, side: Side) -> Attempt:
+        """The derivations of one side at ``place``: cheapest first, one for each set of moved parameters."""
+        key = (place.path, place.start, len(place.component.children()), side)
+        if key not in self._known:
+            self._known[key] = self._search(place, side)
+        return self._known[key]
+
+    def _search(self, place: Place, side: Side) -> Attempt:
+        found = Attempt()
+        for rule in RULES:
+            if rule.side == side:
+                tried = rule.derive(place, self)
+                found.steps += tried.steps
+                found.failures += tried.failures
+        best: dict[frozenset[Param], Step] = {}
+        for step in sorted(found.steps, key=lambda s: s.cost):
+            best.setdefault(step.moved, step)
+        found.steps = list(best.values())[:MOST]
+        if not found.steps and not found.failures:
+            found.failures.append(_leaf_failure(place, side))
+        return found
+
+
+def _leaf_failure(place: Place, side: Side) -> Failure:
+    component = place.component
+    if side == "input":
+        reason = "it has no parameter that steers its input"
+        hint = "put a linear map, a scale or a bias before it"
+        known = isinstance(component, InputControllable)
+    else:
+        reason = "it has no parameter that moves its output, and it cannot be undone from every target"
+        hint = "put a linear map or a bias after it"
+        known = isinstance(component, OutputControllable)
+    if not (known or component.children() or isinstance(component, Identity)) and component.parameters():
+        reason = f"{type(component).__name__} does not implement {'Input' if side == 'input' else 'Output'}Controllable"
+        hint = f"if it can be steered, implement {'in' if side == 'input' else 'out'}put_steerings in its class"
+    return Failure(place, f"{side} side", reason, hint)
+
+
+def refusal(attempt: Attempt, place: Place, via: Via, route: str, block: Component) -> NotControllable:
+    """The error for a block without a derivation: the failure whose place is smallest."""
+    culprit = smallest(attempt.failures)
+    hint = culprit.hint
+    other: Via = "output" if via == "input-output" else "input-output"
+    if "via=" not in hint and Prover(other, route, frozenset()).attempt(place, "input").steps:
+        hint += f"; via='{other}' has a proof"
+    reason = culprit.reason if culprit.rule.endswith("side") else f"{culprit.rule}: {culprit.reason}"
+    return NotControllable(culprit.place.describe(), reason, hint, f"prove via {via}, route {route}")
+
+
+def smallest(failures: list[Failure]) -> Failure:
+    """Follow the last failure down to the place that fails while its parts pass."""
+    failure = failures[-1]
+    while failure.because:
+        below = [f for f in failure.because if not isinstance(f.place.component, Identity)]
+        if not below:
+            break
+        failure = below[-1]
+    return failure
+
+
+def rules_of(side: Side) -> tuple[Rule, ...]:
+    """The rows of the table for one side."""
+    return tuple(rule for rule in RULES if rule.side == side)

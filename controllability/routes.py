@@ -1,0 +1,242 @@
+"""Routes to a normalised output: which scale m' to take so that m' ∘ n(y*) = G.  (theory: RMSNorm, precisely)
+
+All functions work on (..., d) arrays, one token a row.  ``G`` is what the normalised branch must
+output, ``m`` the effective scale, ``y`` what enters the normalisation before its own patch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from controllability.arrays import Arithmetic, Array, arithmetic
+from controllability.errors import BadInput, NotExact
+
+ROUTES = ("auto", "scale", "secular", "uniform", "ball")
+NEAR = 10.0  # `auto`: amplifications within this factor of the best count as equally good
+COARSE = 1e-12  # machine epsilon above which `ball` loses too many digits to 1/√ε
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One route's answer: scale m', unit-ball point u, pre-norm target y*, and where it holds.
+
+    ``open`` (..., 1) says for which tokens the route exists; ``tame`` for which it leaves every
+    channel alive.
+    """
+
+    route: str
+    scale: Array
+    unit: Array
+    before: Array
+    open: Array
+    tame: Array
+
+
+def check_route(route: str) -> None:
+    """Raise ``BadInput`` unless ``route`` is known."""
+    if route not in ROUTES:
+        raise BadInput(f"unknown route {route!r}: choose one of {', '.join(ROUTES)}")
+
+
+def candidate(route: str, G: Array, m: Array, y: Array, eps: Any, stored: Any) -> Candidate:
+    """The answer of one route (not ``auto``) for every token.
+
+    ``stored(scale)`` rounds a scale to what the parameter can hold; u = G/m' is taken of that.
+    Source: scale [G, Thm 1]; secular [G, App. B] with Δm = −μ/m (new); uniform, ball (new).
+    """
+    xp = arithmetic(G, m, y)
+    eps = xp.number(eps)
+    live = _revived(xp, G, m)
+    r2 = _usable_mean_square(xp, y, eps)
+    nothing = xp.is_zero(xp.magnitude(G)).all(-1, **_keep(xp))
+    if route == "scale":
+        return _scale(xp, G, m, y, eps, stored)
+    q = r2 / (r2 + eps)
+    tame = open_ = xp.is_zero(q * 0)
+    unit = None
+    if route == "uniform":
+        c = xp.sqrt(xp.mean((G / live) * (G / live))) / xp.sqrt(q)
+        scale = c * live
+    elif route == "secular":
+        scale, unit = secular(xp, G, live, q)
+        tame = ~(xp.magnitude(scale) <= math.sqrt(xp.machine_epsilon(G)) * xp.magnitude(live)).any(-1, **_keep(xp))
+    else:
+        scale = live + xp.zeros_like(G)
+        open_ = 1 - xp.mean((G / live) * (G / live)) > 0 if xp.name != "sympy" else open_
+    scale = stored(xp.where(nothing, m + xp.zeros_like(G), scale))
+    dead = xp.is_zero(scale)
+    u = G / xp.where(dead, scale + 1, scale)
+    u = xp.where(dead, unit if unit is not None else xp.zeros_like(G), u)
+    u = xp.where(nothing, xp.zeros_like(G), u)
+    if route == "ball":
+        room = 1 - xp.mean(u * u)
+        room = xp.where(open_, room, xp.zeros_like(room) + 1)
+        before = u * xp.sqrt(eps / room)
+    else:
+        before = u * xp.sqrt(r2 + eps)
+    return Candidate(route, scale, u, before, open_, tame)
+
+
+def _keep(xp: Arithmetic) -> dict[str, bool]:
+    return {"keepdim": True} if xp.name == "torch" else {"keepdims": True}
+
+
+def _revived(xp: Arithmetic, G: Array, m: Array) -> Array:
+    """m with a usable value where m_i = 0 but G_i ≠ 0: no route can leave those entries alone."""
+    stuck = xp.is_zero(m) & ~xp.is_zero(G)
+    idle = xp.is_zero(m) & xp.is_zero(G)
+    if not (xp.any(stuck) or xp.any(idle)):
+        return m
+    m = m + xp.zeros_like(G)
+    count = xp.sum(xp.where(xp.is_zero(m), xp.zeros_like(m), xp.zeros_like(m) + 1))
+    usual = xp.sum(xp.magnitude(m)) / xp.where(xp.is_zero(count), count + 1, count)
+    usual = xp.where(xp.is_zero(usual), usual + 1, usual)
+    revived = xp.where(stuck, usual + xp.zeros_like(m), m)
+    # where both are zero the quotient G/m is not needed: any non-zero value gives 0
+    return xp.where(idle, xp.zeros_like(m) + 1, revived)
+
+
+def _usable_mean_square(xp: Arithmetic, y: Array, eps: Any) -> Array:
+    """mean(y²), or a value of the order of ε (1 if ε = 0) where y is too small to keep its size."""
+    r2 = xp.mean(y * y)
+    floor = eps if eps != 0 else xp.number(1)
+    small = xp.is_zero(r2) if xp.exact else r2 < (eps if eps != 0 else 1e-30)
+    return xp.where(small, xp.zeros_like(r2) + floor, r2)
+
+
+def _scale(xp: Arithmetic, G: Array, m: Array, y: Array, eps: Any, stored: Any) -> Candidate:
+    r2 = xp.mean(y * y)
+    total = r2 + eps
+    total = xp.where(xp.is_zero(total), total + 1, total)
+    n = y / xp.sqrt(total)
+    idle = xp.is_zero(n)
+    gap = G - m * n
+    open_ = (~idle | xp.is_zero(gap)).all(-1, **_keep(xp))
+    scale = xp.where(idle, m + xp.zeros_like(G), G / xp.where(idle, n + 1, n))
+    return Candidate("scale", stored(scale), n, y, open_, open_ | True)
+
+
+def secular(xp: Arithmetic, G: Array, m: Array, q: Array) -> tuple[Array, Array]:
+    """m' = m − μ/m and u = G∘m/(m²−μ) with mean(u²) = q, μ < min m²; the hard case included.
+
+    With t = min m² − μ > 0 the equation is φ(t) = mean((G∘m/(m² − min m² + t))²) = q; Newton on
+    φ^(−1/2), which is concave and nearly linear, climbs to the root from below.  Raises
+    ``NotExact`` for symbols and fractions, whose root has no closed form.
+    """
+    if xp.exact:
+        raise NotExact("the secular route needs the root of a polynomial of degree 2d: use uniform or scale in exact arithmetic")
+    gm = G * m
+    a = gm * gm
+    lowest = xp.min(m * m)
+    gaps = m * m - lowest
+    bottom = gaps == 0
+    d = G.shape[-1]
+    t = xp.max(xp.sqrt(a / (d * q)) - gaps)
+    t = xp.where(t > 0, t, xp.zeros_like(t))
+    quiet = bottom & xp.is_zero(gm)
+
+    def over(t: Array, power: int) -> Array:
+        base = xp.where(quiet, xp.zeros_like(gaps) + 1, gaps + t)
+        base = xp.where(xp.is_zero(base), base + 1, base)
+        return xp.mean(xp.where(quiet, xp.zeros_like(a), a / base**power))
+
+    hard = (over(t * 0, 2) <= q) & ~(bottom & ~quiet).any(-1, **_keep(xp))
+    tolerance = 4 * xp.machine_epsilon(G)
+    for _ in range(100):
+        phi, slope = over(t, 2), over(t, 3)
+        live = phi > q
+        slope = xp.where(xp.is_zero(slope), slope + 1, slope)
+        step = xp.where(live & ~hard, phi * (xp.sqrt(phi / q) - 1) / slope, t * 0)
+        t = t + step
+        if xp.all(xp.magnitude(step) <= tolerance * t):
+            break
+    t = xp.where(hard, t * 0, t)
+    spread = gaps + t
+    u = gm / xp.where(xp.is_zero(spread), spread + 1, spread)
+    missing = q * d - xp.sum(xp.where(quiet, u * 0, u * u))
+    missing = xp.where(hard & (missing > 0), missing, missing * 0)
+    how_many = xp.sum(xp.where(bottom, a * 0 + 1, a * 0))
+    u = xp.where(hard & bottom, xp.sqrt(missing / how_many) + u * 0, u)
+    return spread / m, u
+
+
+def amplification(chosen: Candidate, G: Array, y: Array, eps: Any) -> Array:
+    """How much a rounding error of W y is magnified in the output, relative to max |G|: (..., 1)."""
+    xp = arithmetic(G, y)
+    size = xp.max(xp.magnitude(y)) + xp.max(xp.magnitude(chosen.before))
+    r = xp.sqrt(xp.mean(chosen.before * chosen.before) + xp.number(eps))
+    r = xp.where(xp.is_zero(r), r + 1, r)
+    largest = xp.max(xp.magnitude(G))
+    largest = xp.where(xp.is_zero(largest), largest + 1, largest)
+    return xp.max(xp.magnitude(chosen.scale)) * size / r / largest
+
+
+def relative_change(scale: Array, m: Array) -> Array:
+    """max |m' − m| / |m| over the channels with m ≠ 0: (..., 1)."""
+    xp = arithmetic(scale, m)
+    m = m + xp.zeros_like(scale)
+    zero = xp.is_zero(m)
+    return xp.max(xp.where(zero, m * 0, xp.magnitude((scale - m) / xp.where(zero, m + 1, m))))
+
+
+def choose(G: Array, m: Array, y: Array, eps: Any, stored: Any) -> tuple[Candidate, str, str]:
+    """``auto``: the best-conditioned route for every token.  Returns it, its name, and why.
+
+    Routes whose amplification is within a factor 10 of the best count as equal, and among them the
+    smallest relative change of the scale wins.  Dead channels are avoided; ``ball`` below float64
+    is taken only if nothing else is open.  Exact arithmetics cannot compare sizes: they take
+    uniform, or scale where a root would be irrational.
+    """
+    xp = arithmetic(G, m, y)
+    if xp.exact:
+        try:
+            return candidate("uniform", G, m, y, eps, stored), "uniform", "exact arithmetic: closed form"
+        except NotExact:
+            return candidate("scale", G, m, y, eps, stored), "scale", "exact arithmetic: no root needed"
+    options = [candidate(route, G, m, y, eps, stored) for route in ("uniform", "secular", "scale", "ball")]
+    infinite = float("inf")
+    costs, changes = [], []
+    for option in options:
+        usable = option.open & _finite(xp, option)
+        if option.route == "ball" and xp.machine_epsilon(G) > COARSE:
+            usable = usable & ~usable  # last resort: considered below
+        kappa = amplification(option, G, y, eps)
+        kappa = xp.where(option.tame, kappa, kappa * NEAR**3)
+        costs.append(xp.where(usable, kappa, kappa * 0 + infinite))
+        changes.append(relative_change(option.scale, m))
+    best = costs[0]
+    for cost in costs[1:]:
+        best = xp.where(cost < best, cost, best)
+    nothing = best == infinite
+    picked, picked_change = options[3], xp.where(nothing, changes[3], changes[3] * 0 + infinite)
+    names = [xp.is_zero(best * 0) & nothing]
+    for option, cost, change in zip(options, costs, changes, strict=True):
+        better = (cost <= NEAR * best) & (change < picked_change) & ~nothing
+        picked = _select(xp, better, option, picked)
+        picked_change = xp.where(better, change, picked_change)
+        names = [old & ~better for old in names] + [better]
+    counts = {o.route: int(n.sum()) for o, n in zip(options, names[1:], strict=True)}
+    counts["ball"] += int(names[0].sum())
+    used = "+".join(route for route, count in counts.items() if count)
+    why = "; ".join(
+        f"{o.route}: amplification {_worst(xp, cost)}, scale change {_worst(xp, change)}"
+        for o, cost, change in zip(options, costs, changes, strict=True)
+    )
+    return picked, used, why
+
+
+def _finite(xp: Arithmetic, option: Candidate) -> Array:
+    total = xp.sum(option.scale * 0) + xp.sum(option.before * 0)
+    return total == 0
+
+
+def _select(xp: Arithmetic, mask: Array, a: Candidate, b: Candidate) -> Candidate:
+    pick = [xp.where(mask, getattr(a, f), getattr(b, f)) for f in ("scale", "unit", "before", "open", "tame")]
+    return Candidate("mixed", *pick)
+
+
+def _worst(xp: Arithmetic, values: Array) -> str:
+    worst = xp.to_float(xp.max(values.reshape(-1)).reshape(()))
+    return "closed" if worst == float("inf") else f"{worst:.2g}"

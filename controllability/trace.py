@@ -1,0 +1,249 @@
+"""Values at the nodes of an expression: computed on demand, or observed in a real run.
+
+A node is addressed by its path: the child indices from the root.  ``Trace`` holds one run of a
+block; ``PatchedRun`` is the source run with the patch of a proof, in which every delta is solved
+the moment its component's input is known.  On a live model the same object is fed by hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from controllability.arrays import Array, arithmetic
+from controllability.components.combinators import Product, Sequence, Sum
+from controllability.deltas import Delta
+from controllability.errors import SideConditionFailed
+from controllability.interfaces import Component, Condition, Param, Params, Steering, measure
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A component and where it stands; a slice of a sequence keeps the paths of its parts."""
+
+    component: Component
+    path: Path = ()
+    start: int = 0
+
+    def parts(self) -> tuple[Place, ...]:
+        """The places of the children."""
+        return tuple(
+            Place(child, (*self.path, self.start + i)) for i, child in enumerate(self.component.children())
+        )
+
+    def slice(self, start: int, stop: int) -> Place:
+        """Parts start … stop of a sequence, as a place of their own."""
+        assert isinstance(self.component, Sequence)
+        if stop - start == 1:
+            return self.parts()[start]
+        return Place(Sequence(self.component.parts[start:stop]), self.path, self.start + start)
+
+    @property
+    def inlet(self) -> Path:
+        """The node whose input is this place's input."""
+        return self.parts()[0].inlet if isinstance(self.component, Sequence) else self.path
+
+    @property
+    def outlet(self) -> Path:
+        """The node whose output is this place's output."""
+        return self.parts()[-1].outlet if isinstance(self.component, Sequence) else self.path
+
+    def describe(self) -> str:
+        """The component's own description."""
+        return self.component.describe()
+
+
+def node(block: Component, path: Path) -> Component:
+    """The component at ``path``."""
+    for index in path:
+        block = block.children()[index]
+    return block
+
+
+def leaves(block: Component, path: Path = ()) -> list[tuple[Path, Component]]:
+    """Every leaf with its path, in the order of evaluation."""
+    if not block.children():
+        return [(path, block)]
+    return [leaf for i, child in enumerate(block.children()) for leaf in leaves(child, (*path, i))]
+
+
+class Trace:
+    """One run of ``block``: state (..., d) in, node values on demand.
+
+    ``observed`` maps paths to outputs that the real run already computed; they are not computed
+    again.
+
+    >>> import numpy as np
+    >>> from controllability.components import Times
+    >>> trace = Trace(Times(2) >> Times(5), {}, np.ones(1))
+    >>> trace.output((0,)), trace.output(())
+    (array([2.]), array([10.]))
+    """
+
+    def __init__(
+        self, block: Component, params: Params, state: Array, observed: Mapping[Path, Array] | None = None
+    ) -> None:
+        self.block, self.params, self.state = block, params, state
+        self.observed = dict(observed or {})
+        self._outputs: dict[Path, Array] = dict(self.observed)
+        self._inputs: dict[Path, Array] = {}
+
+    def observe_input(self, path: Path, value: Array) -> None:
+        """Tell the trace what a real run fed into the node at ``path``."""
+        self._inputs[path] = value
+
+    def observe_output(self, path: Path, value: Array) -> None:
+        """Tell the trace what a real run computed at ``path``."""
+        self._outputs[path] = value
+
+    def input(self, path: Path) -> Array:
+        """The input of the node at ``path``."""
+        if path in self._inputs:
+            return self._inputs[path]
+        if not path:
+            return self.state
+        parent, index = path[:-1], path[-1]
+        if index > 0 and isinstance(node(self.block, parent), Sequence):
+            return self.output((*parent, index - 1))
+        return self.input(parent)
+
+    def feeds_from_root(self, path: Path) -> bool:
+        """Whether the node at ``path`` reads the block's own input."""
+        parents = ((node(self.block, path[:i]), path[i]) for i in range(len(path)))
+        return all(index == 0 or not isinstance(parent, Sequence) for parent, index in parents)
+
+    def output(self, path: Path) -> Array:
+        """The output of the node at ``path``."""
+        if path not in self._outputs:
+            self._outputs[path] = self._compute(path)
+        return self._outputs[path]
+
+    def _compute(self, path: Path) -> Array:
+        component = node(self.block, path)
+        if isinstance(component, Sequence):
+            return self.output((*path, len(component.parts) - 1))
+        if isinstance(component, Sum | Product):
+            value = component.combine([self.output((*path, i)) for i in range(len(component.children()))])
+        else:
+            value = self.leaf(path, component)
+        return arithmetic(value).settle(value)
+
+    def leaf(self, path: Path, component: Component) -> Array:
+        """The output of a leaf at its input."""
+        return component(self.params, self.input(path))
+
+
+@dataclass(frozen=True)
+class Margin:
+    """A side condition that was tested: how far the numbers were from breaking it (None: vacuous or symbolic)."""
+
+    condition: Condition
+    value: float | None
+
+
+@dataclass
+class Goal:
+    """What a leaf is steered to: a wanted output, or a delta that another rule decides."""
+
+    steering: Steering
+    wanted: Callable[[], Array] | None = None
+    delta: Callable[[], Delta] | None = None
+
+
+@dataclass
+class Journal:
+    """What happened while a proof was executed: tested conditions and decisions taken."""
+
+    margins: list[Margin] = field(default_factory=list)
+    decisions: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+class PatchedRun(Trace):
+    """The source run with the patch: raw outputs are computed or observed, gaps solved, effects added."""
+
+    def __init__(self, block: Component, params: Params, source: Trace | Array, target: Trace | Array) -> None:
+        known = source if isinstance(source, Trace) else Trace(block, params, source)
+        super().__init__(block, params, known.state)
+        self.target = target if isinstance(target, Trace) else Trace(block, params, target)
+        self.unpatched = known
+        self.goals: dict[Path, Goal] = {}
+        self.raw_outputs: dict[Path, Array] = {}
+        self.solved: dict[Path, Delta] = {}
+        self.journal = Journal()
+
+    def steer(self, path: Path, goal: Goal) -> None:
+        """Announce that the leaf at ``path`` will be patched."""
+        self.goals[path] = goal
+
+    def observe_raw(self, path: Path, value: Array) -> None:
+        """Tell the run what a leaf computed with its stored parameters at its patched input."""
+        self.raw_outputs[path] = value
+
+    def raw(self, path: Path) -> Array:
+        """The output of a leaf at its patched input, its own parameters as stored."""
+        if path not in self.raw_outputs:
+            if path in self.unpatched.observed and not any(_precedes(g, path) for g in self.goals):
+                value = self.unpatched.observed[path]
+            else:
+                value = node(self.block, path)(self.params, self.input(path))
+            self.raw_outputs[path] = arithmetic(value).settle(value)
+        return self.raw_outputs[path]
+
+    def raw_of(self, place: Place) -> Array:
+        """The output of ``place`` at its patched input, with none of its own parameters moved."""
+        if not place.component.children():
+            return self.raw(place.path)
+        parts = place.parts()
+        if isinstance(place.component, Sequence):
+            value = self.raw_of(parts[0])
+            for part in parts[1:]:
+                value = part.component(self.params, value)
+            return value
+        return place.component(self.params, self.input(place.inlet))
+
+    def leaf(self, path: Path, component: Component) -> Array:
+        if path not in self.goals:
+            return component(self.params, self.input(path))
+        x = self.input(path)
+        delta = self.delta(path)
+        return self.raw(path) + self.goals[path].steering.effect(x, delta)
+
+    def delta(self, path: Path) -> Delta:
+        """The delta of the leaf at ``path``, solved once."""
+        if path not in self.solved:
+            goal = self.goals[path]
+            self.solved[path] = goal.delta() if goal.delta else self._solve(path, goal)
+        return self.solved[path]
+
+    def _solve(self, path: Path, goal: Goal) -> Delta:
+        assert goal.wanted is not None
+        x, raw, wanted = self.input(path), self.raw(path), goal.wanted()
+        xp = arithmetic(x, raw, wanted)
+        x, gap = xp.lift(x), xp.settle(xp.lift(wanted) - xp.lift(raw))
+        for condition in goal.steering.conditions:
+            self.check(condition, x, gap)
+        return goal.steering.solve(self.params, x, gap)
+
+    def check(self, condition: Condition, x: Array, gap: Array) -> None:
+        """Test a side condition on the numbers and note its margin."""
+        self.journal.margins.append(Margin(condition, measure(condition, x, gap)))
+
+    def refuse(self, condition: Condition, position: int, tried: str, hint: str) -> None:
+        """Raise for a condition that no way around fulfils."""
+        raise SideConditionFailed(condition.statement, condition.where, None, position, tried, hint)
+
+    def deltas(self) -> dict[Param, Delta]:
+        """Every delta of the patch; solves what is not solved yet."""
+        self.output(())
+        return {goal.steering.param: self.delta(path) for path, goal in self.goals.items()}
+
+
+def _precedes(earlier: Path, later: Path) -> bool:
+    """Whether a change at ``earlier`` may reach the input of ``later`` (same-level order is enough)."""
+    for a, b in zip(earlier, later, strict=False):
+        if a != b:
+            return a < b
+    return False
