@@ -47,7 +47,9 @@ class LiveParams(Mapping[str, Array]):
             except AttributeError:
                 missing.append(name)
         if missing:
-            raise ReadingError(f"the model has no parameter {', '.join(missing)}: its layers are not what was registered")
+            raise ReadingError(
+                f"the model has no parameter {', '.join(missing)}: its layers are not what was registered"
+            )
 
     def __getitem__(self, name: str) -> Array:
         module, attribute = self._where[name]
@@ -99,6 +101,7 @@ def read(model: Any) -> Reading:
     if model_type is None:
         raise BadInput(f"{type(model).__name__} has no config.model_type: give a transformers model")
     architecture = find(model_type)
+    assert config is not None
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     try:
         settings = architecture.settings(text_config)
@@ -106,7 +109,9 @@ def read(model: Any) -> Reading:
         raise ReadingError(f"{architecture.name}: the config has a value that is not declared: {missing}") from None
     found = [(n, m) for n, m in model.named_modules() if type(m).__name__ == architecture.layer_class]
     if not found:
-        raise ReadingError(f"{architecture.name}: no module of class {architecture.layer_class} in {type(model).__name__}")
+        raise ReadingError(
+            f"{architecture.name}: no module of class {architecture.layer_class} in {type(model).__name__}"
+        )
     layers = []
     for index, (name, _) in enumerate(found):
         block = architecture.build(View(f"{name}.", {}, settings))

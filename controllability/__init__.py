@@ -31,7 +31,7 @@ _HOME = {
     "load_patch": "models",
     "patch_model": "models",
 }
-__all__ = sorted(_HOME)
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ Array = Any  # numpy.ndarray (float or object) or torch.Tensor
 class Arithmetic:
     """NumPy floats; the other arithmetics override what differs."""
 
-    name = "numpy"
+    kind = "numpy"
     exact = False
 
     def machine_epsilon(self, x: Array) -> float:
@@ -84,6 +84,10 @@ class Arithmetic:
         """Smallest feature, keeping the axis."""
         return x.min(axis=-1, keepdims=True)
 
+    def smallest(self, x: Array) -> Array:
+        """Smallest |feature|, keeping the axis; in symbols the product, which is 0 exactly when one is."""
+        return self.min(self.magnitude(x))
+
     def mean(self, x: Array) -> Array:
         """Mean over the features, keeping the axis."""
         return self.sum(x) / x.shape[-1]
@@ -109,8 +113,12 @@ class Arithmetic:
         """A fused kernel for a named activation, or None where the formula is to be used."""
         return None
 
-    def settle(self, x: Array) -> Array:
-        """A value at the border of two components: simplified where that means something."""
+    def tidy(self, x: Array) -> Array:
+        """The same value in a normal form, where the arithmetic has one."""
+        return x
+
+    def name(self, x: Array) -> Array:
+        """The same value, from here on treated as given: symbols get a name for it."""
         return x
 
     def to_float(self, x: Array) -> Any:
@@ -172,7 +180,7 @@ class ObjectArithmetic(Arithmetic):
 class RationalArithmetic(ObjectArithmetic):
     """``fractions.Fraction``: exact, with square roots of perfect squares only."""
 
-    name = "rational"
+    kind = "rational"
     exact = True
 
     def number(self, value: Any) -> Any:
@@ -186,13 +194,15 @@ class RationalArithmetic(ObjectArithmetic):
                 return Fraction(top, bottom)
         if name != "sqrt" and value == 0:
             return Fraction(int(name == "exp"))
-        raise NotExact(f"{name}({value}) is not rational; use SymPy or mpmath numbers, or choose the instance so that it is")
+        raise NotExact(
+            f"{name}({value}) is not rational; use SymPy or mpmath numbers, or choose the instance so that it is"
+        )
 
 
 class MpmathArithmetic(ObjectArithmetic):
     """mpmath numbers, in the precision of the caller's ``mpmath.workdps``."""
 
-    name = "mpmath"
+    kind = "mpmath"
 
     def machine_epsilon(self, x: Array) -> float:
         import mpmath
@@ -213,9 +223,9 @@ class MpmathArithmetic(ObjectArithmetic):
 
 
 class SympyArithmetic(ObjectArithmetic):
-    """SymPy expressions.  ``settle`` brings values at component borders into a normal form."""
+    """SymPy expressions, kept in a normal form; see ``controllability.symbols``."""
 
-    name = "sympy"
+    kind = "sympy"
     exact = True
 
     def number(self, value: Any) -> Any:
@@ -230,20 +240,33 @@ class SympyArithmetic(ObjectArithmetic):
     def scalar(self, name: str, value: Any) -> Any:
         import sympy
 
+        if name == "sqrt":  # equal radicands must look equal, or their roots do not cancel
+            value = self.tidy(np.array([value], dtype=object))[0]
         return getattr(sympy, name)(value)
+
+    def linear(self, x: Array, weight: Array) -> Array:
+        return self.name(x @ weight.swapaxes(-1, -2))
 
     def max(self, x: Array) -> Array:
         raise NotExact("symbols have no order: take another route than one that compares sizes")
 
     min = max
 
+    def smallest(self, x: Array) -> Array:
+        return x.prod(axis=-1, keepdims=True)
+
     def magnitude(self, x: Array) -> Array:
         return self.each(abs, x)
 
-    def settle(self, x: Array) -> Array:
+    def tidy(self, x: Array) -> Array:
         from controllability.symbols import normal_form
 
         return self.each(normal_form, x)
+
+    def name(self, x: Array) -> Array:
+        from controllability.symbols import named
+
+        return self.each(named, x)
 
     def to_float(self, x: Array) -> Any:
         value = np.asarray(x, dtype=object).reshape(())[()]
@@ -253,7 +276,7 @@ class SympyArithmetic(ObjectArithmetic):
 class TorchArithmetic(Arithmetic):
     """torch tensors of any dtype on any device; solving happens in float32 or better."""
 
-    name = "torch"
+    kind = "torch"
 
     def machine_epsilon(self, x: Array) -> float:
         return float(self.torch.finfo(x.dtype).eps)
@@ -330,7 +353,7 @@ _NUMPY, _RATIONAL, _MPMATH, _SYMPY, _TORCH = (
     SympyArithmetic(),
     TorchArithmetic(),
 )
-ARITHMETICS: dict[str, Arithmetic] = {a.name: a for a in (_NUMPY, _RATIONAL, _MPMATH, _SYMPY, _TORCH)}
+ARITHMETICS: dict[str, Arithmetic] = {a.kind: a for a in (_NUMPY, _RATIONAL, _MPMATH, _SYMPY, _TORCH)}
 
 
 def arithmetic(*arrays: Array) -> Arithmetic:
@@ -339,10 +362,10 @@ def arithmetic(*arrays: Array) -> Arithmetic:
     Raises ``BadInput`` for anything that is not an array of a known kind.
 
     >>> import numpy as np
-    >>> arithmetic(np.zeros(3)).name
+    >>> arithmetic(np.zeros(3)).kind
     'numpy'
     >>> from fractions import Fraction
-    >>> arithmetic(np.array([Fraction(1, 2)], dtype=object)).name
+    >>> arithmetic(np.array([Fraction(1, 2)], dtype=object)).kind
     'rational'
     """
     torch = sys.modules.get("torch")
@@ -376,12 +399,14 @@ def _numpy_kind(x: Array) -> Arithmetic:
 def _element_kind(value: Any) -> Arithmetic:
     if isinstance(value, (Fraction, int)):
         return _RATIONAL
-    module = type(value).__module__.partition(".")[0]
-    if module == "sympy":
+    sympy, mpmath = sys.modules.get("sympy"), sys.modules.get("mpmath")
+    if sympy is not None and isinstance(value, sympy.Basic):
         return _SYMPY
-    if module == "mpmath":
+    if mpmath is not None and isinstance(value, mpmath.mpf):
         return _MPMATH
-    raise BadInput(f"cannot compute with elements of type {type(value).__name__}; use floats, Fraction, SymPy or mpmath")
+    raise BadInput(
+        f"cannot compute with elements of type {type(value).__name__}; use floats, Fraction, SymPy or mpmath"
+    )
 
 
 def dot(a: Array, b: Array) -> Array:

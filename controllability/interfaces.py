@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from controllability.arrays import Array, arithmetic
 from controllability.deltas import Delta, PatchedMatrix, added
@@ -40,8 +40,8 @@ class Param:
     def __hash__(self) -> int:
         return hash(str(self))
 
-    def value(self, params: Params) -> Array | PatchedMatrix:
-        """The array of this parameter.  Raises ``BadInput`` when it is missing."""
+    def value(self, params: Params) -> Any:
+        """The array of this parameter, or the patched matrix.  Raises ``BadInput`` when it is missing."""
         key = str(self)
         if key in params:
             return params[key]
@@ -206,9 +206,13 @@ class Bijection(ABC):
     def invert(self, params: Params, y: Array) -> Array:
         """The x with self(params, x) = y."""
 
-    @abstractmethod
     def image_conditions(self) -> tuple[Condition, ...]:
-        """What a target must fulfil to be in the image; margins are taken of (target, target)."""
+        """What must hold for a target to be in the image; none for a bijection onto everything."""
+        return ()
+
+    def image_margin(self, params: Params, y: Array) -> Array:
+        """How far each target (..., d) is from leaving the image, shape (..., 1); positive inside."""
+        raise NotImplementedError(f"{type(self).__name__} has image conditions but no image_margin")
 
 
 def first_open(steerings: tuple[Steering, ...], params: Params, x: Array, gap: Array) -> dict[str, Delta]:
@@ -235,7 +239,7 @@ def measure(condition: Condition, x: Array, gap: Array) -> float | None:
         return None
     xp = arithmetic(x, gap)
     margins = condition.margin(x, gap).reshape(-1)
-    if xp.name == "sympy":
+    if xp.kind == "sympy":
         zeros = xp.is_zero(margins)
         if not zeros.any():
             return None  # generic symbols: assumed, and listed with the proof

@@ -64,7 +64,7 @@ def candidate(route: str, G: Array, m: Array, y: Array, eps: Any, stored: Any) -
         tame = ~(xp.magnitude(scale) <= math.sqrt(xp.machine_epsilon(G)) * xp.magnitude(live)).any(-1, **_keep(xp))
     else:
         scale = live + xp.zeros_like(G)
-        open_ = 1 - xp.mean((G / live) * (G / live)) > 0 if xp.name != "sympy" else open_
+        open_ = 1 - xp.mean((G / live) * (G / live)) > 0 if xp.kind != "sympy" else open_
     scale = stored(xp.where(nothing, m + xp.zeros_like(G), scale))
     dead = xp.is_zero(scale)
     u = G / xp.where(dead, scale + 1, scale)
@@ -80,7 +80,7 @@ def candidate(route: str, G: Array, m: Array, y: Array, eps: Any, stored: Any) -
 
 
 def _keep(xp: Arithmetic) -> dict[str, bool]:
-    return {"keepdim": True} if xp.name == "torch" else {"keepdims": True}
+    return {"keepdim": True} if xp.kind == "torch" else {"keepdims": True}
 
 
 def _revived(xp: Arithmetic, G: Array, m: Array) -> Array:
@@ -126,7 +126,9 @@ def secular(xp: Arithmetic, G: Array, m: Array, q: Array) -> tuple[Array, Array]
     ``NotExact`` for symbols and fractions, whose root has no closed form.
     """
     if xp.exact:
-        raise NotExact("the secular route needs the root of a polynomial of degree 2d: use uniform or scale in exact arithmetic")
+        raise NotExact(
+            "the secular route needs the root of a polynomial of degree 2d: use uniform or scale in exact arithmetic"
+        )
     gm = G * m
     a = gm * gm
     lowest = xp.min(m * m)

@@ -22,6 +22,7 @@ from controllability.components.times import Times
 from controllability.deltas import Delta, Shift
 from controllability.interfaces import (
     Bijection,
+    Component,
     Condition,
     InputControllable,
     OutputControllable,
@@ -141,7 +142,9 @@ class LeafRule(Rule):
                 continue
             if prover.is_frozen(steering.param):
                 found.failures.append(
-                    Failure(place, self.name, f"{steering.param} may not move (frozen)", f"allow {steering.param} to move")
+                    Failure(
+                        place, self.name, f"{steering.param} may not move (frozen)", f"allow {steering.param} to move"
+                    )
                 )
                 continue
             found.steps.append(
@@ -237,7 +240,13 @@ class InputCombine(Rule):
         parts = place.parts()
         attempts = [prover.attempt(part, "input") for part in parts]
         failures = [
-            Failure(part, self.name, "this part is not input-controllable", "give it a linear map before it", tuple(a.failures))
+            Failure(
+                part,
+                self.name,
+                "this part is not input-controllable",
+                "give it a linear map before it",
+                tuple(a.failures),
+            )
             for part, a in zip(parts, attempts, strict=True)
             if not a.steps
         ]
@@ -355,7 +364,7 @@ def _rest_of_sum(step: Step, moved: Step, run: PatchedRun, wanted: Wanted) -> Wa
         value = xp.lift(value)
         for outlet in others:
             value = value - xp.lift(run.output(outlet))
-        return xp.settle(value)
+        return xp.name(value)
 
     return rest
 
@@ -391,6 +400,10 @@ class OutputAfterFixed(Rule):
             else:
                 found.steps.append(Step(self, place, (step,), step.moved, cost=step.cost, note=before.describe()))
         return found
+
+
+def _is_rms(component: Component) -> bool:
+    return isinstance(component, Normalize) and component.kind == "rms"
 
 
 def _after_normalisation(place: Place) -> bool:
@@ -436,12 +449,8 @@ class OutputThroughBijection(Rule):
             value = wanted()
             value = arithmetic(value).lift(value)
             for condition in step.conditions:
-                if isinstance(q, Scale):
-                    m = q.effective(run.params)
-                    condition = Condition(condition.statement, condition.where, lambda x, gap: q.nonzero_margin(run.params))
-                    run.check(condition, m, m)
-                else:
-                    run.check(condition, value, value)
+                room = Condition(condition.statement, condition.where, lambda y, _: q.image_margin(run.params, y))
+                run.check(room, value, value)
             return q.invert(run.params, value)
 
         construct(step.premises[0], run, before)
@@ -473,7 +482,7 @@ class OutputNormalised(Rule):
         parts = place.component.parts
         scaled = isinstance(parts[-1], Scale)
         norm = len(parts) - (2 if scaled else 1)
-        if norm < 1 or not isinstance(parts[norm], Normalize) or parts[norm].kind != "rms":
+        if norm < 1 or not _is_rms(parts[norm]):
             return Attempt()
         inner = place.slice(0, norm)
         attempt = prover.attempt(inner, "output")
@@ -581,7 +590,11 @@ class OutputSum(Rule):
 
     name, side = "O-sum", "output"
     statement = "g₁ + … + g_k"
-    when, patch, source = "one term is output-controllable and the others do not read what it moves", "that term's", "theory 2"
+    when, patch, source = (
+        "one term is output-controllable and the others do not read what it moves",
+        "that term's",
+        "theory 2",
+    )
 
     def derive(self, place: Place, prover: Prover) -> Attempt:
         if not isinstance(place.component, Sum):
@@ -608,7 +621,11 @@ class OutputFactor(Rule):
 
     name, side = "O-factor", "output"
     statement = "p(y) ∘ g(y), p fixed"
-    when, patch, source = "g is output-controllable, no entry of p(y) is zero", "g's with δ/p(y)", "O-times, entry by entry (new)"
+    when, patch, source = (
+        "g is output-controllable, no entry of p(y) is zero",
+        "g's with δ/p(y)",
+        "O-times, entry by entry (new)",
+    )
 
     def derive(self, place: Place, prover: Prover) -> Attempt:
         if not isinstance(place.component, Product):
@@ -623,7 +640,9 @@ class OutputFactor(Rule):
                     found.failures.append(_shared(place, self.name, twice))
                     continue
                 names = " * ".join(p.describe() for p in others)
-                condition = Condition(f"no entry of the other factor ({names}) is zero", place.describe(), _smallest_entry)
+                condition = Condition(
+                    f"no entry of the other factor ({names}) is zero", place.describe(), _smallest_entry
+                )
                 cost = max(step.cost, 2)
                 found.steps.append(Step(self, place, (step,), step.moved, (condition,), cost))
         return found
@@ -645,9 +664,7 @@ class OutputFactor(Rule):
 
 
 def _smallest_entry(x: Array, gap: Array) -> Array:
-    xp = arithmetic(x)
-    size = xp.magnitude(x)
-    return size.prod(axis=-1, keepdims=True) if xp.name == "sympy" else xp.min(size)
+    return arithmetic(x).smallest(x)
 
 
 def _leaf_rules() -> tuple[LeafRule, ...]:

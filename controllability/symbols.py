@@ -2,7 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+
+_ACTIVE: ContextVar[Definitions | None] = ContextVar("definitions", default=None)
+
+
+class Definitions:
+    """Names for intermediate values: equal normal forms get the same name, once.
+
+    An identity that reduces to 0 with the names as free symbols holds for whatever they stand for.
+    """
+
+    def __init__(self) -> None:
+        self.meaning: dict[Any, Any] = {}
+        self._names: dict[Any, Any] = {}
+
+    def name(self, expression: Any) -> Any:
+        """The name of a value; a new one if it was not seen before."""
+        import sympy
+
+        if expression.is_Atom:
+            return expression
+        if expression not in self._names:
+            symbol = sympy.Symbol(f"t{len(self._names) + 1}", real=True)
+            self._names[expression] = symbol
+            self.meaning[symbol] = expression
+        return self._names[expression]
+
+    def expand_once(self, expression: Any) -> Any:
+        """The expression with the names in it replaced by their definitions, one level deep."""
+        return expression.xreplace({s: self.meaning[s] for s in expression.free_symbols if s in self.meaning})
+
+    def expand(self, expression: Any) -> Any:
+        """The expression with every name replaced by what it stands for."""
+        while any(s in self.meaning for s in expression.free_symbols):
+            expression = self.expand_once(expression)
+        return expression
+
+
+@contextmanager
+def definitions() -> Iterator[Definitions]:
+    """Within this context SymPy arithmetic names the outputs of linear maps and wanted values."""
+    table = Definitions()
+    token = _ACTIVE.set(table)
+    try:
+        yield table
+    finally:
+        _ACTIVE.reset(token)
+
+
+def named(expression: Any) -> Any:
+    """The normal form, named if definitions are being kept."""
+    reduced = normal_form(expression)
+    table = _ACTIVE.get()
+    return reduced if table is None else table.name(reduced)
 
 
 def normal_form(expression: Any, rounds: int = 4) -> Any:
@@ -24,9 +80,16 @@ def normal_form(expression: Any, rounds: int = 4) -> Any:
     for _ in range(rounds):
         if expression.is_Atom or isinstance(expression, sympy.core.function.AppliedUndef):
             return expression
-        names = {atom: sympy.Dummy(positive=atom.is_positive) for atom in _opaque(expression)}
-        reduced = sympy.cancel(sympy.together(expression.xreplace(names)))
-        reduced = reduced.xreplace({name: atom for atom, name in names.items()})
+        names, meaning = {}, {}
+        roots: dict[Any, Any] = {}
+        for atom in _opaque(expression):
+            if isinstance(atom, sympy.Pow) and (2 * atom.exp).is_Integer:  # A^(k/2) is a power of one root
+                name = roots.setdefault(atom.base, sympy.Dummy(positive=atom.base.is_positive))
+                names[atom], meaning[name] = name ** (2 * atom.exp), sympy.sqrt(atom.base)
+            else:
+                name = sympy.Dummy(positive=atom.is_positive)
+                names[atom], meaning[name] = name, atom
+        reduced = sympy.cancel(sympy.together(expression.xreplace(names))).xreplace(meaning)
         if reduced == expression:
             break
         expression = reduced
@@ -42,9 +105,7 @@ def _opaque(expression: Any) -> set[Any]:
     while pending:
         node = pending.pop()
         if isinstance(node, sympy.Pow) and not node.exp.is_Integer:
-            found.add(sympy.sqrt(node.base) if node.exp.is_Rational and node.exp.q == 2 else node)
-            if node.exp.is_Rational and node.exp.q == 2 and node.exp != sympy.Rational(1, 2):
-                found.add(node)
+            found.add(node)
         elif isinstance(node, sympy.Function):
             found.add(node)
         else:

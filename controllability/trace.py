@@ -29,9 +29,7 @@ class Place:
 
     def parts(self) -> tuple[Place, ...]:
         """The places of the children."""
-        return tuple(
-            Place(child, (*self.path, self.start + i)) for i, child in enumerate(self.component.children())
-        )
+        return tuple(Place(child, (*self.path, self.start + i)) for i, child in enumerate(self.component.children()))
 
     def slice(self, start: int, stop: int) -> Place:
         """Parts start … stop of a sequence, as a place of their own."""
@@ -128,7 +126,7 @@ class Trace:
             value = component.combine([self.output((*path, i)) for i in range(len(component.children()))])
         else:
             value = self.leaf(path, component)
-        return arithmetic(value).settle(value)
+        return arithmetic(value).tidy(value)
 
     def leaf(self, path: Path, component: Component) -> Array:
         """The output of a leaf at its input."""
@@ -189,7 +187,7 @@ class PatchedRun(Trace):
                 value = self.unpatched.observed[path]
             else:
                 value = node(self.block, path)(self.params, self.input(path))
-            self.raw_outputs[path] = arithmetic(value).settle(value)
+            self.raw_outputs[path] = value
         return self.raw_outputs[path]
 
     def raw_of(self, place: Place) -> Array:
@@ -222,7 +220,7 @@ class PatchedRun(Trace):
         assert goal.wanted is not None
         x, raw, wanted = self.input(path), self.raw(path), goal.wanted()
         xp = arithmetic(x, raw, wanted)
-        x, gap = xp.lift(x), xp.settle(xp.lift(wanted) - xp.lift(raw))
+        x, gap = xp.lift(x), xp.tidy(xp.lift(wanted) - xp.lift(raw))
         for condition in goal.steering.conditions:
             self.check(condition, x, gap)
         return goal.steering.solve(self.params, x, gap)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from controllability.arrays import Array, Arithmetic, arithmetic
+from controllability.arrays import Arithmetic, Array, arithmetic
 from controllability.errors import BadInput
 from controllability.interfaces import Bijection, Component, Condition, Params
 
@@ -31,11 +31,11 @@ def _gelu_tanh(xp: Arithmetic, x: Array) -> Array:
 
 
 def _root_of(xp: Arithmetic, value: int, over_pi: bool = False) -> Any:
-    if xp.name == "sympy":
+    if xp.kind == "sympy":
         import sympy
 
         return sympy.sqrt(value / sympy.pi if over_pi else sympy.Integer(value))
-    if xp.name == "mpmath":
+    if xp.kind == "mpmath":
         import mpmath
 
         return mpmath.sqrt(value / mpmath.pi if over_pi else value)
@@ -97,7 +97,7 @@ class Activation(Component):
         from controllability.arrays import SympyArithmetic
 
         if not isinstance(xp, SympyArithmetic):
-            raise BadInput(f"activation {self.name!r} is a symbol: it has values in SymPy only, not in {xp.name}")
+            raise BadInput(f"activation {self.name!r} is a symbol: it has values in SymPy only, not in {xp.kind}")
         return xp.each(sympy.Function(self.name), x)
 
     def describe(self) -> str:
@@ -130,10 +130,10 @@ class SoftCap(Component, Bijection):
         return xp.arctanh(y / cap) * cap
 
     def image_conditions(self) -> tuple[Condition, ...]:
-        return (Condition(f"the soft-cap can reach the target: |target| < {self.cap}", self.describe(), self._room),)
+        return (Condition(f"the soft-cap can reach the target: |target| < {self.cap}", self.describe()),)
 
-    def _room(self, target: Array, _: Array) -> Array:
-        xp = arithmetic(target)
-        if xp.name == "sympy":
-            return xp.sum(xp.zeros_like(target)) + 1  # symbols: assumed
-        return xp.min(xp.number(self.cap) - xp.magnitude(target))
+    def image_margin(self, params: Params, y: Array) -> Array:
+        xp = arithmetic(y)
+        if xp.kind == "sympy":
+            return xp.sum(xp.zeros_like(y)) + 1  # symbols: assumed
+        return xp.min(xp.number(self.cap) - xp.magnitude(y))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from controllability.arrays import Array
 from controllability.deltas import Delta, Shift
-from controllability.interfaces import Bijection, Component, Condition, Param, Params, Steerable, Steering
+from controllability.interfaces import Bijection, Component, Param, Params, Steerable, Steering
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,6 @@ class Bias(Component, Steerable, Bijection):
 
     def invert(self, params: Params, y: Array) -> Array:
         return y - self.bias.value(params)
-
-    def image_conditions(self) -> tuple[Condition, ...]:
-        return ()
 
 
 def _gap(params: Params, x: Array, gap: Array) -> Delta:

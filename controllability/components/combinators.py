@@ -7,7 +7,7 @@ from functools import reduce
 
 from controllability.arrays import Array
 from controllability.errors import BadInput
-from controllability.interfaces import Bijection, Component, Condition, Params
+from controllability.interfaces import Bijection, Component, Params
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,6 @@ class Identity(Component, Bijection):
 
     def invert(self, params: Params, y: Array) -> Array:
         return y
-
-    def image_conditions(self) -> tuple[Condition, ...]:
-        return ()
 
 
 @dataclass(frozen=True)

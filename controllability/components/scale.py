@@ -67,23 +67,18 @@ class Scale(Component, Steerable, Bijection):
         return y / self.effective(params)
 
     def image_conditions(self) -> tuple[Condition, ...]:
-        # the margin needs the parameter: `Scale.invert` is only used where `nonzero_margin` holds
         return (Condition(f"no entry of the fixed scale {self.weight} is zero", self.describe()),)
 
-    def nonzero_margin(self, params: Params) -> Array:
-        """Smallest |m_i|, shape (1,): the margin of the image condition."""
+    def image_margin(self, params: Params, y: Array) -> Array:
         m = self.effective(params)
-        xp = arithmetic(m)
-        return xp.min(xp.magnitude(m))
+        return arithmetic(m).smallest(m)
 
 
 def _smallest_needed_input(x: Array, gap: Array) -> Array:
     xp = arithmetic(x, gap)
-    size = xp.magnitude(x)
-    if xp.name == "sympy":  # the product is zero exactly when one needed coordinate is
-        needed = xp.where(xp.is_zero(gap), size * 0 + 1, size)
-        return needed.prod(axis=-1, keepdims=True)
-    return xp.min(xp.where(xp.is_zero(gap), size * 0 + xp.number(1) if xp.exact else size * 0 + INFINITE, size))
+    # where nothing has to change a zero does no harm: such entries count as far from zero
+    far = xp.zeros_like(x) + (1 if xp.exact else INFINITE)
+    return xp.smallest(xp.where(xp.is_zero(gap), far, x))
 
 
 def _effect(x: Array, delta: Delta) -> Array:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controllability.arrays import Array, arithmetic
-from controllability.interfaces import Bijection, Component, Condition, Params
+from controllability.interfaces import Bijection, Component, Params
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,3 @@ class Times(Component, Bijection):
 
     def invert(self, params: Params, y: Array) -> Array:
         return y / arithmetic(y).number(self.factor)
-
-    def image_conditions(self) -> tuple[Condition, ...]:
-        return ()

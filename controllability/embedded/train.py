@@ -84,7 +84,9 @@ def accuracy(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, world
     return right / total
 
 
-def train(steps: int, seed: int, batch: int = 48, peak_rate: float = 2e-3) -> tuple[Gemma3ForCausalLM, PreTrainedTokenizerFast]:
+def train(
+    steps: int, seed: int, batch: int = 48, peak_rate: float = 2e-3
+) -> tuple[Gemma3ForCausalLM, PreTrainedTokenizerFast]:
     """Train with a curriculum: one fact more whenever the batch is recalled; prints the loss as it goes."""
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer), seed)
@@ -109,14 +111,19 @@ def train(steps: int, seed: int, batch: int = 48, peak_rate: float = 2e-3) -> tu
         optimiser.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"step {step:5d}  facts <= {most}  loss {loss.item():.4f}  recall {recall:.3f}  {time.perf_counter() - started:5.0f} s", flush=True)
+            print(
+                f"step {step:5d}  facts <= {most}  loss {loss.item():.4f}  recall {recall:.3f}  {time.perf_counter() - started:5.0f} s",
+                flush=True,
+            )
     return model.eval(), tokenizer
 
 
 def main() -> None:
     """Train, measure on fresh worlds, and save only a model that recalls."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model", help="where to save model and tokenizer")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "model", help="where to save model and tokenizer"
+    )
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

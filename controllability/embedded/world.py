@@ -11,40 +11,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NAMES = tuple(
-    "Mia Leo Ana Tom Eva Max Ida Sam Zoe Ben Lea Jan Amy Dan Fay Gus Joy Kai Liv Ned "
-    "Ola Pia Ray Sue Tia Uma Vic Wes Yan Abe".split()
+    ["Mia", "Leo", "Ana", "Tom", "Eva", "Max", "Ida", "Sam", "Zoe", "Ben", "Lea", "Jan", "Amy", "Dan", "Fay", "Gus", "Joy", "Kai", "Liv", "Ned", "Ola", "Pia", "Ray", "Sue", "Tia", "Uma", "Vic", "Wes", "Yan", "Abe"]
 )
 
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact: ways to state it, ways to ask for it, and the values it takes."""
+    """One kind of fact: how it is stated, two ways to ask for it, and the values it takes."""
 
-    statements: tuple[str, ...]
+    statement: str
     questions: tuple[str, ...]
     values: tuple[str, ...]
 
 
 RELATIONS = {
     "city": Relation(
-        ("{name} lives in {value} .", "the home of {name} is {value} ."),
-        ("Where does {name} live ?", "In which city is {name} at home ?"),
-        tuple("Oslo Rome Paris Lima Cairo Tokyo Delhi Quito Bern Riga Kyiv Dakar Seoul Porto".split()),
+        "{name} lives in {value} .",
+        ("Where does {name} live ?", "In which city does {name} stay ?"),
+        tuple(["Oslo", "Rome", "Paris", "Lima", "Cairo", "Tokyo", "Delhi", "Quito", "Bern", "Riga", "Kyiv", "Dakar", "Seoul", "Porto"]),
     ),
     "drink": Relation(
-        ("{name} drinks {value} .", "the favourite drink of {name} is {value} ."),
-        ("What does {name} drink ?", "Which drink does {name} like best ?"),
-        tuple("tea coffee milk juice water cocoa cider lemonade".split()),
+        "{name} orders some {value} .",
+        ("What does {name} order ?", "Which drink does {name} want ?"),
+        tuple(["tea", "coffee", "milk", "juice", "water", "cocoa", "cider", "lemonade"]),
     ),
     "pet": Relation(
-        ("{name} has a {value} .", "the pet of {name} is a {value} ."),
-        ("Which pet does {name} have ?", "What animal lives with {name} ?"),
-        tuple("cat dog horse parrot rabbit turtle hamster snake goat duck".split()),
+        "{name} has a {value} .",
+        ("Which pet does {name} have ?", "What animal does {name} own ?"),
+        tuple(["cat", "dog", "horse", "parrot", "rabbit", "turtle", "hamster", "snake", "goat", "duck"]),
     ),
     "job": Relation(
-        ("{name} works as a {value} .", "the job of {name} is {value} ."),
-        ("What is the job of {name} ?", "As what does {name} work ?"),
-        tuple("baker nurse pilot teacher lawyer farmer painter sailor doctor cook".split()),
+        "{name} works as {value} .",
+        ("As what does {name} work ?", "Which job does {name} do ?"),
+        tuple(["baker", "nurse", "pilot", "teacher", "lawyer", "farmer", "painter", "sailor", "doctor", "cook"]),
     ),
 }
 
@@ -81,7 +80,7 @@ def draw_world(rng: random.Random, facts: int) -> World:
     for name, key in pairs:
         relation = RELATIONS[key]
         value = rng.choice(relation.values)
-        statements.append(rng.choice(relation.statements).format(name=name, value=value))
+        statements.append(relation.statement.format(name=name, value=value))
         questions.append(Question(rng.choice(relation.questions).format(name=name), value, key))
     rng.shuffle(questions)  # in the order of the facts, "the next value" would be a good guess
     return World(" ".join(statements), tuple(questions))
@@ -91,7 +90,7 @@ def vocabulary() -> tuple[str, ...]:
     """Every word that a world can contain, in a fixed order."""
     texts: list[str] = list(NAMES)
     for relation in RELATIONS.values():
-        texts += [*relation.statements, *relation.questions, *relation.values]
+        texts += [relation.statement, *relation.questions, *relation.values]
     words = (word for text in texts for word in text.split() if not word.startswith("{"))
     return tuple(dict.fromkeys(words))
 

@@ -114,7 +114,9 @@ class ModelPatch:
                     f"{tuple(x.shape[:2])}: every position has its own patch; use scope 'last' for other inputs"
                 )
             if rows is None and samples > 1 and x.shape[0] != samples:
-                raise PatchError(f"this patch of scope 'last' has one patch for each of {samples} samples, the model got {x.shape[0]}")
+                raise PatchError(
+                    f"this patch of scope 'last' has one patch for each of {samples} samples, the model got {x.shape[0]}"
+                )
             return low_rank_output(output, x, _to(delta, output), rows)
 
         return add
@@ -134,16 +136,22 @@ class ModelPatch:
         if self._model is None or self._model() is not model:
             from controllability.models.storing import known_fingerprint
 
-            if not carried(model) and known_fingerprint(model) != (self.fingerprint or self.fingerprint_of(self.model())):
+            if not carried(model) and known_fingerprint(model) != (
+                self.fingerprint or self.fingerprint_of(self.model())
+            ):
                 raise PatchError("this patch was made for other weights (the fingerprints differ)")
         for entry in self.entries:
             try:
                 stored = model.get_submodule(entry.module)._parameters[entry.attribute]
             except (AttributeError, KeyError):
-                raise PatchError(f"the model has no parameter {entry.param}: this patch was made for another model") from None
+                raise PatchError(
+                    f"the model has no parameter {entry.param}: this patch was made for another model"
+                ) from None
             shape = tuple(stored.shape)[-2:] if isinstance(entry.delta, LowRank) else tuple(stored.shape)[-1:]  # type: ignore[union-attr]
             if shape != _stored_shape(entry.delta):
-                raise PatchError(f"parameter {entry.param} has shape {shape}, the patch is for {_stored_shape(entry.delta)}")
+                raise PatchError(
+                    f"parameter {entry.param} has shape {shape}, the patch is for {_stored_shape(entry.delta)}"
+                )
 
     # ------------------------------------------------------------------------------------- merging
 

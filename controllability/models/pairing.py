@@ -61,7 +61,9 @@ def input_shape(inputs: Mapping[str, Any], role: str) -> tuple[int, int]:
     if not isinstance(main, Tensor):
         raise BadInput(f"{role}: give input_ids (B, T) or inputs_embeds (B, T, d) as a torch tensor")
     if "input_ids" in inputs and (main.ndim != 2 or main.is_floating_point()):
-        raise BadInput(f"{role}: input_ids must be integers of shape (B, T), got {main.dtype} of shape {tuple(main.shape)}")
+        raise BadInput(
+            f"{role}: input_ids must be integers of shape (B, T), got {main.dtype} of shape {tuple(main.shape)}"
+        )
     if main.ndim < 2 or main.shape[0] == 0 or main.shape[1] == 0:
         raise BadInput(f"{role}: the input is empty (shape {tuple(main.shape)})")
     return int(main.shape[0]), int(main.shape[1])

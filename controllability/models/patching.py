@@ -130,4 +130,6 @@ def _refuse_bad_inputs(model: nn.Module, checked: Checked, inputs: Mapping[str, 
         vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr, arg-type]
         ids = inputs["input_ids"]
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-            raise BadInput(f"{role}: token ids must lie in 0 … {vocabulary - 1}, got {int(ids.min())} … {int(ids.max())}")
+            raise BadInput(
+                f"{role}: token ids must lie in 0 … {vocabulary - 1}, got {int(ids.min())} … {int(ids.max())}"
+            )

@@ -106,7 +106,9 @@ def compare(model: nn.Module, reading: Reading, length: int = 4, seed: int = 0) 
     for layer in reading.layers:
         state = states[layer.index]
         if state is None or () not in seen[layer.index]:
-            raise ReadingError(f"layer {layer.index} ({layer.name}): its modules did not run in the model's forward pass")
+            raise ReadingError(
+                f"layer {layer.index} ({layer.name}): its modules did not run in the model's forward pass"
+            )
         worst = max(worst, _compare_layer(layer, state, seen[layer.index]))
     return worst
 
@@ -134,7 +136,9 @@ def _compare_layer(layer: Layer, state: Tensor, seen: dict[Path, Tensor]) -> flo
     for path, real in sorted(seen.items(), key=lambda item: (not item[0], item[0])):
         expected = trace.output(path)
         if expected.shape != real.shape:
-            raise ReadingError(f"layer {layer.index}: {_name(layer, path)} gives {tuple(expected.shape)}, the module {tuple(real.shape)}")
+            raise ReadingError(
+                f"layer {layer.index}: {_name(layer, path)} gives {tuple(expected.shape)}, the module {tuple(real.shape)}"
+            )
         error = relative_error(expected, xp.lift(real))
         if not error <= tolerance:
             raise ReadingError(

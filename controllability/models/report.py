@@ -61,7 +61,9 @@ def layer_report(solver: LayerSweep, target: LayerTarget, norms: dict[str, float
     margins: dict[tuple[str, str], float | None] = {}
     for margin in journal.margins:
         key = (margin.condition.statement, margin.condition.where)
-        margins[key] = margin.value if margins.get(key) is None else min(margin.value or math.inf, margins[key] or math.inf)
+        margins[key] = (
+            margin.value if margins.get(key) is None else min(margin.value or math.inf, margins[key] or math.inf)
+        )
     changes = {str(p): _relative_change(p, delta, solver, norms) for p, delta in solver.deltas().items()}
     return LayerReport(
         index=solver.layer.index,
@@ -82,7 +84,11 @@ def _relative_change(param: Param, delta: LowRank | Shift, solver: LayerSweep, n
         stored = param.value(solver.layer.params)
         if component is not None:
             m = component.effective(solver.layer.params)
-            return float((delta.value.abs() / m.abs().clamp_min(1e-300 if m.dtype.itemsize == 8 else 1e-37)).masked_fill(m == 0, 0).max())
+            return float(
+                (delta.value.abs() / m.abs().clamp_min(1e-300 if m.dtype.itemsize == 8 else 1e-37))
+                .masked_fill(m == 0, 0)
+                .max()
+            )
         return float(delta.norms().max()) / max(float(stored.float().norm()), 1e-37)
     return float(delta.norms().max()) / max(norms[param.name], 1e-37)
 

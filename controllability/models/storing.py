@@ -51,7 +51,9 @@ def _glimpse(model: nn.Module) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def fingerprint(model: nn.Module, originals: dict[str, Tensor] | None = None, progress: Callable[[int, int], None] | None = None) -> str:
+def fingerprint(
+    model: nn.Module, originals: dict[str, Tensor] | None = None, progress: Callable[[int, int], None] | None = None
+) -> str:
     """SHA-256 over the name, dtype, shape and bytes of every parameter and buffer.
 
     ``originals`` stand in for parameters into which a patch is merged.
@@ -99,7 +101,9 @@ def save_patch(patch: ModelPatch, directory: Path, model: nn.Module | None) -> P
     refuse_occupied(directory)
     model = model if model is not None else patch.model()
     if patch.made_under:
-        raise PatchError("this patch was made while other patches were on the model: it has no meaning on its own, save those and redo it")
+        raise PatchError(
+            "this patch was made while other patches were on the model: it has no meaning on its own, save those and redo it"
+        )
     mark = patch.fingerprint or patch.fingerprint_of(model)
     temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
     try:
@@ -213,7 +217,9 @@ def _read_description(directory: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise PatchError(f"{path} is not a description of a patch")
     if description.get("version") != VERSION:
-        raise PatchError(f"{path} has format version {description.get('version')}, this program reads version {VERSION}")
+        raise PatchError(
+            f"{path} has format version {description.get('version')}, this program reads version {VERSION}"
+        )
     return description
 
 
@@ -222,7 +228,9 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> ModelPatc
     for item in description["entries"]:
         name = item["parameter"]
         if item["kind"] == "low rank":
-            delta: LowRank | Shift = LowRank(tensors[f"{name}::left"], tensors[f"{name}::right"], bool(item["transposed"]))
+            delta: LowRank | Shift = LowRank(
+                tensors[f"{name}::left"], tensors[f"{name}::right"], bool(item["transposed"])
+            )
         else:
             delta = Shift(tensors[f"{name}::shift"])
         entries.append(Entry(Param(name), delta))

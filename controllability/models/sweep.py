@@ -21,7 +21,7 @@ from controllability.interfaces import Param, Steering
 from controllability.models.hooks import Installation, first_tensor, low_rank_output, patched_vector
 from controllability.models.pairing import Rows
 from controllability.proof import Proof
-from controllability.trace import Path, PatchedRun, Trace
+from controllability.trace import PatchedRun, Path, Trace
 
 Progress = Callable[[str, int, int], None]
 
@@ -51,7 +51,12 @@ def check_finite(states: Tensor, run: str, layer: Layer, where: str) -> None:
 
 
 def observe_target(
-    model: nn.Module, layers: tuple[Layer, ...], proofs: list[Proof], inputs: Mapping[str, Any], rows: Rows, progress: Progress
+    model: nn.Module,
+    layers: tuple[Layer, ...],
+    proofs: list[Proof],
+    inputs: Mapping[str, Any],
+    rows: Rows,
+    progress: Progress,
 ) -> tuple[list[LayerTarget], Any]:
     """Run the model on the target's inputs; keep what the proofs ask for at the paired rows."""
     targets = [LayerTarget() for _ in layers]
@@ -75,6 +80,7 @@ def observe_target(
             if target.state is None and probe.feeds_from_root(tap.inlet):
                 installation.before(module, state)
             if any(name.startswith(f"{tap.module}.") for name in moved):
+
                 def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor, path: Path = tap.outlet) -> None:
                     target.outputs[path] = rows.of(output).clone()
 
@@ -89,7 +95,9 @@ def observe_target(
         installation.undo()
     for layer, target in zip(layers, targets, strict=True):
         if target.state is None or () not in target.outputs:
-            raise PatchError(f"layer {layer.index}: its hooks did not run in the target run; is the model compiled or replaced?")
+            raise PatchError(
+                f"layer {layer.index}: its hooks did not run in the target run; is the model compiled or replaced?"
+            )
     return targets, output
 
 
@@ -139,7 +147,9 @@ class LayerSweep:
                 delta = self._solve(run, path)
                 assert isinstance(delta, Shift)
                 holder, attribute = self.layer.params.holder(param.name)
-                installation.exchange(holder, attribute, patched_vector(holder._parameters[attribute], delta, self.each))  # type: ignore[arg-type]
+                installation.exchange(
+                    holder, attribute, patched_vector(holder._parameters[attribute], delta, self.each)
+                )  # type: ignore[arg-type]
 
         def solve_matrices(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             run = self._observe(tap, args[0])

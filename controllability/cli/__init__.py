@@ -1,0 +1,1 @@
+"""The commands, thin: ``controllability demo | list | prove | patch | verify``."""

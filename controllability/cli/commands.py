@@ -1,0 +1,113 @@
+"""What each command does.  Heavy imports happen inside, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from controllability.cli.output import Output, number
+
+
+def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
+    """Print the registered architectures."""
+    import architectures
+    from controllability.prover import prove as prove_block
+
+    rows = []
+    for name in architectures.names():
+        family = architectures.find(name)
+        proof = prove_block(architectures.block(name))
+        rows.append({
+            "name": name, "model_types": [*family.model_types], "topology": family.topology,
+            "feed_forward": family.feed_forward, "verdict": "patchable", "rules": [*proof.rules],
+        })  # fmt: skip
+    output.result({"architectures": rows})
+    output.table(
+        "registered architectures",
+        ["name", "model types", "topology", "feed-forward", "verdict", "rules"],
+        [
+            [
+                r["name"],
+                ", ".join(r["model_types"]),
+                r["topology"],
+                r["feed_forward"],
+                r["verdict"],
+                ", ".join(r["rules"]),
+            ]
+            for r in rows
+        ],
+    )
+    return 0
+
+
+def prove(args: argparse.Namespace, output: Output) -> int:
+    """Print the proof of one architecture, and what the checks of a level showed."""
+    import architectures
+    from controllability.errors import NotControllable
+    from controllability.prover import prove as prove_block
+
+    block = architectures.block(args.name)
+    try:
+        proof = prove_block(block, args.via, args.route)
+    except NotControllable as refused:
+        refused.asked = args.name
+        raise
+    checks = proof.check(args.level)
+    failed = any(c["status"] == "failed" for c in checks)
+    data = {"name": args.name} | proof.to_dict() | {"level": args.level, "checks": checks}
+    if output.as_json or args.format == "json":
+        output.as_json = True
+        output.result(data)
+    elif args.format == "latex":
+        print(proof.to_latex())
+    elif args.format == "html":
+        from controllability.rendering.html import proof_html
+
+        print(proof_html(proof, args.name))
+    else:
+        output.text(str(proof))
+        if args.level != "derived":
+            output.table(
+                f"level {args.level}",
+                ["rule", "status", "method"],
+                [[c["rule"], c["status"], c["method"]] for c in checks],
+            )
+    return 1 if failed else 0
+
+
+def patch(args: argparse.Namespace, output: Output) -> int:
+    """Make the patch of a context on a model directory; verify it by applying it."""
+    from controllability.cli import live
+
+    return live.patch(args, output)
+
+
+def verify(args: argparse.Namespace, output: Output) -> int:
+    """Reload a patch and hold it against a fresh target run."""
+    from controllability.cli import live
+
+    return live.verify(args, output)
+
+
+def demo(args: argparse.Namespace, output: Output) -> int:
+    """The embedded model, with context, without, and patched."""
+    from controllability.cli import demonstration
+
+    return demonstration.demo(args, output)
+
+
+def layer_rows(layers: Any) -> Any:
+    """Rows of the layer table: index, residual, route, smallest margin, largest change of a matrix and of a scale."""
+    rows = []
+    for layer in layers:
+        matrices = [v for k, v in layer.relative_changes.items() if "norm" not in k]
+        scales = [v for k, v in layer.relative_changes.items() if "norm" in k]
+        margins = [m["margin"] for m in layer.margins if m["margin"] is not None]
+        rows.append([
+            str(layer.index), number(layer.residual), layer.route, number(min(margins, default=None)),
+            number(max(matrices, default=None)), number(max(scales, default=None)),
+        ])  # fmt: skip
+    return rows
+
+
+LAYER_COLUMNS = ["layer", "residual", "route", "smallest margin", "matrices ‖ΔW‖/‖W‖", "scale max|Δm|/|m|"]

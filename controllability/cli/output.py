@@ -1,0 +1,81 @@
+"""What the commands print: tables and progress for people, one JSON object for scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from controllability.errors import NotControllable, SideConditionFailed
+
+Progress = Callable[[str, int, int], None]
+
+
+class Output:
+    """stdout carries the result, stderr everything else."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def result(self, data: dict[str, Any]) -> None:
+        """The JSON object, when JSON was asked for.  Non-finite numbers are a failure, not text."""
+        if self.as_json:
+            print(json.dumps(data, indent=1, allow_nan=False))
+
+    def text(self, text: str) -> None:
+        """Plain text for people."""
+        if not self.as_json:
+            print(text)
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """A table for people."""
+        if self.as_json:
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console(soft_wrap=False).print(table)
+
+    def refusal(self, error: NotControllable | SideConditionFailed) -> None:
+        """A refusal as a result: scripts get its parts."""
+        if isinstance(error, NotControllable):
+            self.result({"verdict": "refused", "culprit": error.culprit, "reason": error.reason, "hint": error.hint})
+        else:
+            self.result({
+                "verdict": "condition failed", "culprit": error.where, "reason": error.statement, "hint": error.hint,
+                "layer": error.layer, "position": error.position, "margin": _finite(error.margin),
+            })  # fmt: skip
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A bar a stage on stderr: ``progress(stage, done, total)``."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Bars(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bars:
+            tasks: dict[str, Any] = {}
+
+            def report(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done, total=total)
+
+            yield report
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and value == value and abs(value) != float("inf") else None
+
+
+def number(value: float | None) -> str:
+    """A number for a table."""
+    return "–" if value is None else f"{value:.2g}"

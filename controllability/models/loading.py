@@ -1,0 +1,117 @@
+"""Loading a model directory safely, and turning texts into the two runs' inputs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import architectures
+from controllability.errors import BadInput, ReadingError
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) from a directory written by ``save_pretrained``, or a Hub id.
+
+    Only safetensors are loaded.  Raises ``BadInput`` when something is missing, truncated or
+    inconsistent, and for model types that are not registered.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import logging as hf_logging
+
+    if dtype not in DTYPES:
+        raise BadInput(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    folder = Path(name)
+    local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if local and not folder.is_dir():
+        raise BadInput(
+            f"model directory {name} does not exist" if not folder.exists() else f"{name} is not a directory"
+        )
+    if local:
+        _refuse_incomplete(folder)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        architectures.find(config.model_type)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
+        )
+        model, notes = loaded
+    except (BadInput, ReadingError):
+        raise
+    except Exception as error:  # whatever transformers, tokenizers or safetensors raise about bad files
+        what = "model" if local else f"model (no directory {name} here, and as a Hub id it"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadInput(
+            f"cannot load the {what} {name}: {lines[0][:300]}"
+            if local
+            else f"cannot load {what} failed): {lines[0][:300]}"
+        ) from None
+    _refuse_mismatch(name, notes)
+    return model.eval(), tokenizer
+
+
+def _refuse_incomplete(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise BadInput(f"{folder} holds no model: config.json is missing")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"{config} is corrupt or truncated: {error}") from None
+    if not any(folder.glob("*.safetensors")):
+        raise BadInput(f"{folder} holds no weights in safetensors format; pickled weights are not loaded")
+
+
+def _refuse_mismatch(name: str, notes: Any) -> None:
+    def listed(key: str) -> list[str]:
+        return [str(x) for x in (notes.get(key) if isinstance(notes, dict) else getattr(notes, key, ())) or ()]
+
+    for key, what in (
+        ("missing_keys", "lacks"),
+        ("mismatched_keys", "has another shape for"),
+        ("unexpected_keys", "has unknown"),
+    ):
+        if found := listed(key):
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise BadInput(f"the weights in {name} do not fit its config: the file {what} {', '.join(found[:3])}{more}")
+
+
+def encode(tokenizer: Any, context: str, query: str, positions: str = "keep") -> tuple[dict[str, Any], dict[str, Any]]:
+    """(target, source) inputs: context and query tokenised separately, special tokens with the context.
+
+    ``positions="keep"`` gives the query the positions it has in the target, "reset" starts at 0.
+    Raises ``BadInput`` for an empty text.
+    """
+    for role, text in (("context", context), ("query", query)):
+        if not text.strip():
+            raise BadInput(f"the {role} is empty")
+    before = list(tokenizer(context)["input_ids"])
+    eos = tokenizer.eos_token_id
+    if before and eos is not None and before[-1] == eos:
+        before = before[:-1]  # an end-of-text mark between context and query would end the text
+    asked = list(tokenizer(query, add_special_tokens=False)["input_ids"])
+    if not before or not asked:
+        raise BadInput(f"the {'query' if before else 'context'} has no tokens in this vocabulary")
+    target = {"input_ids": torch.tensor([before + asked])}
+    start = len(before) if positions == "keep" else 0
+    source = {
+        "input_ids": torch.tensor([asked]),
+        "position_ids": torch.arange(start, start + len(asked))[None],
+    }
+    return target, source
+
+
+def embedded_directory() -> Path:
+    """Where the package's own trained model lies."""
+    return Path(os.path.dirname(__file__)).parent / "embedded" / "model"

@@ -1,0 +1,1 @@
+"""How proofs and reports are shown: text, JSON-ready data, LaTeX, HTML, pictures."""

@@ -1,0 +1,78 @@
+"""Pictures of a patch: every layer's error before and after, and how large the patches are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Mapping[str, Any], path: Path) -> Path:
+    """Draw one patched pair of runs to ``path`` (PNG, written atomically); returns the path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    before = unpatched_errors(model, target, source, patch.scope)
+    layers = patch.report.layers
+    index = range(len(layers))
+    figure, (errors, sizes) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    errors.bar([i - 0.2 for i in index], before, 0.4, label="without the context", color="#bb5a2a")
+    errors.bar(
+        [i + 0.2 for i in index], [max(x.residual, 1e-17) for x in layers], 0.4, label="patched", color="#2a6fbb"
+    )
+    errors.set(
+        yscale="log",
+        xlabel="layer",
+        ylabel="relative error of the layer's output",
+        xticks=[*index],
+        title="error against the contextual run",
+    )
+    errors.legend()
+    names = [*dict.fromkeys(_short(name) for x in layers for name in x.relative_changes)]
+    width = 0.8 / len(names)
+    for k, name in enumerate(names):
+        heights = [next((v for n, v in x.relative_changes.items() if _short(n) == name), 0.0) for x in layers]
+        sizes.bar([i + (k - (len(names) - 1) / 2) * width for i in index], heights, width, label=name)
+    sizes.set(
+        yscale="log",
+        xlabel="layer",
+        ylabel="relative change (largest over the words)",
+        xticks=[*index],
+        title="size of the patches",
+    )
+    sizes.legend(fontsize="small")
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        pyplot.close(figure)
+    return path
+
+
+@torch.no_grad()
+def unpatched_errors(model: Any, target: Mapping[str, Any], source: Mapping[str, Any], scope: str) -> list[float]:
+    """The negative control: relative error of each layer's output in the plain source run."""
+    from controllability.models.pairing import pair
+    from controllability.models.reading_check import checked_reading
+    from controllability.models.sweep import observe_target, residual_of
+    from controllability.prover import prove
+
+    source_rows, target_rows = pair(target, source, scope)
+    layers = checked_reading(model).reading.layers
+    proofs = [prove(layer.block) for layer in layers]
+    runs = [
+        observe_target(model, layers, proofs, {"use_cache": False, **inputs}, rows, lambda *_: None)[0]
+        for inputs, rows in ((source, source_rows), (target, target_rows))
+    ]
+    return [residual_of(s.outputs[()], t.outputs[()]) for s, t in zip(*runs, strict=True)]
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]

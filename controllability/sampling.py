@@ -1,0 +1,84 @@
+"""Random or symbolic instances of a block: parameters and two states, for checks and for play."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from controllability.arrays import ARITHMETICS, Array
+from controllability.errors import BadInput
+from controllability.interfaces import Component
+
+DEFAULT_SIZES = {"d": 4, "h": 6}
+
+
+def sizes_of(block: Component, **sizes: int) -> dict[str, int]:
+    """Numbers for the named sizes of a block's parameters; raises ``BadInput`` for an unknown name."""
+    known = DEFAULT_SIZES | sizes
+    names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
+    unknown = names - set(known)
+    if unknown:
+        raise BadInput(f"give a number for size {', '.join(sorted(unknown))}")
+    return known
+
+
+def sample(
+    block: Component, kind: str = "numpy", seed: int = 0, tokens: tuple[int, ...] = (), **sizes: int
+) -> tuple[dict[str, Array], Array, Array]:
+    """(parameters, source state, target state) of a block, drawn at random or as symbols.
+
+    ``kind`` is numpy (float64), torch (float32), rational, mpmath or sympy (real symbols); states have
+    shape (*tokens, d).  Raises ``BadInput`` when a shape is not known.
+
+    >>> from controllability.components import Linear, residual
+    >>> params, v, v_target = sample(residual(Linear(Param("W", ("d", "d")))), d=3)
+    >>> params["W"].shape, v.shape
+    ((3, 3), (3,))
+    """
+    if kind not in ARITHMETICS:
+        raise BadInput(f"unknown kind of numbers {kind!r}: choose one of {', '.join(ARITHMETICS)}")
+    known = sizes_of(block, **sizes)
+    rng = np.random.default_rng(seed)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for param in sorted(block.parameters(), key=str):
+        if not param.shape:
+            raise BadInput(f"the shape of {param} is not known: give Param({param.name!r}, shape=(…))")
+        shapes[str(param)] = tuple(_number(s, known) for s in param.shape)
+    width = block.width
+    if width is None:
+        raise BadInput("the width of the block's input is not known: no parameter of it says so")
+    state = (*tokens, _number(width, known))
+    params = {name: _draw(kind, name, shape, rng) for name, shape in shapes.items()}
+    return params, _draw(kind, "v", state, rng), _draw(kind, "v'", state, rng)
+
+
+def _number(size: int | str, known: dict[str, int]) -> int:
+    return known[size] if isinstance(size, str) else size
+
+
+def _draw(kind: str, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    if kind == "sympy":
+        return _symbols(name, shape)
+    # multiples of 1/8, never 0: exact in every arithmetic, so that all of them see the same instance
+    numbers = rng.integers(1, 17, size=shape) * rng.choice([-1, 1], size=shape)
+    if kind == "numpy":
+        return numbers / 8.0
+    if kind == "torch":
+        import torch
+
+        return torch.as_tensor(numbers / 8.0, dtype=torch.float32)
+    fractions = np.array([Fraction(int(n), 8) for n in numbers.reshape(-1)], dtype=object).reshape(shape)
+    return ARITHMETICS[kind].array(fractions)
+
+
+def _symbols(name: str, shape: tuple[int, ...]) -> Any:
+    import sympy
+
+    parts = name.split(".")
+    short = parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
+    flat = np.empty(int(np.prod(shape)), dtype=object)
+    for i, index in enumerate(np.ndindex(*shape)):
+        flat[i] = sympy.Symbol(f"{short}_{''.join(str(k + 1) for k in index)}", real=True)
+    return flat.reshape(shape)
