@@ -41,7 +41,8 @@ class SideConditionFailed(ControllabilityError):
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f"layer {self.layer}, "
-        position = "" if self.position is None else f", position {self.position}"
+        position = f", position {self.position}" if isinstance(self.position, int) else f", {self.position}"
+        position = "" if self.position is None else position
         margin = "" if self.margin is None else f" (margin {self.margin:.3g})"
         tried = f"\n  tried: {self.tried}" if self.tried else ""
         hint = f"\n  hint:  {self.hint}" if self.hint else ""

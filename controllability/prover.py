@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Literal, get_args
 
 from controllability.components.combinators import Identity
+from controllability.components.normalisation import Normalize
+from controllability.components.scale import Scale
 from controllability.errors import BadInput, NotControllable
 from controllability.interfaces import Component, InputControllable, OutputControllable, Param
 from controllability.proof import Proof
 from controllability.routes import check_route
 from controllability.rules import MOST, RULES, Attempt, Failure, Rule, Side, Step
-from controllability.trace import Path, Place
+from controllability.trace import Path, Place, leaves
 
 Via = Literal["input-output", "output"]
 
@@ -33,19 +36,20 @@ def prove(block: Component, via: Via = "input-output", route: str = "auto", froz
     if via not in get_args(Via):
         raise BadInput(f"unknown theorem via={via!r}: choose input-output (Theorem 1) or output (Theorem 1b)")
     check_route(route)
-    prover = Prover(via, route, frozenset(frozen))
+    prover = Prover(block, via, route, frozenset(frozen))
     place = Place(block)
     attempt = prover.attempt(place, "input")
     if not attempt.steps:
-        raise refusal(attempt, place, via, route, block)
+        raise refusal(attempt, place, prover)
     return Proof(block, attempt.steps[0], tuple(attempt.steps[1:]), via, route)
 
 
 class Prover:
     """One search; attempts are remembered by place and side."""
 
-    def __init__(self, via: Via, route: str, frozen: frozenset[str]) -> None:
+    def __init__(self, block: Component, via: Via, route: str, frozen: frozenset[str]) -> None:
         self.via, self.route, self.frozen = via, route, frozen
+        self.normalised = frozenset(scales_of_norms(block))  # scales whose route is to be chosen
         self._known: dict[tuple[Path, int, int, Side], Attempt] = {}
 
     def is_frozen(self, param: Param) -> bool:
@@ -91,26 +95,41 @@ def _leaf_failure(place: Place, side: Side) -> Failure:
     return Failure(place, f"{side} side", reason, hint)
 
 
-def refusal(attempt: Attempt, place: Place, via: Via, route: str, block: Component) -> NotControllable:
+def refusal(attempt: Attempt, place: Place, prover: Prover) -> NotControllable:
     """The error for a block without a derivation: the failure whose place is smallest."""
     culprit = smallest(attempt.failures)
-    hint = culprit.hint
+    hint, via, route = culprit.hint, prover.via, prover.route
     other: Via = "output" if via == "input-output" else "input-output"
-    if "via=" not in hint and Prover(other, route, frozenset()).attempt(place, "input").steps:
+    if "via=" not in hint and Prover(place.component, other, route, prover.frozen).attempt(place, "input").steps:
         hint += f"; via='{other}' has a proof"
     reason = culprit.reason if culprit.rule.endswith("side") else f"{culprit.rule}: {culprit.reason}"
     return NotControllable(culprit.place.describe(), reason, hint, f"prove via {via}, route {route}")
 
 
 def smallest(failures: list[Failure]) -> Failure:
-    """Follow the last failure down to the place that fails while its parts pass."""
-    failure = failures[-1]
-    while failure.because:
+    """The failure that explains most: below every failure, at the place that fails while its parts pass.
+
+    A parameter that is used twice or frozen explains more than a component without parameters.
+    """
+    return max(enumerate(_lowest(failures)), key=lambda item: (item[1].weight, item[0]))[1]
+
+
+def _lowest(failures: list[Failure]) -> Iterator[Failure]:
+    for failure in failures:
         below = [f for f in failure.because if not isinstance(f.place.component, Identity)]
-        if not below:
-            break
-        failure = below[-1]
-    return failure
+        if below:
+            yield from _lowest(below)
+        else:
+            yield failure
+
+
+def scales_of_norms(block: Component) -> Iterator[Path]:
+    """Where a scale stands directly after a normalisation."""
+    found = leaves(block)
+    for (before, norm), (path, scale) in pairwise(found):
+        same_sequence = before[:-1] == path[:-1] and before[-1:] != path[-1:]
+        if same_sequence and isinstance(norm, Normalize) and isinstance(scale, Scale):
+            yield path
 
 
 def rules_of(side: Side) -> tuple[Rule, ...]:

@@ -15,6 +15,7 @@ from controllability.errors import BadInput, NotExact
 
 ROUTES = ("auto", "scale", "secular", "uniform", "ball")
 NEAR = 10.0  # `auto`: amplifications within this factor of the best count as equally good
+SHUT = 1e6  # added to the amplification of a route that shuts a channel down
 COARSE = 1e-12  # machine epsilon above which `ball` loses too many digits to 1/√ε
 
 
@@ -61,7 +62,7 @@ def candidate(route: str, G: Array, m: Array, y: Array, eps: Any, stored: Any) -
         scale = c * live
     elif route == "secular":
         scale, unit = secular(xp, G, live, q)
-        tame = ~(xp.magnitude(scale) <= math.sqrt(xp.machine_epsilon(G)) * xp.magnitude(live)).any(-1, **_keep(xp))
+        tame = _alive(xp, scale, live)
     else:
         scale = live + xp.zeros_like(G)
         open_ = 1 - xp.mean((G / live) * (G / live)) > 0 if xp.kind != "sympy" else open_
@@ -115,7 +116,15 @@ def _scale(xp: Arithmetic, G: Array, m: Array, y: Array, eps: Any, stored: Any) 
     gap = G - m * n
     open_ = (~idle | xp.is_zero(gap)).all(-1, **_keep(xp))
     scale = xp.where(idle, m + xp.zeros_like(G), G / xp.where(idle, n + 1, n))
-    return Candidate("scale", stored(scale), n, y, open_, open_ | True)
+    return Candidate("scale", stored(scale), n, y, open_, _alive(xp, scale, m))
+
+
+def _alive(xp: Arithmetic, scale: Array, m: Array) -> Array:
+    """For which tokens no channel with m_i ≠ 0 is shut down (scaled to nothing)."""
+    if xp.exact:
+        return xp.is_zero(xp.sum(scale) * 0)
+    shut = xp.magnitude(scale) <= math.sqrt(xp.machine_epsilon(scale)) * xp.magnitude(m)
+    return ~(shut & ~xp.is_zero(m + xp.zeros_like(scale))).any(-1, **_keep(xp))
 
 
 def secular(xp: Arithmetic, G: Array, m: Array, q: Array) -> tuple[Array, Array]:
@@ -205,7 +214,7 @@ def choose(G: Array, m: Array, y: Array, eps: Any, stored: Any) -> tuple[Candida
         if option.route == "ball" and xp.machine_epsilon(G) > COARSE:
             usable = usable & ~usable  # last resort: considered below
         kappa = amplification(option, G, y, eps)
-        kappa = xp.where(option.tame, kappa, kappa * NEAR**3)
+        kappa = xp.where(option.tame, kappa, kappa + SHUT)
         costs.append(xp.where(usable, kappa, kappa * 0 + infinite))
         changes.append(relative_change(option.scale, m))
     best = costs[0]

@@ -73,6 +73,7 @@ class Failure:
     reason: str
     hint: str
     because: tuple[Failure, ...] = ()
+    weight: int = 0
 
 
 @dataclass
@@ -115,7 +116,7 @@ def _shared(place: Place, rule: str, params: tuple[Param, ...]) -> Failure:
     names = ", ".join(dict.fromkeys(map(str, params)))
     return Failure(
         place, rule, f"parameter {names} is used twice: moving it for one use would change the other",
-        f"untie {names}, or leave it out of the patch (frozen=...)",
+        f"untie {names}, or leave it out of the patch (frozen=...)", weight=2,
     )  # fmt: skip
 
 
@@ -140,12 +141,13 @@ class LeafRule(Rule):
         for steering in steerings:
             if steering.rule != self.name:
                 continue
+            if self.name == "O-scale" and place.path in prover.normalised and prover.route not in ("auto", "scale"):
+                reason = f"the scale of a normalised output may move alone on route scale only, not on {prover.route}"
+                found.failures.append(Failure(place, self.name, reason, "ask for route='auto' or 'scale'", weight=1))
+                continue
             if prover.is_frozen(steering.param):
-                found.failures.append(
-                    Failure(
-                        place, self.name, f"{steering.param} may not move (frozen)", f"allow {steering.param} to move"
-                    )
-                )
+                reason, hint = f"{steering.param} may not move (frozen)", f"allow {steering.param} to move"
+                found.failures.append(Failure(place, self.name, reason, hint, weight=1))
                 continue
             found.steps.append(
                 Step(self, place, (), frozenset({steering.param}), steering.conditions, self.cost, "", steering)
@@ -390,8 +392,6 @@ class OutputAfterFixed(Rule):
             return Attempt()
         last = len(place.component.parts) - 1
         before, g = place.slice(0, last), place.parts()[last]
-        if isinstance(g.component, Scale) and _after_normalisation(place) and prover.route not in ("auto", "scale"):
-            return Attempt()
         attempt = prover.attempt(g, "output")
         found = Attempt(failures=list(attempt.failures))
         for step in attempt.steps:
@@ -404,11 +404,6 @@ class OutputAfterFixed(Rule):
 
 def _is_rms(component: Component) -> bool:
     return isinstance(component, Normalize) and component.kind == "rms"
-
-
-def _after_normalisation(place: Place) -> bool:
-    parts = place.component.children()
-    return len(parts) >= 2 and isinstance(parts[-2], Normalize)
 
 
 class OutputThroughBijection(Rule):

@@ -104,9 +104,7 @@ def _opaque(expression: Any) -> set[Any]:
     pending = [expression]
     while pending:
         node = pending.pop()
-        if isinstance(node, sympy.Pow) and not node.exp.is_Integer:
-            found.add(node)
-        elif isinstance(node, sympy.Function):
+        if (isinstance(node, sympy.Pow) and not node.exp.is_Integer) or isinstance(node, sympy.Function):
             found.add(node)
         else:
             pending.extend(node.args)

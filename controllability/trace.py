@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from controllability.arrays import Array, arithmetic
 from controllability.components.combinators import Product, Sequence, Sum
-from controllability.deltas import Delta
+from controllability.deltas import Delta, added
 from controllability.errors import SideConditionFailed
 from controllability.interfaces import Component, Condition, Param, Params, Steering, measure
 
@@ -183,7 +183,7 @@ class PatchedRun(Trace):
     def raw(self, path: Path) -> Array:
         """The output of a leaf at its patched input, its own parameters as stored."""
         if path not in self.raw_outputs:
-            if path in self.unpatched.observed and not any(_precedes(g, path) for g in self.goals):
+            if path in self.unpatched.observed and not any(self._reaches(g, path) for g in self.goals):
                 value = self.unpatched.observed[path]
             else:
                 value = node(self.block, path)(self.params, self.input(path))
@@ -204,10 +204,18 @@ class PatchedRun(Trace):
 
     def leaf(self, path: Path, component: Component) -> Array:
         if path not in self.goals:
-            return component(self.params, self.input(path))
+            return component(self._seen_by(component), self.input(path))
         x = self.input(path)
         delta = self.delta(path)
         return self.raw(path) + self.goals[path].steering.effect(x, delta)
+
+    def _seen_by(self, component: Component) -> Params:
+        """The parameters as an unsteered leaf sees them: what it shares with a steered one is patched."""
+        own = set(component.own_parameters())
+        shared = [(goal.steering.param, path) for path, goal in self.goals.items() if goal.steering.param in own]
+        if not shared:
+            return self.params
+        return dict(self.params) | {str(p): added(p.value(self.params), self.delta(path)) for p, path in shared}
 
     def delta(self, path: Path) -> Delta:
         """The delta of the leaf at ``path``, solved once."""
@@ -229,6 +237,13 @@ class PatchedRun(Trace):
         """Test a side condition on the numbers and note its margin."""
         self.journal.margins.append(Margin(condition, measure(condition, x, gap)))
 
+    def _reaches(self, earlier: Path, later: Path) -> bool:
+        """Whether a change at ``earlier`` reaches the input of ``later``: it stands before it in a sequence."""
+        for depth, (a, b) in enumerate(zip(earlier, later, strict=False)):
+            if a != b:
+                return a < b and isinstance(node(self.block, earlier[:depth]), Sequence)
+        return False
+
     def refuse(self, condition: Condition, position: int, tried: str, hint: str) -> None:
         """Raise for a condition that no way around fulfils."""
         raise SideConditionFailed(condition.statement, condition.where, None, position, tried, hint)
@@ -237,11 +252,3 @@ class PatchedRun(Trace):
         """Every delta of the patch; solves what is not solved yet."""
         self.output(())
         return {goal.steering.param: self.delta(path) for path, goal in self.goals.items()}
-
-
-def _precedes(earlier: Path, later: Path) -> bool:
-    """Whether a change at ``earlier`` may reach the input of ``later`` (same-level order is enough)."""
-    for a, b in zip(earlier, later, strict=False):
-        if a != b:
-            return a < b
-    return False

@@ -38,9 +38,9 @@ def parser() -> Parser:
     )
     commands = root.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
-    def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
+    def command(name: str, what: str, example: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            name, help=help, description=help, epilog=f"example:\n  {example}",
+            name, help=what, description=what, epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         sub.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")

@@ -10,8 +10,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NAMES = tuple(
-    ["Mia", "Leo", "Ana", "Tom", "Eva", "Max", "Ida", "Sam", "Zoe", "Ben", "Lea", "Jan", "Amy", "Dan", "Fay", "Gus", "Joy", "Kai", "Liv", "Ned", "Ola", "Pia", "Ray", "Sue", "Tia", "Uma", "Vic", "Wes", "Yan", "Abe"]
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
+    "Mia Leo Ana Tom Eva Max Ida Sam Zoe Ben Lea Jan Amy Dan Fay "
+    "Gus Joy Kai Liv Ned Ola Pia Ray Sue Tia Uma Vic Wes Yan Abe"
 )
 
 
@@ -28,33 +34,34 @@ RELATIONS = {
     "city": Relation(
         "{name} lives in {value} .",
         ("Where does {name} live ?", "In which city does {name} stay ?"),
-        tuple(["Oslo", "Rome", "Paris", "Lima", "Cairo", "Tokyo", "Delhi", "Quito", "Bern", "Riga", "Kyiv", "Dakar", "Seoul", "Porto"]),
+        _words("Oslo Rome Paris Lima Cairo Tokyo Delhi Quito Bern Riga Kyiv Dakar Seoul Porto"),
     ),
     "drink": Relation(
         "{name} orders some {value} .",
         ("What does {name} order ?", "Which drink does {name} want ?"),
-        tuple(["tea", "coffee", "milk", "juice", "water", "cocoa", "cider", "lemonade"]),
+        _words("tea coffee milk juice water cocoa cider lemonade"),
     ),
     "pet": Relation(
         "{name} has a {value} .",
         ("Which pet does {name} have ?", "What animal does {name} own ?"),
-        tuple(["cat", "dog", "horse", "parrot", "rabbit", "turtle", "hamster", "snake", "goat", "duck"]),
+        _words("cat dog horse parrot rabbit turtle hamster snake goat duck"),
     ),
     "job": Relation(
         "{name} works as {value} .",
         ("As what does {name} work ?", "Which job does {name} do ?"),
-        tuple(["baker", "nurse", "pilot", "teacher", "lawyer", "farmer", "painter", "sailor", "doctor", "cook"]),
+        _words("baker nurse pilot teacher lawyer farmer painter sailor doctor cook"),
     ),
 }
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one fact, the answer, and the relation it is about."""
+    """A question about one fact, the answer, the relation and the name it is about."""
 
     text: str
     answer: str
     relation: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class World:
 
 
 def draw_world(rng: random.Random, facts: int) -> World:
-    """Draw a world of ``facts`` facts about distinct (name, relation) pairs.
+    """Draw a world of ``facts`` facts about as many names.
 
     >>> import random
     >>> world = draw_world(random.Random(0), 3)
@@ -75,13 +82,13 @@ def draw_world(rng: random.Random, facts: int) -> World:
     """
     # few relations a world: the name in the question must decide, not the relation alone
     relations = rng.sample(list(RELATIONS), rng.randint(1, 2))
-    pairs = rng.sample([(name, key) for name in NAMES for key in relations], facts)
     statements, questions = [], []
-    for name, key in pairs:
+    for name in rng.sample(NAMES, facts):
+        key = rng.choice(relations)
         relation = RELATIONS[key]
         value = rng.choice(relation.values)
         statements.append(relation.statement.format(name=name, value=value))
-        questions.append(Question(rng.choice(relation.questions).format(name=name), value, key))
+        questions.append(Question(rng.choice(relation.questions).format(name=name), value, key, name))
     rng.shuffle(questions)  # in the order of the facts, "the next value" would be a good guess
     return World(" ".join(statements), tuple(questions))
 

@@ -66,6 +66,7 @@ class ModelPatch:
     fingerprint: str | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
+    _seen: dict[str, float] = field(default_factory=dict, repr=False)
     _originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _merged_into: Any = field(default=None, repr=False)
 
@@ -133,25 +134,21 @@ class ModelPatch:
         self._refuse_other_model(model)
 
     def _refuse_other_model(self, model: nn.Module) -> None:
-        if self._model is None or self._model() is not model:
-            from controllability.models.storing import known_fingerprint
+        if self._model is not None and self._model() is model:
+            changed = [name for name, value in self.look(model).items() if value != self._seen.get(name)]
+            if changed:
+                raise PatchError(f"parameter {changed[0]} changed since this patch was made: make it again")
+            return
+        from controllability.models.fingerprints import known_fingerprint
 
-            if not carried(model) and known_fingerprint(model) != (
-                self.fingerprint or self.fingerprint_of(self.model())
-            ):
-                raise PatchError("this patch was made for other weights (the fingerprints differ)")
-        for entry in self.entries:
-            try:
-                stored = model.get_submodule(entry.module)._parameters[entry.attribute]
-            except (AttributeError, KeyError):
-                raise PatchError(
-                    f"the model has no parameter {entry.param}: this patch was made for another model"
-                ) from None
-            shape = tuple(stored.shape)[-2:] if isinstance(entry.delta, LowRank) else tuple(stored.shape)[-1:]  # type: ignore[union-attr]
-            if shape != _stored_shape(entry.delta):
-                raise PatchError(
-                    f"parameter {entry.param} has shape {shape}, the patch is for {_stored_shape(entry.delta)}"
-                )
+        if known_fingerprint(model) != (self.fingerprint or self.fingerprint_of(self.model())):
+            raise PatchError("this patch was made for other weights (the fingerprints differ)")
+
+    def look(self, model: nn.Module) -> dict[str, float]:
+        """A cheap look at the parameters that this patch is about, to notice that they changed."""
+        from controllability.models.fingerprints import sampled
+
+        return {e.param.name: sampled(model.get_submodule(e.module)._parameters[e.attribute]) for e in self.entries}  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------------------------- merging
 
@@ -207,7 +204,7 @@ class ModelPatch:
 
     def fingerprint_of(self, model: nn.Module) -> str:
         """The fingerprint of the weights that this patch is for, its own merge undone in thought."""
-        from controllability.models.storing import fingerprint, known_fingerprint
+        from controllability.models.fingerprints import fingerprint, known_fingerprint
 
         on_it = carried(model)
         if self._merged_into is model and on_it == (self.id,):
@@ -238,13 +235,6 @@ def _to(delta: Any, like: Tensor) -> Any:
     if isinstance(delta, LowRank):
         return LowRank(delta.left.to(like.device), delta.right.to(like.device), delta.transposed)
     return Shift(delta.value.to(like.device))
-
-
-def _stored_shape(delta: Delta) -> tuple[int, ...]:
-    if isinstance(delta, Shift):
-        return (delta.value.shape[-1],)
-    shape = (delta.left.shape[-1], delta.right.shape[-1])
-    return shape[::-1] if delta.transposed else shape
 
 
 @torch.no_grad()

@@ -80,11 +80,12 @@ def patch_model(
         time.perf_counter() - started, reports,
     )  # fmt: skip
     kept = {"target": dict(target), "source": dict(source), "positions": positions}
-    return ModelPatch(
+    mp = ModelPatch(
         entries, scope, source_rows, report, kept, logits,
-        paired_logits(_result(target_output), target_rows, logits, scope), carried(model),
-        _model=weakref.ref(model),
+        paired_logits(_result(target_output), target_rows, logits, scope), carried(model), _model=weakref.ref(model),
     )  # fmt: skip
+    mp._seen.update(mp.look(model))
+    return mp
 
 
 def paired_logits(target_logits: torch.Tensor, rows: Any, like: torch.Tensor, scope: str) -> torch.Tensor:

@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import uuid
-import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,57 +26,6 @@ from controllability.models.report import LayerReport, Report
 
 FORMAT, VERSION = "controllability-patch", 1
 TENSORS, DESCRIPTION = "patch.safetensors", "patch.json"
-
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
-
-
-# ---------------------------------------------------------------------------------- fingerprints
-
-
-def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from ((name, b) for name, b in model.named_buffers() if b is not None)
-
-
-def _glimpse(model: nn.Module) -> tuple[Any, ...]:
-    """Identity, version and 64 entries of every parameter: enough to notice that a fingerprint is stale."""
-    found = []
-    for name, value in model.named_parameters():
-        flat = value.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)].float().sum()
-        version = 0 if value.is_inference() else value._version
-        found.append((name, id(value), version, value.data_ptr(), float(sample)))
-    return tuple(found)
-
-
-def fingerprint(
-    model: nn.Module, originals: dict[str, Tensor] | None = None, progress: Callable[[int, int], None] | None = None
-) -> str:
-    """SHA-256 over the name, dtype, shape and bytes of every parameter and buffer.
-
-    ``originals`` stand in for parameters into which a patch is merged.
-    """
-    digest = hashlib.sha256()
-    items = list(_stored(model))
-    for done, (name, value) in enumerate(items):
-        value = (originals or {}).get(name, value).detach()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        flat = value.contiguous().reshape(-1).view(torch.uint8).cpu()
-        for start in range(0, flat.numel(), 1 << 26):
-            digest.update(flat[start : start + (1 << 26)].numpy().data)
-        if progress:
-            progress(done + 1, len(items))
-    return digest.hexdigest()
-
-
-def known_fingerprint(model: nn.Module) -> str:
-    """The model's fingerprint, remembered as long as its parameters look the same."""
-    glimpse = _glimpse(model)
-    known = _KNOWN.get(model)
-    if known is None or known[0] != glimpse:
-        known = (glimpse, fingerprint(model))
-        _KNOWN[model] = known
-    return known[1]
 
 
 # ---------------------------------------------------------------------------------------- saving

@@ -1,0 +1,30 @@
+"""Shared models: tiny Gemma 3 with random weights, norms randomised, never at their neutral values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import tiny_gemma
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def gemma():
+    """A fresh two-layer model in float32: tests may break it."""
+    return tiny_gemma(layers=2)
+
+
+@pytest.fixture(scope="session")
+def saved_gemma(tmp_path_factory):
+    """A model directory with its tokenizer, as ``save_pretrained`` writes it."""
+    from controllability.embedded.train import make_tokenizer
+
+    directory = tmp_path_factory.mktemp("gemma")
+    tokenizer = make_tokenizer()
+    tiny_gemma(layers=2, vocab=len(tokenizer)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -1,0 +1,263 @@
+"""Proofs are executed: block(patched, v) = block(original, v'), on every arithmetic; refusals are pinned."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from helpers import error, gemma_by_hand
+
+import architectures
+import controllability as ct
+from controllability.components import (
+    Activation,
+    Linear,
+    Normalize,
+    Product,
+    Scale,
+    SoftCap,
+    Sum,
+    Times,
+    gated,
+    layer_norm,
+    residual,
+    rms_norm,
+)
+from controllability.interfaces import Param
+
+up, gate = Linear(Param("up", ("h", "d"))), Linear(Param("gate", ("h", "d")))
+down = Linear(Param("down", ("d", "h")))
+biased = Linear(Param("down", ("d", "h")), Param("b", ("d",)))
+silu = Activation("silu")
+
+BLOCKS = {
+    "gemma": residual(rms_norm("pre", offset=1) >> gated(gate, up, silu) >> down >> rms_norm("post", offset=1)),
+    "llama": residual(rms_norm("pre") >> gated(gate, up, silu) >> down),
+    "gpt-2": residual(layer_norm("pre") >> up >> Activation("gelu_tanh") >> biased),
+    "olmo 2": residual(gated(gate, up, silu) >> down >> rms_norm("post")),
+    "bert": residual(up >> Activation("gelu") >> biased) >> layer_norm("out"),
+    "layer scale": residual(rms_norm("pre") >> up >> silu >> down >> Scale(Param("lambda", ("d",)))),
+    "multiplier": residual(rms_norm("pre") >> gated(gate, up, silu) >> down >> Times(0.25)),
+    "norm without parameters": residual(rms_norm("pre") >> up >> silu >> down >> Normalize("rms", 1e-6)),
+    "two branches": Sum((Scale(Param("skip", ("d",))), rms_norm("pre") >> up >> silu >> down, down_two := Linear(Param("two", ("d", "d"))))),
+    "soft-cap in the middle": residual(rms_norm("pre") >> up >> SoftCap(5.0) >> down),
+}  # fmt: skip
+VIAS = ("input-output", "output")
+
+
+@pytest.mark.parametrize("via", VIAS)
+@pytest.mark.parametrize("name", [n for n in BLOCKS if n != "norm without parameters"])
+def test_the_patched_block_gives_what_the_target_gave(name, via):
+    block = BLOCKS[name]
+    for seed in range(5):
+        params, v, v_target = ct.sample(block, seed=seed, tokens=(2, 3), d=6, h=10)
+        patch = ct.prove(block, via=via).construct(params, v, v_target)
+        wanted = block(params, v_target)
+        assert error(block(patch.applied_to(params), v), wanted) < 1e-12
+        assert error(block(params, v), wanted) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "mpmath"])
+@pytest.mark.parametrize("route", ["auto", "scale", "secular", "uniform"])
+@pytest.mark.parametrize("via", VIAS)
+def test_one_proof_runs_on_every_arithmetic(kind, route, via):
+    block = architectures.block("gemma3")
+    proof = ct.prove(block, via, route)
+    limit = {"numpy": 1e-13, "torch": 1e-5, "mpmath": 1e-46}[kind]
+    with mpmath.workdps(50):
+        params, v, v_target = ct.sample(block, kind, tokens=(3,), d=8, h=16)
+        patched = block(proof.construct(params, v, v_target).applied_to(params), v)
+        wanted = block(params, v_target)
+        largest = max(abs(x) for x in (patched - wanted).reshape(-1))
+        assert largest / max(abs(x) for x in wanted.reshape(-1)) < limit
+
+
+def test_the_gemma_expression_agrees_with_gemma_written_by_hand():
+    block = architectures.block("gemma3")
+    params, v, v_target = ct.sample(block, tokens=(4,), d=8, h=16)
+    assert error(block(params, v), gemma_by_hand(params, v)) < 1e-14
+    patch = ct.prove(block).construct(params, v, v_target)
+    merged = [
+        {n: p[i] if p.ndim > params[n].ndim else p for n, p in patch.merged_into(params).items()} for i in range(4)
+    ]
+    found = np.stack([gemma_by_hand(merged[i], v[i]) for i in range(4)])
+    assert error(found, gemma_by_hand(params, v_target)) < 1e-13
+
+
+def test_theorem_1_reproduces_the_activations_inside_and_1b_does_not():
+    block = BLOCKS["llama"]
+    params, v, v_target = ct.sample(block, d=6, h=10)
+    hidden = (1, 2)  # the gated product
+    inside = ct.Trace(block, params, v_target).output(hidden)
+    found = {}
+    for via in VIAS:
+        patched = ct.prove(block, via).construct(params, v, v_target).applied_to(params)
+        found[via] = error(ct.Trace(block, patched, v).output(hidden), inside)
+    assert found["input-output"] < 1e-13
+    assert found["output"] > 1e-2
+
+
+def test_exact_rationals_leave_nothing():
+    def frac(values):
+        out = np.empty(len(values), dtype=object)
+        out[:] = [Fraction(x) for x in values]
+        return out
+
+    block = residual(up >> Activation("cubic", coefficients=(1, 2, 0, 1)) >> down)
+    params, v, v_target = ct.sample(block, "rational", d=3, h=4)
+    for via in VIAS:
+        patch = ct.prove(block, via).construct(params, v, v_target)
+        assert (block(patch.applied_to(params), v) == block(params, v_target)).all()
+        assert (block(params, v) != block(params, v_target)).any()
+    # with a normalisation: numbers whose mean square plus ε is a square of a rational, so that the root is one
+    normed = residual(Normalize("rms", Fraction(3)) >> Linear(Param("W", ("d", "d"))))
+    W = {"W": np.stack([frac([1, 2, 0, 1]), frac([0, 1, 1, 0]), frac([2, 0, 1, 1]), frac([1, 1, 0, 3])])}
+    source, target = frac([1, 1, 1, 1]), frac([2, 0, 0, 0])  # mean squares 1 and 1: root of 4
+    patch = ct.prove(normed, "output").construct(W, source, target)
+    assert (normed(patch.applied_to(W), source) == normed(W, target)).all()
+
+
+def test_traces_spare_what_was_observed():
+    block = BLOCKS["llama"]
+    params, v, v_target = ct.sample(block, d=6, h=10)
+    calls = []
+
+    class Counting(dict):
+        def __getitem__(self, name):
+            calls.append(name)
+            return super().__getitem__(name)
+
+    full_source, full_target = ct.Trace(block, params, v), ct.Trace(block, params, v_target)
+    inner = {(1, 2, 0, 0): "gate", (1, 2, 1): "up"}
+    observed = [{path: trace.output(path) for path in inner} for trace in (full_source, full_target)]
+    observed[1][()] = full_target.output(())
+    counted = Counting(params)
+    source = ct.Trace(block, counted, v, observed[0])
+    target = ct.Trace(block, counted, v_target, observed[1])
+    patch = ct.prove(block).construct(counted, source, target)
+    assert error(block(patch.applied_to(params), v), block(params, v_target)) < 1e-12
+    assert calls.count("gate") == 0
+    assert calls.count("up") == 0
+
+
+def test_a_tied_skip_reads_its_patch():
+    """δ is computed after the input patch, from the patched skip (theory 1: MiniMax)."""
+    shared = Linear(Param("shared", ("d", "d")))
+    block = Sum((shared, shared >> silu >> Linear(Param("out", ("d", "d")))))
+    params, v, v_target = ct.sample(block, d=4)
+    patch = ct.prove(block).construct(params, v, v_target)
+    assert set(patch) == {"shared", "out"}
+    assert error(block(patch.applied_to(params), v), block(params, v_target)) < 1e-13
+
+
+REFUSALS = {
+    "ends in tanh": (
+        residual(rms_norm("pre") >> up >> Activation("tanh")), {},
+        "prove via input-output, route auto: not controllable\n"
+        "  culprit: activation tanh\n"
+        "  reason:  it has no parameter that moves its output, and it cannot be undone from every target\n"
+        "  hint:    put a linear map or a bias after it",
+    ),
+    "nothing to steer inside": (
+        residual(silu >> down), {},
+        "prove via input-output, route auto: not controllable\n"
+        "  culprit: activation silu\n"
+        "  reason:  it has no parameter that steers its input\n"
+        "  hint:    put a linear map, a scale or a bias before it; via='output' has a proof",
+    ),
+    "one component": (
+        residual(down), {},
+        "prove via input-output, route auto: not controllable\n"
+        "  culprit: linear down\n"
+        "  reason:  theorem-1: the branch is one component: there is no inner function before the outer one\n"
+        "  hint:    ask for via='output' (Theorem 1b)",
+    ),
+    "tied twice": (
+        residual(Linear(Param("W", ("d", "d"))) >> silu >> Linear(Param("W", ("d", "d")))), {"via": "output"},
+        "prove via output, route auto: not controllable\n"
+        "  culprit: linear W >> activation silu >> linear W\n"
+        "  reason:  O-after-fixed: parameter W is used twice: moving it for one use would change the other\n"
+        "  hint:    untie W, or leave it out of the patch (frozen=...)",
+    ),
+    "frozen": (
+        residual(rms_norm("pre") >> up >> silu >> down), {"frozen": ("down",)},
+        "prove via input-output, route auto: not controllable\n"
+        "  culprit: linear down\n"
+        "  reason:  O-linear: down may not move (frozen)\n"
+        "  hint:    allow down to move",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_name_culprit_reason_and_hint(name):
+    block, options, message = REFUSALS[name]
+    with pytest.raises(ct.NotControllable) as refused:
+        ct.prove(block, **options)
+    assert str(refused.value) == message
+    assert refused.value.culprit in message
+
+
+def test_a_target_outside_the_image_is_a_failed_condition_not_a_refusal():
+    block = Sum((Times(1.0), up >> silu >> down >> SoftCap(1.0)))
+    params, v, v_target = ct.sample(block, d=3, h=4)
+    with pytest.raises(ct.SideConditionFailed, match=r"the soft-cap can reach the target: \|target\| < 1.0"):
+        ct.prove(block).construct(params, v, v_target * 100)
+    near = v + 1e-3 * (v_target - v)
+    patch = ct.prove(block).construct(params, v, near)
+    assert error(block(patch.applied_to(params), v), block(params, near)) < 1e-13
+
+
+def test_alternatives_are_tried_when_numbers_break_a_condition():
+    block = residual(rms_norm("pre") >> up >> Activation("relu") >> biased)
+    params, v, v_target = ct.sample(block, d=4, h=5)
+    params["up"] = -abs(params["up"])
+    params["pre.weight"] = abs(params["pre.weight"])
+    v, v_target = abs(v), abs(v_target)  # relu kills everything: the linear map after it sees zero
+    patch = ct.prove(block).construct(params, v, v_target)
+    assert "b" in patch
+    assert "down" not in patch
+    assert error(block(patch.applied_to(params), v), block(params, v_target)) < 1e-14
+
+
+def test_unknown_options_are_refused():
+    for options, message in (
+        ({"via": "magic"}, "unknown theorem via='magic'"),
+        ({"route": "magic"}, "unknown route 'magic'"),
+    ):
+        with pytest.raises(ct.BadInput, match=message):
+            ct.prove(BLOCKS["llama"], **options)
+    with pytest.raises(ct.BadInput, match="unknown level 'magic'"):
+        ct.prove(BLOCKS["llama"]).check("magic")
+
+
+def test_the_gated_product_needs_both_factors():
+    block = residual(rms_norm("pre") >> Product((up >> silu, silu >> up)) >> down)
+    with pytest.raises(ct.NotControllable, match="used twice"):
+        ct.prove(block, frozen=("pre.weight",))
+
+
+def test_verify_reports_the_residual_and_the_negative_control():
+    block = BLOCKS["llama"]
+    params, v, v_target = ct.sample(block, d=6, h=10)
+    patch = ct.prove(block).construct(params, v, v_target)
+    good = ct.verify(block, params, patch, v, v_target)
+    assert good.residual < 1e-12 < good.unpatched
+    wrong = ct.Patch({p: d for p, d in patch.deltas.items() if str(p) != "down"})
+    assert ct.verify(block, params, wrong, v, v_target).residual > 1e-3
+    with pytest.raises(ct.BadInput, match="compared entry by entry"):
+        ct.verify(block, params, patch, v, v_target[:2])
+
+
+def test_half_precision_blocks_are_solved_in_float32():
+    block = architectures.block("gemma3")
+    params, v, v_target = ct.sample(block, "torch", tokens=(4,), d=32, h=64)
+    half = {name: value.bfloat16() for name, value in params.items()}
+    patch = ct.prove(block).construct(half, v, v_target)
+    assert all(d.norms().dtype == torch.float32 for d in patch.deltas.values())
+    stored = half["post_feedforward_layernorm.weight"] + patch["post_feedforward_layernorm.weight"].value
+    assert torch.equal(stored, stored.bfloat16().float()), "the new scale must be one that bfloat16 can hold"
+    assert error(block(patch.applied_to(half), v), block(half, v_target)) < 0.01

@@ -1,0 +1,266 @@
+"""Nothing is left behind: exceptions, interrupts, compiled models, misuse, other models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import error, hook_count, runs, snapshot, tiny_gemma, unchanged
+
+import controllability as ct
+from controllability.models.hooks import carried
+from controllability.models.model_patch import ModelPatch
+
+
+@pytest.fixture
+def patched(gemma):
+    target, source = runs(context=9, query=4)
+    return gemma, ct.patch_model(gemma, target, source), target, source
+
+
+def test_an_exception_inside_applied_undoes_everything(patched):
+    model, mp, _, _ = patched
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="mine"), mp.applied(model):
+        raise RuntimeError("mine")
+    assert unchanged(model, before)
+    assert hook_count(model) == 0
+    assert carried(model) == ()
+
+
+@pytest.mark.parametrize("interrupted_in", ["target run", "source sweep"])
+def test_ctrl_c_during_the_sweep_leaves_the_model_alone(gemma, interrupted_in):
+    target, source = runs(context=9, query=4)
+    before = snapshot(gemma)
+
+    def press(stage, done, total):
+        if stage == interrupted_in and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ct.patch_model(gemma, target, source, progress=press)
+    assert unchanged(gemma, before)
+    assert hook_count(gemma) == 0
+
+
+def test_ctrl_c_during_merge_restores(patched, monkeypatch):
+    model, _, target, source = patched
+    mp = ct.patch_model(model, target, source, scope="last")
+    before = snapshot(model)
+    from controllability.models import model_patch
+
+    write, calls = model_patch._write, []
+
+    def interrupted(stored, delta):
+        calls.append(1)
+        write(stored, delta)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_patch, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mp.merge(model)
+    assert unchanged(model, before)
+    assert carried(model) == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_and_unmerge_are_bit_exact(dtype):
+    model = tiny_gemma(dtype=dtype)
+    target, source = runs(context=9, query=4)
+    before = snapshot(model)
+    mp = ct.patch_model(model, target, source, scope="last")
+    assert unchanged(model, before)
+    mp.merge(model)
+    assert not unchanged(model, before)
+    mp.unmerge(model)
+    assert unchanged(model, before)
+
+
+def test_merging_what_is_not_one_set_of_weights_is_refused(patched):
+    model, mp, target, source = patched
+    before = snapshot(model)
+    with pytest.raises(ct.PatchError, match="scope 'each' holds 4 patches, one a position"):
+        mp.merge(model)
+    two = {k: v.repeat(2, 1) for k, v in target.items()}, {k: v.repeat(2, 1) for k, v in source.items()}
+    with pytest.raises(ct.PatchError, match="scope 'last' holds 2 patches, one a sample"):
+        ct.patch_model(model, *two, scope="last").merge(model)
+    assert unchanged(model, before)
+    one = ct.patch_model(model, target, {k: v[:, -1:] for k, v in source.items()})
+    one.merge(model)  # scope "each" with one position is one set of weights
+    with pytest.raises(ct.PatchError, match="merged already"):
+        one.merge(model)
+    one.unmerge(model)
+    assert unchanged(model, before)
+    with pytest.raises(ct.PatchError, match="not merged into this model"):
+        one.unmerge(model)
+
+
+def test_two_patches_at_once_are_refused_unless_made_on_top(patched):
+    model, mp, target, source = patched
+    other = ct.patch_model(model, target, source, via="output")
+    with (
+        mp.applied(model),
+        pytest.raises(ct.PatchError, match="carries 1 patches and this one was made while it carried 0"),
+        other.applied(model),
+    ):
+        pass
+    assert carried(model) == ()
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "layer", "forward"])
+def test_compiled_models_are_refused(patched, how):
+    model, mp, target, source = patched
+    if how == "torch.compile":
+        subject = torch.compile(model)
+    else:
+        subject = model
+        if how == "model.compile":
+            model.compile()
+        elif how == "layer":
+            model.model.layers[0].compile()
+        else:
+            model.forward = torch.compile(model.forward)
+    with pytest.raises(ct.PatchError, match=r"compiled with torch.compile, which ignores hooks"), mp.applied(subject):
+        pass
+    with pytest.raises(ct.PatchError, match="compiled"):
+        ct.patch_model(subject, target, source)
+
+
+def test_a_model_compiled_after_merging_computes_with_the_patch(gemma):
+    target, source = runs(context=9, query=1)
+    mp = ct.patch_model(gemma, target, source)
+    mp.merge(gemma)
+    compiled = torch.compile(gemma, backend="eager")
+    with torch.no_grad():
+        assert error(compiled(**source).logits, mp.target_logits) < 5e-6
+    mp.unmerge(gemma)
+
+
+def test_a_patch_of_each_refuses_other_shapes(patched):
+    model, mp, target, _ = patched
+    with (
+        pytest.raises(ct.PatchError, match=r"for inputs of shape \(1, 4\) \(B, T\), the model got \(1, 13\)"),
+        mp.applied(model),
+    ):
+        model(**target)
+    assert hook_count(model) == 0
+
+
+def test_another_model_is_refused(patched):
+    _, mp, _, source = patched
+    twin = tiny_gemma(layers=2)  # the same seed: the same weights
+    with torch.no_grad(), mp.applied(twin):
+        assert error(twin(**source).logits, mp.target_logits) < 5e-6
+    with pytest.raises(ct.PatchError, match="made for other weights"), mp.applied(tiny_gemma(layers=2, seed=1)):
+        pass
+    with pytest.raises(ct.PatchError, match="made for other weights"), mp.applied(tiny_gemma(layers=2, d=64)):
+        pass
+
+
+def test_a_patch_whose_model_changed_is_refused(patched):
+    model, mp, _, _ = patched
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(ct.PatchError, match="changed since this patch was made"), mp.applied(model):
+        pass
+
+
+def test_scope_last_serves_longer_inputs(gemma):
+    target, source = runs(context=9, query=4)
+    mp = ct.patch_model(gemma, target, source, scope="last")
+    with torch.no_grad(), mp.applied(gemma):
+        longer = gemma(input_ids=torch.randint(3, 60, (3, 7))).logits
+    assert torch.isfinite(longer).all()
+
+
+def test_save_and_load_round_trip(patched, tmp_path):
+    model, mp, _, source = patched
+    mp.save(tmp_path / "patch")
+    loaded = ct.load_patch(tmp_path / "patch")
+    assert isinstance(loaded, ModelPatch)
+    with torch.no_grad(), loaded.applied(model):
+        assert torch.equal(model(**source).logits, mp.logits)
+    assert loaded.report.to_dict() == mp.report.to_dict()
+    assert torch.equal(loaded.inputs["target"]["input_ids"], mp.inputs["target"]["input_ids"])
+    assert not list(tmp_path.glob(".*")), "no temporary files are left"
+    with pytest.raises(ct.PatchError, match="made for other weights"), loaded.applied(tiny_gemma(seed=1)):
+        pass
+
+
+def test_saving_a_merged_patch_keeps_the_fingerprint_of_the_original_weights(gemma, tmp_path):
+    target, source = runs(context=9, query=1)
+    mp = ct.patch_model(gemma, target, source)
+    mp.save(tmp_path / "a")
+    mp.merge(gemma)
+    mp.save(tmp_path / "b")
+    mp.unmerge(gemma)
+    marks = [ct.load_patch(tmp_path / name).fingerprint for name in "ab"]
+    assert marks[0] == marks[1]
+
+
+def test_saving_while_applied_is_refused(patched, tmp_path):
+    model, mp, _, _ = patched
+    with mp.applied(model), pytest.raises(ct.PatchError, match="patches are on the model"):
+        mp.save(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def corrupt(directory, how):
+    tensors, description = directory / "patch.safetensors", directory / "patch.json"
+    if how == "truncated tensors":
+        tensors.write_bytes(tensors.read_bytes()[:-10])
+    elif how == "flipped byte":
+        raw = bytearray(tensors.read_bytes())
+        raw[-1] ^= 1
+        tensors.write_bytes(raw)
+    elif how == "no tensors":
+        tensors.unlink()
+    elif how == "truncated json":
+        description.write_text(description.read_text()[:100])
+    elif how == "other version":
+        description.write_text(description.read_text().replace('"version": 1', '"version": 7'))
+    elif how == "other format":
+        description.write_text("[]")
+    elif how == "missing entry":
+        description.write_text(description.read_text().replace('"rows_shape"', '"rows_shepe"'))
+    elif how == "no json":
+        description.unlink()
+
+
+DAMAGE = {
+    "truncated tensors": "corrupt or truncated", "flipped byte": "corrupt or truncated", "no tensors": "cannot read",
+    "truncated json": "corrupt or truncated", "other version": "format version 7, this program reads version 1",
+    "other format": "not a description of a patch", "missing entry": "is corrupt: KeyError", "no json": "not a saved patch",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_patches_are_refused(patched, tmp_path, how):
+    patched[1].save(tmp_path / "patch")
+    corrupt(tmp_path / "patch", how)
+    with pytest.raises(ct.PatchError, match=DAMAGE[how]):
+        ct.load_patch(tmp_path / "patch")
+
+
+def test_saving_is_atomic_and_never_overwrites(patched, tmp_path, monkeypatch):
+    _, mp, _, _ = patched
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine")
+    with pytest.raises(ct.PatchError, match="exists already and is not an empty directory"):
+        mp.save(tmp_path / "full")
+    assert (tmp_path / "full" / "note.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ct.PatchError, match="exists already"):
+        mp.save(tmp_path / "file")
+    with pytest.raises(ct.PatchError, match="cannot write to"):
+        mp.save(tmp_path / "file" / "below")
+    from controllability.models import storing
+
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storing, "_flush", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mp.save(tmp_path / "interrupted")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
