@@ -14,6 +14,8 @@ from controllability.arrays import Arithmetic, Array, arithmetic
 from controllability.errors import BadInput, NotExact
 
 ROUTES = ("auto", "scale", "secular", "uniform", "ball")
+INFINITE = float("inf")
+CALM = 1e3  # amplification up to which `auto` looks no further than uniform and secular
 NEAR = 10.0  # `auto`: amplifications within this factor of the best count as equally good
 SHUT = 1e6  # added to the amplification of a route that shuts a channel down
 COARSE = 1e-12  # machine epsilon above which `ball` loses too many digits to 1/√ε
@@ -49,35 +51,44 @@ def candidate(route: str, G: Array, m: Array, y: Array, eps: Any, stored: Any) -
     """
     xp = arithmetic(G, m, y)
     eps = xp.number(eps)
-    live = _revived(xp, G, m)
-    r2 = _usable_mean_square(xp, y, eps)
-    nothing = xp.is_zero(xp.magnitude(G)).all(-1, **_keep(xp))
     if route == "scale":
         return _scale(xp, G, m, y, eps, stored)
+    live = _revived(xp, G, m)
+    r2 = _usable_mean_square(xp, y, eps)
     q = r2 / (r2 + eps)
-    tame = open_ = xp.is_zero(q * 0)
-    unit = None
+    everywhere = xp.is_zero(q * 0)
+    if route == "ball":
+        return _ball(xp, G, m, live, eps, stored)
     if route == "uniform":
-        c = xp.sqrt(xp.mean((G / live) * (G / live))) / xp.sqrt(q)
-        scale = c * live
-    elif route == "secular":
+        ratio = G / live
+        scale, unit = xp.sqrt(xp.mean(ratio * ratio)) / xp.sqrt(q) * live, G * 0
+        tame = everywhere
+    else:
         scale, unit = secular(xp, G, live, q)
         tame = _alive(xp, scale, live)
-    else:
-        scale = live + xp.zeros_like(G)
-        open_ = 1 - xp.mean((G / live) * (G / live)) > 0 if xp.kind != "sympy" else open_
-    scale = stored(xp.where(nothing, m + xp.zeros_like(G), scale))
+    scale, u = _settled(xp, G, m, scale, unit, stored)
+    return Candidate(route, scale, u, u * xp.sqrt(r2 + eps), everywhere, tame)
+
+
+def _settled(xp: Arithmetic, G: Array, m: Array, scale: Array, unit: Array, stored: Any) -> tuple[Array, Array]:
+    """(m' as stored, u = G/m'): where m'_i = 0 u comes from the solver; where G = 0 nothing moves and u = 0."""
+    nothing = xp.is_zero(G).all(-1, **_keep(xp))
+    if xp.any(nothing):
+        scale = xp.where(nothing, m + xp.zeros_like(G), scale)
+        unit = xp.where(nothing, xp.zeros_like(unit), unit)
+    scale = stored(scale)
     dead = xp.is_zero(scale)
-    u = G / xp.where(dead, scale + 1, scale)
-    u = xp.where(dead, unit if unit is not None else xp.zeros_like(G), u)
-    u = xp.where(nothing, xp.zeros_like(G), u)
-    if route == "ball":
-        room = 1 - xp.mean(u * u)
-        room = xp.where(open_, room, xp.zeros_like(room) + 1)
-        before = u * xp.sqrt(eps / room)
-    else:
-        before = u * xp.sqrt(r2 + eps)
-    return Candidate(route, scale, u, before, open_, tame)
+    if not xp.any(dead):
+        return scale, G / scale
+    return scale, xp.where(dead, unit, G / xp.where(dead, scale + 1, scale))
+
+
+def _ball(xp: Arithmetic, G: Array, m: Array, live: Array, eps: Any, stored: Any) -> Candidate:
+    scale, u = _settled(xp, G, m, live + xp.zeros_like(G), G * 0, stored)
+    room = 1 - xp.mean(u * u)
+    open_ = xp.is_zero(room * 0) if xp.kind == "sympy" else room > 0
+    before = u * xp.sqrt(eps / xp.where(open_, room, xp.zeros_like(room) + 1))
+    return Candidate("ball", scale, u, before, open_, xp.is_zero(room * 0))
 
 
 def _keep(xp: Arithmetic) -> dict[str, bool]:
@@ -121,8 +132,6 @@ def _scale(xp: Arithmetic, G: Array, m: Array, y: Array, eps: Any, stored: Any) 
 
 def _alive(xp: Arithmetic, scale: Array, m: Array) -> Array:
     """For which tokens no channel with m_i ≠ 0 is shut down (scaled to nothing)."""
-    if xp.exact:
-        return xp.is_zero(xp.sum(scale) * 0)
     shut = xp.magnitude(scale) <= math.sqrt(xp.machine_epsilon(scale)) * xp.magnitude(m)
     return ~(shut & ~xp.is_zero(m + xp.zeros_like(scale))).any(-1, **_keep(xp))
 
@@ -139,33 +148,32 @@ def secular(xp: Arithmetic, G: Array, m: Array, q: Array) -> tuple[Array, Array]
             "the secular route needs the root of a polynomial of degree 2d: use uniform or scale in exact arithmetic"
         )
     gm = G * m
-    a = gm * gm
     lowest = xp.min(m * m)
-    gaps = m * m - lowest
-    bottom = gaps == 0
+    gaps = m * m - lowest + xp.zeros_like(G)
+    bottom = xp.is_zero(gaps)
+    quiet = bottom & xp.is_zero(gm)  # coordinates at the bottom without a target: the hard case lives there
+    a = gm * gm
     d = G.shape[-1]
     t = xp.max(xp.sqrt(a / (d * q)) - gaps)
     t = xp.where(t > 0, t, xp.zeros_like(t))
-    quiet = bottom & xp.is_zero(gm)
-
-    def over(t: Array, power: int) -> Array:
-        base = xp.where(quiet, xp.zeros_like(gaps) + 1, gaps + t)
-        base = xp.where(xp.is_zero(base), base + 1, base)
-        return xp.mean(xp.where(quiet, xp.zeros_like(a), a / base**power))
-
-    hard = (over(t * 0, 2) <= q) & ~(bottom & ~quiet).any(-1, **_keep(xp))
+    base = xp.where(quiet, gaps + 1, gaps)
+    hard = xp.is_zero(t) & (bottom == quiet).all(-1, **_keep(xp))
+    if xp.any(hard):
+        hard = hard & (xp.mean(a / xp.where(xp.is_zero(base), base + 1, base) ** 2) <= q)
     tolerance = 4 * xp.machine_epsilon(G)
     for _ in range(100):
-        phi, slope = over(t, 2), over(t, 3)
-        live = phi > q
-        slope = xp.where(xp.is_zero(slope), slope + 1, slope)
-        step = xp.where(live & ~hard, phi * (xp.sqrt(phi / q) - 1) / slope, t * 0)
+        weights = a / ((base + t) * (base + t))
+        phi, slope = xp.mean(weights), xp.mean(weights / (base + t))
+        step = phi * (xp.sqrt(phi / q) - 1) / xp.where(xp.is_zero(slope), slope + 1, slope)
+        step = xp.where((step > 0) & ~hard, step, t * 0)
         t = t + step
-        if xp.all(xp.magnitude(step) <= tolerance * t):
+        if xp.all(step <= tolerance * t):
             break
     t = xp.where(hard, t * 0, t)
     spread = gaps + t
     u = gm / xp.where(xp.is_zero(spread), spread + 1, spread)
+    if not xp.any(hard):
+        return spread / m, u
     missing = q * d - xp.sum(xp.where(quiet, u * 0, u * u))
     missing = xp.where(hard & (missing > 0), missing, missing * 0)
     how_many = xp.sum(xp.where(bottom, a * 0 + 1, a * 0))
@@ -195,7 +203,8 @@ def relative_change(scale: Array, m: Array) -> Array:
 def choose(G: Array, m: Array, y: Array, eps: Any, stored: Any) -> tuple[Candidate, str, str]:
     """``auto``: the best-conditioned route for every token.  Returns it, its name, and why.
 
-    Routes whose amplification is within a factor 10 of the best count as equal, and among them the
+    uniform and secular are compared first; scale and ball only where both amplify rounding more than
+    ``CALM`` times.  Amplifications within a factor 10 of the best count as equal, and among those the
     smallest relative change of the scale wins.  Dead channels are avoided; ``ball`` below float64
     is taken only if nothing else is open.  Exact arithmetics cannot compare sizes: they take
     uniform, or scale where a root would be irrational.
@@ -206,36 +215,49 @@ def choose(G: Array, m: Array, y: Array, eps: Any, stored: Any) -> tuple[Candida
             return candidate("uniform", G, m, y, eps, stored), "uniform", "exact arithmetic: closed form"
         except NotExact:
             return candidate("scale", G, m, y, eps, stored), "scale", "exact arithmetic: no root needed"
-    options = [candidate(route, G, m, y, eps, stored) for route in ("uniform", "secular", "scale", "ball")]
-    infinite = float("inf")
-    costs, changes = [], []
-    for option in options:
-        usable = option.open & _finite(xp, option)
-        if option.route == "ball" and xp.machine_epsilon(G) > COARSE:
-            usable = usable & ~usable  # last resort: considered below
-        kappa = amplification(option, G, y, eps)
-        kappa = xp.where(option.tame, kappa, kappa + SHUT)
-        costs.append(xp.where(usable, kappa, kappa * 0 + infinite))
-        changes.append(relative_change(option.scale, m))
-    best = costs[0]
-    for cost in costs[1:]:
-        best = xp.where(cost < best, cost, best)
-    nothing = best == infinite
-    picked, picked_change = options[3], xp.where(nothing, changes[3], changes[3] * 0 + infinite)
-    names = [xp.is_zero(best * 0) & nothing]
-    for option, cost, change in zip(options, costs, changes, strict=True):
-        better = (cost <= NEAR * best) & (change < picked_change) & ~nothing
-        picked = _select(xp, better, option, picked)
-        picked_change = xp.where(better, change, picked_change)
-        names = [old & ~better for old in names] + [better]
-    counts = {o.route: int(n.sum()) for o, n in zip(options, names[1:], strict=True)}
-    counts["ball"] += int(names[0].sum())
-    used = "+".join(route for route, count in counts.items() if count)
-    why = "; ".join(
-        f"{o.route}: amplification {_worst(xp, cost)}, scale change {_worst(xp, change)}"
-        for o, cost, change in zip(options, costs, changes, strict=True)
-    )
-    return picked, used, why
+    options = [_judged(xp, route, G, m, y, eps, stored) for route in ("uniform", "secular")]
+    if not all(xp.all(option.cost <= CALM) for option in options):
+        options += [_judged(xp, route, G, m, y, eps, stored) for route in ("scale", "ball")]
+    best = options[0].cost
+    for option in options[1:]:
+        best = xp.where(option.cost < best, option.cost, best)
+    if xp.any(best == INFINITE):  # nothing is open but, perhaps, the last resort
+        best = xp.where(best == INFINITE, options[-1].last_resort, best)
+        options[-1].cost = xp.where(options[-1].cost == INFINITE, options[-1].last_resort, options[-1].cost)
+    picked, smallest = options[0].answer, best * 0 + INFINITE
+    winner = xp.zeros_like(best)
+    for index, option in enumerate(options):
+        better = (option.cost <= NEAR * best) & (option.change < smallest)
+        picked = option.answer if xp.all(better) else _select(xp, better, option.answer, picked)
+        smallest = xp.where(better, option.change, smallest)
+        winner = xp.where(better, xp.zeros_like(winner) + index, winner)
+    used = "+".join(o.answer.route for i, o in enumerate(options) if xp.any(winner == i))
+    return picked, used, "; ".join(o.summary(xp) for o in options)
+
+
+@dataclass
+class _Judged:
+    """A candidate with what `auto` compares: cost (∞ where closed) and relative change, (..., 1) each."""
+
+    answer: Candidate
+    cost: Array
+    change: Array
+    last_resort: Array
+
+    def summary(self, xp: Arithmetic) -> str:
+        """One phrase for the report: the worst token."""
+        return f"{self.answer.route}: amplification {_worst(xp, self.cost)}, scale change {_worst(xp, self.change)}"
+
+
+def _judged(xp: Arithmetic, route: str, G: Array, m: Array, y: Array, eps: Any, stored: Any) -> _Judged:
+    answer = candidate(route, G, m, y, eps, stored)
+    usable = answer.open & _finite(xp, answer)
+    kappa = amplification(answer, G, y, eps)
+    kappa = xp.where(answer.tame, kappa, kappa + SHUT)
+    closed = kappa * 0 + INFINITE
+    last_resort = xp.where(usable, kappa, closed)
+    cost = closed if route == "ball" and xp.machine_epsilon(G) > COARSE else last_resort
+    return _Judged(answer, cost, relative_change(answer.scale, m), last_resort)
 
 
 def _finite(xp: Arithmetic, option: Candidate) -> Array:

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from controllability.errors import BadInput, NotControllable
+from controllability.errors import BadInput
 from controllability.models.hooks import carried, refuse_compiled
 from controllability.models.model_patch import Entry, ModelPatch, refuse_scope
 from controllability.models.pairing import input_shape, pair
 from controllability.models.reading_check import Checked, checked_reading
 from controllability.models.report import Report, layer_report
 from controllability.models.sweep import Progress, check_finite, observe_target, sweep
-from controllability.proof import Proof
-from controllability.prover import prove
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -64,7 +62,7 @@ def patch_model(
     for role, inputs in (("target", target), ("source", source)):
         _refuse_bad_inputs(model, checked, inputs, role)
     source_rows, target_rows = pair(target, source, scope, positions)
-    proofs = [_prove(layer.block, via, route, layer.index) for layer in checked.reading.layers]
+    proofs = checked.proofs(via, route)
     layers = checked.reading.layers
     with torch.no_grad():
         targets, target_output = observe_target(model, layers, proofs, _without_cache(target), target_rows, progress)
@@ -102,13 +100,6 @@ def paired_logits(target_logits: torch.Tensor, rows: Any, like: torch.Tensor, sc
     if scope == "each" and picked.shape[0] == like.shape[0] * like.shape[1]:
         return picked.reshape(like.shape)
     return picked
-
-
-def _prove(block: Any, via: str, route: str, index: int) -> Proof:
-    try:
-        return prove(block, via, route)  # type: ignore[arg-type]
-    except NotControllable as refused:
-        raise NotControllable(refused.culprit, refused.reason, refused.hint, f"layer {index}") from None
 
 
 def _without_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 import architectures
 from architectures.reading import Layer, Reading
 from controllability.arrays import arithmetic, relative_error
-from controllability.errors import BadInput, ReadingError
+from controllability.errors import BadInput, NotControllable, ReadingError
 from controllability.models.hooks import Installation, carried, first_tensor
+from controllability.proof import Proof
+from controllability.prover import prove
 from controllability.trace import Path, Trace
 
 # largest relative difference that rounding explains; norms inside a float64 model run in float32
@@ -28,6 +30,20 @@ class Checked:
     norms: dict[str, float]
     signature: tuple[Any, ...]
     worst: float
+    _proofs: dict[tuple[str, str], list[Proof]] = field(default_factory=dict)
+
+    def proofs(self, via: str, route: str) -> list[Proof]:
+        """One proof a layer, searched once.  Raises ``NotControllable`` with the layer that has none."""
+        if (via, route) not in self._proofs:
+            self._proofs[via, route] = [_prove(layer, via, route) for layer in self.reading.layers]
+        return self._proofs[via, route]
+
+
+def _prove(layer: Layer, via: str, route: str) -> Proof:
+    try:
+        return prove(layer.block, via, route)  # type: ignore[arg-type]
+    except NotControllable as refused:
+        raise NotControllable(refused.culprit, refused.reason, refused.hint, f"layer {layer.index}") from None
 
 
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, Checked] = weakref.WeakKeyDictionary()

@@ -62,11 +62,10 @@ def unpatched_errors(model: Any, target: Mapping[str, Any], source: Mapping[str,
     from controllability.models.pairing import pair
     from controllability.models.reading_check import checked_reading
     from controllability.models.sweep import observe_target, residual_of
-    from controllability.prover import prove
 
     source_rows, target_rows = pair(target, source, scope)
-    layers = checked_reading(model).reading.layers
-    proofs = [prove(layer.block) for layer in layers]
+    checked = checked_reading(model)
+    layers, proofs = checked.reading.layers, checked.proofs("input-output", "auto")
     runs = [
         observe_target(model, layers, proofs, {"use_cache": False, **inputs}, rows, lambda *_: None)[0]
         for inputs, rows in ((source, source_rows), (target, target_rows))
