@@ -295,7 +295,7 @@ class Theorem1(Rule):
         for branch in place.parts():
             others = tuple(p for p in place.parts() if p.path != branch.path)
             if isinstance(branch.component, Sequence):
-                for split in range(1, len(branch.component.parts)):
+                for split in reversed(range(1, len(branch.component.parts))):  # the largest f first
                     self._split(place, branch, others, split, prover, found)
             elif not isinstance(branch.component, Identity):
                 outer = prover.attempt(branch, "output")

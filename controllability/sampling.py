@@ -33,6 +33,7 @@ def sample(
     shape (*tokens, d).  Raises ``BadInput`` when a shape is not known.
 
     >>> from controllability.components import Linear, residual
+    >>> from controllability.interfaces import Param
     >>> params, v, v_target = sample(residual(Linear(Param("W", ("d", "d")))), d=3)
     >>> params["W"].shape, v.shape
     ((3, 3), (3,))

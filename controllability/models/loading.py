@@ -13,6 +13,7 @@ import torch
 import architectures
 from controllability.errors import BadInput, ReadingError
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,6 +72,9 @@ def _refuse_incomplete(folder: Path) -> None:
         raise BadInput(f"{config} is corrupt or truncated: {error}") from None
     if not any(folder.glob("*.safetensors")):
         raise BadInput(f"{folder} holds no weights in safetensors format; pickled weights are not loaded")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        # transformers would build an empty tokenizer of the model's family without a word
+        raise BadInput(f"{folder} holds no tokenizer: save one with tokenizer.save_pretrained({str(folder)!r})")
 
 
 def _refuse_mismatch(name: str, notes: Any) -> None:

@@ -14,7 +14,9 @@ def proof_text(proof: Proof) -> str:
     """The tree, the side conditions, and what moves."""
     theorem = {"input-output": "Theorem 1", "output": "Theorem 1b"}[proof.via]
     lines = [f"patchable (derived), via {proof.via} ({theorem}), route {proof.route}", *_tree(proof.root, "", "")]
-    lines.append("moves: " + ", ".join(sorted(map(str, proof.root.moved))))
+    lines += textwrap.wrap(
+        "moves: " + ", ".join(sorted(map(str, proof.root.moved))), WIDTH, subsequent_indent="       "
+    )
     conditions = list(dict.fromkeys(f"{c.statement}  [{c.where}]" for c in proof.conditions))
     lines.append("side conditions, tested on the numbers:" if conditions else "no side conditions")
     lines += [line for c in conditions for line in textwrap.wrap(f"- {c}", WIDTH, subsequent_indent="  ")]

@@ -62,7 +62,12 @@ def main() -> None:
     ids = torch.randint(0, 8000, (1, args.context + args.query), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(args.context, args.context + args.query)[None]
     target = {"input_ids": ids, "logits_to_keep": args.query, "use_cache": False}
-    source = {"input_ids": ids[:, args.context :], "position_ids": positions, "logits_to_keep": args.query, "use_cache": False}
+    source = {
+        "input_ids": ids[:, args.context :],
+        "position_ids": positions,
+        "logits_to_keep": args.query,
+        "use_cache": False,
+    }
     mp = ct.patch_model(model, target, source)  # warm: reads and checks the model once
     wanted, unpatched = model(**target).logits, model(**source).logits
     rounds = []
@@ -71,7 +76,9 @@ def main() -> None:
         solved = timed(lambda: ct.patch_model(model, target, source))
         with mp.applied(model):
             ready = timed(lambda: model(**source))
-        rounds.append({"plain_target": plain_target, "plain_source": plain_source, "patch_model": solved, "ready": ready})
+        rounds.append(
+            {"plain_target": plain_target, "plain_source": plain_source, "patch_model": solved, "ready": ready}
+        )
 
     def median(ratio: Callable[[dict[str, float]], float]) -> float:
         return statistics.median(ratio(r) for r in rounds)
