@@ -13,7 +13,7 @@ from controllability.errors import BadInput, NotControllable
 from controllability.interfaces import Component, InputControllable, OutputControllable, Param
 from controllability.proof import Proof
 from controllability.routes import check_route
-from controllability.rules import MOST, RULES, Attempt, Failure, Rule, Side, Step
+from controllability.rules import RULES, Attempt, Failure, Rule, Side, Step
 from controllability.trace import Path, Place, leaves
 
 Via = Literal["input-output", "output"]
@@ -42,6 +42,9 @@ def prove(block: Component, via: Via = "input-output", route: str = "auto", froz
     if not attempt.steps:
         raise refusal(attempt, place, prover)
     return Proof(block, attempt.steps[0], tuple(attempt.steps[1:]), via, route)
+
+
+MOST = 8  # derivations kept at one place: alternatives for numbers on which the first one fails
 
 
 class Prover:

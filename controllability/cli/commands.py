@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from controllability.cli.output import Output, number
+from controllability.cli.output import Output
 
 
 def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
@@ -94,20 +93,3 @@ def demo(args: argparse.Namespace, output: Output) -> int:
     from controllability.cli import demonstration
 
     return demonstration.demo(args, output)
-
-
-def layer_rows(layers: Any) -> Any:
-    """Rows of the layer table: index, residual, route, smallest margin, largest change of a matrix and of a scale."""
-    rows = []
-    for layer in layers:
-        matrices = [v for k, v in layer.relative_changes.items() if "norm" not in k]
-        scales = [v for k, v in layer.relative_changes.items() if "norm" in k]
-        margins = [m["margin"] for m in layer.margins if m["margin"] is not None]
-        rows.append([
-            str(layer.index), number(layer.residual), layer.route, number(min(margins, default=None)),
-            number(max(matrices, default=None)), number(max(scales, default=None)),
-        ])  # fmt: skip
-    return rows
-
-
-LAYER_COLUMNS = ["layer", "residual", "route", "smallest margin", "matrices ‖ΔW‖/‖W‖", "scale max|Δm|/|m|"]

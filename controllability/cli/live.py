@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from controllability.cli.commands import LAYER_COLUMNS, layer_rows
-from controllability.cli.output import Output, number
+from controllability.cli.output import LAYER_COLUMNS, Output, layer_rows, number
 from controllability.errors import BadInput, PatchError
 from controllability.models import ModelPatch, exact_mode, load_patch, patch_model
 from controllability.models.loading import encode, load_model

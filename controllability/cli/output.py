@@ -79,3 +79,20 @@ def _finite(value: float | None) -> float | None:
 def number(value: float | None) -> str:
     """A number for a table."""
     return "–" if value is None else f"{value:.2g}"
+
+
+def layer_rows(layers: Any) -> Any:
+    """Rows of the layer table: index, residual, route, smallest margin, largest change of a matrix and of a scale."""
+    rows = []
+    for layer in layers:
+        matrices = [v for k, v in layer.relative_changes.items() if "norm" not in k]
+        scales = [v for k, v in layer.relative_changes.items() if "norm" in k]
+        margins = [m["margin"] for m in layer.margins if m["margin"] is not None]
+        rows.append([
+            str(layer.index), number(layer.residual), layer.route, number(min(margins, default=None)),
+            number(max(matrices, default=None)), number(max(scales, default=None)),
+        ])  # fmt: skip
+    return rows
+
+
+LAYER_COLUMNS = ["layer", "residual", "route", "smallest margin", "matrices ‖ΔW‖/‖W‖", "scale max|Δm|/|m|"]

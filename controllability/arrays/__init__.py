@@ -1,0 +1,105 @@
+"""The dozen operations in which NumPy, torch, SymPy, exact rationals and mpmath differ.
+
+Everything else in the package is written once with ``+ - * / @`` on arrays whose last axis holds
+the features and whose leading axes, if any, run over tokens.  SymPy expressions, fractions and
+50-digit numbers live in NumPy object arrays, so the same code runs on them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from controllability.arrays.base import Arithmetic as Arithmetic
+from controllability.arrays.base import Array as Array
+from controllability.arrays.objects import MpmathArithmetic, RationalArithmetic, SympyArithmetic
+from controllability.arrays.tensors import TorchArithmetic
+from controllability.errors import BadInput
+
+_NUMPY, _RATIONAL, _MPMATH, _SYMPY, _TORCH = (
+    Arithmetic(),
+    RationalArithmetic(),
+    MpmathArithmetic(),
+    SympyArithmetic(),
+    TorchArithmetic(),
+)
+ARITHMETICS: dict[str, Arithmetic] = {a.kind: a for a in (_NUMPY, _RATIONAL, _MPMATH, _SYMPY, _TORCH)}
+
+
+def arithmetic(*arrays: Array) -> Arithmetic:
+    """The arithmetic in which ``arrays`` live.  No library is imported that is not loaded already.
+
+    Raises ``BadInput`` for anything that is not an array of a known kind.
+
+    >>> import numpy as np
+    >>> arithmetic(np.zeros(3)).kind
+    'numpy'
+    >>> from fractions import Fraction
+    >>> arithmetic(np.array([Fraction(1, 2)], dtype=object)).kind
+    'rational'
+    """
+    torch = sys.modules.get("torch")
+    found: Arithmetic | None = None
+    for x in arrays:
+        if torch is not None and isinstance(x, torch.Tensor):
+            return _TORCH
+        kind = _numpy_kind(x)
+        # symbols absorb fractions, everything absorbs plain floats
+        if found is None or found is _NUMPY or (found is _RATIONAL and kind is _SYMPY):
+            found = kind
+    if found is None:
+        raise BadInput("no array given: expected NumPy arrays (float or object) or torch tensors")
+    return found
+
+
+def _numpy_kind(x: Array) -> Arithmetic:
+    if not isinstance(x, np.ndarray):
+        raise BadInput(f"expected a NumPy array or a torch tensor, got {type(x).__name__}")
+    if x.dtype.kind == "f":
+        return _NUMPY
+    if x.dtype != object or x.size == 0:
+        raise BadInput(f"expected floating point numbers or objects, got an array of {x.dtype} with shape {x.shape}")
+    kinds = {_element_kind(v) for v in x.reshape(-1)}
+    for kind in (_SYMPY, _MPMATH, _RATIONAL):
+        if kind in kinds:
+            return kind
+    raise AssertionError("unreachable")
+
+
+def _element_kind(value: Any) -> Arithmetic:
+    if isinstance(value, (Fraction, int)):
+        return _RATIONAL
+    sympy, mpmath = sys.modules.get("sympy"), sys.modules.get("mpmath")
+    if sympy is not None and isinstance(value, sympy.Basic):
+        return _SYMPY
+    if mpmath is not None and isinstance(value, mpmath.mpf):
+        return _MPMATH
+    raise BadInput(
+        f"cannot compute with elements of type {type(value).__name__}; use floats, Fraction, SymPy or mpmath"
+    )
+
+
+def dot(a: Array, b: Array) -> Array:
+    """Inner product over the features, keeping the axis: (..., n), (..., n) -> (..., 1)."""
+    return arithmetic(a, b).sum(a * b)
+
+
+def relative_error(found: Array, wanted: Array) -> float:
+    """The one error measure: max |difference| / max |target|.
+
+    >>> import numpy as np
+    >>> relative_error(np.array([1.0, 2.5]), np.array([1.0, 2.0]))
+    0.25
+    """
+    xp = arithmetic(found, wanted)
+    found, wanted = xp.lift(found), xp.lift(wanted)
+    difference = xp.magnitude(found - wanted).reshape(-1)
+    largest = xp.to_float(xp.max(difference).reshape(()))
+    scale = xp.to_float(xp.max(xp.magnitude(wanted).reshape(-1)).reshape(()))
+    if largest == 0:
+        return 0.0
+    return largest / scale if scale else math.inf

@@ -1,0 +1,117 @@
+"""What an arithmetic provides, and NumPy floats, which provide it plainly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray (float or object) or torch.Tensor
+
+
+class Arithmetic:
+    """NumPy floats; the other arithmetics override what differs."""
+
+    kind = "numpy"
+    exact = False
+
+    def machine_epsilon(self, x: Array) -> float:
+        """Relative spacing of the numbers in ``x``; 0 in exact arithmetics."""
+        return float(np.finfo(x.dtype).eps)
+
+    def number(self, value: Any) -> Any:
+        """A Python, SymPy or rational constant as a scalar of this arithmetic."""
+        return float(value)
+
+    def array(self, values: Any, like: Array | None = None) -> Array:
+        """``values`` as an array of this arithmetic, on the device of ``like``."""
+        return np.asarray(values, dtype=np.float64)
+
+    def lift(self, x: Array) -> Array:
+        """``x`` in the precision in which patches are solved (half precisions become float32)."""
+        return x
+
+    def as_stored(self, x: Array, like: Array) -> Array:
+        """``x`` after the rounding that storing it with the dtype of ``like`` costs."""
+        return x
+
+    def sqrt(self, x: Array) -> Array:
+        return np.sqrt(x)
+
+    def exp(self, x: Array) -> Array:
+        return np.exp(x)
+
+    def tanh(self, x: Array) -> Array:
+        return np.tanh(x)
+
+    def arctanh(self, x: Array) -> Array:
+        return np.arctanh(x)
+
+    def erf(self, x: Array) -> Array:
+        from scipy.special import erf
+
+        return erf(x)
+
+    def sigmoid(self, x: Array) -> Array:
+        from scipy.special import expit
+
+        return expit(x)
+
+    def where(self, condition: Array, a: Array, b: Array) -> Array:
+        return np.where(condition, a, b)
+
+    def sum(self, x: Array) -> Array:
+        """Sum over the features, keeping the axis."""
+        return x.sum(axis=-1, keepdims=True)
+
+    def max(self, x: Array) -> Array:
+        """Largest feature, keeping the axis."""
+        return x.max(axis=-1, keepdims=True)
+
+    def min(self, x: Array) -> Array:
+        """Smallest feature, keeping the axis."""
+        return x.min(axis=-1, keepdims=True)
+
+    def smallest(self, x: Array) -> Array:
+        """Smallest |feature|, keeping the axis; in symbols the product, which is 0 exactly when one is."""
+        return self.min(self.magnitude(x))
+
+    def mean(self, x: Array) -> Array:
+        """Mean over the features, keeping the axis."""
+        return self.sum(x) / x.shape[-1]
+
+    def is_zero(self, x: Array) -> Array:
+        """Boolean array: which entries are (known to be) zero."""
+        return x == 0
+
+    def any(self, x: Array) -> bool:
+        return bool(x.any())
+
+    def all(self, x: Array) -> bool:
+        return bool(x.all())
+
+    def zeros_like(self, x: Array) -> Array:
+        return x * 0
+
+    def linear(self, x: Array, weight: Array) -> Array:
+        """``x Wᵀ`` for ``x`` of shape (..., in) and ``weight`` of shape (out, in)."""
+        return x @ weight.swapaxes(-1, -2)
+
+    def activation(self, name: str, x: Array) -> Array | None:
+        """A fused kernel for a named activation, or None where the formula is to be used."""
+        return None
+
+    def tidy(self, x: Array) -> Array:
+        """The same value in a normal form, where the arithmetic has one."""
+        return x
+
+    def name(self, x: Array) -> Array:
+        """The same value, from here on treated as given: symbols get a name for it."""
+        return x
+
+    def to_float(self, x: Array) -> Any:
+        """Python float of a one-element array; None when it is not a number."""
+        return float(np.asarray(x).reshape(()))
+
+    def magnitude(self, x: Array) -> Array:
+        return abs(x)

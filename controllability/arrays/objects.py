@@ -1,0 +1,156 @@
+"""Exact and many-digit numbers in NumPy object arrays: fractions, mpmath, SymPy."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from controllability.arrays.base import Arithmetic, Array
+from controllability.errors import NotExact
+
+
+class ObjectArithmetic(Arithmetic):
+    """Object arrays whose elements know ``+ - * /``; scalar functions are applied one by one."""
+
+    def machine_epsilon(self, x: Array) -> float:
+        return 0.0
+
+    def array(self, values: Any, like: Array | None = None) -> Array:
+        source = np.asarray(values, dtype=object)
+        flat = [self.number(v) for v in source.reshape(-1)]
+        result = np.empty(len(flat), dtype=object)
+        result[:] = flat
+        return result.reshape(source.shape)
+
+    def each(self, function: Any, x: Array) -> Array:
+        x = np.asarray(x, dtype=object)
+        result = np.empty(x.size, dtype=object)
+        result[:] = [function(v) for v in x.reshape(-1)]
+        return result.reshape(x.shape)
+
+    def is_zero(self, x: Array) -> Array:
+        return np.asarray(x == 0, dtype=bool)
+
+    def scalar(self, name: str, value: Any) -> Any:
+        """One of sqrt, exp, tanh, atanh, erf on one element."""
+        raise NotImplementedError
+
+    def sqrt(self, x: Array) -> Array:
+        return self.each(lambda v: self.scalar("sqrt", v), x)
+
+    def exp(self, x: Array) -> Array:
+        return self.each(lambda v: self.scalar("exp", v), x)
+
+    def tanh(self, x: Array) -> Array:
+        return self.each(lambda v: self.scalar("tanh", v), x)
+
+    def arctanh(self, x: Array) -> Array:
+        return self.each(lambda v: self.scalar("atanh", v), x)
+
+    def erf(self, x: Array) -> Array:
+        return self.each(lambda v: self.scalar("erf", v), x)
+
+    def sigmoid(self, x: Array) -> Array:
+        return self.number(1) / (self.number(1) + self.exp(-x))
+
+    def where(self, condition: Array, a: Array, b: Array) -> Array:
+        return np.where(np.asarray(condition, dtype=bool), a, b)
+
+
+class RationalArithmetic(ObjectArithmetic):
+    """``fractions.Fraction``: exact, with square roots of perfect squares only."""
+
+    kind = "rational"
+    exact = True
+
+    def number(self, value: Any) -> Any:
+        return value if isinstance(value, Fraction) else Fraction(value)
+
+    def scalar(self, name: str, value: Any) -> Any:
+        value = Fraction(value)
+        if name == "sqrt" and value >= 0:
+            top, bottom = math.isqrt(value.numerator), math.isqrt(value.denominator)
+            if top * top == value.numerator and bottom * bottom == value.denominator:
+                return Fraction(top, bottom)
+        if name != "sqrt" and value == 0:
+            return Fraction(int(name == "exp"))
+        raise NotExact(
+            f"{name}({value}) is not rational; use SymPy or mpmath numbers, or choose the instance so that it is"
+        )
+
+
+class MpmathArithmetic(ObjectArithmetic):
+    """mpmath numbers, in the precision of the caller's ``mpmath.workdps``."""
+
+    kind = "mpmath"
+
+    def machine_epsilon(self, x: Array) -> float:
+        import mpmath
+
+        return float(mpmath.mp.eps)
+
+    def number(self, value: Any) -> Any:
+        import mpmath
+
+        if isinstance(value, Fraction):
+            return mpmath.mpf(value.numerator) / value.denominator
+        return mpmath.mpf(value)
+
+    def scalar(self, name: str, value: Any) -> Any:
+        import mpmath
+
+        return getattr(mpmath, name)(value)
+
+
+class SympyArithmetic(ObjectArithmetic):
+    """SymPy expressions, kept in a normal form; see ``controllability.symbols``."""
+
+    kind = "sympy"
+    exact = True
+
+    def number(self, value: Any) -> Any:
+        import sympy
+
+        if isinstance(value, Fraction):
+            return sympy.Rational(value.numerator, value.denominator)
+        if isinstance(value, float):
+            return sympy.Rational(repr(value))
+        return sympy.sympify(value)
+
+    def scalar(self, name: str, value: Any) -> Any:
+        import sympy
+
+        if name == "sqrt":  # equal radicands must look equal, or their roots do not cancel
+            value = self.tidy(np.array([value], dtype=object))[0]
+        return getattr(sympy, name)(value)
+
+    def linear(self, x: Array, weight: Array) -> Array:
+        return self.name(x @ weight.swapaxes(-1, -2))
+
+    def max(self, x: Array) -> Array:
+        raise NotExact("symbols have no order: take another route than one that compares sizes")
+
+    min = max
+
+    def smallest(self, x: Array) -> Array:
+        return x.prod(axis=-1, keepdims=True)
+
+    def magnitude(self, x: Array) -> Array:
+        return self.each(abs, x)
+
+    def tidy(self, x: Array) -> Array:
+        from controllability.symbols import normal_form
+
+        return self.each(normal_form, x)
+
+    def name(self, x: Array) -> Array:
+        from controllability.symbols import named
+
+        return self.each(named, x)
+
+    def to_float(self, x: Array) -> Any:
+        value = np.asarray(x, dtype=object).reshape(())[()]
+        return float(value) if getattr(value, "is_number", False) else None

@@ -1,0 +1,82 @@
+"""torch tensors; torch is imported when the first tensor is seen, not before."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+from controllability.arrays.base import Arithmetic, Array
+
+
+class TorchArithmetic(Arithmetic):
+    """torch tensors of any dtype on any device; solving happens in float32 or better."""
+
+    kind = "torch"
+
+    def machine_epsilon(self, x: Array) -> float:
+        return float(self.torch.finfo(x.dtype).eps)
+
+    @functools.cached_property
+    def torch(self) -> Any:
+        import torch
+
+        return torch
+
+    def array(self, values: Any, like: Array | None = None) -> Array:
+        if like is None:
+            return self.torch.as_tensor(values)
+        return self.torch.as_tensor(values, dtype=like.dtype, device=like.device)
+
+    def lift(self, x: Array) -> Array:
+        return x.float() if x.dtype in (self.torch.float16, self.torch.bfloat16) else x
+
+    def as_stored(self, x: Array, like: Array) -> Array:
+        return x.to(like.dtype).to(x.dtype)
+
+    def sqrt(self, x: Array) -> Array:
+        return x.sqrt() if hasattr(x, "sqrt") else math.sqrt(x)
+
+    def exp(self, x: Array) -> Array:
+        return x.exp()
+
+    def tanh(self, x: Array) -> Array:
+        return x.tanh()
+
+    def arctanh(self, x: Array) -> Array:
+        return x.atanh()
+
+    def erf(self, x: Array) -> Array:
+        return x.erf()
+
+    def sigmoid(self, x: Array) -> Array:
+        return x.sigmoid()
+
+    def where(self, condition: Array, a: Array, b: Array) -> Array:
+        return self.torch.where(condition, a, b)
+
+    def sum(self, x: Array) -> Array:
+        return x.sum(-1, keepdim=True)
+
+    def max(self, x: Array) -> Array:
+        return x.amax(-1, keepdim=True)
+
+    def min(self, x: Array) -> Array:
+        return x.amin(-1, keepdim=True)
+
+    def linear(self, x: Array, weight: Array) -> Array:
+        dtype = self.torch.promote_types(x.dtype, weight.dtype)
+        return self.torch.nn.functional.linear(x.to(dtype), weight.to(dtype))
+
+    def activation(self, name: str, x: Array) -> Array | None:
+        functional = self.torch.nn.functional
+        kernels = {
+            "silu": functional.silu,
+            "relu": functional.relu,
+            "gelu": functional.gelu,
+            "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+        }
+        return kernels[name](x) if name in kernels else None
+
+    def to_float(self, x: Array) -> Any:
+        return float(x)

@@ -1,0 +1,158 @@
+"""What a rule is: derivations go up, wanted outputs go down.
+
+A rule turns sub-derivations into a derivation (``derive``) and, when a proof is executed, passes
+the wanted output of its place on to its premises (``construct``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from controllability.arrays import Array, arithmetic
+from controllability.interfaces import Condition, Param, Steering, overlap
+from controllability.trace import PatchedRun, Path, Place
+
+Side = Literal["input", "output"]
+Wanted = Callable[[], Array]
+
+
+class Search(Protocol):
+    """What a rule may ask the prover."""
+
+    via: str
+    route: str
+    normalised: frozenset[Path]
+
+    def attempt(self, place: Place, side: Side) -> Attempt:
+        """The derivations of one side at a place."""
+        ...
+
+    def is_frozen(self, param: Param) -> bool:
+        """Whether a parameter must not move."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """A node of a proof: a rule applied at a place, from premises, moving some parameters.
+
+    ``cost`` orders alternatives: 0 moves weights, 1 a bias, 2 a scale whose condition is fragile.
+    """
+
+    rule: Rule
+    place: Place
+    premises: tuple[Step, ...] = ()
+    moved: frozenset[Param] = frozenset()
+    conditions: tuple[Condition, ...] = ()
+    cost: int = 0
+    note: str = ""
+    steering: Steering | None = field(default=None, compare=False)
+
+    def walk(self) -> Iterator[Step]:
+        """This step and every step below it."""
+        yield self
+        for premise in self.premises:
+            yield from premise.walk()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rule does not apply at a place; ``because`` are the failures below it."""
+
+    place: Place
+    rule: str
+    reason: str
+    hint: str
+    because: tuple[Failure, ...] = ()
+    weight: int = 0
+
+
+@dataclass
+class Attempt:
+    """The derivations found at a place, best first, and what failed."""
+
+    steps: list[Step] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+class Rule(ABC):
+    """One row of the table.  ``statement``, ``when`` and ``patch`` are what a reader sees."""
+
+    name: str
+    side: Side
+    statement: str
+    when: str
+    patch: str
+    source: str
+
+    @abstractmethod
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        """Every way in which this rule concludes its side at ``place``."""
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        """Pass the wanted output on.  By default to the only premise."""
+        construct(step.premises[0], run, wanted)
+
+
+def construct(step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    """Execute ``step``: announce to ``run`` which leaves are steered and to what."""
+    step.rule.construct(step, run, wanted)
+
+
+def disturbs(moved: frozenset[Param], *places: Place) -> tuple[Param, ...]:
+    """The moved parameters that one of ``places`` reads."""
+    return tuple(p for place in places for p in overlap(moved, place.component.parameters()))
+
+
+def shared(place: Place, rule: str, params: tuple[Param, ...]) -> Failure:
+    """The failure of a rule because a parameter has two uses."""
+    names = ", ".join(dict.fromkeys(map(str, params)))
+    return Failure(
+        place, rule, f"parameter {names} is used twice: moving it for one use would change the other",
+        f"untie {names}, or leave it out of the patch (frozen=...)", weight=2,
+    )  # fmt: skip
+
+
+def lifted(
+    rule: Rule,
+    place: Place,
+    part: Place,
+    fixed: tuple[Place, ...],
+    attempt: Attempt,
+    conditions: tuple[Condition, ...] = (),
+    cost_at_least: int = 0,
+    note: str = "",
+) -> Attempt:
+    """The derivations found at ``part`` as derivations at ``place``, where ``fixed`` must stay as it is."""
+    found = Attempt(failures=list(attempt.failures))
+    for step in attempt.steps:
+        if twice := disturbs(step.moved, *fixed):
+            found.failures.append(shared(place, rule.name, twice))
+        else:
+            cost = max(step.cost, cost_at_least)
+            found.steps.append(Step(rule, place, (step,), step.moved, conditions, cost, note))
+    return found
+
+
+def target_output(step: Step, run: PatchedRun) -> Wanted:
+    """What the target run gave at the place of ``step``."""
+    return lambda: run.target.output(step.place.outlet)
+
+
+def rest_of_sum(step: Step, moved: Step, run: PatchedRun, wanted: Wanted) -> Wanted:
+    """What the moved term must give: the wanted sum less the other terms, as they are now."""
+    inside = moved.place.outlet[: len(step.place.path) + 1]
+    others = [part.outlet for part in step.place.parts() if part.path != inside]
+
+    def rest() -> Array:
+        value = wanted()
+        xp = arithmetic(value)
+        value = xp.lift(value)
+        for outlet in others:
+            value = value - xp.lift(run.output(outlet))
+        return xp.name(value)
+
+    return rest

@@ -1,0 +1,121 @@
+"""The input side: f(z; θ') = f(z'; θ) for compositions.  [G, section 5]"""
+
+from __future__ import annotations
+
+from itertools import islice, product
+
+from controllability.components.combinators import Product, Sequence, Sum
+from controllability.interfaces import Param
+from controllability.rules.base import (
+    Attempt,
+    Failure,
+    Rule,
+    Search,
+    Step,
+    Wanted,
+    construct,
+    disturbs,
+    lifted,
+    shared,
+    target_output,
+)
+from controllability.trace import PatchedRun, Place
+
+MOST = 64  # combinations of the parts' derivations that are looked at
+
+
+class InputConstant(Rule):
+    """A part that nothing has to be done for, inside a tuple: it does not see the input."""
+
+    name, side = "I-constant", "input"
+    statement = "a component that does not depend on its input"
+    when, patch, source = "always", "none", "theory 2"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        constant = getattr(place.component, "constant", False)
+        return Attempt([Step(self, place)] if constant else [])
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        return None
+
+
+class InputBefore(Rule):
+    """f∘p with p fixed."""
+
+    name, side = "I-before", "input"
+    statement = "f∘p, p fixed"
+    when, patch, source = "f is input-controllable at (p(z), p(z'))", "that of f", "[G] s.5"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Sequence):
+            return Attempt()
+        last = len(place.component.parts) - 1
+        before, f = place.slice(0, last), place.parts()[last]
+        return lifted(self, place, f, (before,), prover.attempt(f, "input"), note=before.describe())
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        construct(step.premises[0], run, target_output(step.premises[0], run))
+
+
+class InputAfter(Rule):
+    """q∘f with q fixed."""
+
+    name, side = "I-after", "input"
+    statement = "q∘f, q fixed"
+    when, patch, source = "f is input-controllable", "that of f", "[G] s.5"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Sequence):
+            return Attempt()
+        last = len(place.component.parts) - 1
+        f, after = place.slice(0, last), place.parts()[last]
+        return lifted(self, place, f, (after,), prover.attempt(f, "input"), note=after.describe())
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        construct(step.premises[0], run, target_output(step.premises[0], run))
+
+
+class InputCombine(Rule):
+    """q(f₁, …, f_k) with disjoint parameters: I-tuple, then I-after with q the sum or product."""
+
+    name, side = "I-combine", "input"
+    statement = "q(f₁, …, f_k), disjoint parameters (I-tuple, then I-after)"
+    when, patch, source = "every f_i is input-controllable", "the union", "[G] s.5"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Sum | Product):
+            return Attempt()
+        parts = place.parts()
+        attempts = [prover.attempt(part, "input") for part in parts]
+        failures = [
+            Failure(
+                part,
+                self.name,
+                "this part is not input-controllable",
+                "give it a linear map before it",
+                tuple(a.failures),
+            )
+            for part, a in zip(parts, attempts, strict=True)
+            if not a.steps
+        ]
+        if failures:
+            return Attempt(failures=failures)
+        found = Attempt()
+        for steps in islice(product(*(a.steps for a in attempts)), MOST):
+            twice = _meet(steps, parts)
+            if twice:
+                found.failures.append(shared(place, self.name, twice))
+                continue
+            moved = frozenset[Param]().union(*(s.moved for s in steps))
+            found.steps.append(Step(self, place, steps, moved, cost=max(s.cost for s in steps)))
+        return found
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        for premise in step.premises:
+            construct(premise, run, target_output(premise, run))
+
+
+def _meet(steps: tuple[Step, ...], parts: tuple[Place, ...]) -> tuple[Param, ...]:
+    return tuple(
+        p for i, step in enumerate(steps) for j, part in enumerate(parts) if i != j for p in disturbs(step.moved, part)
+    )

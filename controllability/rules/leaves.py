@@ -1,0 +1,53 @@
+"""The leaves' own rules: the table entries for what the component files state."""
+
+from __future__ import annotations
+
+from controllability.interfaces import InputControllable, OutputControllable, Steering
+from controllability.rules.base import Attempt, Failure, Rule, Search, Side, Step, Wanted
+from controllability.trace import Goal, PatchedRun, Place
+
+
+class LeafRule(Rule):
+    """A component's own rule: the table entry for what the component file states."""
+
+    def __init__(self, name: str, side: Side, statement: str, when: str, patch: str, source: str, cost: int) -> None:
+        self.name, self.side, self.statement, self.when = name, side, statement, when
+        self.patch, self.source, self.cost = patch, source, cost
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        leaf = place.component
+        steerings: tuple[Steering, ...] = ()
+        if self.side == "input" and isinstance(leaf, InputControllable):
+            steerings = leaf.input_steerings()
+        if self.side == "output" and isinstance(leaf, OutputControllable):
+            steerings = leaf.output_steerings()
+        found = Attempt()
+        for steering in steerings:
+            if steering.rule != self.name:
+                continue
+            if self.name == "O-scale" and place.path in prover.normalised and prover.route not in ("auto", "scale"):
+                reason = f"the scale of a normalised output may move alone on route scale only, not on {prover.route}"
+                found.failures.append(Failure(place, self.name, reason, "ask for route='auto' or 'scale'", weight=1))
+                continue
+            if prover.is_frozen(steering.param):
+                reason, hint = f"{steering.param} may not move (frozen)", f"allow {steering.param} to move"
+                found.failures.append(Failure(place, self.name, reason, hint, weight=1))
+                continue
+            found.steps.append(
+                Step(self, place, (), frozenset({steering.param}), steering.conditions, self.cost, "", steering)
+            )
+        return found
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        assert step.steering is not None
+        run.steer(step.place.path, Goal(step.steering, wanted))
+
+
+LEAF_RULES = (
+    LeafRule("I-linear", "input", "z ↦ W z (+ b)", "z ≠ 0", "ΔW = W(z'−z) zᵀ/‖z‖²", "[D] Thm 2.2", 0),
+    LeafRule("I-bias", "input", "z ↦ f(z) + b", "always", "Δb = f(z') − f(z)", "theory 2", 1),
+    LeafRule("I-scale", "input", "z ↦ m∘z", "z'_i = 0 or m_i = 0 wherever z_i = 0", "Δm = m∘(z'−z)/z", "[G] norm lemma", 2),
+    LeafRule("O-linear", "output", "y ↦ W y (+ b)", "y ≠ 0", "ΔW = δ yᵀ/‖y‖²", "[G] lem:output_weight", 0),
+    LeafRule("O-bias", "output", "y ↦ … + b", "always", "Δb = δ", "[G] lem:output_bias", 1),
+    LeafRule("O-scale", "output", "y ↦ m∘y", "no y_i is 0 where δ_i ≠ 0", "Δm = δ/y", "[G] lem:output_elem_multiply", 2),
+)  # fmt: skip

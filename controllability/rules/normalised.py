@@ -1,0 +1,139 @@
+"""The normalised output m∘n(g): a new scale and a new input of the normalisation, together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from controllability import routes
+from controllability.arrays import Array, arithmetic
+from controllability.components.combinators import Sequence
+from controllability.components.normalisation import Normalize
+from controllability.components.scale import Scale
+from controllability.deltas import Delta, Shift
+from controllability.interfaces import Component, Condition, Param
+from controllability.rules.base import Attempt, Rule, Search, Step, Wanted, construct, disturbs, shared
+from controllability.trace import Goal, PatchedRun, Place
+
+LAST_RESORT = 3  # cost of the ball route where another one was asked for
+
+
+def _is_rms(component: Component) -> bool:
+    return isinstance(component, Normalize) and component.kind == "rms"
+
+
+class OutputNormalised(Rule):
+    """m∘n(g) with n the RMS normalisation: choose a scale m', then let g reach y* with m'∘n(y*) = G."""
+
+    name, side = "O-normalised", "output"
+    statement = "m∘n∘g, n the RMS normalisation"
+    when = "g is output-controllable; the route's own condition (theory 4)"
+    patch = "m' by the route (auto, secular, uniform, ball); g reaches y* = u·√(r²+ε), u = G/m'"
+    source = "[G, App. B]; uniform, ball and auto new"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Sequence) or prover.route == "scale":
+            return Attempt()
+        parts = place.component.parts
+        scaled = isinstance(parts[-1], Scale)
+        norm = len(parts) - (2 if scaled else 1)
+        if norm < 1 or not _is_rms(parts[norm]):
+            return Attempt()
+        inner = place.slice(0, norm)
+        attempt = prover.attempt(inner, "output")
+        found = Attempt(failures=list(attempt.failures))
+        scale = parts[-1] if scaled else None
+        free = isinstance(scale, Scale) and not prover.is_frozen(scale.weight)
+        route = prover.route if free else "ball"
+        own = frozenset({scale.weight}) if free and isinstance(scale, Scale) and route != "ball" else frozenset[Param]()
+        for step in attempt.steps:
+            twice = disturbs(own, inner) + disturbs(step.moved, *place.parts()[norm:])
+            if twice:
+                found.failures.append(shared(place, self.name, twice))
+                continue
+            condition = Condition(ROUTE_CONDITIONS[route], place.parts()[-1].describe())
+            cost = step.cost if own or prover.route == "ball" else step.cost + LAST_RESORT
+            found.steps.append(Step(self, place, (step,), step.moved | own, (condition,), cost, f"route {route}"))
+        return found
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        joint = _Normalised(step, run, wanted)
+        construct(step.premises[0], run, joint.before)
+        scale = joint.scale_place
+        if scale is not None and joint.route != "ball":
+            assert isinstance(scale.component, Scale)
+            steering = scale.component.output_steerings()[0]
+            run.steer(scale.path, Goal(steering, delta=joint.scale_delta))
+
+
+ROUTE_CONDITIONS = {
+    "auto": "some route is open for the target (uniform always is when ε > 0 or the activation is not zero)",
+    "secular": "the target and the scale are finite; the hard case leaves dead channels",
+    "uniform": "the target and the scale are finite",
+    "ball": "mean((G/m)²) < 1: the target lies in the image of the normalisation (ε > 0)",
+}
+
+
+class _Normalised:
+    """One execution of O-normalised: solved when first asked for, then remembered."""
+
+    def __init__(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        self.step, self.run, self.wanted = step, run, wanted
+        self.route = step.note.removeprefix("route ")
+        parts = step.place.parts()
+        self.scale_place = parts[-1] if isinstance(parts[-1].component, Scale) else None
+        norm = parts[-2 if self.scale_place else -1].component
+        assert isinstance(norm, Normalize)
+        self.eps = norm.eps
+        self.answer: routes.Candidate | None = None
+
+    def solve(self) -> routes.Candidate:
+        """The route's answer for these numbers."""
+        if self.answer is None:
+            self.answer = self._solve()
+        return self.answer
+
+    def _solve(self) -> routes.Candidate:
+        run = self.run
+        G, y = self.wanted(), run.raw_of(self.step.premises[0].place)
+        xp = arithmetic(G, y)
+        G, y = xp.lift(G), xp.lift(y)
+        scale = self.scale_place.component if self.scale_place else None
+        if isinstance(scale, Scale):
+            m = scale.effective(run.params)
+            stored = self._rounding(scale)
+        else:
+            m, stored = xp.zeros_like(y) + 1, lambda value: value
+        where = self.step.place.parts()[-1].describe()
+        if self.route == "auto":
+            answer, used, why = routes.choose(G, m, y, self.eps, stored)
+        else:
+            answer, used, why = routes.candidate(self.route, G, m, y, self.eps, stored), self.route, "asked for"
+        if not xp.all(answer.open):
+            bad = int((~answer.open).reshape(-1).nonzero()[0].reshape(-1)[0])
+            run.refuse(self.step.conditions[0], bad, f"route {self.route}", "take route='auto' or 'uniform'")
+        run.journal.decisions[where] = used
+        run.journal.decisions[f"{where}: why"] = why
+        if not xp.exact:
+            spread = routes.amplification(answer, G, y, self.eps)
+            run.journal.numbers["amplification"] = xp.to_float(xp.max(spread.reshape(-1)).reshape(()))
+        return answer
+
+    def _rounding(self, scale: Scale) -> Callable[[Array], Array]:
+        """A wanted scale as the parameter will hold it: stored + Δ, exactly as it is applied."""
+        params = self.run.params
+        current = scale.effective(params)
+        if self.route == "ball":
+            return lambda value: value
+        return lambda value: current + scale.to_scale(params, value).value
+
+    def before(self) -> Array:
+        """y*, what must enter the normalisation."""
+        return self.solve().before
+
+    def scale_delta(self) -> Delta:
+        """Δm, in stored form."""
+        assert self.scale_place is not None
+        scale = self.scale_place.component
+        assert isinstance(scale, Scale)
+        delta = self.solve().scale - scale.effective(self.run.params)
+        return Shift(delta)

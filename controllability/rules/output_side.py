@@ -1,0 +1,142 @@
+"""The output side: g(y; φ') = g(y; φ) + δ for compositions.  [G, section 5; theory 2]"""
+
+from __future__ import annotations
+
+from controllability.arrays import Array, arithmetic
+from controllability.components.combinators import Identity, Product, Sequence, Sum
+from controllability.components.times import Times
+from controllability.interfaces import Bijection, Condition
+from controllability.rules.base import Attempt, Rule, Search, Step, Wanted, construct, lifted, rest_of_sum
+from controllability.trace import PatchedRun, Place
+
+
+class OutputAfterFixed(Rule):
+    """g∘p with p fixed."""
+
+    name, side = "O-after-fixed", "output"
+    statement = "g∘p, p fixed"
+    when, patch, source = "g is output-controllable at p(y)", "that of g", "[G] s.5"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Sequence):
+            return Attempt()
+        last = len(place.component.parts) - 1
+        before, g = place.slice(0, last), place.parts()[last]
+        return lifted(self, place, g, (before,), prover.attempt(g, "output"), note=before.describe())
+
+
+class OutputThroughBijection(Rule):
+    """q∘g with q a bijection onto its image and the target in the image."""
+
+    name, side = "O-through-bijection", "output"
+    statement = "q∘g, q a bijection onto its image"
+    when = "g is output-controllable and the target lies in the image of q"
+    patch, source = "g reaches q⁻¹(q(g(y)) + δ)", "theory 2"
+
+    def applies(self, q: Place) -> bool:
+        """Whether this rule (and not a special case of it) undoes ``q``."""
+        return isinstance(q.component, Bijection) and not isinstance(q.component, Times)
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Sequence):
+            return Attempt()
+        last = len(place.component.parts) - 1
+        inner, q = place.slice(0, last), place.parts()[last]
+        if not self.applies(q):
+            return Attempt()
+        assert isinstance(q.component, Bijection)
+        conditions = q.component.image_conditions()
+        attempt = prover.attempt(inner, "output")
+        return lifted(self, place, inner, (q,), attempt, conditions=conditions, note=q.describe())
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        q = step.place.parts()[-1].component
+        assert isinstance(q, Bijection)
+
+        def before() -> Array:
+            value = wanted()
+            value = arithmetic(value).lift(value)
+            for condition in step.conditions:
+                room = Condition(condition.statement, condition.where, lambda y, _: q.image_margin(run.params, y))
+                run.check(room, value, value)
+            return q.invert(run.params, value)
+
+        construct(step.premises[0], run, before)
+
+
+class OutputTimes(OutputThroughBijection):
+    """c·g with a constant c ≠ 0."""
+
+    name = "O-times"
+    statement = "c·g, constant c"
+    when, patch, source = "c ≠ 0 and g is output-controllable", "g's with δ/c", "theory 2"
+
+    def applies(self, q: Place) -> bool:
+        return isinstance(q.component, Times) and q.component.factor != 0
+
+
+class OutputSum(Rule):
+    """g₁ + g₂ with one of them output-controllable, the other not reading what it moves."""
+
+    name, side = "O-sum", "output"
+    statement = "g₁ + … + g_k"
+    when = "one term is output-controllable and the others do not read what it moves"
+    patch, source = "that term's", "theory 2"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Sum):
+            return Attempt()
+        found = Attempt()
+        for term in place.parts():
+            others = tuple(p for p in place.parts() if p.path != term.path)
+            lift = lifted(self, place, term, others, prover.attempt(term, "output"))
+            found.steps += lift.steps
+            if not isinstance(term.component, Identity):
+                found.failures += lift.failures
+        return found
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
+
+
+class OutputFactor(Rule):
+    """p∘g elementwise, p fixed and nowhere zero: g reaches the wanted output divided by p."""
+
+    name, side = "O-factor", "output"
+    statement = "p(y) ∘ g(y), p fixed"
+    when = "g is output-controllable, no entry of p(y) is zero"
+    patch, source = "g's with δ/p(y)", "O-times, entry by entry (new)"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Product):
+            return Attempt()
+        found = Attempt()
+        for factor in place.parts():
+            others = tuple(p for p in place.parts() if p.path != factor.path)
+            names = " * ".join(p.describe() for p in others)
+            statement = f"no entry of the other factor ({names}) is zero"
+            condition = Condition(statement, place.describe(), _smallest_entry)
+            attempt = prover.attempt(factor, "output")
+            lift = lifted(self, place, factor, others, attempt, conditions=(condition,), cost_at_least=2)
+            found.steps += lift.steps
+            found.failures += lift.failures
+        return found
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        inside = step.premises[0].place.outlet[: len(step.place.path) + 1]
+        others = [part.outlet for part in step.place.parts() if part.path != inside]
+
+        def quotient() -> Array:
+            value = wanted()
+            xp = arithmetic(value)
+            for outlet in others:
+                factor = xp.lift(run.output(outlet))
+                run.check(step.conditions[0], factor, factor)
+                value = xp.lift(value) / factor
+            return value
+
+        construct(step.premises[0], run, quotient)
+
+
+def _smallest_entry(x: Array, gap: Array) -> Array:
+    return arithmetic(x).smallest(x)

@@ -1,0 +1,104 @@
+"""The two theorems: how a residual block is patched."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from controllability.components.combinators import Identity, Sequence, Sum
+from controllability.rules.base import (
+    Attempt,
+    Failure,
+    Rule,
+    Search,
+    Step,
+    Wanted,
+    construct,
+    disturbs,
+    rest_of_sum,
+    shared,
+    target_output,
+)
+from controllability.rules.output_side import OutputSum
+from controllability.trace import PatchedRun, Place
+
+
+class Theorem1(Rule):
+    """s + g∘f: steer f on the input side, then g on the output side by s(v') − s(v)."""
+
+    name, side = "theorem-1", "input"
+    statement = "s + g∘f, disjoint parameters"
+    when = "f is input-controllable at (v, v') and g output-controllable at f(v')"
+    patch = "θ' of f; then φ' of g with δ = s(v') − s(v), s read after the input patch"
+    source = "[G, Thm 5]"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Sum) or prover.via != "input-output":
+            return Attempt()
+        found = Attempt()
+        for branch in place.parts():
+            others = tuple(p for p in place.parts() if p.path != branch.path)
+            if isinstance(branch.component, Sequence):
+                for split in reversed(range(1, len(branch.component.parts))):  # the largest f first
+                    self._split(place, branch, others, split, prover, found)
+            elif not isinstance(branch.component, Identity):
+                outer = prover.attempt(branch, "output")
+                reason = "the branch is one component: there is no inner function before the outer one"
+                found.failures.append(
+                    Failure(branch, self.name, reason, "ask for via='output' (Theorem 1b)", tuple(outer.failures))
+                )
+        return found
+
+    def _split(
+        self, place: Place, branch: Place, others: tuple[Place, ...], split: int, prover: Search, found: Attempt
+    ) -> None:
+        inner, outer = branch.slice(0, split), branch.slice(split, len(branch.component.children()))
+        f, g = prover.attempt(inner, "input"), prover.attempt(outer, "output")
+        if not g.steps:
+            if split == 1:
+                found.failures.append(_no_outer(branch, self.name, g))
+            return
+        if not f.steps:
+            if split == len(branch.component.children()) - 1:
+                reason = "no part of the inner function is input-controllable"
+                hint = "put a linear map before it, or ask for via='output' (Theorem 1b)"
+                found.failures.append(Failure(inner, self.name, reason, hint, tuple(f.failures)))
+            return
+        for one, two in product(f.steps, g.steps):
+            twice = disturbs(one.moved, outer) + disturbs(two.moved, inner, *others)
+            if twice:
+                found.failures.append(shared(place, self.name, twice))
+                continue
+            note = f"f = {inner.describe()};  g = {outer.describe()}"
+            cost = one.cost + two.cost
+            found.steps.append(Step(self, place, (one, two), one.moved | two.moved, cost=cost, note=note))
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        inner, outer = step.premises
+        construct(inner, run, target_output(inner, run))
+        construct(outer, run, rest_of_sum(step, outer, run, wanted))
+
+
+class Theorem1b(Rule):
+    """s + g: steer g at the source activation, whether or not anything before it can be steered."""
+
+    name, side = "theorem-1b", "input"
+    statement = "s + g"
+    when = "g is output-controllable at the source activation"
+    patch = "φ' of g with δ = s(v') − s(v) + g(v') − g(v)"
+    source = "theory 1b (new)"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Sum) or prover.via != "output":
+            return Attempt()
+        inner = OutputSum().derive(place, prover)
+        steps = [Step(self, place, s.premises, s.moved, cost=s.cost) for s in inner.steps]
+        return Attempt(steps, inner.failures)
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
+
+
+def _no_outer(branch: Place, rule: str, attempt: Attempt) -> Failure:
+    last = branch.parts()[-1].describe()
+    reason = f"the outer function ends in {last}, and no parameter after or before it can move the output everywhere"
+    return Failure(branch, rule, reason, "end the branch with a linear map, a scale or a bias", tuple(attempt.failures))
