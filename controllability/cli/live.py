@@ -70,13 +70,15 @@ def patch(args: argparse.Namespace, output: Output) -> int:
     out = Path(args.out) if args.out else None
     if out is not None:
         _refuse_unusable(out)
-    model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
+    with output.busy(f"loading {args.model}"):
+        model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
     target, source = encode(tokenizer, args.context, args.query, args.positions)
     with output.progress() as progress, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
         mp = patch_model(model, target, source, args.scope, args.via, args.route, progress=progress)
         found = measure(model, mp)
     if out is not None:
-        mp.save(out, model)
+        with output.busy("fingerprinting the weights and saving"):
+            mp.save(out, model)
     return _report(args, output, mp, found, tokenizer, started, {"out": str(out) if out else None})
 
 
@@ -85,7 +87,8 @@ def verify(args: argparse.Namespace, output: Output) -> int:
     started = time.perf_counter()
     mp = load_patch(args.patch)
     dtype = args.dtype or mp.report.dtype
-    model, tokenizer = load_model(args.model, dtype, args.trust_remote_code)
+    with output.busy(f"loading {args.model}"):
+        model, tokenizer = load_model(args.model, dtype, args.trust_remote_code)
     with exact_mode() if dtype == "float64" else contextlib.nullcontext():
         found = measure(model, mp)
     args.dtype = dtype
@@ -97,9 +100,7 @@ def _report(
     extra: dict[str, Any], with_valid: bool = False,
 ) -> int:  # fmt: skip
     valid = found.finite and found.relative_error <= TOLERANCE[args.dtype]
-    words = {
-        k: tokenizer.convert_ids_to_tokens(getattr(found, f"top1_{k}")[-1]) for k in ("target", "patched", "unpatched")
-    }
+    words = {k: _word(tokenizer, getattr(found, f"top1_{k}")[-1]) for k in ("target", "patched", "unpatched")}
     layers = [
         {
             "index": x.index,
@@ -130,6 +131,11 @@ def _report(
         + ("verified" if valid else f"NOT verified: the relative error is above {TOLERANCE[args.dtype]:g}")
     )
     return 0 if valid else 1
+
+
+def _word(tokenizer: Any, token: int) -> str:
+    """A token as text; its number where the vocabulary of the model is larger than the tokenizer's."""
+    return tokenizer.convert_ids_to_tokens(token) or f"token {token}"
 
 
 def _refuse_unusable(out: Path) -> None:

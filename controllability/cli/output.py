@@ -54,6 +54,17 @@ class Output:
             })  # fmt: skip
 
     @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """A spinner on stderr around work without steps to count."""
+        from rich.console import Console
+
+        if not sys.stderr.isatty():
+            yield
+            return
+        with Console(stderr=True).status(what):
+            yield
+
+    @contextmanager
     def progress(self) -> Iterator[Progress]:
         """A bar a stage on stderr: ``progress(stage, done, total)``."""
         from rich.console import Console
