@@ -244,11 +244,11 @@ def measure(condition: Condition, x: Array, gap: Array) -> float | None:
         if not zeros.any():
             return None  # generic symbols: assumed, and listed with the proof
         raise SideConditionFailed(condition.statement, condition.where, 0.0, int(zeros.argmax()))
-    smallest = xp.min(margins)
-    value = xp.to_float(smallest)
-    if not value > 0:
-        bad = int((~(margins > 0)).nonzero()[0].reshape(-1)[0])
+    broken = ~(margins > 0)  # NaN breaks a condition too
+    if xp.any(broken):
+        bad = int(broken.nonzero()[0].reshape(-1)[0])
         raise SideConditionFailed(condition.statement, condition.where, xp.to_float(margins[bad]), bad)
+    value = xp.to_float(xp.min(margins))
     return None if value == float("inf") else value
 
 

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from controllability.arrays import Array
 from controllability.deltas import Delta, PatchedMatrix, added
 from controllability.interfaces import Param, Params
+from controllability.symbols import Definitions
 from controllability.trace import Journal
 
 
 @dataclass(frozen=True, eq=False)
 class Patch(Mapping[str, Delta]):
     """Parameter name -> delta, for one block.
+
+    With SymPy numbers the deltas are closed forms over named intermediate values (t1, t2, …);
+    ``definitions.meaning`` says what the names stand for and ``definitions.expand`` puts it in.
 
     >>> import numpy as np
     >>> from controllability.deltas import Shift
@@ -24,6 +28,7 @@ class Patch(Mapping[str, Delta]):
 
     deltas: Mapping[Param, Delta]
     journal: Journal = field(default_factory=Journal)
+    definitions: Definitions | None = None
 
     def __getitem__(self, name: str) -> Delta:
         return self._by_name()[name]

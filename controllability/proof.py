@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from controllability.arrays import Array
+from controllability.arrays import Array, arithmetic
 from controllability.errors import SideConditionFailed
+from controllability.instance import check_instance
 from controllability.interfaces import Component, Condition, Params
 from controllability.patch import Patch
 from controllability.rules import Step, construct
+from controllability.symbols import definitions
 from controllability.trace import PatchedRun, Trace
 
 
@@ -48,13 +50,19 @@ class Proof:
 
         States are (..., d), or traces with node values that were already observed.  When a side
         condition fails on the numbers the alternatives are tried in order; raises
-        ``SideConditionFailed`` with the first condition when none is open.
+        ``SideConditionFailed`` with the first condition when none is open, and ``BadInput`` when the
+        numbers do not fit the block.
         """
+        states = [x.state if isinstance(x, Trace) else x for x in (source, target)]
+        check_instance(self.block, params, *states)
         failure: SideConditionFailed | None = None
         for choice in range(1 + len(self.alternatives)):
             run = self.patched_run(params, source, target, choice)
             try:
-                return Patch(run.deltas(), run.journal)
+                if arithmetic(states[0]).kind != "sympy":
+                    return Patch(run.deltas(), run.journal)
+                with definitions() as table:
+                    return Patch(run.deltas(), run.journal, table)
             except SideConditionFailed as failed:
                 failure = failure or failed
         assert failure is not None

@@ -91,6 +91,13 @@ def _ball(xp: Arithmetic, G: Array, m: Array, live: Array, eps: Any, stored: Any
     return Candidate("ball", scale, u, before, open_, xp.is_zero(room * 0))
 
 
+def room(answer: Candidate) -> float | None:
+    """The margin of the ball route: 1 − mean(u²), the smallest over the tokens; None in symbols."""
+    xp = arithmetic(answer.unit)
+    left = 1 - xp.mean(answer.unit * answer.unit)
+    return None if xp.kind == "sympy" else xp.to_float(xp.min(left.reshape(-1)).reshape(()))
+
+
 def _keep(xp: Arithmetic) -> dict[str, bool]:
     return {"keepdim": True} if xp.kind == "torch" else {"keepdims": True}
 

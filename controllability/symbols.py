@@ -44,9 +44,12 @@ class Definitions:
 
 
 @contextmanager
-def definitions() -> Iterator[Definitions]:
-    """Within this context SymPy arithmetic names the outputs of linear maps and wanted values."""
-    table = Definitions()
+def definitions(table: Definitions | None = None) -> Iterator[Definitions]:
+    """Within this context SymPy arithmetic names the outputs of linear maps and wanted values.
+
+    ``table`` continues earlier definitions; without one a table that is being kept already goes on.
+    """
+    table = table or _ACTIVE.get() or Definitions()
     token = _ACTIVE.set(table)
     try:
         yield table

@@ -43,7 +43,7 @@ def verify(block: Component, params: Params, patch: Patch, source: Array, target
         raise BadInput(f"source has shape {source.shape}, target {target.shape}: they are compared entry by entry")
     xp = arithmetic(source)
     if xp.kind == "sympy":
-        with definitions() as table:
+        with definitions(patch.definitions) as table:
             difference = xp.tidy(block(patch.applied_to(params), source) - block(params, target))
             zero = all(entry == 0 or table.expand(entry).equals(0) for entry in difference.reshape(-1))
         return Verification(None, None, zero)

@@ -46,7 +46,7 @@ def test_the_mathematics_runs_without_torch():
 # who may import whom: each room and the rooms below it (design: imports run one way)
 ORDER = [
     {"errors"}, {"arrays", "symbols"}, {"deltas"}, {"interfaces"}, {"components"}, {"trace", "routes"}, {"rules"},
-    {"patch", "proof", "sampling", "verification"}, {"prover", "checks"}, {"rendering"}, {"models"}, {"embedded"}, {"cli"},
+    {"instance", "patch", "proof", "sampling", "verification"}, {"prover", "checks"}, {"rendering"}, {"models"}, {"embedded"}, {"cli"},
 ]  # fmt: skip
 
 

@@ -120,27 +120,29 @@ def test_exact_rationals_leave_nothing():
     assert (normed(patch.applied_to(W), source) == normed(W, target)).all()
 
 
-def test_traces_spare_what_was_observed():
+def test_traces_spare_what_was_observed(monkeypatch):
+    """W z and W z' that the two runs already computed are not computed again."""
     block = BLOCKS["llama"]
     params, v, v_target = ct.sample(block, d=6, h=10)
-    calls = []
-
-    class Counting(dict):
-        def __getitem__(self, name):
-            calls.append(name)
-            return super().__getitem__(name)
-
     full_source, full_target = ct.Trace(block, params, v), ct.Trace(block, params, v_target)
-    inner = {(1, 2, 0, 0): "gate", (1, 2, 1): "up"}
+    inner = ((1, 2, 0, 0), (1, 2, 1))  # gate and up
     observed = [{path: trace.output(path) for path in inner} for trace in (full_source, full_target)]
     observed[1][()] = full_target.output(())
-    counted = Counting(params)
-    source = ct.Trace(block, counted, v, observed[0])
-    target = ct.Trace(block, counted, v_target, observed[1])
-    patch = ct.prove(block).construct(counted, source, target)
+    calls: list[str] = []
+    plain = Linear.__call__
+
+    def counting(self, params, x):
+        calls.append(str(self.weight))
+        return plain(self, params, x)
+
+    monkeypatch.setattr(Linear, "__call__", counting)
+    source, target = (ct.Trace(block, params, x, seen) for x, seen in zip((v, v_target), observed, strict=True))
+    patch = ct.prove(block).construct(params, source, target)
+    assert calls == ["down"]
+    calls.clear()
+    ct.prove(block).construct(params, v, v_target)
+    assert sorted(calls) == ["down", "down", "gate", "gate", "up", "up"]
     assert error(block(patch.applied_to(params), v), block(params, v_target)) < 1e-12
-    assert calls.count("gate") == 0
-    assert calls.count("up") == 0
 
 
 def test_a_tied_skip_reads_its_patch():
@@ -261,3 +263,43 @@ def test_half_precision_blocks_are_solved_in_float32():
     stored = half["post_feedforward_layernorm.weight"] + patch["post_feedforward_layernorm.weight"].value
     assert torch.equal(stored, stored.bfloat16().float()), "the new scale must be one that bfloat16 can hold"
     assert error(block(patch.applied_to(half), v), block(half, v_target)) < 0.01
+
+
+BAD_INSTANCES = {
+    "missing parameter": (lambda p, v, t: ({k: x for k, x in p.items() if k != "down"}, v, t), "parameter down is missing; given are: gate, pre.weight, up"),
+    "other width": (lambda p, v, t: (p, v[:3], t[:3]), "the states have width 3, the block takes 6"),
+    "different states": (lambda p, v, t: (p, v, np.stack([t, t])), r"source has shape \(6,\), target \(2, 6\)"),
+    "transposed weight": (lambda p, v, t: (p | {"up": p["up"].T}, v, t), r"up has shape \(6, 10\), expected \(h = 10, d = 6\)"),
+    "NaN": (lambda p, v, t: (p, v * np.nan, t), "the source state holds NaN or infinity"),
+    "mixed libraries": (lambda p, v, t: (p, torch.as_tensor(v), torch.as_tensor(t)), r"torch tensors and NumPy arrays are mixed \(down is not a tensor\)"),
+    "integers": (lambda p, v, t: (p, np.ones(6, dtype=int), t), "expected floating point numbers or objects, got an array of int64"),
+    "lists": (lambda p, v, t: (p, [1.0] * 6, t), "expected a NumPy array or a torch tensor, got list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INSTANCES)
+def test_numbers_that_do_not_fit_are_one_clear_error(name):
+    block = BLOCKS["llama"]
+    change, message = BAD_INSTANCES[name]
+    with pytest.raises(ct.BadInput, match=message):
+        ct.prove(block).construct(*change(*ct.sample(block, d=6, h=10)))
+
+
+def test_the_whole_gemma_patch_in_closed_form():
+    """Explicit 2 × 3 matrices of symbols: the patch as formulas, the residual simplified to 0."""
+    import sympy
+
+    block = architectures.block(
+        "gemma3", d=2, h=3, eps=sympy.Symbol("epsilon", positive=True), activation=Activation("phi", symbol=True)
+    )
+    params, v, v_target = ct.sample(block, "sympy")
+    assert all(result["status"] == "passed" for result in ct.prove(block).check("symbolic"))
+    patch = ct.prove(block).construct(params, v, v_target)
+    assert ct.verify(block, params, patch, v, v_target).exact
+    delta = patch["mlp.gate_proj.weight"].dense()
+    z, z_target = (ct.Trace(block, params, x).output((1, 1)) for x in (v, v_target))
+    papers = np.outer(params["mlp.gate_proj.weight"] @ (z_target - z), z) / (z @ z)
+    assert all(
+        sympy.simplify(patch.definitions.expand(a) - b) == 0
+        for a, b in zip(delta.reshape(-1), papers.reshape(-1), strict=True)
+    )

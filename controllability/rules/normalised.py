@@ -12,7 +12,7 @@ from controllability.components.scale import Scale
 from controllability.deltas import Delta, Shift
 from controllability.interfaces import Component, Condition, Param
 from controllability.rules.base import Attempt, Rule, Search, Step, Wanted, construct, disturbs, shared
-from controllability.trace import Goal, PatchedRun, Place
+from controllability.trace import Goal, Margin, PatchedRun, Place
 
 LAST_RESORT = 3  # cost of the ball route where another one was asked for
 
@@ -111,6 +111,8 @@ class _Normalised:
         if not xp.all(answer.open):
             bad = int((~answer.open).reshape(-1).nonzero()[0].reshape(-1)[0])
             run.refuse(self.step.conditions[0], bad, f"route {self.route}", "take route='auto' or 'uniform'")
+        room = routes.room(answer) if self.route == "ball" else None
+        run.journal.margins.append(Margin(self.step.conditions[0], room))
         run.journal.decisions[where] = used
         run.journal.decisions[f"{where}: why"] = why
         if not xp.exact:
