@@ -24,7 +24,7 @@ class LowRank:
         """``ΔW x`` without building ΔW: (..., in) -> (..., out)."""
         xp = arithmetic(self.right, x)
         if self.right.ndim == 2:
-            return xp.linear(x, self.right) @ self.left
+            return xp.matmul(xp.matmul(x, self.right.swapaxes(-1, -2)), self.left)
         return (xp.sum(self.right * x[..., None, :]) * self.left).sum(-2)
 
     def dense(self) -> Array:

@@ -57,5 +57,9 @@ class ReadingError(ControllabilityError):
     """A live model and its block expression disagree, or the architecture is not registered."""
 
 
+class NotVerified(ControllabilityError):
+    """A patch was made, and holding it against the target run failed."""
+
+
 class PatchError(ControllabilityError):
     """A patch does not fit: another model, another shape, a corrupt file, a patch already applied."""

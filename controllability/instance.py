@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from controllability.arrays import Array, arithmetic
-from controllability.deltas import PatchedMatrix
-from controllability.errors import BadInput
-from controllability.interfaces import Component, Params
+from controllability.deltas import Delta, LowRank, PatchedMatrix
+from controllability.errors import BadInput, SideConditionFailed
+from controllability.interfaces import Component, Param, Params
 
 
 def check_instance(block: Component, params: Params, source: Array, target: Array) -> None:
@@ -19,6 +21,12 @@ def check_instance(block: Component, params: Params, source: Array, target: Arra
     controllability.errors.BadInput: the numbers do not fit the block: the states have width 3, the block takes 2
     """
     problems: list[str] = []
+    if not isinstance(params, Mapping):
+        raise BadInput(f"the parameters must be a mapping from names to arrays, got {type(params).__name__}")
+    for role, x in (("source", source), ("target", target)):
+        arithmetic(x)
+        if x.ndim == 0 or 0 in x.shape:
+            raise BadInput(f"the {role} state has shape {tuple(x.shape)}: expected (..., d) with at least one token")
     kinds = {"source": arithmetic(source).kind, "target": arithmetic(target).kind}
     if source.shape != target.shape:
         problems.append(f"source has shape {tuple(source.shape)}, target {tuple(target.shape)}")
@@ -27,6 +35,8 @@ def check_instance(block: Component, params: Params, source: Array, target: Arra
         value = param.value(params)
         value = value.base if isinstance(value, PatchedMatrix) else value
         kinds[str(param)] = arithmetic(value).kind
+        if not _finite(value):
+            problems.append(f"{param} holds NaN or infinity")
         if not param.shape:
             continue
         shape = tuple(value.shape)[-len(param.shape) :]
@@ -57,8 +67,15 @@ def _shown(shape: tuple[int | str, ...], sizes: dict[str, int]) -> str:
     return "(" + ", ".join(f"{n} = {sizes[n]}" if isinstance(n, str) and n in sizes else str(n) for n in shape) + ")"
 
 
+def check_result(deltas: Mapping[Param, Delta]) -> None:
+    """Raise ``SideConditionFailed`` for a patch that holds NaN or infinity: the numbers overflowed on the way."""
+    for param, delta in deltas.items():
+        parts = (delta.left, delta.right) if isinstance(delta, LowRank) else (delta.value,)
+        if not all(_finite(part) for part in parts):
+            hint = "scale the numbers, or take more precision (float64, mpmath)"
+            raise SideConditionFailed("the construction stays finite", f"the patch of {param}", None, None, "", hint)
+
+
 def _finite(x: Array) -> bool:
     xp = arithmetic(x)
-    if xp.kind not in ("numpy", "torch"):
-        return True
-    return bool(xp.is_zero(x * 0).all())
+    return xp.exact or bool(xp.is_zero(x * 0).all())

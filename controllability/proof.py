@@ -7,7 +7,7 @@ from typing import Any
 
 from controllability.arrays import Array, arithmetic
 from controllability.errors import SideConditionFailed
-from controllability.instance import check_instance
+from controllability.instance import check_instance, check_result
 from controllability.interfaces import Component, Condition, Params
 from controllability.patch import Patch
 from controllability.rules import Step, construct
@@ -27,6 +27,7 @@ class Proof:
     alternatives: tuple[Step, ...]
     via: str
     route: str
+    frozen: frozenset[str] = frozenset()
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -60,7 +61,9 @@ class Proof:
             run = self.patched_run(params, source, target, choice)
             try:
                 if arithmetic(states[0]).kind != "sympy":
-                    return Patch(run.deltas(), run.journal)
+                    deltas = run.deltas()
+                    check_result(deltas)
+                    return Patch(deltas, run.journal)
                 with definitions() as table:
                     return Patch(run.deltas(), run.journal, table)
             except SideConditionFailed as failed:
@@ -81,11 +84,11 @@ class Proof:
 
         return proof_text(self)
 
-    def to_latex(self) -> str:
-        """A theorem with its derivation, compilable stand-alone."""
+    def to_latex(self, level: str = "derived") -> str:
+        """A theorem with its derivation, compilable stand-alone; ``level`` is the one that was run."""
         from controllability.rendering.latex import proof_latex
 
-        return proof_latex(self)
+        return proof_latex(self, level)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole tree as JSON-ready data."""

@@ -36,12 +36,20 @@ def prove(block: Component, via: Via = "input-output", route: str = "auto", froz
     if via not in get_args(Via):
         raise BadInput(f"unknown theorem via={via!r}: choose input-output (Theorem 1) or output (Theorem 1b)")
     check_route(route)
-    prover = Prover(block, via, route, frozenset(frozen))
+    if not isinstance(block, Component):
+        raise BadInput(f"prove takes a component, got {type(block).__name__}; architectures.block(name) gives one")
+    frozen = frozenset(frozen)
+    known = {str(p) for p in block.parameters()} | {p.name for p in block.parameters()}
+    if unknown := sorted(frozen - known):
+        raise BadInput(
+            f"frozen names {', '.join(unknown)}, which the block does not have; it has {', '.join(sorted(known))}"
+        )
+    prover = Prover(block, via, route, frozen)
     place = Place(block)
     attempt = prover.attempt(place, "input")
     if not attempt.steps:
         raise refusal(attempt, place, prover)
-    return Proof(block, attempt.steps[0], tuple(attempt.steps[1:]), via, route)
+    return Proof(block, attempt.steps[0], tuple(attempt.steps[1:]), via, route, frozen)
 
 
 MOST = 8  # derivations kept at one place: alternatives for numbers on which the first one fails

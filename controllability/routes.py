@@ -87,6 +87,7 @@ def _ball(xp: Arithmetic, G: Array, m: Array, live: Array, eps: Any, stored: Any
     scale, u = _settled(xp, G, m, live + xp.zeros_like(G), G * 0, stored)
     room = 1 - xp.mean(u * u)
     open_ = xp.is_zero(room * 0) if xp.kind == "sympy" else room > 0
+    open_ = open_ & ~(xp.is_zero(room * 0) & (eps == 0))  # without ε the image is the sphere, not the ball
     before = u * xp.sqrt(eps / xp.where(open_, room, xp.zeros_like(room) + 1))
     return Candidate("ball", scale, u, before, open_, xp.is_zero(room * 0))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,6 +32,24 @@ class Definitions:
             self._names[expression] = symbol
             self.meaning[symbol] = expression
         return self._names[expression]
+
+    def value(self, expression: Any, seed: int = 0) -> Any:
+        """The expression at a random point, to 30 digits; unknown functions become one fixed function."""
+        import sympy
+
+        rng = random.Random(seed)
+        numbers: dict[Any, Any] = {}
+
+        def at(e: Any) -> Any:
+            for symbol in sorted(e.free_symbols, key=str):
+                if symbol in numbers:
+                    continue  # drawn meanwhile, inside another name's meaning
+                meaning = self.meaning.get(symbol)
+                numbers[symbol] = sympy.Float(rng.uniform(0.5, 1.5), 30) if meaning is None else at(meaning)
+            known = e.replace(lambda x: isinstance(x, sympy.core.function.AppliedUndef), lambda x: sympy.sin(x.args[0]))
+            return known.evalf(30, subs=numbers)
+
+        return at(expression)
 
     def expand_once(self, expression: Any) -> Any:
         """The expression with the names in it replaced by their definitions, one level deep."""

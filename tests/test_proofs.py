@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from fractions import Fraction
 
 import mpmath
@@ -303,3 +304,78 @@ def test_the_whole_gemma_patch_in_closed_form():
         sympy.simplify(patch.definitions.expand(a) - b) == 0
         for a, b in zip(delta.reshape(-1), papers.reshape(-1), strict=True)
     )
+
+
+def test_a_wrong_rule_fails_the_symbolic_check_and_does_not_run_for_ever(monkeypatch):
+    from controllability.deltas import LowRank
+
+    plain = Linear._rank_one
+
+    def doubled(self, params, x, gap):
+        delta = plain(self, params, x, gap)
+        return LowRank(delta.left, delta.right + delta.right, delta.transposed)
+
+    monkeypatch.setattr(Linear, "_rank_one", doubled)
+    checks = ct.prove(architectures.block("gemma3")).check("symbolic")
+    assert [c["status"] for c in checks] == ["failed"] * 3
+
+
+def test_a_check_is_about_the_proof_that_was_asked_for():
+    """With the scale frozen only the ball route is left, and symbols cannot run it: not 'passed' by another proof."""
+    proof = ct.prove(architectures.block("gemma3"), frozen=["post_feedforward_layernorm.weight"])
+    assert "post_feedforward_layernorm.weight" not in {str(p) for p in proof.root.moved}
+    params, v, v_target = ct.sample(proof.block)
+    with contextlib.suppress(ct.SideConditionFailed):
+        assert "post_feedforward_layernorm.weight" not in proof.construct(params, v, v_target)
+
+
+@pytest.mark.parametrize(
+    ("v", "dtype"),
+    [
+        ([3e160, 4e160], "float64"),
+        ([3e-160, 4e-160], "float64"),
+        ([3e20, 4e20], "float32"),
+        ([3e-22, 4e-22], "float32"),
+    ],
+)
+def test_sizes_that_cannot_be_squared(v, dtype):
+    block = residual(Linear(Param("W")))
+    state = np.array(v, dtype=dtype)
+    params = {"W": np.eye(2, dtype=dtype)}
+    patch = ct.prove(block, "output").construct(params, state, -state)
+    assert ct.verify(block, params, patch, state, -state).residual < 1e-6
+
+
+def test_ball_needs_epsilon():
+    block = residual(Linear(Param("W")) >> Normalize("rms", 0.0))
+    v = np.array([3.0, 4.0])
+    with pytest.raises(ct.SideConditionFailed, match=r"\(ε > 0\)"):
+        ct.prove(block, "output").construct({"W": np.eye(2)}, v, v - 0.5 * np.array([0.6, 0.8]))
+
+
+def test_slices_that_overlap_partly_are_refused():
+    first, second = Param("F", ("h", "d"), (slice(0, 4),)), Param("F", ("h", "d"), (slice(2, 6),))
+    block = Sum((Linear(first), Linear(second) >> silu >> Linear(Param("W", ("h", "h")))))
+    with pytest.raises(ct.NotControllable, match="used twice"):
+        ct.prove(block)
+
+
+def test_overflow_on_the_way_is_a_failed_condition_not_a_patch():
+    block = residual(rms_norm("pre") >> up >> silu >> down >> rms_norm("post"))
+    params, v, v_target = ct.sample(block, d=3, h=4)
+    with pytest.raises(ct.BadInput, match="down holds NaN or infinity"):
+        ct.prove(block).construct(params | {"down": params["down"] * np.inf}, v, v_target)
+    with np.errstate(all="ignore"), pytest.raises(ct.SideConditionFailed, match=r"finite|not zero"):
+        ct.prove(block).construct(params | {"up": params["up"] * 1e308}, v, v_target * 1e3)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: ct.prove("gemma3"), "prove takes a component, got str"),
+    (lambda: ct.prove(BLOCKS["llama"], frozen=["nonsense"]), "frozen names nonsense, which the block does not have"),
+    (lambda: ct.prove(BLOCKS["llama"]).construct(None, np.ones(3), np.ones(3)), "the parameters must be a mapping"),
+    (lambda: ct.prove(BLOCKS["llama"]).construct({}, np.ones((0, 3)), np.ones((0, 3))), r"the source state has shape \(0, 3\)|expected floating"),
+    (lambda: silu >> silu and __import__("controllability.components", fromlist=["Sequence"]).Sequence((silu,)), "at least two parts, got 1"),
+])  # fmt: skip
+def test_misuse_from_python_is_one_clear_error(call, message):
+    with pytest.raises(ct.BadInput, match=message):
+        call()

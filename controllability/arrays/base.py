@@ -97,6 +97,10 @@ class Arithmetic:
         """``x Wᵀ`` for ``x`` of shape (..., in) and ``weight`` of shape (out, in)."""
         return x @ weight.swapaxes(-1, -2)
 
+    def matmul(self, a: Array, b: Array) -> Array:
+        """``a @ b``, whatever the precisions of the two."""
+        return a @ b
+
     def activation(self, name: str, x: Array) -> Array | None:
         """A fused kernel for a named activation, or None where the formula is to be used."""
         return None

@@ -127,6 +127,9 @@ class SympyArithmetic(ObjectArithmetic):
             value = self.tidy(np.array([value], dtype=object))[0]
         return getattr(sympy, name)(value)
 
+    def matmul(self, a: Array, b: Array) -> Array:
+        return self.tidy(a @ b)  # the coefficient zᵀz/‖z‖² becomes 1 here, before it meets anything large
+
     def linear(self, x: Array, weight: Array) -> Array:
         return self.name(x @ weight.swapaxes(-1, -2))
 

@@ -68,6 +68,10 @@ class TorchArithmetic(Arithmetic):
         dtype = self.torch.promote_types(x.dtype, weight.dtype)
         return self.torch.nn.functional.linear(x.to(dtype), weight.to(dtype))
 
+    def matmul(self, a: Array, b: Array) -> Array:
+        dtype = self.torch.promote_types(a.dtype, b.dtype)
+        return a.to(dtype) @ b.to(dtype)
+
     def activation(self, name: str, x: Array) -> Array | None:
         functional = self.torch.nn.functional
         kernels = {

@@ -53,16 +53,18 @@ def prove(args: argparse.Namespace, output: Output) -> int:
         raise
     checks = proof.check(args.level)
     failed = any(c["status"] == "failed" for c in checks)
-    data = {"name": args.name} | proof.to_dict() | {"level": args.level, "checks": checks}
+    # a level counts as reached when the whole block passed it; what was skipped was not run
+    reached = args.level if checks[-1]["status"] == "passed" else "derived"
+    data = {"name": args.name} | proof.to_dict() | {"level": reached, "checks": checks}
     if output.as_json or args.format == "json":
         output.as_json = True
         output.result(data)
     elif args.format == "latex":
-        print(proof.to_latex())
+        print(proof.to_latex(reached))
     elif args.format == "html":
         from controllability.rendering.html import proof_html
 
-        print(proof_html(proof, args.name))
+        print(proof_html(proof, args.name, reached))
     else:
         output.text(str(proof))
         if args.level != "derived":

@@ -91,7 +91,7 @@ def _show(output: Output, data: dict[str, Any], patch: ModelPatch) -> None:
     output.table("one question from each context", ["context", "question", "with context", "without", "patched"], rows)
     share = data["accuracy"]
     output.text(
-        f"all {len(data['queries'])} questions right   with context {share['with_context']:.1%}   without {share['without_context']:.1%}   patched {share['patched']:.1%}\n"
+        f"right answers to {len(data['queries'])} questions   with context {share['with_context']:.1%}   without {share['without_context']:.1%}   patched {share['patched']:.1%}\n"
         f"largest logit error   patched {number(data['max_logit_error'])}   unpatched {number(data['max_logit_error_unpatched'])}\n"
         f"the first patch holds {data['patch_numbers']:,} numbers for {len(patch.rows.sample)} words; "
         f"as dense ΔW it would be {data['dense_numbers']:,}\n"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from controllability.cli.output import LAYER_COLUMNS, Output, layer_rows, number
-from controllability.errors import BadInput, PatchError
+from controllability.errors import BadInput, NotVerified
 from controllability.models import ModelPatch, exact_mode, load_patch, patch_model
 from controllability.models.loading import encode, load_model
 from controllability.models.pairing import pair
@@ -44,11 +44,11 @@ class Comparison:
 def compare(target: torch.Tensor, patched: torch.Tensor, unpatched: torch.Tensor) -> Comparison:
     """All three (N, vocabulary)."""
     target, patched, unpatched = target.double(), patched.double(), unpatched.double()
-    error = (patched - target).abs().max()
+    error, largest = (patched - target).abs().max(), target.abs().max()
     log_p, log_q = target.log_softmax(-1), patched.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).max().clamp_min(0)
     return Comparison(
-        float(error), float((unpatched - target).abs().max()), float(error / target.abs().max()), float(kl),
+        float(error), float((unpatched - target).abs().max()), float(error / largest) if largest > 0 else float(error), float(kl),
         target.argmax(-1).tolist(), patched.argmax(-1).tolist(), unpatched.argmax(-1).tolist(),
     )  # fmt: skip
 
@@ -67,6 +67,8 @@ def measure(model: Any, mp: ModelPatch) -> Comparison:
 def patch(args: argparse.Namespace, output: Output) -> int:
     """See ``controllability patch --help``."""
     started = time.perf_counter()
+    if args.out == "":
+        raise BadInput("--out is empty: give a directory")
     out = Path(args.out) if args.out else None
     if out is not None:
         _refuse_unusable(out)
@@ -76,22 +78,24 @@ def patch(args: argparse.Namespace, output: Output) -> int:
     with output.progress() as progress, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
         mp = patch_model(model, target, source, args.scope, args.via, args.route, progress=progress)
         found = measure(model, mp)
-    if out is not None:
+    if out is not None and _verified(found, args.dtype):
         with output.busy("fingerprinting the weights and saving"):
             mp.save(out, model)
-    return _report(args, output, mp, found, tokenizer, started, {"out": str(out) if out else None})
+    return _report(
+        args, output, mp, found, tokenizer, started, {"out": str(out) if out and _verified(found, args.dtype) else None}
+    )
 
 
 def verify(args: argparse.Namespace, output: Output) -> int:
     """See ``controllability verify --help``."""
     started = time.perf_counter()
     mp = load_patch(args.patch)
-    dtype = args.dtype or mp.report.dtype
+    dtype = mp.report.dtype
     with output.busy(f"loading {args.model}"):
         model, tokenizer = load_model(args.model, dtype, args.trust_remote_code)
     with exact_mode() if dtype == "float64" else contextlib.nullcontext():
         found = measure(model, mp)
-    args.dtype = dtype
+    args.dtype = dtype  # the one it was made in: other rounding would be other weights
     return _report(args, output, mp, found, tokenizer, started, {"out": str(args.patch)}, with_valid=True)
 
 
@@ -99,7 +103,7 @@ def _report(
     args: argparse.Namespace, output: Output, mp: ModelPatch, found: Comparison, tokenizer: Any, started: float,
     extra: dict[str, Any], with_valid: bool = False,
 ) -> int:  # fmt: skip
-    valid = found.finite and found.relative_error <= TOLERANCE[args.dtype]
+    valid = _verified(found, args.dtype)
     words = {k: _word(tokenizer, getattr(found, f"top1_{k}")[-1]) for k in ("target", "patched", "unpatched")}
     layers = [
         {
@@ -113,7 +117,7 @@ def _report(
         for x in mp.report.layers
     ]
     if not found.finite:
-        raise PatchError("verification failed: the logits are not finite")
+        raise NotVerified("verification failed: the logits are not finite; nothing was saved")
     data = {
         "max_logit_error": found.max_logit_error, "max_logit_error_unpatched": found.max_logit_error_unpatched,
         "relative_error": found.relative_error, "kl": found.kl, "top1_target": words["target"],
@@ -127,10 +131,15 @@ def _report(
         f"largest logit error   patched: {number(found.max_logit_error)}   unpatched: {number(found.max_logit_error_unpatched)}\n"
         f"relative error: {number(found.relative_error)}   KL: {number(found.kl)}   (checked numerically in {args.dtype}, scope {mp.scope})\n"
         f"the patch holds {mp.numbers:,} numbers; the dense ΔW would hold {mp.dense_numbers:,}\n"
-        + (f"saved to {extra['out']}\n" if extra["out"] and not with_valid else "")
+        + (f"saved to {extra['out']}\n" if extra["out"] and valid and not with_valid else "")
         + ("verified" if valid else f"NOT verified: the relative error is above {TOLERANCE[args.dtype]:g}")
     )
     return 0 if valid else 1
+
+
+def _verified(found: Comparison, dtype: str) -> bool:
+    """Whether every number is finite and the relative error within what the dtype's rounding explains."""
+    return found.finite and found.relative_error <= TOLERANCE[dtype]
 
 
 def _word(tokenizer: Any, token: int) -> str:

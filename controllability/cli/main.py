@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -108,9 +110,6 @@ def parser() -> Parser:
     verify.add_argument("model", metavar="MODEL", help="the model it was made for")
     verify.add_argument("patch", metavar="PATCH_DIR")
     verify.add_argument(
-        "--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="default: the dtype it was made in"
-    )
-    verify.add_argument(
         "--trust-remote-code", action="store_true", help="run code that a model directory brings (off by default)"
     )
     return root
@@ -124,10 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cli.print_help(sys.stderr)
         return USAGE
     output = Output(as_json=args.json)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign gets its code, not a traceback
+            stream.reconfigure(errors="backslashreplace")
     from controllability.cli import commands
 
     try:
-        return int(getattr(commands, args.command)(args, output))
+        status = int(getattr(commands, args.command)(args, output))
+        sys.stdout.flush()
+        return status
     except (BadInput, ReadingError, PatchError) as error:
         return _fail(error, USAGE)
     except (NotControllable, SideConditionFailed) as error:
@@ -138,11 +142,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("controllability: interrupted; nothing was changed", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(f"cannot write the result: {error.strerror or error}", USAGE)
     except MemoryError:
         print("controllability: not enough memory for this model; nothing was changed", file=sys.stderr)
         return USAGE
+    except Exception as error:  # ours to mend; still no traceback for the user
+        if os.environ.get("CONTROLLABILITY_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split())[:300]
+        hint = "please report it; CONTROLLABILITY_TRACEBACK=1 shows where"
+        return _fail(f"internal error ({type(error).__name__}: {text}); {hint}", REFUSED)
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(error: Exception | str, status: int) -> int:
     print(f"controllability: {error}", file=sys.stderr)
     return status

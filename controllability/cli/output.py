@@ -67,12 +67,15 @@ class Output:
     @contextmanager
     def progress(self) -> Iterator[Progress]:
         """A bar a stage on stderr: ``progress(stage, done, total)``."""
+        if not sys.stderr.isatty():
+            yield lambda stage, done, total: None
+            return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Bars(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bars:
+        with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
             tasks: dict[str, Any] = {}
 
             def report(stage: str, done: int, total: int) -> None:

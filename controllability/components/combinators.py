@@ -36,11 +36,16 @@ class Sequence(Component):
 
     parts: tuple[Component, ...]
 
+    def __post_init__(self) -> None:
+        flat = tuple(p for part in self.parts for p in (part.parts if isinstance(part, Sequence) else (part,)))
+        if len(flat) < 2:
+            raise BadInput(f"a sequence needs at least two parts, got {len(flat)}")
+        object.__setattr__(self, "parts", flat)
+
     @staticmethod
     def of(*parts: Component) -> Sequence:
         """A flat sequence of ``parts``."""
-        flat = [p for part in parts for p in (part.parts if isinstance(part, Sequence) else (part,))]
-        return Sequence(tuple(flat))
+        return Sequence(parts)
 
     def __call__(self, params: Params, x: Array) -> Array:
         return reduce(lambda value, part: part(params, value), self.parts, x)

@@ -55,19 +55,26 @@ class Linear(Component, Steerable):
         return self.weight.shape[1 if self.layout == "out_in" else 0]
 
     def steerings(self, side: str) -> tuple[Steering, ...]:
-        nonzero = Condition(f"the input of {self.weight} is not zero", self.describe(), _squared_norm)
+        nonzero = Condition(f"the input of {self.weight} is not zero", self.describe(), _size)
         ways = [Steering(f"{side}-linear", self.weight, (nonzero,), self._rank_one, _low_rank_effect)]
         if self.bias is not None:
             ways.append(Steering(f"{side}-bias", self.bias, (), _shift_by_gap, _shift_effect))
         return tuple(ways)
 
     def _rank_one(self, params: Params, x: Array, gap: Array) -> Delta:
-        right = x / dot(x, x)
+        xp = arithmetic(x)
+        if xp.exact:
+            right = x / dot(x, x)
+        else:  # x/‖x‖² without squaring a number that is too large or too small to be squared
+            size = xp.max(xp.magnitude(x))
+            unit = x / size
+            right = unit / (dot(unit, unit) * size)
         return LowRank(gap[..., None, :], right[..., None, :], transposed=self.layout == "in_out")
 
 
-def _squared_norm(x: Array, gap: Array) -> Array:
-    return dot(x, x)
+def _size(x: Array, gap: Array) -> Array:
+    xp = arithmetic(x)
+    return dot(x, x) if xp.exact else xp.max(xp.magnitude(x))
 
 
 def _low_rank_effect(x: Array, delta: Delta) -> Array:

@@ -14,12 +14,12 @@ code{background:#f3f3f3;padding:0 .2rem}dt{font-weight:600}dd{margin:0 0 .2rem 1
 .key span{padding:.1rem .5rem;border-left:3px solid}.i{border-color:#2a6fbb}.o{border-color:#bb5a2a}"""
 
 
-def proof_html(proof: Proof, name: str) -> str:
+def proof_html(proof: Proof, name: str, level: str = "derived") -> str:
     """The page as one string, without scripts or outside files."""
     moved = ", ".join(f"<code>{escape(str(p))}</code>" for p in sorted(proof.root.moved, key=str))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(name)}: proof</title><style>{STYLE}</style>'
-        f"<h1>{escape(name)}: a perfect patch exists</h1><p>Level: derived. Via {proof.via}, route {proof.route}. Moves {moved}.</p>"
+        f"<h1>{escape(name)}: a perfect patch exists</h1><p>Level: {level}. Via {proof.via}, route {proof.route}. Moves {moved}.</p>"
         '<p class="key"><span class="i">input side</span> <span class="o">output side</span></p>'
         f"{_node(proof.root)}</html>"
     )

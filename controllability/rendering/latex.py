@@ -32,7 +32,7 @@ def escape(text: str) -> str:
     return out.replace("\0", SYMBOLS["⁻¹"])
 
 
-def proof_latex(proof: Proof) -> str:
+def proof_latex(proof: Proof, level: str = "derived") -> str:
     """A document that compiles stand-alone."""
     moved = ", ".join(rf"\texttt{{{escape(name)}}}" for name in sorted(map(str, proof.root.moved)))
     conditions = "\n".join(
@@ -43,7 +43,7 @@ def proof_latex(proof: Proof) -> str:
         r"\documentclass{article}", r"\usepackage[T1]{fontenc}", r"\usepackage{amsmath,amsthm}",
         r"\newtheorem{theorem}{Theorem}", r"\begin{document}", r"\sloppy",
         r"\begin{theorem}", f"The block {escape(proof.block.describe())} admits a perfect patch that moves {moved}.",
-        f"Side conditions: {listed}", r"\end{theorem}", r"\begin{proof}[Derivation]", *_items(proof.root), r"\end{proof}", r"\end{document}", "",
+        f"Level of proof: {level}. Side conditions: {listed}", r"\end{theorem}", r"\begin{proof}[Derivation]", *_items(proof.root), r"\end{proof}", r"\end{document}", "",
     ])  # fmt: skip
 
 

@@ -110,6 +110,9 @@ class _Normalised:
             answer, used, why = routes.candidate(self.route, G, m, y, self.eps, stored), self.route, "asked for"
         if not xp.all(answer.open):
             bad = int((~answer.open).reshape(-1).nonzero()[0].reshape(-1)[0])
+            if not xp.exact and not xp.all(xp.is_zero((G + y) * 0)):
+                overflow = Condition("the activations around the normalisation are finite", where)
+                run.refuse(overflow, bad, "", "the layer overflows on this input: take another dtype")
             run.refuse(self.step.conditions[0], bad, f"route {self.route}", "take route='auto' or 'uniform'")
         room = routes.room(answer) if self.route == "ball" else None
         run.journal.margins.append(Margin(self.step.conditions[0], room))

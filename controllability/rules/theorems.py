@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 from controllability.components.combinators import Identity, Sequence, Sum
+from controllability.interfaces import Param
 from controllability.rules.base import (
     Attempt,
     Failure,
@@ -64,7 +65,7 @@ class Theorem1(Rule):
                 found.failures.append(Failure(inner, self.name, reason, hint, tuple(f.failures)))
             return
         for one, two in product(f.steps, g.steps):
-            twice = disturbs(one.moved, outer) + disturbs(two.moved, inner, *others)
+            twice = disturbs(one.moved, outer) + disturbs(two.moved, inner, *others) + _partly(one.moved, others)
             if twice:
                 found.failures.append(shared(place, self.name, twice))
                 continue
@@ -96,6 +97,12 @@ class Theorem1b(Rule):
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
+
+
+def _partly(moved: frozenset[Param], others: tuple[Place, ...]) -> tuple[Param, ...]:
+    """Moved slices of which a skip reads a part, or more: a patched skip must read the very same slice."""
+    read = frozenset(p for place in others for p in place.component.parameters())
+    return tuple(p for p in moved if any(p.overlaps(q) and p != q for q in read))
 
 
 def _no_outer(branch: Place, rule: str, attempt: Attempt) -> Failure:
