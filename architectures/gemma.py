@@ -9,7 +9,7 @@ from controllability.interfaces import Component
 # transformers' names of activations -> ours
 ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu", "silu": "silu",
-    "swish": "silu", "relu": "relu", "relu2": "relu2", "linear": "identity",
+    "swish": "silu", "relu": "relu", "relu2": "relu2", "linear": "identity", "tanh": "tanh",
 }  # fmt: skip
 
 

@@ -41,6 +41,20 @@ BAD_RUNS = {
         {"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "attention_mask": torch.zeros(1, 3)},
         "source: sample 0 has no token that is not padding",
     ),
+    "not a mapping": (ids(1, 9), {"input_ids": ids(1, 3)}, "target: give the model's keyword arguments as a mapping, got Tensor"),
+    "a cache": ({"input_ids": ids(1, 9), "past_key_values": object()}, {"input_ids": ids(1, 3)}, "both runs are done without a cache"),
+    "tuples asked for": ({"input_ids": ids(1, 9), "return_dict": False}, {"input_ids": ids(1, 3)}, "return_dict=False"),
+    "listed positions": ({"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "position_ids": [[1, 2, 3]]}, "position_ids"),
+    "too few positions": (
+        {"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "position_ids": torch.tensor([[1, 2]])},
+        r"source: position_ids must be a tensor of shape \(1, 3\)",
+    ),
+    "other embeddings": (
+        {"input_ids": ids(1, 9)}, {"inputs_embeds": torch.zeros(1, 3, 7)},
+        r"inputs_embeds must be torch.float32 of width 32, got torch.float32 of shape \(1, 3, 7\)",
+    ),
+    "ids and embeddings": ({"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "inputs_embeds": torch.zeros(1, 3, 32)}, "not both"),
+    "boolean ids": ({"input_ids": ids(1, 9) > 4}, {"input_ids": ids(1, 3)}, "must be integers"),
 }  # fmt: skip
 
 
@@ -61,7 +75,11 @@ def test_bad_runs(gemma, name):
         ({"scope": "all"}, "scope 'all' .* is not built yet"),
         ({"via": "x"}, "unknown theorem"),
         ({"route": "x"}, "unknown route 'x'"),
-        ({"positions": ([0], [0, 1])}, "1 source positions for|positions"),
+        ({"positions": ([0], [0, 1])}, r"positions: \(1, 1\) source positions"),
+        ({"positions": ([1, 1], [5, 9])}, "a source position is named twice"),
+        ({"positions": ([], [])}, r"positions: \(1, 0\) source positions"),
+        ({"positions": ([0.5], [1.5])}, "give as many integers of each"),
+        ({"positions": "ab"}, "positions must be"),
         ({"positions": (torch.tensor([9]), torch.tensor([0]))}, r"source positions must lie in 0 … 3"),
     ],
 )
@@ -70,6 +88,13 @@ def test_bad_options(gemma, options, message):
     with pytest.raises(ct.BadInput, match=message):
         ct.patch_model(gemma, target, source, **options)
     assert hook_count(gemma) == 0
+
+
+def test_non_finite_attention_weights_are_named(gemma):
+    with torch.no_grad():
+        gemma.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ct.BadInput, match=r"parameter model.layers.0.self_attn.q_proj.weight holds NaN"):
+        ct.patch_model(gemma, *runs(context=9, query=4))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -139,6 +164,12 @@ def test_training_mode_meta_and_quantised_parameters_are_refused():
     target, source = runs(context=9, query=4)
     with pytest.raises(ct.BadInput, match=r"call model.eval\(\) first"):
         ct.patch_model(tiny_gemma().train(), target, source)
+    model = tiny_gemma()
+    ct.patch_model(model, target, source)
+    with pytest.raises(ct.BadInput, match="training mode"):
+        ct.patch_model(model.train(), target, source)
+    with pytest.raises(ct.BadInput, match="must be a torch module, got str"):
+        ct.patch_model("gemma3", target, source)
     with pytest.raises(ct.BadInput, match="on the meta device"):
         ct.patch_model(tiny_gemma().to("meta"), target, source)
     model = tiny_gemma()
@@ -165,7 +196,7 @@ def test_unregistered_models_are_refused_by_name():
 
 def test_a_family_that_changed_is_noticed_before_any_patch(gemma):
     """A module with another activation, a doubled norm, a renamed parameter: the reading is never trusted."""
-    gemma.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    gemma.model.layers[1].mlp.act_fn = torch.nn.ReLU().eval()
     with pytest.raises(
         ct.ReadingError, match=r"layer 1 .* disagree at model.layers.1.mlp.down_proj: relative difference"
     ):

@@ -166,6 +166,112 @@ def test_a_patch_whose_model_changed_is_refused(patched):
         pass
 
 
+@pytest.mark.parametrize("name", ["mlp.up_proj", "self_attn.v_proj", "input_layernorm"])
+def test_one_changed_entry_anywhere_is_noticed(patched, tmp_path, name):
+    """Not only in the patched parameters: attention decides what the patch has to make up for."""
+    model, mp, _, _ = patched
+    with torch.no_grad():
+        model.model.layers[0].get_submodule(name).weight.view(-1)[1] += 1e-3
+    with pytest.raises(ct.PatchError, match="changed since this patch was made"), mp.applied(model):
+        pass
+    with pytest.raises(ct.PatchError, match="changed since this patch was made"):
+        mp.save(tmp_path / "patch")
+
+
+def test_merging_and_unmerging_another_patch_in_between_changes_nothing(patched):
+    model, mp, target, source = patched
+    other = ct.patch_model(model, target, source, scope="last")
+    other.merge(model)
+    other.unmerge(model)
+    with torch.no_grad(), mp.applied(model):
+        assert torch.equal(model(**source).logits, mp.logits)
+
+
+def test_contexts_left_out_of_order_restore_every_bit(gemma):
+    target, source = runs(context=9, query=4)
+    before = snapshot(gemma)
+    first = ct.patch_model(gemma, target, source, scope="last")
+    with first.applied(gemma):
+        second = ct.patch_model(gemma, target, source, scope="last")
+    outer, inner = first.applied(gemma), second.applied(gemma)
+    outer.__enter__()
+    inner.__enter__()
+    with pytest.raises(ct.PatchError, match="left out of order"):
+        outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)
+    assert unchanged(gemma, before)
+    assert hook_count(gemma) == 0
+    assert carried(gemma) == ()
+    assert all(isinstance(p, torch.nn.Parameter) for p in gemma.parameters())
+
+
+def test_merging_while_a_patch_is_applied_is_refused(gemma):
+    target, source = runs(context=9, query=4)
+    before = snapshot(gemma)
+    first = ct.patch_model(gemma, target, source, scope="last")
+    with first.applied(gemma):
+        second = ct.patch_model(gemma, target, source, scope="last")
+        with pytest.raises(ct.PatchError, match="leave its context before merging"):
+            second.merge(gemma)
+    assert unchanged(gemma, before)
+
+
+def test_unmerging_does_not_overwrite_what_was_changed_meanwhile(gemma):
+    target, source = runs(context=9, query=4)
+    mp = ct.patch_model(gemma, target, source, scope="last")
+    mp.merge(gemma)
+    weight = gemma.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[0, 0] += 1
+    kept = weight.clone()
+    with pytest.raises(ct.PatchError, match="changed since the merge: unmerging would overwrite that"):
+        mp.unmerge(gemma)
+    assert torch.equal(weight, kept)
+
+
+def test_threads_wait_for_each_other(gemma):
+    """Several threads solve and apply on one model: every result is right and every bit comes back."""
+    import threading
+
+    before, wrong = snapshot(gemma), []
+
+    def work(seed):
+        try:
+            target, source = runs(context=9, query=4, seed=seed)
+            for _ in range(4):
+                mp = ct.patch_model(gemma, target, source)
+                with torch.no_grad(), mp.applied(gemma):
+                    if error(gemma(**source).logits, mp.target_logits) > 5e-6:
+                        wrong.append(seed)
+        except Exception as problem:
+            wrong.append(problem)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert unchanged(gemma, before)
+    assert carried(gemma) == ()
+
+
+def test_saving_with_another_model_is_refused(patched, tmp_path):
+    _, mp, _, _ = patched
+    with pytest.raises(ct.PatchError, match="made for other weights"):
+        mp.save(tmp_path / "patch", tiny_gemma(seed=4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_patch_made_in_inference_mode_works_with_gradients(gemma):
+    target, source = runs(context=9, query=4)
+    with torch.inference_mode():
+        mp = ct.patch_model(gemma, target, source)
+    with mp.applied(gemma):
+        gemma(**source).logits.sum().backward()
+    assert gemma.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
 def test_scope_last_serves_longer_inputs(gemma):
     target, source = runs(context=9, query=4)
     mp = ct.patch_model(gemma, target, source, scope="last")
@@ -231,7 +337,7 @@ def corrupt(directory, how):
 DAMAGE = {
     "truncated tensors": "corrupt or truncated", "flipped byte": "corrupt or truncated", "no tensors": "cannot read",
     "truncated json": "corrupt or truncated", "other version": "format version 7, this program reads version 1",
-    "other format": "not a description of a patch", "missing entry": "is corrupt: KeyError", "no json": "not a saved patch",
+    "other format": "not a description of a patch", "missing entry": "is corrupt: it is not what was saved", "no json": "not a saved patch",
 }  # fmt: skip
 
 

@@ -99,8 +99,8 @@ def layer_rows(layers: Any) -> Any:
     """Rows of the layer table: index, residual, route, smallest margin, largest change of a matrix and of a scale."""
     rows = []
     for layer in layers:
-        matrices = [v for k, v in layer.relative_changes.items() if "norm" not in k]
-        scales = [v for k, v in layer.relative_changes.items() if "norm" in k]
+        matrices = [v for k, v in layer.relative_changes.items() if "norm" not in k and v is not None]
+        scales = [v for k, v in layer.relative_changes.items() if "norm" in k and v is not None]
         margins = [m["margin"] for m in layer.margins if m["margin"] is not None]
         rows.append([
             str(layer.index), number(layer.residual), layer.route, number(min(margins, default=None)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,17 +20,41 @@ def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def sampled(value: Tensor) -> float:
     """The sum of 64 entries spread over a tensor: cheap, and different after almost any change."""
+    if value.numel() == 0 or value.is_meta:
+        return 0.0
     flat = value.detach().reshape(-1)
     return float(flat[:: max(1, flat.numel() // 64)].double().sum())
 
 
-def _glimpse(model: nn.Module) -> tuple[Any, ...]:
-    """Identity, version and 64 entries of every parameter: enough to notice that a fingerprint is stale."""
-    found = []
-    for name, value in model.named_parameters():
+State = dict[str, tuple[int, int, float]]  # name -> storage, version, sample
+
+# versions of parameters at which their bits are those of an earlier version: after a merge was undone
+_SAME_AGAIN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, int], int]] = weakref.WeakKeyDictionary()
+
+
+def state_of(model: nn.Module) -> State:
+    """A cheap state of every parameter and buffer: torch counts in-place changes, so any of them shows.
+
+    Changes behind torch's back (``p.data[...] = …``) show only if one of the 64 sampled entries changes.
+    Vectors exchanged by an applied patch are left out: which patches are on the model is tracked by id.
+    """
+    aliases = _SAME_AGAIN.get(model, {})
+    exchanged = {name for name, value in model.named_parameters() if not isinstance(value, nn.Parameter)}
+    state: State = {}
+    for name, value in _stored(model):
+        if name in exchanged:
+            continue
         version = 0 if value.is_inference() else value._version
-        found.append((name, id(value), version, value.data_ptr(), sampled(value)))
-    return tuple(found)
+        state[name] = (value.data_ptr(), aliases.get((name, version), version), sampled(value))
+    return state
+
+
+def same_again(model: nn.Module, names: Iterable[str], before: State) -> None:
+    """Note that these parameters hold the bits they held in the state ``before``."""
+    aliases = _SAME_AGAIN.setdefault(model, {})
+    for name, value in model.named_parameters():
+        if name in names and not value.is_inference():
+            aliases[name, value._version] = before[name][1]
 
 
 def fingerprint(
@@ -55,7 +79,7 @@ def fingerprint(
 
 def known_fingerprint(model: nn.Module) -> str:
     """The model's fingerprint, remembered as long as its parameters look the same."""
-    glimpse = _glimpse(model)
+    glimpse = state_of(model)
     known = _KNOWN.get(model)
     if known is None or known[0] != glimpse:
         known = (glimpse, fingerprint(model))

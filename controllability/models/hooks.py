@@ -6,12 +6,12 @@ the patched one.  Nothing else is touched, and everything is undone on exit.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -110,26 +110,64 @@ class Installation:
 
 # ----------------------------------------------------------------- which patches a model carries
 
-_CARRIED: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
+
+@dataclass
+class Carried:
+    """One patch on a model: applied for a while (with its installation) or merged (without)."""
+
+    patch_id: str
+    installation: Installation | None
+
+
+@dataclass
+class Load:
+    """Everything that is on one model.  The lock lets one thread at a time solve, apply or merge."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    patches: list[Carried] = field(default_factory=list)
+
+
+_LOADS: weakref.WeakKeyDictionary[nn.Module, Load] = weakref.WeakKeyDictionary()
+_LOADS_LOCK = threading.Lock()
+
+
+def load_of(model: nn.Module) -> Load:
+    """What is on ``model``, and its lock."""
+    with _LOADS_LOCK:
+        return _LOADS.setdefault(model, Load())
 
 
 def carried(model: nn.Module) -> tuple[str, ...]:
     """The ids of the patches that are applied to or merged into ``model``, in order."""
-    return tuple(_CARRIED.get(model, ()))
+    return tuple(item.patch_id for item in load_of(model).patches)
 
 
-def carry(model: nn.Module, patch_id: str) -> None:
+def anything_applied(model: nn.Module) -> bool:
+    """Whether a patch is applied (not merged) at the moment."""
+    return any(item.installation is not None for item in load_of(model).patches)
+
+
+def carry(model: nn.Module, patch_id: str, installation: Installation | None) -> None:
     """Note that ``model`` now carries a patch."""
-    _CARRIED.setdefault(model, []).append(patch_id)
+    load_of(model).patches.append(Carried(patch_id, installation))
+
+
+def put_down(model: nn.Module, patch_id: str) -> bool:
+    """Undo an applied patch; False if patches above it had to be undone as well, to restore every bit."""
+    patches = load_of(model).patches
+    if patch_id not in (item.patch_id for item in patches):
+        return True  # undone already, by a context that was left out of order
+    in_order = patches[-1].patch_id == patch_id
+    while patches:
+        top = patches.pop()
+        if top.installation is not None:
+            top.installation.undo()
+        if top.patch_id == patch_id:
+            break
+    return in_order
 
 
 def drop(model: nn.Module, patch_id: str) -> None:
-    """Note that ``model`` no longer carries a patch."""
-    _CARRIED.get(model, [patch_id]).remove(patch_id)
-
-
-@contextmanager
-def no_grad() -> Iterator[None]:
-    """No autograd graph while patches are solved."""
-    with torch.no_grad():
-        yield
+    """Note that a merged patch is out again."""
+    patches = load_of(model).patches
+    patches[:] = [item for item in patches if item.patch_id != patch_id]

@@ -52,11 +52,9 @@ def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = Fals
         raise
     except Exception as error:  # whatever transformers, tokenizers or safetensors raise about bad files
         what = "model" if local else f"model (no directory {name} here, and as a Hub id it"
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        text = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadInput(
-            f"cannot load the {what} {name}: {lines[0][:300]}"
-            if local
-            else f"cannot load {what} failed): {lines[0][:300]}"
+            f"cannot load the {what} {name}: {text}" if local else f"cannot load {what} failed): {text}"
         ) from None
     _refuse_mismatch(name, notes)
     return model.eval(), tokenizer

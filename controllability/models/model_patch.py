@@ -16,13 +16,17 @@ from torch import Tensor, nn
 from controllability.deltas import Delta, LowRank, Shift
 from controllability.errors import BadInput, PatchError
 from controllability.interfaces import Param
+from controllability.models.fingerprints import State, fingerprint, known_fingerprint, same_again, state_of
 from controllability.models.hooks import (
     Installation,
+    anything_applied,
     carried,
     carry,
     drop,
+    load_of,
     low_rank_output,
     patched_vector,
+    put_down,
     refuse_compiled,
 )
 from controllability.models.pairing import Rows
@@ -66,7 +70,9 @@ class ModelPatch:
     fingerprint: str | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
-    _seen: dict[str, float] = field(default_factory=dict, repr=False)
+    _seen: State = field(default_factory=dict, repr=False)
+    _before_merge: State = field(default_factory=dict, repr=False)
+    _merged_state: State = field(default_factory=dict, repr=False)
     _originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _merged_into: Any = field(default=None, repr=False)
 
@@ -76,21 +82,28 @@ class ModelPatch:
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """Within this context the model's own modules compute with the patched weights.
 
-        Matrices stay factored.  Everything is undone on exit, also after an exception.  Raises
+        Matrices stay factored.  Everything is undone on exit, also after an exception.  One thread at a
+        time: another that applies, merges or solves on the same model waits.  Raises
         ``PatchError`` when the patch was made for other weights, while other patches were on the
         model, or when the model is compiled.
 
         >>> # with mp.applied(model): model(**source).logits
         """
-        self._refuse_misuse(model)
-        installation = Installation()
-        carry(model, self.id)
+        load = load_of(model)
+        load.lock.acquire()  # another thread waits: two patches at once would see each other's weights
         try:
-            self._install(model, installation)
-            yield model
+            self._refuse_misuse(model)
+            installation = Installation()
+            carry(model, self.id, installation)
+            try:
+                self._install(model, installation)
+                yield model
+            finally:
+                in_order = put_down(model, self.id)
+            if not in_order:
+                raise PatchError("patches were left out of order: this one and those applied after it were all undone")
         finally:
-            installation.undo()
-            drop(model, self.id)
+            load.lock.release()
 
     def _install(self, model: nn.Module, installation: Installation) -> None:
         rows = self.rows if self.scope == "each" else None
@@ -135,20 +148,15 @@ class ModelPatch:
 
     def _refuse_other_model(self, model: nn.Module) -> None:
         if self._model is not None and self._model() is model:
-            changed = [name for name, value in self.look(model).items() if value != self._seen.get(name)]
-            if changed:
-                raise PatchError(f"parameter {changed[0]} changed since this patch was made: make it again")
+            self._refuse_changes(model)
             return
-        from controllability.models.fingerprints import known_fingerprint
-
         if known_fingerprint(model) != (self.fingerprint or self.fingerprint_of(self.model())):
             raise PatchError("this patch was made for other weights (the fingerprints differ)")
 
-    def look(self, model: nn.Module) -> dict[str, float]:
-        """A cheap look at the parameters that this patch is about, to notice that they changed."""
-        from controllability.models.fingerprints import sampled
-
-        return {e.param.name: sampled(model.get_submodule(e.module)._parameters[e.attribute]) for e in self.entries}  # type: ignore[arg-type]
+    def _refuse_changes(self, model: nn.Module) -> None:
+        now = state_of(model)
+        if changed := [name for name, seen in self._seen.items() if now.get(name) != seen]:
+            raise PatchError(f"{changed[0]} changed since this patch was made: make it again")
 
     # ------------------------------------------------------------------------------------- merging
 
@@ -168,8 +176,15 @@ class ModelPatch:
                 f"scope '{self.scope}' holds {count} patches, one a {per}: they cannot be merged into one set of weights; "
                 + ("use scope='last'" if self.scope == "each" else "patch a batch of 1")
             )
+        with load_of(model).lock:
+            return self._merge(model)
+
+    def _merge(self, model: nn.Module) -> int:
         self._refuse_misuse(model)
+        if anything_applied(model):
+            raise PatchError("a patch is applied at the moment: leave its context before merging")
         originals: dict[str, Tensor] = {}
+        self._before_merge = state_of(model)
         try:
             for entry in self.entries:
                 stored = model.get_submodule(entry.module)._parameters[entry.attribute]
@@ -178,20 +193,32 @@ class ModelPatch:
                 _write(stored, entry.delta)
         except BaseException:
             _restore(model, originals)
+            same_again(model, originals, self._before_merge)
             raise
         self._originals, self._merged_into = originals, model
-        carry(model, self.id)
+        self._merged_state = state_of(model)
+        carry(model, self.id, None)
         return sum(t.numel() * t.element_size() for t in originals.values())
 
     def unmerge(self, model: nn.Module) -> None:
-        """Put the original weights back, bit for bit.  Raises ``PatchError`` when not merged into ``model``."""
-        if self._merged_into is not model:
-            raise PatchError("this patch is not merged into this model")
-        if carried(model)[-1:] != (self.id,):
-            raise PatchError("another patch was applied or merged after this one: undo that first")
-        _restore(model, self._originals)
-        self._originals, self._merged_into = {}, None
-        drop(model, self.id)
+        """Put the original weights back, bit for bit.
+
+        Raises ``PatchError`` when the patch is not merged into ``model``, when another one is on top of it,
+        or when the merged weights were changed since: nothing is overwritten then.
+        """
+        with load_of(model).lock:
+            if self._merged_into is not model:
+                raise PatchError("this patch is not merged into this model")
+            if carried(model)[-1:] != (self.id,):
+                raise PatchError("another patch was applied or merged after this one: undo that first")
+            now = state_of(model)
+            changed = [name for name in self._originals if now.get(name) != self._merged_state.get(name)]
+            if changed:
+                raise PatchError(f"parameter {changed[0]} changed since the merge: unmerging would overwrite that")
+            _restore(model, self._originals)
+            same_again(model, self._originals, self._before_merge)
+            self._originals, self._merged_into = {}, None
+            drop(model, self.id)
 
     # -------------------------------------------------------------------------------------- saving
 
@@ -204,11 +231,11 @@ class ModelPatch:
 
     def fingerprint_of(self, model: nn.Module) -> str:
         """The fingerprint of the weights that this patch is for, its own merge undone in thought."""
-        from controllability.models.fingerprints import fingerprint, known_fingerprint
-
         on_it = carried(model)
         if self._merged_into is model and on_it == (self.id,):
             return fingerprint(model, self._originals)
+        if self._model is not None and self._model() is model and not on_it:
+            self._refuse_changes(model)
         if on_it:
             raise PatchError("patches are on the model at the moment: leave applied() or unmerge before saving")
         return known_fingerprint(model)

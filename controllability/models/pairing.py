@@ -57,10 +57,14 @@ class Rows:
 
 def input_shape(inputs: Mapping[str, Any], role: str) -> tuple[int, int]:
     """(B, T) of a model's inputs.  Raises ``BadInput`` when there is nothing in them."""
+    if not isinstance(inputs, Mapping):
+        raise BadInput(f"{role}: give the model's keyword arguments as a mapping, got {type(inputs).__name__}")
+    if "input_ids" in inputs and "inputs_embeds" in inputs:
+        raise BadInput(f"{role}: give input_ids or inputs_embeds, not both")
     main = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if not isinstance(main, Tensor):
         raise BadInput(f"{role}: give input_ids (B, T) or inputs_embeds (B, T, d) as a torch tensor")
-    if "input_ids" in inputs and (main.ndim != 2 or main.is_floating_point()):
+    if "input_ids" in inputs and (main.ndim != 2 or main.dtype not in (torch.int64, torch.int32)):
         raise BadInput(
             f"{role}: input_ids must be integers of shape (B, T), got {main.dtype} of shape {tuple(main.shape)}"
         )
@@ -95,9 +99,7 @@ def pair(
     if here.shape[0] != there.shape[0]:
         raise BadInput(f"source has {here.shape[0]} samples, target {there.shape[0]}: they are paired one to one")
     if positions is not None:
-        s, t = (torch.as_tensor(p).expand(here.shape[0], -1) for p in positions)
-        if s.shape != t.shape:
-            raise BadInput(f"positions: {tuple(s.shape)} source positions for {tuple(t.shape)} target positions")
+        s, t = _given(positions, here.shape[0])
         for which, given, length in (("source", s, here.shape[1]), ("target", t, there.shape[1])):
             if bool((given < 0).any() or (given >= length).any()):
                 raise BadInput(f"positions: {which} positions must lie in 0 … {length - 1}")
@@ -110,6 +112,24 @@ def pair(
     sample, s, t = sample.reshape(-1), s.reshape(-1), t.reshape(-1)
     shape_here, shape_there = (here.shape[0], here.shape[1]), (there.shape[0], there.shape[1])
     return Rows(sample, s, shape_here), Rows(sample, t, shape_there)
+
+
+def _given(positions: tuple[Any, Any], batch: int) -> tuple[Tensor, Tensor]:
+    """Positions as the caller gave them, (B, n) each.  Raises ``BadInput`` for anything that is not pairs."""
+    try:
+        s, t = (torch.as_tensor(p).expand(batch, -1) for p in positions)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(
+            f"positions must be (source positions, target positions), each (n,) or (B, n): {error}"
+        ) from None
+    if s.shape != t.shape or s.shape[1] == 0 or {s.dtype, t.dtype} - {torch.int64, torch.int32}:
+        raise BadInput(
+            f"positions: {tuple(s.shape)} source positions ({s.dtype}) for {tuple(t.shape)} target positions "
+            f"({t.dtype}); give as many integers of each, at least one"
+        )
+    if any(len(row.unique()) < len(row) for row in s):
+        raise BadInput("positions: a source position is named twice; it can reproduce one target only")
+    return s, t
 
 
 def _from_the_end(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:

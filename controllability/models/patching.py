@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from controllability.errors import BadInput
-from controllability.models.hooks import carried, refuse_compiled
+from controllability.models.fingerprints import state_of
+from controllability.models.hooks import carried, load_of, refuse_compiled
 from controllability.models.model_patch import Entry, ModelPatch, refuse_scope
 from controllability.models.pairing import input_shape, pair
 from controllability.models.reading_check import Checked, checked_reading
@@ -56,7 +57,24 @@ def patch_model(
     True
     """
     refuse_scope(scope)
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
     refuse_compiled(model)
+    # inside torch.inference_mode the factors would be tensors that autograd refuses later
+    with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
+        return _patch(model, target, source, scope, via, route, positions, progress)
+
+
+def _patch(
+    model: nn.Module,
+    target: Mapping[str, Any],
+    source: Mapping[str, Any],
+    scope: str,
+    via: str,
+    route: str,
+    positions: tuple[Any, Any] | None,
+    progress: Progress,
+) -> ModelPatch:
     started = time.perf_counter()
     checked = checked_reading(model)
     for role, inputs in (("target", target), ("source", source)):
@@ -64,9 +82,8 @@ def patch_model(
     source_rows, target_rows = pair(target, source, scope, positions)
     proofs = checked.proofs(via, route)
     layers = checked.reading.layers
-    with torch.no_grad():
-        targets, target_output = observe_target(model, layers, proofs, _without_cache(target), target_rows, progress)
-        solvers, output = sweep(model, layers, proofs, targets, _without_cache(source), source_rows, scope, progress)
+    targets, target_output = observe_target(model, layers, proofs, _without_cache(target), target_rows, progress)
+    solvers, output = sweep(model, layers, proofs, targets, _without_cache(source), source_rows, scope, progress)
     entries = tuple(Entry(param, delta) for solver in solvers for param, delta in solver.deltas().items())
     last = layers[-1]
     logits = _result(output)
@@ -82,7 +99,7 @@ def patch_model(
         entries, scope, source_rows, report, kept, logits,
         paired_logits(_result(target_output), target_rows, logits, scope), carried(model), _model=weakref.ref(model),
     )  # fmt: skip
-    mp._seen.update(mp.look(model))
+    mp._seen.update(state_of(model))
     return mp
 
 
@@ -112,14 +129,35 @@ def _result(output: Any) -> torch.Tensor:
 
 
 def _refuse_bad_inputs(model: nn.Module, checked: Checked, inputs: Mapping[str, Any], role: str) -> None:
-    _, length = input_shape(inputs, role)
+    batch, length = input_shape(inputs, role)
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor | bool | int | float | str | None):
+            why = (
+                "both runs are done without a cache"
+                if name == "past_key_values"
+                else "it could not be saved or repeated"
+            )
+            raise BadInput(f"{role}: {name} is a {type(value).__name__}; give tensors and plain values only ({why})")
+    if inputs.get("return_dict") is False:
+        raise BadInput(f"{role}: return_dict=False is not supported")
+    if inputs.get("use_cache"):
+        raise BadInput(f"{role}: use_cache=True is not supported: both runs are done without a cache")
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
     limit = getattr(checked.reading.config, "max_position_embeddings", None)
     positions = inputs.get("position_ids")
+    if positions is not None and (
+        not isinstance(positions, torch.Tensor) or positions.shape not in ((batch, length), (1, length))
+    ):
+        raise BadInput(f"{role}: position_ids must be a tensor of shape {(batch, length)}")
     reach = length if positions is None else int(positions.max()) + 1
     if limit is not None and reach > limit:
         raise BadInput(f"{role}: position {reach - 1} lies beyond the model's limit of {limit} positions")
+    embeds = inputs.get("inputs_embeds")
+    if embeds is not None and (embeds.shape[-1] != embedding.shape[1] or embeds.dtype != embedding.dtype):  # type: ignore[index, union-attr]
+        wanted = f"{embedding.dtype} of width {embedding.shape[1]}"  # type: ignore[index, union-attr]
+        raise BadInput(f"{role}: inputs_embeds must be {wanted}, got {embeds.dtype} of shape {tuple(embeds.shape)}")
     if "input_ids" in inputs:
-        vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr, arg-type]
+        vocabulary = int(embedding.shape[0])  # type: ignore[index, union-attr, arg-type]
         ids = inputs["input_ids"]
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
             raise BadInput(

@@ -55,12 +55,14 @@ def checked_reading(model: nn.Module) -> Checked:
     Raises ``BadInput`` for models that cannot be patched as they are (training mode, meta device,
     quantised or non-finite parameters) and ``ReadingError`` where expression and module disagree.
     """
+    if any(module.training for module in model.modules()):
+        raise BadInput("the model is in training mode: call model.eval() first, dropout would make runs differ")
     known = _CHECKED.get(model)
     if known is not None and (carried(model) or known.signature == _signature(known.reading)):
         return known
     reading = architectures.read(model)
     _refuse_unusable(model, reading)
-    norms = _norms(reading)
+    norms = _norms(model, reading)
     worst = compare(model, reading)
     _CHECKED[model] = Checked(reading, norms, _signature(reading), worst)
     return _CHECKED[model]
@@ -78,8 +80,6 @@ def _signature(reading: Reading) -> tuple[Any, ...]:
 
 
 def _refuse_unusable(model: nn.Module, reading: Reading) -> None:
-    if model.training:
-        raise BadInput("the model is in training mode: call model.eval() first, dropout would make runs differ")
     for layer in reading.layers:
         for name, value in layer.params.items():
             if value.is_meta:
@@ -88,7 +88,7 @@ def _refuse_unusable(model: nn.Module, reading: Reading) -> None:
                 raise BadInput(f"parameter {name} is {value.dtype}: quantised parameters cannot be patched")
 
 
-def _norms(reading: Reading) -> dict[str, float]:
+def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
     norms = {}
     for layer in reading.layers:
         for name, value in layer.params.items():
@@ -96,7 +96,15 @@ def _norms(reading: Reading) -> dict[str, float]:
             if not norm < float("inf") and not bool(torch.isfinite(value).all()):
                 raise BadInput(f"parameter {name} holds NaN or infinite values: nothing was changed")
             norms[name] = norm
+    for name, value in model.named_parameters():
+        if name not in norms and value.is_floating_point() and not _finite(value.detach()):
+            raise BadInput(f"parameter {name} holds NaN or infinite values: nothing was changed")
     return norms
+
+
+def _finite(value: Tensor) -> bool:
+    total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+    return value.is_meta or bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())
 
 
 @torch.no_grad()
@@ -115,6 +123,8 @@ def compare(model: nn.Module, reading: Reading, length: int = 4, seed: int = 0) 
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, int(vocabulary), (1, length), generator=generator)
+        padding = getattr(model.config, "pad_token_id", None)
+        ids = torch.where(ids == padding, (ids + 1) % int(vocabulary), ids) if padding is not None else ids
         model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False)  # type: ignore[operator, union-attr]
     finally:
         installation.undo()
@@ -154,6 +164,11 @@ def _compare_layer(layer: Layer, state: Tensor, seen: dict[Path, Tensor]) -> flo
         if expected.shape != real.shape:
             raise ReadingError(
                 f"layer {layer.index}: {_name(layer, path)} gives {tuple(expected.shape)}, the module {tuple(real.shape)}"
+            )
+        if not bool(torch.isfinite(real).all()):
+            raise BadInput(
+                f"layer {layer.index} ({layer.name}): {_name(layer, path)} is not finite on random input: "
+                "the model overflows; take another dtype or mend the weights"
             )
         error = relative_error(expected, xp.lift(real))
         if not error <= tolerance:

@@ -24,7 +24,7 @@ class LayerReport:
     amplification: float | None
     derivation: int
     margins: list[dict[str, Any]] = field(default_factory=list)
-    relative_changes: dict[str, float] = field(default_factory=dict)
+    relative_changes: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,20 @@ def layer_report(solver: LayerSweep, target: LayerTarget, norms: dict[str, float
     )
 
 
-def _relative_change(param: Param, delta: LowRank | Shift, solver: LayerSweep, norms: dict[str, float]) -> float:
-    """Matrices: ‖ΔW‖/‖W‖.  Scales: max |Δm|/|m| over the channels.  Biases: ‖Δb‖/‖b‖.  Largest over the tokens."""
-    if isinstance(delta, Shift):
-        component = _component(param, solver)
-        stored = param.value(solver.layer.params)
-        if component is not None:
-            m = component.effective(solver.layer.params)
-            return float(
-                (delta.value.abs() / m.abs().clamp_min(1e-300 if m.dtype.itemsize == 8 else 1e-37))
-                .masked_fill(m == 0, 0)
-                .max()
-            )
-        return float(delta.norms().max()) / max(float(stored.float().norm()), 1e-37)
-    return float(delta.norms().max()) / max(norms[param.name], 1e-37)
+def _relative_change(param: Param, delta: LowRank | Shift, solver: LayerSweep, norms: dict[str, float]) -> float | None:
+    """Matrices: ‖ΔW‖/‖W‖.  Scales: max |Δm|/|m| over the channels with m ≠ 0.  Biases: ‖Δb‖/‖b‖.
+
+    The largest over the tokens; None where the stored parameter is 0.
+    """
+    scale = _component(param, solver)
+    if isinstance(delta, Shift) and scale is not None:
+        m = scale.effective(solver.layer.params)
+        alive = m != 0
+        if not bool(alive.any()):
+            return None
+        return float((delta.value / m.where(alive, m + 1)).abs().masked_fill(~alive, 0).max())
+    norm = norms[param.name]
+    return float(delta.norms().max()) / norm if norm else None
 
 
 def _component(param: Param, solver: LayerSweep) -> Any:

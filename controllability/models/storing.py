@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ import controllability
 from controllability.deltas import LowRank, Shift
 from controllability.errors import PatchError
 from controllability.interfaces import Param
+from controllability.models.fingerprints import known_fingerprint
 from controllability.models.model_patch import Entry, ModelPatch
 from controllability.models.pairing import Rows
 from controllability.models.report import LayerReport, Report
@@ -46,12 +46,14 @@ def save_patch(patch: ModelPatch, directory: Path, model: nn.Module | None) -> P
     top of other patches.
     """
     refuse_occupied(directory)
-    model = model if model is not None else patch.model()
+    model = model if model is not None else (patch.model() if patch.fingerprint is None else None)
     if patch.made_under:
         raise PatchError(
             "this patch was made while other patches were on the model: it has no meaning on its own, save those and redo it"
         )
-    mark = patch.fingerprint or patch.fingerprint_of(model)
+    mark = patch.fingerprint or patch.fingerprint_of(patch.model())
+    if model is not None and (patch._model is None or patch._model() is not model) and known_fingerprint(model) != mark:
+        raise PatchError("this patch was made for other weights than those of the model that was passed")
     temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
@@ -59,6 +61,7 @@ def save_patch(patch: ModelPatch, directory: Path, model: nn.Module | None) -> P
         save_file(tensors, temporary / TENSORS)
         description = _description(patch, mark, model.config.model_type if model is not None else "")  # type: ignore[union-attr]
         description["tensors_sha256"] = hashlib.sha256((temporary / TENSORS).read_bytes()).hexdigest()
+        description["sha256"] = _digest(description)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")
         _flush(temporary)
         os.replace(temporary, directory)
@@ -67,6 +70,11 @@ def save_patch(patch: ModelPatch, directory: Path, model: nn.Module | None) -> P
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return directory
+
+
+def _digest(description: dict[str, Any]) -> str:
+    """SHA-256 of a description without its own checksum."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(folder: Path) -> None:
@@ -149,8 +157,9 @@ def load_patch(directory: str | Path) -> ModelPatch:
     try:
         tensors = load_file(directory / TENSORS)
         return _build(description, tensors)
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise PatchError(f"{directory} is corrupt: {type(error).__name__} {error}") from None
+    except Exception as error:  # whatever a description that was tampered with may cause
+        text = " ".join(str(error).split())[:200]
+        raise PatchError(f"{directory} is corrupt: {type(error).__name__} {text}") from None
 
 
 def _read_description(directory: Path) -> dict[str, Any]:
@@ -159,7 +168,7 @@ def _read_description(directory: Path) -> dict[str, Any]:
         raise PatchError(f"{directory} is not a saved patch: it has no {DESCRIPTION}")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PatchError(f"{path} is corrupt or truncated: {error}") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise PatchError(f"{path} is not a description of a patch")
@@ -167,6 +176,8 @@ def _read_description(directory: Path) -> dict[str, Any]:
         raise PatchError(
             f"{path} has format version {description.get('version')}, this program reads version {VERSION}"
         )
+    if description.pop("sha256", None) != _digest(description):
+        raise PatchError(f"{path} is corrupt: it is not what was saved (its checksum differs)")
     return description
 
 

@@ -32,11 +32,11 @@ def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Map
         xticks=[*index],
         title="error against the contextual run",
     )
-    errors.legend()
+    errors.legend(loc="lower left")
     names = [*dict.fromkeys(_short(name) for x in layers for name in x.relative_changes)]
     width = 0.8 / len(names)
     for k, name in enumerate(names):
-        heights = [next((v for n, v in x.relative_changes.items() if _short(n) == name), 0.0) for x in layers]
+        heights = [next((v or 0.0 for n, v in x.relative_changes.items() if _short(n) == name), 0.0) for x in layers]
         sizes.bar([i + (k - (len(names) - 1) / 2) * width for i in index], heights, width, label=name)
     sizes.set(
         yscale="log",
