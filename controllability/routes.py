@@ -15,6 +15,7 @@ from controllability.errors import BadInput, NotExact
 
 ROUTES = ("auto", "scale", "secular", "uniform", "ball")
 INFINITE = float("inf")
+GOOD, MILD = 30.0, 3.0  # amplification (no route has less than 1) and change at which `auto` takes uniform at once
 CALM = 1e3  # amplification up to which `auto` looks no further than uniform and secular
 NEAR = 10.0  # `auto`: amplifications within this factor of the best count as equally good
 SHUT = 1e6  # added to the amplification of a route that shuts a channel down
@@ -211,8 +212,9 @@ def relative_change(scale: Array, m: Array) -> Array:
 def choose(G: Array, m: Array, y: Array, eps: Any, stored: Any) -> tuple[Candidate, str, str]:
     """``auto``: the best-conditioned route for every token.  Returns it, its name, and why.
 
-    uniform and secular are compared first; scale and ball only where both amplify rounding more than
-    ``CALM`` times.  Amplifications within a factor 10 of the best count as equal, and among those the
+    uniform is taken at once where it amplifies rounding at most ``GOOD`` times and changes no scale by more
+    than ``MILD`` times itself.  Else secular is compared with it; scale and ball too where one of them
+    amplifies more than ``CALM`` times.  Amplifications within a factor 10 of the best count as equal, and among those the
     smallest relative change of the scale wins.  Dead channels are avoided; ``ball`` below float64
     is taken only if nothing else is open.  Exact arithmetics cannot compare sizes: they take
     uniform, or scale where a root would be irrational.
@@ -223,7 +225,10 @@ def choose(G: Array, m: Array, y: Array, eps: Any, stored: Any) -> tuple[Candida
             return candidate("uniform", G, m, y, eps, stored), "uniform", "exact arithmetic: closed form"
         except NotExact:
             return candidate("scale", G, m, y, eps, stored), "scale", "exact arithmetic: no root needed"
-    options = [_judged(xp, route, G, m, y, eps, stored) for route in ("uniform", "secular")]
+    options = [_judged(xp, "uniform", G, m, y, eps, stored)]
+    if xp.all(options[0].cost <= GOOD) and xp.all(options[0].change <= MILD):
+        return options[0].answer, "uniform", options[0].summary(xp) + " (good enough, no other was tried)"
+    options.append(_judged(xp, "secular", G, m, y, eps, stored))
     if not all(xp.all(option.cost <= CALM) for option in options):
         options += [_judged(xp, route, G, m, y, eps, stored) for route in ("scale", "ball")]
     best = options[0].cost

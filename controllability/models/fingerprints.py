@@ -23,7 +23,7 @@ def sampled(value: Tensor) -> float:
     if value.numel() == 0 or value.is_meta:
         return 0.0
     flat = value.detach().reshape(-1)
-    return float(flat[:: max(1, flat.numel() // 64)].double().sum())
+    return float(flat[:: max(1, flat.numel() // 64)].sum(dtype=torch.float64))
 
 
 State = dict[str, tuple[int, int, float]]  # name -> storage, version, sample
