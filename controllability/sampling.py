@@ -38,6 +38,8 @@ def sample(
     >>> params["W"].shape, v.shape
     ((3, 3), (3,))
     """
+    if not isinstance(block, Component):
+        raise BadInput(f"sample takes a component, got {type(block).__name__}; architectures.block(name) gives one")
     if kind not in ARITHMETICS:
         raise BadInput(f"unknown kind of numbers {kind!r}: choose one of {', '.join(ARITHMETICS)}")
     known = sizes_of(block, **sizes)

@@ -45,6 +45,14 @@ BAD_RUNS = {
     "a cache": ({"input_ids": ids(1, 9), "past_key_values": object()}, {"input_ids": ids(1, 3)}, "both runs are done without a cache"),
     "tuples asked for": ({"input_ids": ids(1, 9), "return_dict": False}, {"input_ids": ids(1, 3)}, "return_dict=False"),
     "listed positions": ({"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "position_ids": [[1, 2, 3]]}, "position_ids"),
+    "negative positions": (
+        {"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "position_ids": torch.tensor([[-1, 0, 1]])},
+        r"source: position_ids must be integers from 0 on, got torch.int64 from -1",
+    ),
+    "fractional positions": (
+        {"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "position_ids": torch.tensor([[0.0, 1.0, 2.0]])},
+        r"source: position_ids must be integers from 0 on, got torch.float32",
+    ),
     "too few positions": (
         {"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "position_ids": torch.tensor([[1, 2]])},
         r"source: position_ids must be a tensor of shape \(1, 3\)",
@@ -225,5 +233,7 @@ def test_sums_and_products_need_two_parts():
     for kind in (Sum, Product):
         with pytest.raises(ct.BadInput, match="at least two"):
             kind((Identity(),))
+    with pytest.raises(ct.BadInput, match="sample takes a component, got str"):
+        ct.sample("gemma3")
     with pytest.raises(ct.BadInput, match="the width of the block's input is not known"):
         ct.sample(residual(Identity()))

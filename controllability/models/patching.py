@@ -149,6 +149,10 @@ def _refuse_bad_inputs(model: nn.Module, checked: Checked, inputs: Mapping[str, 
         not isinstance(positions, torch.Tensor) or positions.shape not in ((batch, length), (1, length))
     ):
         raise BadInput(f"{role}: position_ids must be a tensor of shape {(batch, length)}")
+    if positions is not None and (positions.dtype not in (torch.int64, torch.int32) or int(positions.min()) < 0):
+        raise BadInput(
+            f"{role}: position_ids must be integers from 0 on, got {positions.dtype} from {positions.min().item()}"
+        )
     reach = length if positions is None else int(positions.max()) + 1
     if limit is not None and reach > limit:
         raise BadInput(f"{role}: position {reach - 1} lies beyond the model's limit of {limit} positions")
