@@ -3,57 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from architectures.registry import Architecture, View, find
+from architectures.registry import Architecture, Seen, by_layers, find
+from architectures.view import View
 from controllability.arrays import Array
+from controllability.components import ExpertLinear, Mixture
 from controllability.errors import BadInput, ReadingError
 from controllability.interfaces import Component, Param
-from controllability.trace import Path, leaves
+from controllability.trace import Path, leaves, node
 
 
 @dataclass(frozen=True)
 class Tap:
-    """A live module that computes some consecutive leaves: where its input and output stand in the block."""
+    """Where a live model computes some leaves: a module, a weight inside one, or a stage of its experts.
+
+    ``kind`` is module (its first argument goes in, its output comes out), weight (a linear map with this
+    module's weight, inside its forward), first or last (the experts' first or last matrices).
+    """
 
     module: str
     paths: tuple[Path, ...]
+    kind: str = "module"
+    mixture: Path | None = None
 
     @property
     def inlet(self) -> Path:
-        """The node whose input is the module's input."""
+        """The node whose input goes in."""
         return self.paths[0]
 
     @property
     def outlet(self) -> Path:
-        """The node whose output is the module's output."""
+        """The node whose output comes out."""
         return self.paths[-1]
 
 
 class LiveParams(Mapping[str, Array]):
-    """Parameter name -> the tensor that the live module holds right now (no copy)."""
+    """Parameter or buffer name -> the tensor that the live module holds right now (no copy)."""
 
     def __init__(self, model: Any, params: frozenset[Param]) -> None:
         self._where: dict[str, tuple[Any, str]] = {}
-        missing = []
-        for name in sorted({p.name for p in params}):
-            path, _, attribute = name.rpartition(".")
+        problems = []
+        for param in sorted(params, key=str):
+            path, _, attribute = param.name.rpartition(".")
             try:
                 module = model.get_submodule(path)
-                if attribute not in module._parameters or module._parameters[attribute] is None:
+                held = module._parameters.get(attribute, module._buffers.get(attribute))
+                if held is None:
                     raise AttributeError(attribute)
-                self._where[name] = (module, attribute)
             except AttributeError:
-                missing.append(name)
-        if missing:
-            raise ReadingError(
-                f"the model has no parameter {', '.join(missing)}: its layers are not what was registered"
-            )
+                problems.append(f"the model has no parameter {param.name}")
+                continue
+            if param.shape and held.ndim != len(param.shape) and (held.ndim or param.shape != ("one",)):
+                problems.append(f"{param.name} has shape {tuple(held.shape)}, declared with {len(param.shape)} axes")
+            self._where[param.name] = (module, attribute)
+        if problems:
+            raise ReadingError(f"{'; '.join(problems)}: its layers are not what was registered")
 
     def __getitem__(self, name: str) -> Array:
         module, attribute = self._where[name]
-        return module._parameters[attribute].detach()
+        held = module._parameters.get(attribute)
+        return (held if held is not None else module._buffers[attribute]).detach()
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -71,63 +82,178 @@ class LiveParams(Mapping[str, Array]):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer of a live model: its block expression, bound parameters, and the modules to tap."""
+    """One layer of a live model: its block expression, bound parameters, and where to look.
+
+    ``inputs`` and ``output`` name modules by their full names; ``index`` counts the layers that have a
+    feed-forward half.
+    """
 
     index: int
     name: str
     block: Component
     params: LiveParams
     taps: tuple[Tap, ...]
+    inputs: tuple[Seen, ...]
+    output: Seen
+    experts: Mapping[Path, str] = field(default_factory=dict)  # the module that runs the experts of a mixture
+    weights: Mapping[str, str] = field(default_factory=dict)  # the weight at which a module is tapped
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A live model read: its architecture and one ``Layer`` per layer, in the order of the forward pass."""
+    """A live model read: its architecture and one ``Layer`` per feed-forward half, in the order of the model."""
 
     architecture: Architecture
     layers: tuple[Layer, ...]
     config: Any
 
 
-def read(model: Any) -> Reading:
-    """Read a live transformers model: ``.layers``, each with ``.block`` and ``.params``.
+def architecture_of(model: Any) -> Architecture:
+    """The registered architecture of a live model: by its model type, its text model's, or its layer classes.
 
-    Nothing is copied.  The reading is not trusted before ``controllability.models`` has compared it
-    with the real modules on random input.  Raises ``BadInput`` when the model's type is not registered and
-    ``ReadingError`` when its modules are not what the registered family has.
+    Raises ``BadInput`` when nothing fits.
     """
     config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type is None:
-        raise BadInput(f"{type(model).__name__} has no config.model_type: give a transformers model")
-    architecture = find(model_type)
-    assert config is not None
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    try:
-        settings = architecture.settings(text_config)
-    except (AttributeError, KeyError) as missing:
-        raise ReadingError(f"{architecture.name}: the config has a value that is not declared: {missing}") from None
-    found = [(n, m) for n, m in model.named_modules() if type(m).__name__ == architecture.layer_class]
+    kinds = [getattr(config, "model_type", None)]
+    if config is not None and hasattr(config, "get_text_config"):
+        kinds.append(getattr(config.get_text_config(), "model_type", None))
+    problem: BadInput | None = None
+    for kind in dict.fromkeys(k for k in kinds if k):
+        try:
+            return find(kind)
+        except BadInput as unknown:
+            problem = problem or unknown
+    classes = {type(m).__name__ for m in model.modules()}
+    if not problem and (found := by_layers(classes)):
+        return found
+    raise problem or BadInput(
+        f"{type(model).__name__} has no config.model_type, and no registered layer class is in it: "
+        "register it with architectures.register(name, layer_class=...)"
+    )
+
+
+def read(model: Any) -> Reading:
+    """Read a live model: ``.layers``, each with ``.block`` and ``.params``.
+
+    Nothing is copied.  The reading is not trusted before ``controllability.models`` has compared it
+    with the real modules on random input.  Raises ``BadInput`` when the model's type is not registered,
+    ``NotControllable`` when it is refused by name, and ``ReadingError`` when its modules are not what the
+    registered family has.
+    """
+    architecture = architecture_of(model)
+    architecture.refuse()
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    if architecture.under and text is not None and getattr(config, "is_encoder_decoder", False):
+        text = config
+    found = [
+        (n, m)
+        for n, m in model.named_modules()
+        if type(m).__name__ in architecture.layer_class and f".{n}.".find(f".{architecture.under}.") >= 0
+    ] if architecture.under else [
+        (n, m) for n, m in model.named_modules() if type(m).__name__ in architecture.layer_class
+    ]  # fmt: skip
     if not found:
+        wanted = " or ".join(architecture.layer_class)
+        raise ReadingError(f"{architecture.name}: no module of class {wanted} in {type(model).__name__}")
+    layers: list[Layer] = []
+    for position, (name, module) in enumerate(found):
+        around = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+        view = View(f"{name}.", {}, {}, module, text, position, parent=around)
+        assert architecture.build is not None
+        try:
+            built = architecture.build(view)
+        except (AttributeError, KeyError, TypeError) as missing:
+            raise ReadingError(f"{architecture.name}: layer {name} is not what was declared: {missing}") from None
+        if built is not None:
+            layers.append(_layer(model, architecture, len(layers), name, built, view))
+    if not layers:
+        raise ReadingError(f"{architecture.name}: none of its {len(found)} layers has a feed-forward half")
+    return Reading(architecture, tuple(layers), text)
+
+
+def _layer(model: Any, architecture: Architecture, index: int, name: str, block: Component, view: View) -> Layer:
+    params = LiveParams(model, block.parameters())
+    found = taps(block, view.sites)
+    _refuse_unknown(model, architecture, name, block, found, params)
+    wanted = view.sites.get("inputs") or architecture.inputs or _default_inputs(name, block, found)
+    inputs = tuple(Seen(_join(name, s.module), s.when) for s in wanted)
+    output = view.sites.get("output") or architecture.output or Seen("", "after")
+    experts = {t.mixture: view.sites.get(f"{t.module}|experts", t.module) for t in found if t.mixture is not None}
+    leaf = {t.module: node(block, t.outlet) for t in found if t.kind == "weight"}
+    weights = {m: c.own_parameters()[0].name.rpartition(".")[2] for m, c in leaf.items()}
+    output = Seen(_join(name, output.module), output.when)
+    return Layer(index, name, block, params, found, inputs, output, experts, weights)
+
+
+def _join(layer: str, module: str) -> str:
+    while module.startswith("../"):
+        layer, module = layer.rpartition(".")[0], module[3:]
+    return f"{layer}.{module}" if module else layer
+
+
+def _default_inputs(name: str, block: Component, found: tuple[Tap, ...]) -> tuple[Seen, ...]:
+    """The block's input is what the first module that reads it gets."""
+    for tap in found:
+        if reads_input(block, tap.inlet):
+            inside = tap.module.removeprefix(f"{name}.")
+            return (Seen(inside if tap.kind == "module" else inside.split(".")[0]),)
+    raise ReadingError(f"layer {name}: no module reads the block's input")
+
+
+def reads_input(block: Component, path: Path) -> bool:
+    """Whether the node at ``path`` gets the block's own input as it is."""
+    for depth in range(len(path)):
+        parent = node(block, path[:depth])
+        if path[depth] > 0 and hasattr(parent, "parts"):
+            return False
+        if isinstance(parent, Mixture) and path[depth] > 0:
+            return False
+    return True
+
+
+def _refuse_unknown(
+    model: Any, architecture: Architecture, name: str, block: Component, found: tuple[Tap, ...], params: LiveParams
+) -> None:
+    """Every parameter and buffer under the modules of the feed-forward half must be in the expression."""
+    roots = set()
+    for tap in found:
+        inside = tap.module.removeprefix(f"{name}.")
+        norm = tap.kind == "module" and len(tap.paths) > 1
+        roots.add(tap.module if norm else _join(name, inside.split(".")[0]))
+    unknown = []
+    for root in sorted(roots):
+        module = model.get_submodule(root)
+        held = [*module.named_parameters(root), *module.named_buffers(root)]
+        unknown += [
+            n
+            for n, _ in held
+            if n not in params and not n.removeprefix(f"{name}.").startswith(architecture.ignored or ("\0",))
+        ]
+    if unknown:
         raise ReadingError(
-            f"{architecture.name}: no module of class {architecture.layer_class} in {type(model).__name__}"
+            f"{architecture.name}: layer {name} has {', '.join(unknown)} in its feed-forward half, which the "
+            "registered expression does not know: the family changed, or a switch is on that nobody declared"
         )
-    layers = []
-    for index, (name, _) in enumerate(found):
-        block = architecture.build(View(f"{name}.", {}, settings))
-        layers.append(Layer(index, name, block, LiveParams(model, block.parameters()), taps(block)))
-    return Reading(architecture, tuple(layers), text_config)
 
 
-def taps(block: Component) -> tuple[Tap, ...]:
-    """Group consecutive leaves that one module computes."""
+def taps(block: Component, sites: Mapping[str, str] | None = None) -> tuple[Tap, ...]:
+    """Group consecutive leaves that one module computes; ``sites`` names modules that are tapped at their weight."""
     groups: list[tuple[str, list[Path]]] = []
+    found: list[Tap] = []
     for path, leaf in leaves(block):
         module = leaf.module
-        if not module:
+        if not module or (sites or {}).get(module) == "skip":
             continue
-        if groups and groups[-1][0] == module and groups[-1][1][-1][:-1] == path[:-1]:
+        if isinstance(leaf, ExpertLinear):
+            mixture = next(path[:d] for d in reversed(range(len(path))) if isinstance(node(block, path[:d]), Mixture))
+            stage = "first" if path[len(mixture)] == 1 else "last"
+            found.append(Tap(module, (path,), stage, mixture))
+            groups.append(("", []))
+        elif groups and groups[-1][0] == module and groups[-1][1][-1][:-1] == path[:-1]:
             groups[-1][1].append(path)
+            found[-1] = Tap(module, tuple(groups[-1][1]), found[-1].kind)
         else:
             groups.append((module, [path]))
-    return tuple(Tap(module, tuple(paths)) for module, paths in groups)
+            found.append(Tap(module, (path,), (sites or {}).get(module, "module")))
+    return tuple(found)

@@ -4,63 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from controllability.components import Linear, Sequence, layer_norm, rms_norm
-from controllability.errors import BadInput
-from controllability.interfaces import Component, Param
+from architectures.view import View
+from controllability.errors import BadInput, NotControllable
+from controllability.interfaces import Component
+
+Build = Callable[[View], Component | None]
 
 
 @dataclass(frozen=True)
-class View:
-    """What a builder sees: where parameter names start, sizes, and the settings of one layer.
+class Seen:
+    """Where a live model shows one of a block's inputs, or its output.
 
-    An abstract block has an empty prefix and sizes named "d" and "h"; on a live model the prefix is
-    the layer's module name and the settings come from the config.
+    ``module`` is named inside the layer ('' is the layer itself); ``when`` is before it runs (its first
+    argument) or after (its output, the first of a tuple).
     """
 
-    prefix: str = ""
-    sizes: dict[str, int | str] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    module: str
+    when: Literal["before", "after"] = "before"
 
-    def size(self, name: str) -> int | str:
-        """A number where one was given, else the name itself."""
-        return self.sizes.get(name, name)
 
-    def param(self, name: str, *shape: str) -> Param:
-        """A parameter of this layer; ``shape`` names its sizes."""
-        return Param(self.prefix + name, tuple(self.size(s) for s in shape))
+@dataclass(frozen=True)
+class Refusal:
+    """Why a family cannot be patched, and what would be needed."""
 
-    def linear(self, module: str, out: str, into: str, bias: bool = False) -> Linear:
-        """``torch.nn.Linear`` under the layer: ``{module}.weight`` (out, in), maybe ``{module}.bias``."""
-        weight = self.param(f"{module}.weight", out, into)
-        return Linear(weight, self.param(f"{module}.bias", out) if bias else None)
-
-    def rms_norm(self, module: str, offset: int = 0) -> Sequence:
-        """RMSNorm under the layer, with the settings' eps."""
-        return rms_norm(self.prefix + module, self.size("d"), self.settings["eps"], offset)
-
-    def layer_norm(self, module: str, bias: bool = True) -> Sequence:
-        """LayerNorm under the layer, with the settings' eps."""
-        return layer_norm(self.prefix + module, self.size("d"), self.settings["eps"], bias=bias)
+    culprit: str
+    reason: str
+    hint: str
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One registered family.
 
-    ``layer_class`` is the name of the live layer's class, ``build`` writes the block of one layer,
-    ``settings`` reads what the builder needs from a config (``defaults`` serve abstract blocks).
+    ``layer_class`` names the classes of its live layers, ``build`` writes the block of one layer (None
+    for a layer without a feed-forward half), ``defaults`` are the settings of the abstract block.
+    ``inputs`` and ``output`` say where a live layer shows the block's input(s) and output, if not at the
+    first module that reads it and at the layer's own output.  ``under`` restricts the layers to a part of
+    the model; ``sequence_first`` says that states are (T, B, d); ``streams(config)`` how many rows a
+    position has, one after the other on the sequence axis; ``codebooks(config)`` how many rows of ids a sample has.
     """
 
     name: str
     model_types: tuple[str, ...]
-    layer_class: str
+    layer_class: tuple[str, ...]
     topology: str
     feed_forward: str
-    build: Callable[[View], Component]
-    settings: Callable[[Any], dict[str, Any]]
-    defaults: dict[str, Any]
+    build: Build | None
+    defaults: dict[str, Any] = field(default_factory=dict)
+    inputs: tuple[Seen, ...] | None = None
+    output: Seen | None = None
+    under: str = ""
+    sequence_first: bool = False
+    streams: Callable[[Any], int] | None = None
+    codebooks: Callable[[Any], int] | None = None
+    ignored: tuple[str, ...] = ()
+    refusal: Refusal | None = None
+
+    def refuse(self) -> None:
+        """Raise ``NotControllable`` if this family is refused by name."""
+        if self.refusal is not None:
+            r = self.refusal
+            raise NotControllable(f"{self.name}: {r.culprit}", r.reason, r.hint, f"architecture {self.name}")
 
 
 _REGISTERED: dict[str, Architecture] = {}
@@ -69,40 +75,50 @@ _REGISTERED: dict[str, Architecture] = {}
 def register(
     name: str,
     *,
-    model_types: tuple[str, ...],
-    layer_class: str,
-    topology: str,
-    feed_forward: str,
-    settings: Callable[[Any], dict[str, Any]],
-    defaults: dict[str, Any],
-) -> Callable[[Callable[[View], Component]], Callable[[View], Component]]:
+    layer_class: str | tuple[str, ...],
+    model_types: tuple[str, ...] = (),
+    topology: str = "sequential",
+    feed_forward: str = "feed-forward",
+    **options: Any,
+) -> Callable[[Build], Build]:
     """Decorator that registers the builder of a family's block.
 
+    ``model_types`` are the ``config.model_type`` values it reads (``name`` if none is given; a model
+    without a config is recognised by its layer classes).  ``options`` are the fields of ``Architecture``.
     Raises ``BadInput`` when the name or one of the model types is taken.
 
     >>> from controllability.components import residual
-    >>> @register("toy", model_types=("toy",), layer_class="ToyLayer", topology="residual",
-    ...           feed_forward="linear", settings=lambda config: {}, defaults={})
+    >>> @register("toy", layer_class="ToyLayer", topology="residual", feed_forward="linear")
     ... def toy(view):
     ...     return residual(view.linear("mix", "d", "d"))
     >>> block("toy", d=4).width
     4
     >>> unregister("toy")
     """
+    model_types = model_types or (name,)
+    classes = (layer_class,) if isinstance(layer_class, str) else tuple(layer_class)
+
+    def decorate(build: Build) -> Build:
+        add(Architecture(name, model_types, classes, topology, feed_forward, build, **options))
+        return build
+
+    _refuse_taken(name, model_types)
+    return decorate
+
+
+def add(architecture: Architecture) -> None:
+    """Register an architecture that is written out.  Raises ``BadInput`` when a name is taken."""
+    _refuse_taken(architecture.name, architecture.model_types)
+    _REGISTERED[architecture.name] = architecture
+
+
+def _refuse_taken(name: str, model_types: tuple[str, ...]) -> None:
     taken = {t: a.name for a in _REGISTERED.values() for t in a.model_types}
     if name in _REGISTERED:
         raise BadInput(f"architecture {name!r} is registered already")
     for model_type in model_types:
         if model_type in taken:
             raise BadInput(f"model type {model_type!r} is registered already, by architecture {taken[model_type]!r}")
-
-    def decorate(build: Callable[[View], Component]) -> Callable[[View], Component]:
-        _REGISTERED[name] = Architecture(
-            name, model_types, layer_class, topology, feed_forward, build, settings, defaults
-        )
-        return build
-
-    return decorate
 
 
 def unregister(name: str) -> None:
@@ -111,7 +127,7 @@ def unregister(name: str) -> None:
 
 
 def names() -> list[str]:
-    """The registered architectures.
+    """The registered architectures, those that are refused by name included.
 
     >>> "gemma3" in names()
     True
@@ -127,18 +143,36 @@ def find(name: str) -> Architecture:
     for architecture in _REGISTERED.values():
         if name == architecture.name or name in architecture.model_types:
             return architecture
-    raise BadInput(f"unknown architecture or model type {name!r}: registered are {', '.join(names())}")
+    from difflib import get_close_matches
+
+    close = get_close_matches(str(name), names(), 3)
+    near = f"; close to it: {', '.join(close)}" if close else ""
+    raise BadInput(
+        f"unknown architecture or model type {name!r}{near}; `controllability list` shows all {len(names())}, "
+        "architectures.register adds one"
+    )
 
 
-def block(name: str, **sizes: int | str) -> Component:
+def by_layers(classes: set[str]) -> Architecture | None:
+    """The architecture whose layer class is among ``classes``: for models without a model type."""
+    return next((a for a in _REGISTERED.values() if classes & set(a.layer_class)), None)
+
+
+def block(name: str, **sizes: Any) -> Component:
     """The abstract block expression of a family; parameters are named as inside one layer.
 
-    ``sizes`` sets ``d``, ``h``, … to numbers; ``eps`` and other settings may be given as well.
+    ``sizes`` sets ``d``, ``h``, … to numbers; ``eps`` and other settings may be given as well.  Raises
+    ``NotControllable`` for a family that is refused by name.
 
     >>> sorted(map(str, block("gemma3").parameters()))[:2]
     ['mlp.down_proj.weight', 'mlp.gate_proj.weight']
     """
     architecture = find(name)
-    settings = architecture.defaults | {k: v for k, v in sizes.items() if k in architecture.defaults}
-    shape = {k: v for k, v in sizes.items() if k not in architecture.defaults}
-    return architecture.build(View("", shape, settings))
+    architecture.refuse()
+    assert architecture.build is not None
+    known = set(architecture.defaults) | {"eps", "activation"}
+    settings = architecture.defaults | {k: v for k, v in sizes.items() if k in known}
+    shape = {k: v for k, v in sizes.items() if k not in known}
+    built = architecture.build(View("", shape, settings))
+    assert built is not None, f"{architecture.name} builds no abstract block"
+    return built

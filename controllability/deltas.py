@@ -54,6 +54,50 @@ class LowRank:
 
 
 @dataclass(frozen=True, eq=False)
+class ExpertLowRank(LowRank):
+    """The same for stacked experts (experts, out, in): expert ``index[j]`` gets ``left_j right_jᵀ``.
+
+    ``index`` (..., k) names the active experts, ``left`` is (..., k, rank, out) and ``right``
+    (..., k, rank, in).  Experts that are not named stay as they are.
+    """
+
+    index: Array = None
+    experts: int = 0
+
+    def routed(self, x: Array, index: Array) -> Array:
+        """``ΔW[index] x`` for any routing: (..., j, in), (..., j) -> (..., j, out)."""
+        xp = arithmetic(self.right, x)
+        same = index[..., :, None] == self.index[..., None, :]  # (..., j, k)
+        inner = xp.sum(self.right[..., None, :, :, :] * x[..., :, None, None, :])  # (..., j, k, rank, 1)
+        effect = (inner * self.left[..., None, :, :, :]).sum(-2)  # (..., j, k, out)
+        return xp.where(same[..., None], effect, xp.zeros_like(effect)).sum(-2)
+
+    def dense(self) -> Array:
+        """ΔW as stored: (..., experts, out, in), or (..., experts, in, out) when transposed."""
+        matrices = LowRank(self.left, self.right, self.transposed).dense()  # (..., k, ·, ·)
+        xp = arithmetic(matrices)
+        planes = []
+        for expert in range(self.experts):
+            named = (self.index == expert)[..., None, None]
+            planes.append(xp.where(named, matrices, xp.zeros_like(matrices)).sum(-3)[..., None, :, :])
+        return xp.concatenate(planes, -3)
+
+    def norms(self) -> Array:
+        """Frobenius norm over all experts: shape (...)."""
+        each = LowRank(self.left, self.right).norms()
+        return arithmetic(each).sqrt((each * each).sum(-1))
+
+    @property
+    def dense_numbers(self) -> int:
+        """How many numbers the same change would be as dense matrices of the active experts."""
+        return math.prod(self.left.shape[:-2]) * self.left.shape[-1] * self.right.shape[-1]
+
+    def row(self, row: object) -> ExpertLowRank:
+        """The delta of one token (or of a slice of tokens)."""
+        return ExpertLowRank(self.left[row], self.right[row], self.transposed, self.index[row], self.experts)
+
+
+@dataclass(frozen=True, eq=False)
 class Shift:
     """A vector added to a scale or a bias: (..., n); leading axes run over tokens."""
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from controllability.arrays import Array, arithmetic
 from controllability.deltas import Delta, LowRank, PatchedMatrix
 from controllability.errors import BadInput, SideConditionFailed
 from controllability.interfaces import Component, Param, Params
+from controllability.sampling import inputs_of
 
 
-def check_instance(block: Component, params: Params, source: Array, target: Array) -> None:
+def check_instance(block: Component, params: Params, source: Any, target: Any) -> None:
     """Raise one ``BadInput`` that lists everything in which parameters and states do not fit ``block``.
 
     >>> import numpy as np
@@ -23,13 +25,16 @@ def check_instance(block: Component, params: Params, source: Array, target: Arra
     problems: list[str] = []
     if not isinstance(params, Mapping):
         raise BadInput(f"the parameters must be a mapping from names to arrays, got {type(params).__name__}")
-    for role, x in (("source", source), ("target", target)):
+    states = _states(block, source, target)
+    for role, x in states:
         arithmetic(x)
         if x.ndim == 0 or 0 in x.shape:
             raise BadInput(f"the {role} state has shape {tuple(x.shape)}: expected (..., d) with at least one token")
-    kinds = {"source": arithmetic(source).kind, "target": arithmetic(target).kind}
-    if source.shape != target.shape:
-        problems.append(f"source has shape {tuple(source.shape)}, target {tuple(target.shape)}")
+    kinds = {role: arithmetic(x).kind for role, x in states}
+    shapes = {tuple(x.shape) for _, x in states}
+    if len(shapes) > 1:
+        problems.append(", ".join(f"{role} has shape {tuple(x.shape)}" for role, x in states))
+    source = states[0][1]
     sizes: dict[str, int] = {}
     for param in sorted(block.parameters(), key=str):
         value = param.value(params)
@@ -54,13 +59,20 @@ def check_instance(block: Component, params: Params, source: Array, target: Arra
     if ("torch" in kinds.values()) and set(kinds.values()) != {"torch"}:
         other = next(name for name, kind in kinds.items() if kind != "torch")
         problems.append(f"torch tensors and NumPy arrays are mixed ({other} is not a tensor)")
-    problems += [
-        f"the {role} state holds NaN or infinity"
-        for role, x in (("source", source), ("target", target))
-        if not _finite(x)
-    ]
+    problems += [f"the {role} state holds NaN or infinity" for role, x in states if not _finite(x)]
     if problems:
         raise BadInput("the numbers do not fit the block: " + "; ".join(problems))
+
+
+def _states(block: Component, source: Any, target: Any) -> list[tuple[str, Array]]:
+    """Every state with its name.  Raises ``BadInput`` when a block with several inputs is not given as many."""
+    count = inputs_of(block)
+    if count == 1:
+        return [("source", source), ("target", target)]
+    for role, given in (("source", source), ("target", target)):
+        if not isinstance(given, tuple | list) or len(given) != count:
+            raise BadInput(f"the block has {count} inputs: give the {role} as a tuple of {count} states, each (..., d)")
+    return [(f"{role} {i}", x) for role, given in (("source", source), ("target", target)) for i, x in enumerate(given)]
 
 
 def _shown(shape: tuple[int | str, ...], sizes: dict[str, int]) -> str:

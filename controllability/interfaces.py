@@ -116,6 +116,18 @@ class Component(ABC):
         """The parameters that this very component reads, its parts aside."""
         return ()
 
+    def child_input(self, index: int, x: Array, output: Callable[[int], Array]) -> Array:
+        """What part ``index`` reads, from this component's input and the outputs of other parts."""
+        return x
+
+    def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
+        """This component's value from the outputs of its parts."""
+        raise NotImplementedError(f"{type(self).__name__} has parts but does not say how they are put together")
+
+    def bindings(self, params: Params, output: Callable[[int], Array]) -> Params:
+        """Values that this component names for its parts (a mixture: the chosen experts); none by default."""
+        return {}
+
     @property
     def module(self) -> str:
         """The live module that computes this leaf, by the name of its parameters; '' if none."""

@@ -60,7 +60,8 @@ class Proof:
         for choice in range(1 + len(self.alternatives)):
             run = self.patched_run(params, source, target, choice)
             try:
-                if arithmetic(states[0]).kind != "sympy":
+                first = states[0][0] if isinstance(states[0], tuple | list) else states[0]
+                if arithmetic(first).kind != "sympy":
                     deltas = run.deltas()
                     check_result(deltas)
                     return Patch(deltas, run.journal)

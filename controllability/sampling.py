@@ -8,15 +8,23 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array
+from controllability.components.select import Select
 from controllability.errors import BadInput
 from controllability.interfaces import Component
+from controllability.trace import leaves
 
-DEFAULT_SIZES = {"d": 4, "h": 6}
+DEFAULT_SIZES = {"d": 4, "h": 6, "E": 4, "l": 3, "r": 2, "one": 1}  # width, hidden, experts, latent, rank
+
+
+def inputs_of(block: Component) -> int:
+    """How many inputs a block has: more than one when it selects among them (parallel blocks)."""
+    return 1 + max((leaf.index for _, leaf in leaves(block) if isinstance(leaf, Select)), default=0)
 
 
 def sizes_of(block: Component, **sizes: int) -> dict[str, int]:
     """Numbers for the named sizes of a block's parameters; raises ``BadInput`` for an unknown name."""
     known = DEFAULT_SIZES | sizes
+    known = {"2h": 2 * known["h"]} | known  # gate and up in one matrix
     names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
     unknown = names - set(known)
     if unknown:
@@ -26,11 +34,11 @@ def sizes_of(block: Component, **sizes: int) -> dict[str, int]:
 
 def sample(
     block: Component, kind: str = "numpy", seed: int = 0, tokens: tuple[int, ...] = (), **sizes: int
-) -> tuple[dict[str, Array], Array, Array]:
+) -> tuple[dict[str, Array], Any, Any]:
     """(parameters, source state, target state) of a block, drawn at random or as symbols.
 
     ``kind`` is numpy (float64), torch (float32), rational, mpmath or sympy (real symbols); states have
-    shape (*tokens, d).  Raises ``BadInput`` when a shape is not known.
+    shape (*tokens, d); a block with several inputs has a tuple of them.  Raises ``BadInput`` when a shape is not known.
 
     >>> from controllability.components import Linear, residual
     >>> from controllability.interfaces import Param
@@ -54,7 +62,11 @@ def sample(
         raise BadInput("the width of the block's input is not known: no parameter of it says so")
     state = (*tokens, _number(width, known))
     params = {name: _draw(kind, name, shape, rng) for name, shape in shapes.items()}
-    return params, _draw(kind, "v", state, rng), _draw(kind, "v'", state, rng)
+    count = inputs_of(block)
+    if count == 1:
+        return params, _draw(kind, "v", state, rng), _draw(kind, "v'", state, rng)
+    source = tuple(_draw(kind, f"v{i + 1}", state, rng) for i in range(count))
+    return params, source, tuple(_draw(kind, f"v{i + 1}'", state, rng) for i in range(count))
 
 
 def _number(size: int | str, known: dict[str, int]) -> int:

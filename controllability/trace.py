@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from controllability.arrays import Array, arithmetic
-from controllability.components.combinators import Product, Sequence, Sum
+from controllability.components.combinators import Sequence
+from controllability.components.mixture import CHOSEN, Mixture
 from controllability.deltas import Delta, added
 from controllability.errors import SideConditionFailed
 from controllability.interfaces import Component, Condition, Param, Params, Steering, measure
@@ -87,6 +88,7 @@ class Trace:
         self.observed = dict(observed or {})
         self._outputs: dict[Path, Array] = dict(self.observed)
         self._inputs: dict[Path, Array] = {}
+        self._bound: dict[Path, Params] = {}
 
     def observe_input(self, path: Path, value: Array) -> None:
         """Tell the trace what a real run fed into the node at ``path``."""
@@ -103,9 +105,10 @@ class Trace:
         if not path:
             return self.state
         parent, index = path[:-1], path[-1]
-        if index > 0 and isinstance(node(self.block, parent), Sequence):
+        component = node(self.block, parent)
+        if isinstance(component, Sequence) and index > 0:
             return self.output((*parent, index - 1))
-        return self.input(parent)
+        return component.child_input(index, self.input(parent), lambda i: self.output((*parent, i)))
 
     def feeds_from_root(self, path: Path) -> bool:
         """Whether the node at ``path`` reads the block's own input."""
@@ -120,17 +123,41 @@ class Trace:
 
     def _compute(self, path: Path) -> Array:
         component = node(self.block, path)
-        if isinstance(component, Sequence):
-            return self.output((*path, len(component.parts) - 1))
-        if isinstance(component, Sum | Product):
-            value = component.combine([self.output((*path, i)) for i in range(len(component.children()))])
-        else:
+        if not component.children():
             value = self.leaf(path, component)
+        else:
+            value = component.assemble(self.params_inside(path), lambda i: self.output((*path, i)))
+            if isinstance(component, Sequence):
+                return value
         return arithmetic(value).tidy(value)
+
+    def bind(self, path: Path, values: Params) -> None:
+        """Tell the trace what a real run bound at ``path`` (the experts that a mixture chose)."""
+        self._bound[path] = dict(values)
+
+    def bound(self, path: Path) -> Params:
+        """What the component at ``path`` names for its parts."""
+        if path not in self._bound:
+            component = node(self.block, path)
+            self._bound[path] = component.bindings(self.params, lambda i: self.output((*path, i)))
+        return self._bound[path]
+
+    def params_inside(self, path: Path) -> Params:
+        """The parameters as the parts of the component at ``path`` see them: with what it binds."""
+        known = self.params_at(path)
+        return {**known, **self.bound(path)} if isinstance(node(self.block, path), Mixture) else known
+
+    def params_at(self, path: Path) -> Params:
+        """The parameters as the component at ``path`` sees them: with what the mixtures around it bind."""
+        params = self.params
+        for depth in range(len(path)):
+            if path[depth] > 0 and isinstance(node(self.block, path[:depth]), Mixture):
+                params = {**params, **self.bound(path[:depth])}
+        return params
 
     def leaf(self, path: Path, component: Component) -> Array:
         """The output of a leaf at its input."""
-        return component(self.params, self.input(path))
+        return component(self.params_at(path), self.input(path))
 
 
 @dataclass(frozen=True)
@@ -143,10 +170,11 @@ class Margin:
 
 @dataclass
 class Goal:
-    """What a leaf is steered to: a wanted output, or a delta that another rule decides."""
+    """What a leaf is steered to: a wanted output, a wanted change of it, or a delta that another rule decides."""
 
     steering: Steering
     wanted: Callable[[], Array] | None = None
+    gap: Callable[[], Array] | None = None
     delta: Callable[[], Delta] | None = None
 
 
@@ -170,6 +198,7 @@ class PatchedRun(Trace):
         self.goals: dict[Path, Goal] = {}
         self.raw_outputs: dict[Path, Array] = {}
         self.solved: dict[Path, Delta] = {}
+        self.same_choice: dict[Path, tuple[Condition, Condition]] = {}
         self.journal = Journal()
 
     def steer(self, path: Path, goal: Goal) -> None:
@@ -186,7 +215,7 @@ class PatchedRun(Trace):
             if path in self.unpatched.observed and not any(self._reaches(g, path) for g in self.goals):
                 value = self.unpatched.observed[path]
             else:
-                value = node(self.block, path)(self.params, self.input(path))
+                value = node(self.block, path)(self.params_at(path), self.input(path))
             self.raw_outputs[path] = value
         return self.raw_outputs[path]
 
@@ -198,24 +227,47 @@ class PatchedRun(Trace):
         if isinstance(place.component, Sequence):
             value = self.raw_of(parts[0])
             for part in parts[1:]:
-                value = part.component(self.params, value)
+                value = part.component(self.params_at(part.path), value)
             return value
-        return place.component(self.params, self.input(place.inlet))
+        return place.component(self.params_at(place.path), self.input(place.inlet))
+
+    def bound(self, path: Path) -> Params:
+        new = path not in self._bound
+        values = super().bound(path)
+        if new and path in self.same_choice:
+            self._compare_choice(path, values)
+        return values
+
+    def bind(self, path: Path, values: Params) -> None:
+        super().bind(path, values)
+        if path in self.same_choice:
+            self._compare_choice(path, values)
+
+    def _compare_choice(self, path: Path, values: Params) -> None:
+        """The patched router must choose the experts that the target run chose."""
+        near, same = self.same_choice[path]
+        logits = self.target.output((*path, 0))
+        self.check(near, logits, logits)
+        here, there = values[CHOSEN], self.target.bound(path)[CHOSEN]
+        differs = (here != there).any(-1).reshape(-1)
+        if bool(differs.any()):
+            self.refuse(same, int(differs.nonzero()[0].reshape(-1)[0]), "", "take more precision (float32 or better)")
 
     def leaf(self, path: Path, component: Component) -> Array:
         if path not in self.goals:
-            return component(self._seen_by(component), self.input(path))
+            return component(self._seen_by(path, component), self.input(path))
         x = self.input(path)
         delta = self.delta(path)
         return self.raw(path) + self.goals[path].steering.effect(x, delta)
 
-    def _seen_by(self, component: Component) -> Params:
+    def _seen_by(self, at: Path, component: Component) -> Params:
         """The parameters as an unsteered leaf sees them: what it shares with a steered one is patched."""
         own = set(component.own_parameters())
         shared = [(goal.steering.param, path) for path, goal in self.goals.items() if goal.steering.param in own]
+        params = self.params_at(at)
         if not shared:
-            return self.params
-        return dict(self.params) | {str(p): added(p.value(self.params), self.delta(path)) for p, path in shared}
+            return params
+        return dict(params) | {str(p): added(p.value(self.params), self.delta(path)) for p, path in shared}
 
     def delta(self, path: Path) -> Delta:
         """The delta of the leaf at ``path``, solved once."""
@@ -225,13 +277,18 @@ class PatchedRun(Trace):
         return self.solved[path]
 
     def _solve(self, path: Path, goal: Goal) -> Delta:
-        assert goal.wanted is not None
-        x, raw, wanted = self.input(path), self.raw(path), goal.wanted()
-        xp = arithmetic(x, raw, wanted)
-        x, gap = xp.lift(x), xp.tidy(xp.lift(wanted) - xp.lift(raw))
+        x = self.input(path)
+        xp = arithmetic(x)
+        x = xp.lift(x)
+        if goal.gap is not None:
+            gap = xp.tidy(goal.gap())
+        else:
+            assert goal.wanted is not None
+            raw, wanted = self.raw(path), goal.wanted()
+            gap = xp.tidy(xp.lift(wanted) - xp.lift(raw))
         for condition in goal.steering.conditions:
             self.check(condition, x, gap)
-        return goal.steering.solve(self.params, x, gap)
+        return goal.steering.solve(self.params_at(path), x, gap)
 
     def check(self, condition: Condition, x: Array, gap: Array) -> None:
         """Test a side condition on the numbers and note its margin."""

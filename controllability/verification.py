@@ -39,9 +39,11 @@ def verify(block: Component, params: Params, patch: Patch, source: Array, target
     >>> result.residual, result.unpatched
     (0.0, 0.5)
     """
-    if source.shape != target.shape:
-        raise BadInput(f"source has shape {source.shape}, target {target.shape}: they are compared entry by entry")
-    xp = arithmetic(source)
+    pairs = zip(*(x if isinstance(x, tuple | list) else (x,) for x in (source, target)), strict=True)
+    for here, there in pairs:
+        if here.shape != there.shape:
+            raise BadInput(f"source has shape {here.shape}, target {there.shape}: they are compared entry by entry")
+    xp = arithmetic(source[0] if isinstance(source, tuple | list) else source)
     if xp.kind == "sympy":
         with definitions(patch.definitions) as table:
             difference = xp.tidy(block(patch.applied_to(params), source) - block(params, target))

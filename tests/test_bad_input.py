@@ -194,7 +194,8 @@ def test_unregistered_models_are_refused_by_name():
     llama = LlamaForCausalLM(
         LlamaConfig(vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     ).eval()
-    with pytest.raises(ct.BadInput, match="unknown architecture or model type 'llama': registered are gemma3"):
+    llama.config.model_type = "lama"
+    with pytest.raises(ct.BadInput, match="unknown architecture or model type 'lama'; close to it: llama"):
         ct.patch_model(llama, *runs(context=9, query=4))
     with pytest.raises(ct.BadInput, match=r"Linear has no config.model_type"):
         architectures.read(torch.nn.Linear(2, 2))

@@ -50,9 +50,9 @@ def test_ctrl_c_during_merge_restores(patched, monkeypatch):
 
     write, calls = model_patch._write, []
 
-    def interrupted(stored, delta):
+    def interrupted(*args):
         calls.append(1)
-        write(stored, delta)
+        write(*args)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
@@ -336,7 +336,7 @@ def corrupt(directory, how):
 
 DAMAGE = {
     "truncated tensors": "corrupt or truncated", "flipped byte": "corrupt or truncated", "no tensors": "cannot read",
-    "truncated json": "corrupt or truncated", "other version": "format version 7, this program reads version 1",
+    "truncated json": "corrupt or truncated", "other version": "format version 7, this program reads version 2",
     "other format": "not a description of a patch", "missing entry": "is corrupt: it is not what was saved", "no json": "not a saved patch",
 }  # fmt: skip
 

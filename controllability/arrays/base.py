@@ -41,6 +41,9 @@ class Arithmetic:
     def exp(self, x: Array) -> Array:
         return np.exp(x)
 
+    def log(self, x: Array) -> Array:
+        return np.log(x)
+
     def tanh(self, x: Array) -> Array:
         return np.tanh(x)
 
@@ -72,6 +75,32 @@ class Arithmetic:
         """Smallest feature, keeping the axis."""
         return x.min(axis=-1, keepdims=True)
 
+    def minimum(self, x: Array, bound: Any) -> Array:
+        """The smaller of each entry and a constant."""
+        return np.minimum(x, self.number(bound))
+
+    def maximum(self, x: Array, bound: Any) -> Array:
+        """The larger of each entry and a constant."""
+        return -self.minimum(-x, -bound)
+
+    def top(self, x: Array, k: int) -> Array:
+        """Where the k largest features stand, in ascending order of place: (..., n) -> (..., k) integers."""
+        return np.sort(np.argsort(-x, axis=-1, kind="stable")[..., :k], axis=-1)
+
+    def take(self, x: Array, index: Array) -> Array:
+        """The features at ``index``: (..., n), (..., k) -> (..., k)."""
+        return np.take_along_axis(x, index, axis=-1)
+
+    def only(self, x: Array, index: Array, other: Any) -> Array:
+        """``x`` (..., n) with every feature that is not in ``index`` (..., k) replaced by a constant."""
+        kept = np.zeros(x.shape, dtype=bool)
+        np.put_along_axis(kept, index, True, axis=-1)
+        return self.where(kept, x, self.zeros_like(x) + other)
+
+    def routed(self, x: Array, weights: Array, index: Array) -> Array:
+        """``W[index] x``: (..., k, in), (E, out, in), (..., k) -> (..., k, out)."""
+        return (x[..., None, :] * weights[index]).sum(-1)
+
     def smallest(self, x: Array) -> Array:
         """Smallest |feature|, keeping the axis; in symbols the product, which is 0 exactly when one is."""
         return self.min(self.magnitude(x))
@@ -91,7 +120,7 @@ class Arithmetic:
         return bool(x.all())
 
     def zeros_like(self, x: Array) -> Array:
-        return x * 0
+        return np.zeros_like(x)
 
     def linear(self, x: Array, weight: Array) -> Array:
         """``x Wᵀ`` for ``x`` of shape (..., in) and ``weight`` of shape (out, in)."""
@@ -112,6 +141,9 @@ class Arithmetic:
     def name(self, x: Array) -> Array:
         """The same value, from here on treated as given: symbols get a name for it."""
         return x
+
+    def concatenate(self, parts: list[Array], axis: int) -> Array:
+        return np.concatenate(parts, axis=axis)
 
     def to_float(self, x: Array) -> Any:
         """Python float of a one-element array; None when it is not a number."""

@@ -31,6 +31,9 @@ class ObjectArithmetic(Arithmetic):
         result[:] = [function(v) for v in x.reshape(-1)]
         return result.reshape(x.shape)
 
+    def zeros_like(self, x: Array) -> Array:
+        return x * 0
+
     def is_zero(self, x: Array) -> Array:
         return np.asarray(x == 0, dtype=bool)
 
@@ -44,8 +47,15 @@ class ObjectArithmetic(Arithmetic):
     def exp(self, x: Array) -> Array:
         return self.each(lambda v: self.scalar("exp", v), x)
 
+    def log(self, x: Array) -> Array:
+        return self.each(lambda v: self.scalar("log", v), x)
+
     def tanh(self, x: Array) -> Array:
         return self.each(lambda v: self.scalar("tanh", v), x)
+
+    def minimum(self, x: Array, bound: Any) -> Array:
+        bound = self.number(bound)
+        return self.each(lambda v: min(v, bound), x)
 
     def arctanh(self, x: Array) -> Array:
         return self.each(lambda v: self.scalar("atanh", v), x)
@@ -137,6 +147,19 @@ class SympyArithmetic(ObjectArithmetic):
         raise NotExact("symbols have no order: take another route than one that compares sizes")
 
     min = max
+
+    def minimum(self, x: Array, bound: Any) -> Array:
+        import sympy
+
+        return self.each(lambda v: sympy.Min(v, self.number(bound)), x)
+
+    def top(self, x: Array, k: int) -> Array:
+        # symbols have no order: the experts are numbered so that the first k are chosen
+        first = np.arange(k, dtype=np.int64)
+        return np.broadcast_to(first, (*x.shape[:-1], k))
+
+    def routed(self, x: Array, weights: Array, index: Array) -> Array:
+        return self.name(super().routed(x, weights, index))
 
     def smallest(self, x: Array) -> Array:
         return x.prod(axis=-1, keepdims=True)

@@ -40,8 +40,37 @@ class TorchArithmetic(Arithmetic):
     def exp(self, x: Array) -> Array:
         return x.exp()
 
+    def log(self, x: Array) -> Array:
+        return x.log()
+
     def tanh(self, x: Array) -> Array:
         return x.tanh()
+
+    def minimum(self, x: Array, bound: Any) -> Array:
+        return x.clamp(max=float(bound))
+
+    def maximum(self, x: Array, bound: Any) -> Array:
+        return x.clamp(min=float(bound))
+
+    def top(self, x: Array, k: int) -> Array:
+        return x.topk(k, dim=-1).indices.sort(-1).values
+
+    def take(self, x: Array, index: Array) -> Array:
+        return x.gather(-1, index)
+
+    def only(self, x: Array, index: Array, other: Any) -> Array:
+        kept = self.torch.zeros_like(x, dtype=self.torch.bool).scatter(-1, index, True)
+        return x.masked_fill(~kept, other)
+
+    def routed(self, x: Array, weights: Array, index: Array) -> Array:
+        # one product for each expert that is used: gathering W[index] would copy whole matrices
+        flat, where = x.reshape(-1, x.shape[-1]), index.broadcast_to(x.shape[:-1]).reshape(-1)
+        dtype = self.torch.promote_types(x.dtype, weights.dtype)
+        y = flat.new_zeros(flat.shape[0], weights.shape[1], dtype=dtype)
+        for expert in where.unique().tolist():
+            rows = (where == expert).nonzero()[:, 0]
+            y[rows] = self.linear(flat[rows], weights[expert])
+        return y.reshape(*x.shape[:-1], weights.shape[1])
 
     def arctanh(self, x: Array) -> Array:
         return x.atanh()
@@ -54,6 +83,9 @@ class TorchArithmetic(Arithmetic):
 
     def where(self, condition: Array, a: Array, b: Array) -> Array:
         return self.torch.where(condition, a, b)
+
+    def zeros_like(self, x: Array) -> Array:
+        return self.torch.zeros_like(x)
 
     def sum(self, x: Array) -> Array:
         return x.sum(-1, keepdim=True)
@@ -81,6 +113,9 @@ class TorchArithmetic(Arithmetic):
             "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
         }
         return kernels[name](x) if name in kernels else None
+
+    def concatenate(self, parts: list[Array], axis: int) -> Array:
+        return self.torch.cat(parts, dim=axis)
 
     def to_float(self, x: Array) -> Any:
         return float(x)

@@ -9,33 +9,24 @@ from controllability.cli.output import Output
 
 def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
     """Print the registered architectures."""
-    import architectures
-    from controllability.prover import prove as prove_block
+    from controllability import catalogue
 
-    rows = []
-    for name in architectures.names():
-        family = architectures.find(name)
-        proof = prove_block(architectures.block(name))
-        rows.append({
-            "name": name, "model_types": [*family.model_types], "topology": family.topology,
-            "feed_forward": family.feed_forward, "verdict": "patchable", "rules": [*proof.rules],
-        })  # fmt: skip
+    if args.markdown:
+        print(catalogue.markdown(), end="")
+        return 0
+    rows = catalogue.rows()
     output.result({"architectures": rows})
     output.table(
         "registered architectures",
-        ["name", "model types", "topology", "feed-forward", "verdict", "rules"],
+        ["name", "model types", "topology", "feed-forward", "verdict", "rules, or culprit"],
         [
             [
-                r["name"],
-                ", ".join(r["model_types"]),
-                r["topology"],
-                r["feed_forward"],
-                r["verdict"],
-                ", ".join(r["rules"]),
+                r["name"], ", ".join(r["model_types"]), r["topology"], r["feed_forward"], r["verdict"],
+                ", ".join(r["rules"]) or r["culprit"],
             ]
             for r in rows
         ],
-    )
+    )  # fmt: skip
     return 0
 
 

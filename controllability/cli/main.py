@@ -59,7 +59,8 @@ def parser() -> Parser:
     demo.add_argument("--scope", choices=("each", "last"), default="each", help="see the patch command")
     demo.add_argument("--route", choices=ROUTES, default="auto")
 
-    command("list", "Registered architectures.", "controllability list --json")
+    known = command("list", "Registered architectures.", "controllability list --json")
+    known.add_argument("--markdown", action="store_true", help="the table of docs/architectures.md")
 
     prove = command(
         "prove",

@@ -50,6 +50,8 @@ FORMULAS: dict[str, Callable[[Arithmetic, Array], Array]] = {
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "tanh": lambda xp, x: xp.tanh(x),
+    "sigmoid": lambda xp, x: xp.sigmoid(x),
+    "quick_gelu": lambda xp, x: x * xp.sigmoid(x * xp.number(Fraction("1.702"))),
 }
 
 
@@ -57,7 +59,7 @@ FORMULAS: dict[str, Callable[[Arithmetic, Array], Array]] = {
 class Activation(Component):
     """y = φ(x), elementwise.  x: (..., h).
 
-    ``name`` is one of identity, relu, relu2, silu, gelu, gelu_tanh, tanh; or any name with
+    ``name`` is one of identity, relu, relu2, silu, gelu, gelu_tanh, quick_gelu, tanh, sigmoid; or any name with
     ``coefficients`` (c_0, c_1, …) of a polynomial, which exact rationals can compute; or
     ``symbol=True``: an unknown function, for SymPy.  Raises ``BadInput`` for an unknown name.
 

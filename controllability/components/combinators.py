@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
@@ -50,6 +51,12 @@ class Sequence(Component):
     def __call__(self, params: Params, x: Array) -> Array:
         return reduce(lambda value, part: part(params, value), self.parts, x)
 
+    def child_input(self, index: int, x: Array, output: Callable[[int], Array]) -> Array:
+        return x if index == 0 else output(index - 1)
+
+    def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
+        return output(len(self.parts) - 1)
+
     def describe(self) -> str:
         return " >> ".join(part.describe() for part in self.parts)
 
@@ -72,11 +79,10 @@ class Sum(Component):
             raise BadInput(f"a sum needs at least two terms, got {len(self.terms)}")
 
     def __call__(self, params: Params, x: Array) -> Array:
-        return self.combine([term(params, x) for term in self.terms])
+        return reduce(lambda a, b: a + b, (term(params, x) for term in self.terms))
 
-    def combine(self, values: list[Array]) -> Array:
-        """The sum of the values of the terms."""
-        return reduce(lambda a, b: a + b, values)
+    def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
+        return reduce(lambda a, b: a + b, map(output, range(len(self.terms))))
 
     def describe(self) -> str:
         return " + ".join(f"({t.describe()})" if t.children() else t.describe() for t in self.terms)
@@ -100,11 +106,10 @@ class Product(Component):
             raise BadInput(f"a product needs at least two factors, got {len(self.factors)}")
 
     def __call__(self, params: Params, x: Array) -> Array:
-        return self.combine([factor(params, x) for factor in self.factors])
+        return reduce(lambda a, b: a * b, (factor(params, x) for factor in self.factors))
 
-    def combine(self, values: list[Array]) -> Array:
-        """The elementwise product of the values of the factors."""
-        return reduce(lambda a, b: a * b, values)
+    def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
+        return reduce(lambda a, b: a * b, map(output, range(len(self.factors))))
 
     def describe(self) -> str:
         return " * ".join(f"({f.describe()})" if f.children() else f.describe() for f in self.factors)

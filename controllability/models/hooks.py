@@ -1,8 +1,4 @@
-"""Making a model's own modules compute with W + ΔW, and watching what they compute.
-
-A matrix gets its low-rank term added at its module's output; a vector parameter is exchanged for
-the patched one.  Nothing else is touched, and everything is undone on exit.
-"""
+"""Hooks on a model's own modules, undone to the last bit; and which patches a model carries."""
 
 from __future__ import annotations
 
@@ -15,15 +11,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from controllability.arrays import arithmetic
-from controllability.deltas import LowRank, Shift
 from controllability.errors import PatchError
-from controllability.models.pairing import Rows
 
 
 def first_tensor(output: Any) -> Tensor:
     """The hidden states in a layer's output: the tensor itself, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The states a module was called with: its first argument, or ``hidden_states``."""
+    if args:
+        return args[0]
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -39,73 +39,64 @@ def refuse_compiled(model: nn.Module) -> None:
             )
 
 
-def low_rank_output(y: Tensor, x: Tensor, delta: LowRank, rows: Rows | None) -> Tensor:
-    """W x + ΔW x at a module: ``y`` (B, T, out) is what it computed from ``x`` (B, T, in).
-
-    With ``rows`` each row has its own patch; without, one patch (or one a sample) serves all positions.
-    The term is added in float32 or better and rounded once.
-    """
-    xp = arithmetic(y)
-    if rows is not None:
-        changed = xp.lift(rows.of(y)) + delta.effect(xp.lift(rows.of(x)))
-        return rows.put(y, changed.to(y.dtype))
-    return (xp.lift(y) + per_sample(delta).effect(xp.lift(x))).to(y.dtype)
-
-
-def per_sample(delta: LowRank) -> LowRank:
-    """A (B, rank, n) delta made to broadcast over (B, T, n) states; one sample serves any batch."""
-    if delta.left.ndim == 2:
-        return delta
-    if delta.left.shape[0] == 1:
-        return delta.row(0)
-    return delta.row((slice(None), None))
-
-
-def patched_vector(stored: Tensor, delta: Shift, rows: Rows | None) -> Tensor:
-    """The patched vector parameter: (n,) for one patch, (B, 1, n) for one a sample, (B, T, n) for one a row."""
-    xp = arithmetic(stored)
-    value = (xp.lift(stored) + delta.value).to(stored.dtype)
-    if rows is not None:
-        batch, length = rows.shape
-        if value.ndim == 3:  # the stored vector is per position itself: another patch is applied
-            value = rows.of(value)
-        return rows.put(stored.expand(batch, length, stored.shape[-1]), value)
-    if value.ndim == 1 or value.ndim == 3:
-        return value
-    return value[0] if value.shape[0] == 1 else value[:, None]
-
-
 class Installation:
-    """Hooks and exchanged parameters of one context; ``undo`` restores every bit, whatever happened."""
+    """Hooks and exchanged attributes of one context; ``undo`` restores every bit, whatever happened."""
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._originals: list[tuple[nn.Module, str, Any]] = []
+        self._undo: list[Callable[[], None]] = []
 
-    def before(self, module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
-        """Call ``hook(module, args)`` before every forward of ``module``."""
-        self._handles.append(module.register_forward_pre_hook(hook))
+    def before(self, module: nn.Module, hook: Callable[[Tensor], None]) -> None:
+        """Call ``hook(first argument)`` before every forward of ``module``."""
 
-    def after(self, module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], Any], Any]) -> None:
-        """Call ``hook(module, args, output)`` after every forward; what it returns replaces the output."""
-        self._handles.append(module.register_forward_hook(hook))
+        def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hook(first_argument(args, kwargs))
+
+        self._handles.append(module.register_forward_pre_hook(call, with_kwargs=True))
+
+    def after(self, module: nn.Module, hook: Callable[[Tensor, Any], Any]) -> None:
+        """Call ``hook(first argument, output)`` after every forward; what it returns replaces the output."""
+
+        def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            return hook(first_argument(args, kwargs), output)
+
+        self._handles.append(module.register_forward_hook(call, with_kwargs=True))
+
+    def assign(self, owner: Any, attribute: str, value: Any) -> None:
+        """Let ``owner`` hold ``value`` under ``attribute`` of its own dictionary, until ``undo``."""
+        held = vars(owner)
+        missing = object()
+        original = held.get(attribute, missing)
+
+        def back() -> None:
+            if original is missing:
+                held.pop(attribute, None)
+            else:
+                held[attribute] = original
+
+        self._undo.append(back)
+        held[attribute] = value
+
+    def finally_do(self, action: Callable[[], None]) -> None:
+        """Run ``action`` on ``undo``, the latest first."""
+        self._undo.append(action)
 
     def exchange(self, module: nn.Module, attribute: str, value: Tensor) -> None:
         """Let ``module`` hold ``value`` in place of a parameter, until ``undo``.
 
-        The entry of ``_parameters`` is replaced, as ``torch.func.functional_call`` does: a value with
-        token axes is not a ``Parameter``, and the order of the entries must not change.
+        The entry of ``_parameters`` is replaced, as ``torch.func.functional_call`` does: the value is not a
+        ``Parameter``, and the order of the entries must not change.
         """
-        self._originals.append((module, attribute, module._parameters[attribute]))
+        original = module._parameters[attribute]
+        self._undo.append(lambda: module._parameters.__setitem__(attribute, original))
         module._parameters[attribute] = value  # type: ignore[assignment]
 
     def undo(self) -> None:
         """Remove the hooks and put the parameters back, the latest first."""
         while self._handles:
             self._handles.pop().remove()
-        while self._originals:
-            module, attribute, value = self._originals.pop()
-            module._parameters[attribute] = value
+        while self._undo:
+            self._undo.pop()()
 
 
 # ----------------------------------------------------------------- which patches a model carries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controllability.deltas import Delta, LowRank, Shift
+import architectures
+from architectures.reading import Layer, Tap
+from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.errors import BadInput, PatchError
 from controllability.interfaces import Param
 from controllability.models.fingerprints import State, fingerprint, known_fingerprint, same_again, state_of
+from controllability.models.effects import patched
 from controllability.models.hooks import (
     Installation,
     anything_applied,
@@ -24,21 +28,27 @@ from controllability.models.hooks import (
     carry,
     drop,
     load_of,
-    low_rank_output,
-    patched_vector,
     put_down,
     refuse_compiled,
 )
 from controllability.models.pairing import Rows
 from controllability.models.report import Report
+from controllability.models.sweep import parameters_at
+from controllability.models.watch import Watch
+from controllability.trace import Path as NodePath
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One patched parameter: the module that holds it, and its delta with one row a pair."""
+    """One patched parameter: the module that holds it, and its delta with one row a pair.
+
+    ``layer`` counts the layers with a feed-forward half, ``call`` the calls of a layer that runs several times.
+    """
 
     param: Param
     delta: Delta
+    layer: int = 0
+    call: int = 0
 
     @property
     def module(self) -> str:
@@ -106,34 +116,19 @@ class ModelPatch:
             load.lock.release()
 
     def _install(self, model: nn.Module, installation: Installation) -> None:
+        reading = architectures.read(model)
         rows = self.rows if self.scope == "each" else None
-        for entry in self.entries:
-            module = model.get_submodule(entry.module)
-            if isinstance(entry.delta, Shift):
-                stored = module._parameters[entry.attribute]
-                assert stored is not None
-                patched = patched_vector(stored.detach(), _to(entry.delta, stored), rows)
-                installation.exchange(module, entry.attribute, patched)
-            else:
-                installation.after(module, self._low_rank_hook(entry.delta, rows))
+        for layer in reading.layers:
+            entries = [e for e in self.entries if e.layer == layer.index]
+            if entries:
+                applier = Applier(layer, entries, rows, 1 if rows else self._samples(entries[0]))
+                Watch(
+                    model, layer, applier, installation, applier.taps, states=False,
+                    sequence_first=reading.architecture.sequence_first,
+                )  # fmt: skip
 
-    def _low_rank_hook(self, delta: LowRank, rows: Rows | None) -> Any:
-        samples = delta.left.shape[0] if delta.left.ndim > 2 else 1
-
-        def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            x = args[0]
-            if rows is not None and tuple(x.shape[:2]) != rows.shape:
-                raise PatchError(
-                    f"this patch of scope 'each' is for inputs of shape {rows.shape} (B, T), the model got "
-                    f"{tuple(x.shape[:2])}: every position has its own patch; use scope 'last' for other inputs"
-                )
-            if rows is None and samples > 1 and x.shape[0] != samples:
-                raise PatchError(
-                    f"this patch of scope 'last' has one patch for each of {samples} samples, the model got {x.shape[0]}"
-                )
-            return low_rank_output(output, x, _to(delta, output), rows)
-
-        return add
+    def _samples(self, entry: Entry) -> int:
+        return len(self.rows.sample) if self.scope == "last" else 1
 
     def _refuse_misuse(self, model: nn.Module) -> None:
         refuse_compiled(model)
@@ -170,6 +165,11 @@ class ModelPatch:
         if self._merged_into is not None:
             raise PatchError("this patch is merged already: unmerge it first")
         count = len(self.rows.sample)
+        if any(entry.call for entry in self.entries):
+            raise PatchError(
+                "a layer of this model runs several times in one forward pass and has one patch a call: "
+                "they cannot be merged into one set of weights; use applied()"
+            )
         if count > 1:
             per = "position" if self.scope == "each" else "sample"
             raise PatchError(
@@ -189,8 +189,8 @@ class ModelPatch:
             for entry in self.entries:
                 stored = model.get_submodule(entry.module)._parameters[entry.attribute]
                 assert stored is not None
-                originals[entry.param.name] = stored.detach().clone()
-                _write(stored, entry.delta)
+                originals.setdefault(entry.param.name, stored.detach().clone())
+                _write(stored, entry.param, entry.delta)
         except BaseException:
             _restore(model, originals)
             same_again(model, originals, self._before_merge)
@@ -257,24 +257,76 @@ class ModelPatch:
         return sum(entry.delta.dense_numbers for entry in self.entries)
 
 
-def _to(delta: Any, like: Tensor) -> Any:
+class Applier:
+    """Listens to one layer while a patch is applied, and adds the effect of its entries."""
+
+    def __init__(self, layer: Layer, entries: list[Entry], rows: Rows | None, samples: int) -> None:
+        self.layer, self.rows, self.samples = layer, rows, samples
+        self.calls = 1 + max(entry.call for entry in entries)
+        self.call = -1
+        self.chosen: dict[NodePath, Tensor] = {}
+        self.deltas: dict[Tap, list[dict[Param, Delta]]] = {}
+        for entry in entries:
+            tap = next((t for t in layer.taps if entry.param in parameters_at(layer, t)), None)
+            if tap is None:
+                raise PatchError(f"this patch is for a parameter {entry.param} that the model does not have")
+            calls = self.deltas.setdefault(tap, [{} for _ in range(self.calls)])
+            calls[entry.call][entry.param] = entry.delta
+        self.taps = tuple(self.deltas)
+
+    def begins(self) -> None:
+        self.call = (self.call + 1) % self.calls
+
+    def entering(self, index: int, value: Tensor) -> None:
+        return None
+
+    def leaving(self, value: Tensor) -> None:
+        return None
+
+    def routed(self, path: NodePath, index: Tensor, shares: Tensor) -> None:
+        self.chosen[path] = index
+
+    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor:
+        if self.rows is not None and tuple(y.shape[:2]) != self.rows.grid(y):
+            raise PatchError(
+                f"this patch of scope 'each' is for inputs of shape {self.rows.shape} (B, T), the model got "
+                f"{tuple(y.shape[:2])}: every position has its own patch; use scope 'last' for other inputs"
+            )
+        if self.samples > 1 and y.shape[0] != self.samples:
+            raise PatchError(
+                f"this patch of scope 'last' has one patch for each of {self.samples} samples, the model got {y.shape[0]}"
+            )
+        deltas = {p: to_device(d, y) for p, d in self.deltas[tap][self.call].items()}
+        chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
+        return patched(self.layer, tap, x, y, deltas, self.rows, chosen)
+
+
+def to_device(delta: Any, like: Tensor) -> Any:
     """A delta on the device of ``like``."""
-    if isinstance(delta, LowRank):
-        return LowRank(delta.left.to(like.device), delta.right.to(like.device), delta.transposed)
-    return Shift(delta.value.to(like.device))
+    moved = {name: value.to(like.device) for name, value in vars(delta).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(delta, **moved)
 
 
 @torch.no_grad()
-def _write(stored: Tensor, delta: Delta) -> None:
+def _write(stored: Tensor, param: Param, delta: Delta) -> None:
     """stored += ΔW in place, summed in float32 or better, in blocks so that no second matrix is held."""
-    delta = _to(delta, stored)
+    delta = to_device(delta, stored)
+    stored = stored[param.index] if param.index else stored
     if isinstance(delta, Shift):
         value = delta.value.reshape(-1, stored.shape[-1])[0]
         stored.copy_((stored.to(value.dtype) + value).to(stored.dtype))
-        return
-    left = delta.left.reshape(-1, delta.left.shape[-1])
-    right = delta.right.reshape(-1, delta.right.shape[-1])
-    rows, columns = (right, left) if delta.transposed else (left, right)
+    elif isinstance(delta, ExpertLowRank):
+        matrices = stored.view(delta.experts, -1, stored.shape[-1])
+        one = delta.row(0) if delta.left.ndim > 3 else delta
+        for slot, expert in enumerate(one.index.tolist()):
+            _add(matrices[expert], one.left[slot], one.right[slot], delta.transposed)
+    else:
+        left, right = (f.reshape(-1, f.shape[-1]) for f in (delta.left, delta.right))
+        _add(stored, left, right, delta.transposed)
+
+
+def _add(stored: Tensor, left: Tensor, right: Tensor, transposed: bool) -> None:
+    rows, columns = (right, left) if transposed else (left, right)
     for start in range(0, stored.shape[0], 1024):
         block = stored[start : start + 1024]
         block.copy_((block.to(left.dtype) + rows[:, start : start + 1024].T @ columns).to(stored.dtype))

@@ -23,18 +23,26 @@ class Rows:
     shape: tuple[int, int]
 
     def of(self, states: Tensor) -> Tensor:
-        """(B, T, n) -> (N, n)."""
-        if self.complete:
-            return states.reshape(-1, states.shape[-1])
-        return states[self.sample.to(states.device), self.position.to(states.device)]
+        """(B, T, …) -> (N, …).  States with positions before the input's (prompts, class tokens) skip those."""
+        if self.complete and states.shape[1] == self.shape[1]:
+            return states.reshape(-1, *states.shape[2:])
+        return states[self._index(states)]
 
     def put(self, states: Tensor, rows: Tensor) -> Tensor:
-        """``states`` (B, T, n) with these rows (N, n) in their places; ``states`` itself is left alone."""
-        if self.complete:
+        """``states`` (B, T, …) with these rows (N, …) in their places; ``states`` itself is left alone."""
+        if self.complete and states.shape[1] == self.shape[1]:
             return rows.reshape(states.shape)
         states = states.clone()
-        states[self.sample.to(states.device), self.position.to(states.device)] = rows
+        states[self._index(states)] = rows
         return states
+
+    def _index(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        before = states.shape[1] - self.shape[1]
+        return self.sample.to(states.device), self.position.to(states.device) + before
+
+    def grid(self, states: Tensor) -> tuple[int, int]:
+        """The (B, T) that states must have: the input's, and the positions that the model puts before it."""
+        return self.shape[0], self.shape[1] + self.before
 
     @property
     def complete(self) -> bool:
@@ -48,7 +56,15 @@ class Rows:
         )
         object.__setattr__(self, "_complete", full)
 
+    before: int = 0
     _complete: bool = False
+
+    def streamed(self, count: int) -> Rows:
+        """The rows of a model that keeps ``count`` states a position, one after the other on the sequence axis."""
+        batch, length = self.shape
+        shift = torch.arange(count)[:, None] * length
+        position = (self.position[None] + shift).reshape(-1)
+        return Rows(self.sample.repeat(count), position, (batch, length * count))
 
     def name(self, row: int) -> str:
         """'sample 0, position 3' for messages."""
@@ -87,7 +103,11 @@ def _valid(inputs: Mapping[str, Any], role: str) -> Tensor:
 
 
 def pair(
-    target: Mapping[str, Any], source: Mapping[str, Any], scope: str, positions: tuple[Any, Any] | None = None
+    target: Mapping[str, Any],
+    source: Mapping[str, Any],
+    scope: str,
+    positions: tuple[Any, Any] | None = None,
+    codebooks: int = 1,
 ) -> tuple[Rows, Rows]:
     """(source rows, target rows): by default the source corresponds to the last positions of the target.
 
@@ -95,7 +115,7 @@ def pair(
     (B, n), gives other pairs.  Scope "last" keeps the last pair of each sample.  Raises ``BadInput``
     when the batches differ or a query is longer than its target.
     """
-    here, there = _valid(source, "source"), _valid(target, "target")
+    here, there = (x[:: max(1, codebooks)] for x in (_valid(source, "source"), _valid(target, "target")))
     if here.shape[0] != there.shape[0]:
         raise BadInput(f"source has {here.shape[0]} samples, target {there.shape[0]}: they are paired one to one")
     if positions is not None:

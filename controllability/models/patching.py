@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from controllability.models.fingerprints import state_of
 from controllability.models.hooks import carried, load_of, refuse_compiled
 from controllability.models.model_patch import Entry, ModelPatch, refuse_scope
 from controllability.models.pairing import input_shape, pair
-from controllability.models.reading_check import Checked, checked_reading
+from controllability.models.reading_check import Checked, checked_reading, input_embedding
 from controllability.models.report import Report, layer_report
 from controllability.models.sweep import Progress, check_finite, observe_target, sweep
 
@@ -76,31 +77,50 @@ def _patch(
     progress: Progress,
 ) -> ModelPatch:
     started = time.perf_counter()
-    checked = checked_reading(model)
+    for role, inputs in (("target", target), ("source", source)):
+        _refuse_malformed(inputs, role)
+    checked = checked_reading(model, target)
     for role, inputs in (("target", target), ("source", source)):
         _refuse_bad_inputs(model, checked, inputs, role)
-    source_rows, target_rows = pair(target, source, scope, positions)
+    source_rows, target_rows = pair(target, source, scope, positions, _codebooks(checked))
+    if (streams := _streams(checked)) > 1:
+        source_rows, target_rows = source_rows.streamed(streams), target_rows.streamed(streams)
     proofs = checked.proofs(via, route)
-    layers = checked.reading.layers
-    targets, target_output = observe_target(model, layers, proofs, _without_cache(target), target_rows, progress)
-    solvers, output = sweep(model, layers, proofs, targets, _without_cache(source), source_rows, scope, progress)
-    entries = tuple(Entry(param, delta) for solver in solvers for param, delta in solver.deltas().items())
-    last = layers[-1]
+    reading = checked.reading
+    targets, target_output = observe_target(model, reading, _without_cache(target), target_rows, progress)
+    solvers, output = sweep(model, reading, proofs, targets, _without_cache(source), source_rows, scope, progress)
+    entries = tuple(
+        Entry(param, delta, solver.layer.index, targets[solver.layer.index].index(solver.target))
+        for solver in solvers
+        for param, delta in solver.deltas().items()
+    )
+    last = reading.layers[-1]
     logits = _result(output)
     check_finite(logits, "source", last, "of the logits after")
-    reports = [layer_report(s, t, checked.norms) for s, t in zip(solvers, targets, strict=True)]
+    reports = [layer_report(s, s.target, checked.norms) for s in solvers]
     report = Report(
         scope, via, route, str(logits.dtype).removeprefix("torch."), len(source_rows.sample),
         sum(e.delta.numbers for e in entries), sum(e.delta.dense_numbers for e in entries),
         time.perf_counter() - started, reports,
     )  # fmt: skip
     kept = {"target": dict(target), "source": dict(source), "positions": positions}
+    source_rows = replace(source_rows, before=solvers[0].before)
     mp = ModelPatch(
         entries, scope, source_rows, report, kept, logits,
         paired_logits(_result(target_output), target_rows, logits, scope), carried(model), _model=weakref.ref(model),
     )  # fmt: skip
     mp._seen.update(state_of(model))
     return mp
+
+
+def _codebooks(checked: Checked) -> int:
+    count = checked.reading.architecture.codebooks
+    return count(checked.reading.config) if count else 1
+
+
+def _streams(checked: Checked) -> int:
+    count = checked.reading.architecture.streams
+    return count(checked.reading.config) if count else 1
 
 
 def paired_logits(target_logits: torch.Tensor, rows: Any, like: torch.Tensor, scope: str) -> torch.Tensor:
@@ -128,8 +148,8 @@ def _result(output: Any) -> torch.Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
-def _refuse_bad_inputs(model: nn.Module, checked: Checked, inputs: Mapping[str, Any], role: str) -> None:
-    batch, length = input_shape(inputs, role)
+def _refuse_malformed(inputs: Mapping[str, Any], role: str) -> None:
+    input_shape(inputs, role)
     for name, value in inputs.items():
         if not isinstance(value, torch.Tensor | bool | int | float | str | None):
             why = (
@@ -142,8 +162,13 @@ def _refuse_bad_inputs(model: nn.Module, checked: Checked, inputs: Mapping[str, 
         raise BadInput(f"{role}: return_dict=False is not supported")
     if inputs.get("use_cache"):
         raise BadInput(f"{role}: use_cache=True is not supported: both runs are done without a cache")
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+
+
+def _refuse_bad_inputs(model: nn.Module, checked: Checked, inputs: Mapping[str, Any], role: str) -> None:
+    batch, length = input_shape(inputs, role)
+    embedding = input_embedding(model)
     limit = getattr(checked.reading.config, "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) and limit > 0 else None
     positions = inputs.get("position_ids")
     if positions is not None and (
         not isinstance(positions, torch.Tensor) or positions.shape not in ((batch, length), (1, length))
@@ -156,13 +181,14 @@ def _refuse_bad_inputs(model: nn.Module, checked: Checked, inputs: Mapping[str, 
     reach = length if positions is None else int(positions.max()) + 1
     if limit is not None and reach > limit:
         raise BadInput(f"{role}: position {reach - 1} lies beyond the model's limit of {limit} positions")
+    if embedding is None:
+        return
     embeds = inputs.get("inputs_embeds")
-    if embeds is not None and (embeds.shape[-1] != embedding.shape[1] or embeds.dtype != embedding.dtype):  # type: ignore[index, union-attr]
-        wanted = f"{embedding.dtype} of width {embedding.shape[1]}"  # type: ignore[index, union-attr]
+    if embeds is not None and (embeds.shape[-1] != embedding.shape[1] or embeds.dtype != embedding.dtype):
+        wanted = f"{embedding.dtype} of width {embedding.shape[1]}"
         raise BadInput(f"{role}: inputs_embeds must be {wanted}, got {embeds.dtype} of shape {tuple(embeds.shape)}")
     if "input_ids" in inputs:
-        vocabulary = int(embedding.shape[0])  # type: ignore[index, union-attr, arg-type]
-        ids = inputs["input_ids"]
+        vocabulary, ids = int(embedding.shape[0]), inputs["input_ids"]
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
             raise BadInput(
                 f"{role}: token ids must lie in 0 … {vocabulary - 1}, got {int(ids.min())} … {int(ids.max())}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from controllability.deltas import LowRank, Shift
+from controllability.deltas import Delta, Shift
 from controllability.interfaces import Param
 from controllability.models.sweep import LayerSweep, LayerTarget, residual_of
 
@@ -53,7 +53,7 @@ class Report:
 
 def layer_report(solver: LayerSweep, target: LayerTarget, norms: dict[str, float]) -> LayerReport:
     """Report of one solved layer; ``norms`` are the Frobenius norms of the stored parameters."""
-    assert solver.run is not None and solver.output is not None
+    assert solver.output is not None
     journal = solver.run.journal
     routes = [value for where, value in journal.decisions.items() if not where.endswith(": why")]
     whys = [value for where, value in journal.decisions.items() if where.endswith(": why")]
@@ -77,7 +77,7 @@ def layer_report(solver: LayerSweep, target: LayerTarget, norms: dict[str, float
     )
 
 
-def _relative_change(param: Param, delta: LowRank | Shift, solver: LayerSweep, norms: dict[str, float]) -> float | None:
+def _relative_change(param: Param, delta: Delta, solver: LayerSweep, norms: dict[str, float]) -> float | None:
     """Matrices: ‖ΔW‖/‖W‖.  Scales: max |Δm|/|m| over the channels with m ≠ 0.  Biases: ‖Δb‖/‖b‖.
 
     The largest over the tokens; None where the stored parameter is 0.

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import controllability
-from controllability.deltas import LowRank, Shift
+from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.errors import PatchError
 from controllability.interfaces import Param
 from controllability.models.fingerprints import known_fingerprint
@@ -24,7 +24,7 @@ from controllability.models.model_patch import Entry, ModelPatch
 from controllability.models.pairing import Rows
 from controllability.models.report import LayerReport, Report
 
-FORMAT, VERSION = "controllability-patch", 1
+FORMAT, VERSION = "controllability-patch", 2
 TENSORS, DESCRIPTION = "patch.safetensors", "patch.json"
 
 
@@ -90,10 +90,12 @@ def _tensors(patch: ModelPatch) -> dict[str, Tensor]:
     tensors = {"rows.sample": patch.rows.sample, "rows.position": patch.rows.position}
     for entry in patch.entries:
         if isinstance(entry.delta, LowRank):
-            tensors[f"{entry.param}::left"] = entry.delta.left
-            tensors[f"{entry.param}::right"] = entry.delta.right
+            tensors[f"{_key(entry)}::left"] = entry.delta.left
+            tensors[f"{_key(entry)}::right"] = entry.delta.right
+            if isinstance(entry.delta, ExpertLowRank):
+                tensors[f"{_key(entry)}::index"] = entry.delta.index
         else:
-            tensors[f"{entry.param}::shift"] = entry.delta.value
+            tensors[f"{_key(entry)}::shift"] = entry.delta.value
     for role in ("source", "target"):
         for name, value in patch.inputs[role].items():
             if isinstance(value, Tensor):
@@ -102,6 +104,25 @@ def _tensors(patch: ModelPatch) -> dict[str, Tensor]:
         for role, value in zip(("source", "target"), patch.inputs["positions"], strict=True):
             tensors[f"positions::{role}"] = torch.as_tensor(value)
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+
+
+def _key(entry: Entry) -> str:
+    return f"{entry.param}@{entry.call}" if entry.call else str(entry.param)
+
+
+def _described(entry: Entry) -> dict[str, Any]:
+    """What the tensors of an entry do not say."""
+    delta = entry.delta
+    kind = "shift" if isinstance(delta, Shift) else "experts" if isinstance(delta, ExpertLowRank) else "low rank"
+    return {
+        "parameter": entry.param.name,
+        "slices": [[s.start, s.stop, s.step] for s in entry.param.index],
+        "layer": entry.layer,
+        "call": entry.call,
+        "kind": kind,
+        "transposed": isinstance(delta, LowRank) and delta.transposed,
+        "experts": delta.experts if isinstance(delta, ExpertLowRank) else 0,
+    }
 
 
 def _description(patch: ModelPatch, mark: str, model_type: str) -> dict[str, Any]:
@@ -125,14 +146,8 @@ def _description(patch: ModelPatch, mark: str, model_type: str) -> dict[str, Any
         "route": patch.report.route,
         "valid_for": {"token_ids": ids, "options": plain},
         "rows_shape": list(patch.rows.shape),
-        "entries": [
-            {
-                "parameter": entry.param.name,
-                "kind": "low rank" if isinstance(entry.delta, LowRank) else "shift",
-                "transposed": isinstance(entry.delta, LowRank) and entry.delta.transposed,
-            }
-            for entry in patch.entries
-        ],
+        "rows_before": patch.rows.before,
+        "entries": [_described(entry) for entry in patch.entries],
         "report": patch.report.to_dict(),
     }
 
@@ -184,14 +199,19 @@ def _read_description(directory: Path) -> dict[str, Any]:
 def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> ModelPatch:
     entries = []
     for item in description["entries"]:
-        name = item["parameter"]
+        param = Param(item["parameter"], index=tuple(slice(*s) for s in item["slices"]))
+        entry = Entry(param, Shift(torch.zeros(0)), int(item["layer"]), int(item["call"]))
+        held = {part: tensors.get(f"{_key(entry)}::{part}") for part in ("left", "right", "index", "shift")}
+        transposed = bool(item["transposed"])
         if item["kind"] == "low rank":
-            delta: LowRank | Shift = LowRank(
-                tensors[f"{name}::left"], tensors[f"{name}::right"], bool(item["transposed"])
-            )
+            delta: Any = LowRank(held["left"], held["right"], transposed)
+        elif item["kind"] == "experts":
+            delta = ExpertLowRank(held["left"], held["right"], transposed, held["index"], int(item["experts"]))
         else:
-            delta = Shift(tensors[f"{name}::shift"])
-        entries.append(Entry(Param(name), delta))
+            delta = Shift(held["shift"])
+        if any(isinstance(v, type(None)) for v in vars(delta).values()):
+            raise PatchError(f"the tensors of {item['parameter']} are missing")
+        entries.append(dataclasses.replace(entry, delta=delta))
     inputs: dict[str, Any] = {
         role: dict(description["valid_for"]["options"][role])
         | {name.removeprefix(f"{role}::"): value for name, value in tensors.items() if name.startswith(f"{role}::")}
@@ -207,7 +227,7 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> ModelPatc
     return ModelPatch(
         tuple(entries),
         description["scope"],
-        Rows(tensors["rows.sample"], tensors["rows.position"], shape),
+        Rows(tensors["rows.sample"], tensors["rows.position"], shape, int(description["rows_before"])),
         Report(layers=layers, **{k: v for k, v in report.items() if k in known}),
         inputs,
         fingerprint=description["fingerprint"],

@@ -6,37 +6,50 @@ instead of accumulated, and the run's own logits are the patched ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from architectures.reading import Layer, Tap
+from architectures.reading import Layer, Reading, Tap
 from controllability.arrays import arithmetic
-from controllability.deltas import LowRank, Shift
+from controllability.components.mixture import CHOSEN, SHARES
+from controllability.deltas import Delta
 from controllability.errors import BadInput, PatchError, SideConditionFailed
-from controllability.interfaces import Param, Steering
-from controllability.models.hooks import Installation, first_tensor, low_rank_output, patched_vector
+from controllability.interfaces import Param
+from controllability.models.effects import patched
+from controllability.models.hooks import Installation
 from controllability.models.pairing import Rows
+from controllability.models.watch import Watch
 from controllability.proof import Proof
-from controllability.trace import PatchedRun, Path, Trace
+from controllability.trace import PatchedRun, Path, Trace, node
 
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerTarget:
-    """What one layer did in the target run, at the paired positions: (N, ·) each."""
+    """What one layer did in one call of the target run, at the paired positions: (N, ·) each."""
 
-    state: Tensor | None = None
+    layer: Layer
+    states: list[Tensor | None]
     outputs: dict[Path, Tensor] = field(default_factory=dict)
+    bound: dict[Path, dict[str, Tensor]] = field(default_factory=dict)
 
-    def trace(self, layer: Layer) -> Trace:
+    def trace(self) -> Trace:
         """The observed values as a trace of the block."""
-        assert self.state is not None
-        return Trace(layer.block, layer.params, self.state, self.outputs)
+        trace = Trace(self.layer.block, self.layer.params, as_state(self.states), self.outputs)
+        for path, values in self.bound.items():
+            trace.bind(path, values)
+        return trace
+
+
+def as_state(states: list[Tensor | None]) -> Any:
+    """The block's input: the state, or the (still filling) list of a parallel block's inputs."""
+    return states[0] if len(states) == 1 else states
 
 
 def check_finite(states: Tensor, run: str, layer: Layer, where: str) -> None:
@@ -52,157 +65,177 @@ def check_finite(states: Tensor, run: str, layer: Layer, where: str) -> None:
         )
 
 
+class Observer:
+    """Listens to one layer in the target run; one ``LayerTarget`` a call."""
+
+    def __init__(self, layer: Layer, rows: Rows, last: bool, finished: Callable[[], None]) -> None:
+        self.layer, self.rows, self.last, self.finished = layer, rows, last, finished
+        self.calls: list[LayerTarget] = []
+
+    def begins(self) -> None:
+        self.calls.append(LayerTarget(self.layer, [None] * len(self.layer.inputs)))
+
+    def entering(self, index: int, value: Tensor) -> None:
+        check_finite(value, "target", self.layer, "entering the feed-forward half of")
+        self.calls[-1].states[index] = self.rows.of(value).clone()
+
+    def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
+        self.calls[-1].bound[path] = {CHOSEN: self.rows.of(index), SHARES: self.rows.of(shares)}
+
+    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> None:
+        self.calls[-1].outputs[tap.outlet] = self.rows.of(y).clone()
+
+    def leaving(self, value: Tensor) -> None:
+        if self.last:  # what leaves another layer is seen entering the next one
+            check_finite(value, "target", self.layer, "leaving")
+        self.calls[-1].outputs.setdefault((), self.rows.of(value).clone())
+        self.finished()
+
+
 def observe_target(
-    model: nn.Module,
-    layers: tuple[Layer, ...],
-    proofs: list[Proof],
-    inputs: Mapping[str, Any],
-    rows: Rows,
-    progress: Progress,
-) -> tuple[list[LayerTarget], Any]:
-    """Run the model on the target's inputs; keep what the proofs ask for at the paired rows."""
-    targets = [LayerTarget() for _ in layers]
-    installation = Installation()
+    model: nn.Module, reading: Reading, inputs: Mapping[str, Any], rows: Rows, progress: Progress
+) -> tuple[list[list[LayerTarget]], Any]:
+    """Run the model on the target's inputs; keep what the layers' taps compute at the paired rows.
 
-    def watch(layer: Layer, proof: Proof, target: LayerTarget) -> None:
-        probe = Trace(layer.block, {}, None)
-        moved = {p.name for p in proof.root.moved}
-
-        def state(module: nn.Module, args: tuple[Any, ...]) -> None:
-            check_finite(args[0], "target", layer, "entering the feed-forward half of")
-            target.state = rows.of(args[0])
-
-        def whole(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if layer is layers[-1]:  # what leaves another layer is seen entering the next one
-                check_finite(first_tensor(output), "target", layer, "leaving")
-            target.outputs[()] = rows.of(first_tensor(output)).clone()
-            progress("target run", layer.index + 1, len(layers))
-
-        for tap in layer.taps:
-            module = model.get_submodule(tap.module)
-            if target.state is None and probe.feeds_from_root(tap.inlet):
-                installation.before(module, state)
-            if any(name.startswith(f"{tap.module}.") for name in moved):
-
-                def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor, path: Path = tap.outlet) -> None:
-                    target.outputs[path] = rows.of(output).clone()
-
-                installation.after(module, keep)
-        installation.after(model.get_submodule(layer.name), whole)
-
+    One list a layer, with one entry a call.  A layer that this input does not reach has none.
+    """
+    installation, layers = Installation(), reading.layers
+    observers = []
     try:
-        for layer, proof, target in zip(layers, proofs, targets, strict=True):
-            watch(layer, proof, target)
+        for layer in layers:
+            done = layer.index + 1
+            observer = Observer(
+                layer, rows, layer is layers[-1], lambda done=done: progress("target run", done, len(layers))
+            )
+            Watch(model, layer, observer, installation, sequence_first=reading.architecture.sequence_first)
+            observers.append(observer)
         output = model(**inputs)
     finally:
         installation.undo()
-    for layer, target in zip(layers, targets, strict=True):
-        if target.state is None or () not in target.outputs:
-            raise PatchError(
-                f"layer {layer.index}: its hooks did not run in the target run; is the model compiled or replaced?"
-            )
-    return targets, output
+    if not any(o.calls for o in observers):
+        raise PatchError("no layer's hooks ran in the target run; is the model compiled or replaced?")
+    for observer in observers:
+        for target in observer.calls:
+            if any(s is None for s in target.states) or () not in target.outputs:
+                raise PatchError(
+                    f"layer {observer.layer.index}: its hooks did not run in the target run; is the model compiled?"
+                )
+    return [o.calls for o in observers], output
+
+
+def parameters_at(layer: Layer, tap: Tap) -> tuple[Param, ...]:
+    """The parameters of the leaves that a tap computes."""
+    return tuple(p for path in tap.paths for p in node(layer.block, path).own_parameters())
 
 
 class LayerSweep:
-    """One layer of the source run: solves each delta the moment its module's input is known."""
+    """One call of one layer in the source run: solves each delta the moment its module's input is known."""
 
     def __init__(self, layer: Layer, proof: Proof, choice: int, target: LayerTarget, rows: Rows, scope: str) -> None:
         self.layer, self.proof, self.choice, self.target = layer, proof, choice, target
         self.rows = rows
         self.each = rows if scope == "each" else None
-        self.run: PatchedRun | None = None
+        self.states: list[Tensor | None] = [None] * len(layer.inputs)
+        self.chosen: dict[Path, Tensor] = {}
         self.output: Tensor | None = None
+        self.before = 0  # positions that the model puts before the input's
+        self._run: PatchedRun | None = None
 
-    def install(self, model: nn.Module, installation: Installation, finished: Callable[[], None]) -> None:
-        """Attach to the modules of this layer."""
-        probe = Trace(self.layer.block, {}, None)
-        steps = (self.proof.root, *self.proof.alternatives)[self.choice].walk()
-        # which leaves move is known from the proof, before any number is
-        moved = {p for step in steps for p in step.moved}
-        for tap in self.layer.taps:
-            module = model.get_submodule(tap.module)
-            if probe.feeds_from_root(tap.inlet):
-                installation.before(module, self._start)
-            steered = [p for p in moved if p.name.startswith(f"{tap.module}.")]
-            if steered:
-                self._attach(installation, module, tap, steered)
+    @property
+    def run(self) -> PatchedRun:
+        """The patched run of the block; it starts when the first input of the block is known."""
+        if self._run is None:
+            self._run = self.proof.patched_run(
+                self.layer.params, as_state(self.states), self.target.trace(), self.choice
+            )
+        return self._run
 
-        def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.output = self.rows.of(first_tensor(output)).clone()
-            finished()
+    def entering(self, index: int, value: Tensor) -> None:
+        check_finite(value, "source", self.layer, "entering the feed-forward half of")
+        if self.states[index] is None:
+            self.states[index] = self.rows.of(value).clone()
 
-        installation.after(model.get_submodule(self.layer.name), end)
+    def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
+        self.chosen[path] = index
+        with self._located():
+            self.run.bind(path, {CHOSEN: self.rows.of(index), SHARES: self.rows.of(shares)})
 
-    def _start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.run is None:
-            check_finite(args[0], "source", self.layer, "entering the feed-forward half of")
-            state = self.rows.of(args[0])
-            self.run = self.proof.patched_run(self.layer.params, state, self.target.trace(self.layer), self.choice)
+    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor | None:
+        run = self.run
+        goals = {run.goals[path].steering.param: path for path in tap.paths if path in run.goals}
+        if tap.kind != "output":
+            run.observe_input(tap.inlet, self.rows.of(x))
+        if not goals:
+            run.observe_output(tap.outlet, self.rows.of(y).clone())
+            return None
+        if len(tap.paths) == 1:
+            run.observe_raw(tap.outlet, self.rows.of(y).clone())
+        with self._located():
+            deltas = {param: run.delta(path) for param, path in goals.items()}
+        chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
+        y = patched(self.layer, tap, x, y, deltas, self.each, chosen)
+        run.observe_output(tap.outlet, self.rows.of(y).clone())
+        return y
 
-    def _attach(self, installation: Installation, module: nn.Module, tap: Tap, steered: list[Param]) -> None:
-        def solve_vectors(module: nn.Module, args: tuple[Any, ...]) -> None:
-            run = self._observe(tap, args[0])
-            for param, path in self._goals(run, tap):
-                if len(param.value(self.layer.params).shape) > 1 and len(tap.paths) == 1:
-                    continue  # a matrix: solved after the module has computed W x
-                delta = self._solve(run, path)
-                assert isinstance(delta, Shift)
-                holder, attribute = self.layer.params.holder(param.name)
-                installation.exchange(
-                    holder, attribute, patched_vector(holder._parameters[attribute], delta, self.each)
-                )  # type: ignore[arg-type]
+    def leaving(self, value: Tensor) -> None:
+        if self.output is None:  # a norm that is used twice shows the block's output first
+            self.output = self.rows.of(value).clone()
+        self.before = value.shape[1] - self.rows.shape[1]
 
-        def solve_matrices(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            run = self._observe(tap, args[0])
-            for _, path in self._goals(run, tap):
-                if path in run.solved:
-                    continue
-                run.observe_raw(path, self.rows.of(output))
-                delta = self._solve(run, path)
-                assert isinstance(delta, LowRank)
-                output = low_rank_output(output, args[0], delta, self.each)
-                run.observe_output(path, self.rows.of(output))
-            return output
-
-        if any(len(p.value(self.layer.params).shape) == 1 for p in steered):
-            installation.before(module, solve_vectors)
-        if any(len(p.value(self.layer.params).shape) > 1 for p in steered):
-            installation.after(module, solve_matrices)
-
-    def _observe(self, tap: Tap, x: Tensor) -> PatchedRun:
-        assert self.run is not None
-        self.run.observe_input(tap.inlet, self.rows.of(x))
-        return self.run
-
-    def _goals(self, run: PatchedRun, tap: Tap) -> list[tuple[Param, Path]]:
-        return [(run.goals[path].steering.param, path) for path in tap.paths if path in run.goals]
-
-    def _solve(self, run: PatchedRun, path: Path) -> LowRank | Shift:
+    @contextmanager
+    def _located(self) -> Iterator[None]:
         try:
-            return run.delta(path)
+            yield
         except SideConditionFailed as failed:
             failed.layer = self.layer.index
             if isinstance(failed.position, int):
                 failed.position = self.rows.name(failed.position)
             raise
 
-    def steerings(self) -> dict[Path, Steering]:
-        """The steering used at each patched leaf."""
-        assert self.run is not None
-        return {path: goal.steering for path, goal in self.run.goals.items()}
-
-    def deltas(self) -> dict[Param, LowRank | Shift]:
+    def deltas(self) -> dict[Param, Delta]:
         """The solved patch of this layer, one row a pair."""
-        assert self.run is not None
         return {goal.steering.param: self.run.solved[path] for path, goal in self.run.goals.items()}
+
+
+class Sweeper:
+    """Listens to one layer in the source run and hands each call to a ``LayerSweep`` of its own."""
+
+    def __init__(self, layer: Layer, solvers: list[LayerSweep], finished: Callable[[], None]) -> None:
+        self.layer, self.solvers, self.finished = layer, solvers, finished
+        self.calls = 0
+
+    @property
+    def current(self) -> LayerSweep:
+        """The call that is running."""
+        return self.solvers[self.calls - 1]
+
+    def begins(self) -> None:
+        self.calls += 1
+        if self.calls > len(self.solvers):
+            raise PatchError(
+                f"layer {self.layer.index} ({self.layer.name}) runs {self.calls} times in the source run and "
+                f"{len(self.solvers)} times in the target run: calls are paired one to one"
+            )
+
+    def entering(self, index: int, value: Tensor) -> None:
+        self.current.entering(index, value)
+
+    def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
+        self.current.routed(path, index, shares)
+
+    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor | None:
+        return self.current.computed(tap, x, y)
+
+    def leaving(self, value: Tensor) -> None:
+        self.current.leaving(value)
+        self.finished()
 
 
 def sweep(
     model: nn.Module,
-    layers: tuple[Layer, ...],
+    reading: Reading,
     proofs: list[Proof],
-    targets: list[LayerTarget],
+    targets: list[list[LayerTarget]],
     inputs: Mapping[str, Any],
     rows: Rows,
     scope: str,
@@ -212,18 +245,20 @@ def sweep(
 
     Raises ``SideConditionFailed`` with layer, position and component when none is left.
     """
+    layers = reading.layers
     choices = [0] * len(layers)
     first: dict[int, SideConditionFailed] = {}
     while True:
         solvers = [
-            LayerSweep(layer, proof, choice, target, rows, scope)
-            for layer, proof, choice, target in zip(layers, proofs, choices, targets, strict=True)
+            [LayerSweep(layer, proof, choice, call, rows, scope) for call in calls]
+            for layer, proof, choice, calls in zip(layers, proofs, choices, targets, strict=True)
         ]
         installation = Installation()
         try:
-            for solver in solvers:
-                done = solver.layer.index + 1
-                solver.install(model, installation, lambda done=done: progress("source sweep", done, len(layers)))
+            for layer, calls in zip(layers, solvers, strict=True):
+                done = layer.index + 1
+                sweeper = Sweeper(layer, calls, lambda done=done: progress("source sweep", done, len(layers)))
+                Watch(model, layer, sweeper, installation, sequence_first=reading.architecture.sequence_first)
             output = model(**inputs)
         except SideConditionFailed as failed:
             assert failed.layer is not None
@@ -236,7 +271,11 @@ def sweep(
             continue
         finally:
             installation.undo()
-        return solvers, output
+        done = [solver for calls in solvers for solver in calls]
+        for solver in done:
+            if solver.output is None:
+                raise PatchError(f"layer {solver.layer.index} ran in the target run and not in the source run")
+        return done, output
 
 
 def residual_of(output: Tensor, target: Tensor) -> float:

@@ -11,6 +11,7 @@ from controllability.rules.base import Step as Step
 from controllability.rules.base import construct as construct
 from controllability.rules.input_side import InputAfter, InputBefore, InputCombine, InputConstant
 from controllability.rules.leaves import LEAF_RULES
+from controllability.rules.mixture import InputMixture, OutputMixture, ThroughMixture
 from controllability.rules.normalised import OutputNormalised
 from controllability.rules.output_side import (
     OutputAfterFixed,
@@ -20,8 +21,11 @@ from controllability.rules.output_side import (
     OutputTimes,
 )
 from controllability.rules.theorems import Theorem1, Theorem1b
+from controllability.rules.through import ThroughBefore, ThroughSplit, ThroughSum
 
 RULES: tuple[Rule, ...] = (
-    *LEAF_RULES, InputConstant(), InputBefore(), InputAfter(), InputCombine(), Theorem1(), Theorem1b(),
+    *LEAF_RULES, InputConstant(), InputBefore(), InputAfter(), InputCombine(), InputMixture(), Theorem1(), Theorem1b(),
     OutputAfterFixed(), OutputThroughBijection(), OutputTimes(), OutputNormalised(), OutputSum(), OutputFactor(),
+    OutputMixture(), ThroughSplit(), ThroughBefore(), ThroughSum(), ThroughMixture(),
+    OutputThroughBijection("through"), OutputTimes("through"), OutputNormalised("through"),
 )  # fmt: skip

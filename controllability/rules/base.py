@@ -15,7 +15,7 @@ from controllability.arrays import Array, arithmetic
 from controllability.interfaces import Condition, Param, Steering, overlap
 from controllability.trace import PatchedRun, Path, Place
 
-Side = Literal["input", "output"]
+Side = Literal["input", "output", "through"]
 Wanted = Callable[[], Array]
 
 

@@ -47,6 +47,7 @@ LEAF_RULES = (
     LeafRule("I-linear", "input", "z ↦ W z (+ b)", "z ≠ 0", "ΔW = W(z'−z) zᵀ/‖z‖²", "[D] Thm 2.2", 0),
     LeafRule("I-bias", "input", "z ↦ f(z) + b", "always", "Δb = f(z') − f(z)", "theory 2", 1),
     LeafRule("I-scale", "input", "z ↦ m∘z", "z'_i = 0 or m_i = 0 wherever z_i = 0", "Δm = m∘(z'−z)/z", "[G] norm lemma", 2),
+    LeafRule("I-experts", "input", "z_j ↦ W_e z_j, e the j-th chosen expert", "z_j ≠ 0 where needed", "ΔW_e = W_e(z'_j−z_j) z_jᵀ/‖z_j‖²", "[D] Thm 2.2", 0),
     LeafRule("O-linear", "output", "y ↦ W y (+ b)", "y ≠ 0", "ΔW = δ yᵀ/‖y‖²", "[G] lem:output_weight", 0),
     LeafRule("O-bias", "output", "y ↦ … + b", "always", "Δb = δ", "[G] lem:output_bias", 1),
     LeafRule("O-scale", "output", "y ↦ m∘y", "no y_i is 0 where δ_i ≠ 0", "Δm = δ/y", "[G] lem:output_elem_multiply", 2),

@@ -11,7 +11,7 @@ from controllability.components.normalisation import Normalize
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, Shift
 from controllability.interfaces import Component, Condition, Param
-from controllability.rules.base import Attempt, Rule, Search, Step, Wanted, construct, disturbs, shared
+from controllability.rules.base import Attempt, Rule, Search, Side, Step, Wanted, construct, disturbs, shared
 from controllability.trace import Goal, Margin, PatchedRun, Place
 
 LAST_RESORT = 3  # cost of the ball route where another one was asked for
@@ -24,11 +24,14 @@ def _is_rms(component: Component) -> bool:
 class OutputNormalised(Rule):
     """m∘n(g) with n the RMS normalisation: choose a scale m', then let g reach y* with m'∘n(y*) = G."""
 
-    name, side = "O-normalised", "output"
+    name = "O-normalised"
     statement = "m∘n∘g, n the RMS normalisation"
     when = "g is output-controllable; the route's own condition (theory 4)"
     patch = "m' by the route (auto, secular, uniform, ball); g reaches y* = u·√(r²+ε), u = G/m'"
     source = "[G, App. B]; uniform, ball and auto new"
+
+    def __init__(self, side: Side = "output") -> None:
+        self.side = side  # "through": the same with g controllable through
 
     def derive(self, place: Place, prover: Search) -> Attempt:
         if not isinstance(place.component, Sequence) or prover.route == "scale":
@@ -39,7 +42,7 @@ class OutputNormalised(Rule):
         if norm < 1 or not _is_rms(parts[norm]):
             return Attempt()
         inner = place.slice(0, norm)
-        attempt = prover.attempt(inner, "output")
+        attempt = prover.attempt(inner, self.side)
         found = Attempt(failures=list(attempt.failures))
         scale = parts[-1] if scaled else None
         free = isinstance(scale, Scale) and not prover.is_frozen(scale.weight)
@@ -94,7 +97,10 @@ class _Normalised:
 
     def _solve(self) -> routes.Candidate:
         run = self.run
-        G, y = self.wanted(), run.raw_of(self.step.premises[0].place)
+        inner = self.step.premises[0].place
+        # through: the inner functions are those of the target run, and so is what enters the normalisation
+        through = self.step.rule.side == "through"
+        G, y = self.wanted(), run.target.output(inner.outlet) if through else run.raw_of(inner)
         xp = arithmetic(G, y)
         G, y = xp.lift(G), xp.lift(y)
         scale = self.scale_place.component if self.scale_place else None

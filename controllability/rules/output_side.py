@@ -6,7 +6,7 @@ from controllability.arrays import Array, arithmetic
 from controllability.components.combinators import Identity, Product, Sequence, Sum
 from controllability.components.times import Times
 from controllability.interfaces import Bijection, Condition
-from controllability.rules.base import Attempt, Rule, Search, Step, Wanted, construct, lifted, rest_of_sum
+from controllability.rules.base import Attempt, Rule, Search, Side, Step, Wanted, construct, lifted, rest_of_sum
 from controllability.trace import PatchedRun, Place
 
 
@@ -28,10 +28,13 @@ class OutputAfterFixed(Rule):
 class OutputThroughBijection(Rule):
     """q∘g with q a bijection onto its image and the target in the image."""
 
-    name, side = "O-through-bijection", "output"
+    name: str = "O-through-bijection"
     statement = "q∘g, q a bijection onto its image"
     when = "g is output-controllable and the target lies in the image of q"
     patch, source = "g reaches q⁻¹(q(g(y)) + δ)", "theory 2"
+
+    def __init__(self, side: Side = "output") -> None:
+        self.side = side  # "through": the same with g controllable through
 
     def applies(self, q: Place) -> bool:
         """Whether this rule (and not a special case of it) undoes ``q``."""
@@ -46,7 +49,7 @@ class OutputThroughBijection(Rule):
             return Attempt()
         assert isinstance(q.component, Bijection)
         conditions = q.component.image_conditions()
-        attempt = prover.attempt(inner, "output")
+        attempt = prover.attempt(inner, self.side)
         return lifted(self, place, inner, (q,), attempt, conditions=conditions, note=q.describe())
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:

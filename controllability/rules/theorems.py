@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import product
 
 from controllability.components.combinators import Identity, Sequence, Sum
-from controllability.interfaces import Param
+from controllability.components.mixture import Mixture
+from controllability.interfaces import Component, Param
 from controllability.rules.base import (
     Attempt,
     Failure,
@@ -38,6 +39,8 @@ class Theorem1(Rule):
         found = Attempt()
         for branch in place.parts():
             others = tuple(p for p in place.parts() if p.path != branch.path)
+            if branches_inside(branch.component):
+                self._through(place, branch, others, prover, found)
             if isinstance(branch.component, Sequence):
                 for split in reversed(range(1, len(branch.component.parts))):  # the largest f first
                     self._split(place, branch, others, split, prover, found)
@@ -73,7 +76,19 @@ class Theorem1(Rule):
             cost = one.cost + two.cost
             found.steps.append(Step(self, place, (one, two), one.moved | two.moved, cost=cost, note=note))
 
+    def _through(self, place: Place, branch: Place, others: tuple[Place, ...], prover: Search, found: Attempt) -> None:
+        attempt = prover.attempt(branch, "through")
+        found.failures += attempt.failures
+        for step in attempt.steps:
+            if twice := disturbs(step.moved, *others):
+                found.failures.append(shared(place, self.name, twice))
+            else:
+                found.steps.append(Step(self, place, (step,), step.moved, cost=step.cost))
+
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        if len(step.premises) == 1:
+            construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
+            return
         inner, outer = step.premises
         construct(inner, run, target_output(inner, run))
         construct(outer, run, rest_of_sum(step, outer, run, wanted))
@@ -97,6 +112,13 @@ class Theorem1b(Rule):
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
+
+
+def branches_inside(component: Component) -> bool:
+    """Whether a branch has branches of its own, in which inner and outer functions stand side by side."""
+    return any(isinstance(c, Sum | Mixture) or branches_inside(c) for c in (component, *component.children())[1:]) or (
+        isinstance(component, Sum | Mixture)
+    )
 
 
 def _partly(moved: frozenset[Param], others: tuple[Place, ...]) -> tuple[Param, ...]:

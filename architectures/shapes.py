@@ -1,0 +1,126 @@
+"""Residual topologies: how the feed-forward half, its norms and the skip are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from architectures.feed_forward import FeedForward, Norm
+from architectures.registry import Architecture, Build, Refusal, Seen, add
+from architectures.view import View
+from controllability.components import Fixed, Identity, Select, Sum, Times, residual
+from controllability.interfaces import Component
+
+Number = Callable[[View], Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What families have in common: a builder and what to print about it."""
+
+    build: Build
+    topology: str
+    feed_forward: str
+    inputs: tuple[Seen, ...] | None = None
+    output: Seen | None = None
+
+
+def kind_of(half: FeedForward) -> str:
+    """'gated', 'mixture of experts', …"""
+    kind = getattr(half, "kind", "feed-forward")
+    if getattr(half, "dense", None) is not None:
+        kind += f", {kind_of(half.dense)} in some layers"  # type: ignore[attr-defined]
+    return kind + (", shared experts" if getattr(half, "shared", None) else "")
+
+
+def _then(*parts: Component | None) -> Component:
+    found = [p for p in parts if p is not None]
+    first = found[0]
+    for part in found[1:]:
+        first = first >> part
+    return first
+
+
+def sequential(
+    pre: Norm | None, half: FeedForward, post: Norm | None = None, times: Number | None = None,
+    skip: Callable[[View], Component] | None = None,
+) -> Shape:  # fmt: skip
+    """skip(x) + c · post(half(pre(x))): pre-norm, post-norm on the output, or both."""
+
+    def build(view: View) -> Component:
+        factor = times(view) if times else 1
+        branch = _then(
+            pre(view) if pre else None, half(view), post(view) if post else None, Times(factor) if factor != 1 else None
+        )
+        return residual(branch, skip(view) if skip else Identity())
+
+    norms = {(True, False): "pre-norm", (True, True): "pre- and post-norm", (False, True): "post-norm on the output"}
+    topology = f"sequential, {norms.get((pre is not None, post is not None), 'no norm')}"
+    topology += ", multiplier" if times else ""
+    topology += ", gain on the skip" if skip else ""
+    return Shape(build, topology, kind_of(half))
+
+
+def post_ln(half: FeedForward, norm: Norm, state: str = "", after: str = "") -> Shape:
+    """norm(x + half(x)): the sum inside the last norm is reproduced.  ``after`` names the module that shows it."""
+
+    def build(view: View) -> Component:
+        return residual(half(view)) >> norm(view)
+
+    return Shape(
+        build, "post-norm after the sum", kind_of(half), (Seen(state),) if state else None,
+        Seen(after, "after") if after else None,
+    )  # fmt: skip
+
+
+def parallel(pre: Norm, half: FeedForward, attention: str) -> Shape:
+    """x + a + half(pre(x)), a being what attention adds: the block has two inputs."""
+
+    def build(view: View) -> Component:
+        x, a = Select(0, "hidden state", view.size("d")), Select(1, "attention output", view.size("d"))
+        return Sum((x, a, _then(Select(0, "hidden state", view.size("d")), pre(view), half(view))))
+
+    return Shape(build, "parallel", kind_of(half), (Seen(""), Seen(attention, "after")))
+
+
+def family(name: str, layers: str, shape: Shape, **options: Any) -> None:
+    """Declare a family: its name (and other model types after spaces), its layer classes, its shape."""
+    names = name.split()
+    options = {"inputs": shape.inputs, "output": shape.output} | options
+    add(
+        Architecture(
+            names[0], tuple(names), tuple(layers.split()), shape.topology, shape.feed_forward, shape.build, **options
+        )
+    )
+
+
+def refuse(name: str, layers: str, culprit: str, reason: str, hint: str, topology: str = "", kind: str = "") -> None:
+    """Declare a family that is refused by name, with the reason and what would be needed."""
+    names = name.split()
+    add(
+        Architecture(
+            names[0], tuple(names), tuple(layers.split()), topology, kind, None, refusal=Refusal(culprit, reason, hint)
+        )
+    )
+
+
+def fixed_scale(name: str) -> Callable[[View], Component]:
+    """A per-channel gain stored at the layer itself; it stays as it is."""
+    from controllability.components import Scale
+
+    return lambda view: Fixed(Scale(view.param(name, "d")))
+
+
+def either(condition: Callable[[View], Any], yes: Shape, no: Shape) -> Shape:
+    """One of two shapes, as a switch of the config or the live layer says."""
+
+    def build(view: View) -> Component | None:
+        shape = yes if condition(view) else no
+        if shape.inputs:
+            view.sites["inputs"] = shape.inputs
+        if shape.output:
+            view.sites["output"] = shape.output
+        return shape.build(view)
+
+    return Shape(build, f"{yes.topology}, or {no.topology}", yes.feed_forward)

@@ -1,0 +1,290 @@
+"""Families with something of their own: switches, gains, gates, several norms, several inputs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from architectures.experts import DEEPSEEK
+from architectures.feed_forward import Gated, MoE, Norm, Plain, SigmoidTop, layer_norm, softmax_top, top_k
+from architectures.registry import Seen
+from architectures.shapes import Shape, either, family, fixed_scale, parallel, post_ln, sequential
+from architectures.view import View
+from controllability.components import (
+    Activation,
+    Fixed,
+    Gate,
+    Glu,
+    Identity,
+    Mixture,
+    Product,
+    Routing,
+    Select,
+    Sum,
+    Times,
+    residual,
+)
+from controllability.errors import NotControllable, ReadingError
+from controllability.interfaces import Component
+
+GATED = Gated()
+AFTER_ATTENTION = Norm("post_attention_layernorm")
+
+# ------------------------------------------------------------------------ parallel or sequential, by a switch
+DENSE_4H = Plain("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+family(
+    "gpt_neox", "GPTNeoXLayer",
+    either(
+        lambda view: view.setting("use_parallel_residual", default=True),
+        parallel(layer_norm("post_attention_layernorm"), DENSE_4H, "attention"),
+        sequential(layer_norm("post_attention_layernorm"), DENSE_4H),
+    ),
+    defaults={"bias": True},
+)  # fmt: skip
+family(
+    "stablelm", "StableLmDecoderLayer",
+    either(
+        lambda view: view.has("post_attention_layernorm", default=True),
+        sequential(layer_norm("post_attention_layernorm"), GATED),
+        parallel(layer_norm("input_layernorm"), GATED, "self_attn"),
+    ),
+)  # fmt: skip
+family(
+    "falcon", "FalconDecoderLayer",
+    either(
+        lambda view: view.has("post_attention_layernorm"),
+        sequential(layer_norm("post_attention_layernorm"), DENSE_4H),
+        either(
+            lambda view: view.has("ln_mlp"),
+            parallel(layer_norm("ln_mlp"), DENSE_4H, "self_attention"),
+            parallel(layer_norm("input_layernorm"), DENSE_4H, "self_attention"),
+        ),
+    ),
+)  # fmt: skip
+FC12 = Plain("fc1", "fc2", default="relu")
+family(
+    "opt", "OPTDecoderLayer",
+    either(
+        lambda view: view.setting("do_layer_norm_before", default=True),
+        sequential(layer_norm("final_layer_norm"), FC12),
+        post_ln(FC12, layer_norm("final_layer_norm")),
+    ),
+    defaults={"bias": True},
+)  # fmt: skip
+family(
+    "olmo_hybrid", "OlmoHybridAttentionDecoderLayer OlmoHybridLinearAttentionDecoderLayer",
+    either(
+        lambda view: view.live and "LinearAttention" in type(view.layer).__name__,
+        sequential(AFTER_ATTENTION, GATED),
+        sequential(None, GATED, Norm("post_feedforward_layernorm")),
+    ),
+)  # fmt: skip
+
+# -------------------------------------------------------------------------------- multipliers, gains and gates
+
+
+def multiplier(view: View) -> Any:
+    """Granite's residual multiplier."""
+    return view.setting("residual_multiplier", default=1.0)
+
+
+def depth_multiplier(view: View) -> Any:
+    """MiniCPM3: scale_depth / √layers."""
+    return view.setting("scale_depth", default=1.4) / math.sqrt(view.setting("num_hidden_layers", default=2))
+
+
+GRANITE = sequential(AFTER_ATTENTION, GATED, times=multiplier)
+family("granite", "GraniteDecoderLayer", GRANITE)
+family("granite_swa", "GraniteSWADecoderLayer", GRANITE)
+family("minicpm3", "MiniCPM3DecoderLayer", sequential(AFTER_ATTENTION, GATED, times=depth_multiplier))
+family(
+    "falcon_h1", "FalconH1DecoderLayer",
+    sequential(
+        Norm("pre_ff_layernorm"),
+        Gated("feed_forward", times=lambda view: tuple(view.setting("mlp_multipliers", default=(1, 1)))),  # type: ignore[arg-type]
+    ),
+)  # fmt: skip
+
+
+def doge(view: View) -> Component:
+    """A per-channel gain on the skip.  The mixture of ``is_moe`` mixes tokens and is refused."""
+    if view.setting("is_moe", default=False):
+        raise NotControllable(
+            "doge: mixture of experts (mlp)", "its router reads neighbouring positions, also later ones",
+            "use the dense variant (is_moe=False)", "architecture doge",
+        )  # fmt: skip
+    return sequential(AFTER_ATTENTION, GATED, skip=fixed_scale("post_attention_residual")).build(view)
+
+
+family("doge", "DogeDecoderLayer", Shape(doge, "sequential, pre-norm, gain on the skip", "gated"))
+
+
+def beam(view: View) -> Component:
+    """√((n−1)/n) x + post(half(pre(x)))/√n with n from the depth."""
+    n = 2 * (view.index + 1) + 1
+    half = MoE(SigmoidTop(scaling=(), groups=True), dense=GATED, times=("routed_scaling_factor",))(view)
+    branch = Norm("pre_feedforward_layernorm")(view) >> half >> Norm("post_feedforward_layernorm")(view)
+    return residual(branch >> Times(1 / math.sqrt(n)), Times(math.sqrt((n - 1) / n)))
+
+
+BEAM = "sequential, pre- and post-norm, both terms scaled by depth"
+family("beam", "BeamDecoderLayer", Shape(beam, BEAM, "mixture of experts, gated in some layers"))
+
+
+def minimax(view: View) -> Component:
+    """h = norm(x); α h + β mixture(h): the residual is taken after the norm."""
+    alpha, beta = (view.setting(f"mlp_{k}_factor", default=1.0) for k in ("alpha", "beta"))
+    return AFTER_ATTENTION(view) >> residual(MoE(softmax_top())(view) >> Times(beta), Times(alpha))
+
+
+family("minimax", "MiniMaxDecoderLayer", Shape(minimax, "residual after the norm, multipliers", "mixture of experts"))
+
+
+def mllama(view: View) -> Component:
+    """Cross-attention layers gate the feed-forward half with tanh of one number."""
+    branch = AFTER_ATTENTION(view) >> GATED(view)
+    if view.live and view.has("cross_attn_mlp_gate"):
+        branch = branch >> Gate(view.param("cross_attn_mlp_gate", "one"), "tanh")
+    return residual(branch)
+
+
+family(
+    "mllama mllama_text_model", "MllamaSelfAttentionDecoderLayer MllamaCrossAttentionDecoderLayer",
+    Shape(mllama, "sequential, pre-norm, tanh gate in cross-attention layers", "gated"),
+)  # fmt: skip
+
+# ------------------------------------------------------------------------------------------- several norms
+
+
+def gated_norm(view: View) -> Component:
+    """Pre-norm, in sparse layers multiplied by the sigmoid of a small MLP of itself."""
+    if not view.has("post_attention_layernorm.mlp"):
+        return AFTER_ATTENTION(view) >> DEEPSEEK(view)
+    at = "post_attention_layernorm"
+    mlp = view.linear(f"{at}.mlp.fc1", "r", "d") >> Activation("silu") >> view.linear(f"{at}.mlp.fc2", "d", "r")
+    return Norm(f"{at}.norm")(view) >> Product((Identity(), Fixed(mlp) >> Activation("sigmoid"))) >> DEEPSEEK(view)
+
+
+def axk2(view: View) -> Component:
+    """As DeepSeek V3, with a gated norm before the mixtures."""
+    return residual(gated_norm(view))
+
+
+family(
+    "axk2",
+    "AXK2DecoderLayer",
+    Shape(
+        axk2, "sequential, pre-norm (gated in some layers)", "mixture of experts, gated in some layers, shared experts"
+    ),
+)
+
+
+def gemma4(view: View) -> Component:
+    """Sandwich norms; maybe a mixture beside the MLP, each with norms of its own; then a stored factor.
+
+    The router reads the raw residual.  Where per-layer embeddings follow, the block ends before them.
+    """
+    mlp = Norm("pre_feedforward_layernorm")(view) >> Gated(default="gelu_tanh")(view)
+    if view.has("experts"):
+        router = (
+            view.bare_norm("router.norm")
+            >> fixed_scale("router.scale")(view)
+            >> Times(_root(view))
+            >> view.router("router.proj")
+        )
+        routing = Routing(top_k(view), renormalise=1, per_expert=view.param("router.per_expert_scale", "E"))
+        first = view.experts("experts.gate_up_proj", "2h", "d") >> Glu(view.activation(default="gelu_tanh"))
+        mixture = Mixture(
+            router, routing, Norm("pre_feedforward_layernorm_2")(view) >> first,
+            view.experts("experts.down_proj", "d", "h"),
+        )  # fmt: skip
+        mlp = Sum(
+            (mlp >> Norm("post_feedforward_layernorm_1")(view), mixture >> Norm("post_feedforward_layernorm_2")(view))
+        )
+    block = residual(mlp >> Norm("post_feedforward_layernorm")(view))
+    if view.has("per_layer_input_gate"):
+        view.sites["output"] = Seen("per_layer_input_gate")
+        return block
+    return block >> Gate(view.param("layer_scalar", "one"))
+
+
+def _root(view: View) -> Any:
+    return view.setting("hidden_size", default=4) ** -0.5
+
+
+GEMMA4 = Shape(gemma4, "sequential, pre- and post-norm, stored factor", "gated, mixture of experts beside it")
+family("gemma4 gemma4_text gemma4_assistant", "Gemma4TextDecoderLayer", GEMMA4)
+family(
+    "gemma4_unified gemma4_unified_text gemma4_unified_assistant", "Gemma4UnifiedTextDecoderLayer",
+    Shape(gemma4, "sequential, pre- and post-norm, stored factor", "gated"),
+)  # fmt: skip
+
+
+def xmod(view: View) -> Component:
+    """LN(x + half(x)), an adapter, the LN again: the sum is reproduced, what follows is local."""
+    if view.setting("pre_norm", default=False):
+        raise ReadingError("xmod with pre_norm=True is not declared")
+    view.sites["output"] = Seen(
+        "output.adapter_layer_norm" if view.has("output.adapter_layer_norm") else "output.LayerNorm"
+    )
+    return residual(Plain("intermediate.dense", "output.dense")(view))
+
+
+family(
+    "xmod", "XmodLayer", Shape(xmod, "post-norm after the sum, language adapter", "plain"),
+    ignored=("output.adapter", "output.LayerNorm"),
+)  # fmt: skip
+
+# --------------------------------------------------------------------------------------- unusual containers
+family(
+    "xlnet", "XLNetLayer",
+    post_ln(Plain("ff.layer_1", "ff.layer_2", ("ff_activation",)), layer_norm("ff.layer_norm"), after="ff"),
+    sequence_first=True,
+)  # fmt: skip
+family(
+    "prophetnet", "ProphetNetDecoderLayer",
+    post_ln(Plain("feed_forward.intermediate", "feed_forward.output"), layer_norm("feed_forward_layer_norm")),
+    streams=lambda config: 1 + config.ngram,
+)  # fmt: skip
+family(
+    "cpmant", "CpmAntTransformerBlock",
+    sequential(Norm("ffn.layernorm_before_ffn"), Gated("ffn.ffn", "w_in.w_0", "w_in.w_1", "w_out", default="gelu")),
+)  # fmt: skip
+family("blt", "BltTransformerLayer", sequential(AFTER_ATTENTION, GATED), under="local_decoder")
+
+
+def xlm(view: View) -> Component:
+    """There is no layer module: a list of feed-forward modules, and lists of norms beside it."""
+    index = view.prefix.rstrip(".").rpartition(".")[2]
+    norm = f"layer_norm2.{index}" if view.live else "layer_norm2"
+    around = View(view.prefix.rpartition("ffns.")[0], view.sizes, view.settings, view.parent, view.config, view.index)
+    view.sites["output"] = Seen(f"../../{norm}", "after")
+    default = "gelu" if view.setting("gelu_activation", default=True) else "relu"
+    half = view.linear("lin1", "h", "d") >> Activation(default) >> view.linear("lin2", "d", "h")
+    return residual(half) >> around.layer_norm(norm)
+
+
+family("xlm", "TransformerFFN", Shape(xlm, "post-norm after the sum", "plain"))
+
+
+def longcat(view: View) -> Component:
+    """The second of two halves; what the shortcut mixture gave joins at the end, as a second input."""
+    x, m = Select(0, "hidden state", view.size("d")), Select(1, "shortcut mixture", view.size("d"))
+    return Sum((x, m, x >> Norm("post_attention_layernorm.1")(view) >> Gated("mlps.1")(view)))
+
+
+family(
+    "longcat_flash", "LongcatFlashDecoderLayer", Shape(longcat, "parallel", "gated"),
+    inputs=(Seen("post_attention_layernorm.1"), Seen("mlp", "after")), ignored=("mlps.0",),
+)  # fmt: skip
+
+
+def hyperclovax(view: View) -> Component:
+    """Post-norms by a switch, and Granite's residual multiplier."""
+    post = Norm("post_norm2") if view.has("post_norm2", default=True) else None
+    return sequential(AFTER_ATTENTION, GATED, post, times=multiplier).build(view)  # type: ignore[return-value]
+
+
+family(
+    "hyperclovax", "HyperCLOVAXDecoderLayer", Shape(hyperclovax, "sequential, pre- and post-norm, multiplier", "gated")
+)

@@ -1,0 +1,82 @@
+"""A component whose parameters are read and never moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controllability.arrays import Array
+from controllability.arrays import arithmetic
+from controllability.interfaces import Bijection, Component, Condition, Param, Params
+
+
+@dataclass(frozen=True)
+class Fixed(Component):
+    """``inner`` as it is: for gains, gates and buffers that no module of their own computes with.
+
+    It has no steering, but its parameters count as read: a patch of one of them is noticed.
+
+    >>> import numpy as np
+    >>> from controllability.components.scale import Scale
+    >>> Fixed(Scale(Param("gain")))({"gain": np.array([2.0])}, np.ones(1))
+    array([2.])
+    """
+
+    inner: Component
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        return self.inner(params, x)
+
+    def describe(self) -> str:
+        return f"fixed {self.inner.describe()}"
+
+    def own_parameters(self) -> tuple[Param, ...]:
+        return tuple(sorted(self.inner.parameters(), key=str))
+
+    @property
+    def module(self) -> str:
+        return ""
+
+    @property
+    def width(self) -> int | str | None:
+        return self.inner.width
+
+
+@dataclass(frozen=True)
+class Gate(Component, Bijection):
+    """y = φ(g)·x with a learned number g of shape (1,) or (): tanh gates of cross-attention layers.
+
+    >>> import numpy as np
+    >>> Gate(Param("g"), "identity")({"g": np.array([3.0])}, np.ones(2))
+    array([3., 3.])
+    """
+
+    weight: Param
+    activation: str = "identity"
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        return self._factor(params) * x
+
+    def _factor(self, params: Params) -> Array:
+        from controllability.components.activation import Activation
+
+        return Activation(self.activation)(params, self.weight.value(params).reshape(-1)[:1])
+
+    def invert(self, params: Params, y: Array) -> Array:
+        return y / self._factor(params)
+
+    def image_conditions(self) -> tuple[Condition, ...]:
+        return (Condition(f"the gate {self.weight} is not closed", self.describe()),)
+
+    def image_margin(self, params: Params, y: Array) -> Array:
+        factor = self._factor(params)
+        return arithmetic(factor).smallest(factor)
+
+    def describe(self) -> str:
+        return f"gate {self.activation} {self.weight}"
+
+    def own_parameters(self) -> tuple[Param, ...]:
+        return (self.weight,)
+
+    @property
+    def module(self) -> str:
+        return ""

@@ -1,0 +1,181 @@
+"""Mixture of experts: a router, the experts' first maps, and their last linear maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from controllability.arrays import Array, arithmetic, dot
+from controllability.components.routing import Routing
+from controllability.deltas import Delta, ExpertLowRank, PatchedMatrix
+from controllability.interfaces import Component, Condition, Param, Params, Steerable, Steering
+
+CHOSEN = "(chosen experts)"  # names that a mixture binds for its experts, not stored parameters
+SHARES = "(shares of the experts)"
+
+
+@dataclass(frozen=True)
+class ExpertLinear(Component, Steerable):
+    """y_j = W_e x_j (+ b_e) with e the j-th chosen expert.  x: (..., k, in), y: (..., k, out).
+
+    ``weight`` is stored (experts, out, in), or (experts, in, out) with layout "in_out"; ``bias``
+    (experts, out).  Rules I-experts, O-experts: ΔW_e = gap_j x_jᵀ/‖x_j‖² for every chosen expert whose
+    output must change; the others stay as they are.  Source: [D] Thm 2.2, expert by expert.
+
+    >>> import numpy as np
+    >>> experts = ExpertLinear(Param("W", ("E", "h", "d")))
+    >>> experts({"W": np.stack([np.eye(2), 2 * np.eye(2)]), CHOSEN: np.array([1])}, np.ones((1, 2)))
+    array([[2., 2.]])
+    """
+
+    weight: Param
+    bias: Param | None = None
+    layout: Literal["out_in", "in_out"] = "out_in"
+    stacked: int | None = None
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        index = params[CHOSEN]
+        weight = self.weight.value(params)
+        base = self._matrices(weight.base if isinstance(weight, PatchedMatrix) else weight)
+        xp = arithmetic(x, base)
+        x = _spread(x, index)
+        y = xp.routed(x, base, index)
+        if isinstance(weight, PatchedMatrix):
+            assert isinstance(weight.delta, ExpertLowRank)
+            y = y + weight.delta.routed(x, index)
+        if self.bias is not None:
+            bias = self.bias.value(params)
+            assert not isinstance(bias, PatchedMatrix)
+            y = y + bias[index]
+        return y
+
+    def _matrices(self, base: Array) -> Array:
+        """(experts, out, in), whatever the storage."""
+        if self.stacked is not None:  # (experts · rows, columns), one block of rows an expert
+            base = base.reshape(self.stacked, -1, base.shape[-1])
+        return base.swapaxes(-1, -2) if self.layout == "in_out" else base
+
+    def describe(self) -> str:
+        return f"experts {self.weight}"
+
+    def own_parameters(self) -> tuple[Param, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def width(self) -> int | str | None:
+        if len(self.weight.shape) != 3:
+            return None
+        return self.weight.shape[2 if self.layout == "out_in" else 1]
+
+    def steerings(self, side: str) -> tuple[Steering, ...]:
+        statement = f"no chosen expert's input of {self.weight} is zero where its output must change"
+        condition = Condition(statement, self.describe(), _smallest_needed_input)
+        return (Steering(f"{side}-experts", self.weight, (condition,), self._rank_one, _effect),)
+
+    def _rank_one(self, params: Params, x: Array, gap: Array) -> Delta:
+        index, weight = params[CHOSEN], self.weight.value(params)
+        assert not isinstance(weight, PatchedMatrix)
+        xp = arithmetic(x, gap)
+        x = _spread(x, index)
+        norm = dot(x, x)
+        idle = xp.is_zero(norm)
+        right = x / xp.where(idle, norm + 1, norm)
+        experts = self.stacked or weight.shape[0]
+        return ExpertLowRank(gap[..., None, :], right[..., None, :], self.layout == "in_out", index, experts)
+
+
+def _spread(x: Array, index: Array) -> Array:
+    """(..., 1 or k, in) -> (..., k, in): every chosen expert reads the same token."""
+    k = index.shape[-1]
+    return x if x.shape[-2] == k else x[..., [0] * k, :]
+
+
+def _smallest_needed_input(x: Array, gap: Array) -> Array:
+    xp = arithmetic(x, gap)
+    size = dot(x, x) if xp.exact else xp.max(xp.magnitude(x))
+    needed = dot(gap, gap) if xp.exact else xp.max(xp.magnitude(gap))
+    far = xp.zeros_like(needed) + (1 if xp.exact else float("inf"))
+    return xp.smallest(xp.where(xp.is_zero(needed), far, size + xp.zeros_like(needed))[..., 0])
+
+
+def _effect(x: Array, delta: Delta) -> Array:
+    assert isinstance(delta, ExpertLowRank)
+    return delta.effect(x)
+
+
+@dataclass(frozen=True)
+class Share(Component):
+    """y_j = s_j x_j: the share of each chosen expert, where a model applies it to the expert's input."""
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        return x * params[SHARES][..., None]
+
+    def describe(self) -> str:
+        return "share of the expert"
+
+
+@dataclass(frozen=True)
+class Mixture(Component):
+    """Σ_j s_j last_j(inner_j(x)) over the experts j that ``routing`` chooses from ``router(x)``.
+
+    x: (..., d).  ``router`` gives logits (..., E); ``inner`` maps (..., 1, d) to (..., k, h) and
+    ``last`` (..., k, h) to (..., k, d), both with the chosen experts' own weights.  With
+    ``weighted=False`` the outputs are added as they are (Llama 4 applies the share before).
+
+    >>> import numpy as np
+    >>> from controllability.components.linear import Linear
+    >>> mixture = Mixture(Linear(Param("R")), Routing(1), ExpertLinear(Param("U")), ExpertLinear(Param("V")))
+    >>> one = np.ones((2, 1, 1))
+    >>> mixture({"R": np.array([[0.0], [1.0]]), "U": one, "V": 3 * one}, np.ones(1)).round(3)
+    array([2.193])
+    """
+
+    router: Component
+    routing: Routing
+    inner: Component
+    last: Component
+    weighted: bool = True
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        values: dict[int, Array] = {}
+
+        def output(i: int) -> Array:
+            if i not in values:
+                given = params if i == 0 else bound
+                values[i] = self.children()[i](given, self.child_input(i, x, output))
+            return values[i]
+
+        bound = dict(params) | self.bindings(params, output)
+        return self.assemble(bound, output)
+
+    def children(self) -> tuple[Component, ...]:
+        return (self.router, self.inner, self.last)
+
+    def own_parameters(self) -> tuple[Param, ...]:
+        return self.routing.parameters()
+
+    @property
+    def module(self) -> str:
+        return ""
+
+    @property
+    def width(self) -> int | str | None:
+        return self.router.width or self.inner.width
+
+    def child_input(self, index: int, x: Array, output: Callable[[int], Array]) -> Array:
+        if index == 0:
+            return x
+        return x[..., None, :] if index == 1 else output(1)
+
+    def bindings(self, params: Params, output: Callable[[int], Array]) -> dict[str, Array]:
+        chosen, shares = self.routing(params, output(0))
+        return {CHOSEN: chosen, SHARES: shares}
+
+    def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
+        if not self.weighted:
+            return output(2).sum(-2)
+        return (output(2) * params[SHARES][..., None]).sum(-2)
+
+    def describe(self) -> str:
+        return f"mixture of experts ({self.routing.describe()}; {self.last.describe()})"

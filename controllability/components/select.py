@@ -1,0 +1,33 @@
+"""One of several inputs of a block: a parallel block reads the layer's input and what attention adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from controllability.arrays import Array
+from controllability.interfaces import Component, Params
+
+
+@dataclass(frozen=True)
+class Select(Component):
+    """y = x_index of a tuple of inputs (x_0, x_1, …), each (..., d).
+
+    >>> import numpy as np
+    >>> Select(1, "attention")({}, (np.zeros(2), np.ones(2)))
+    array([1., 1.])
+    """
+
+    index: int
+    name: str = ""
+    size: int | str | None = "d"
+
+    def __call__(self, params: Params, x: Any) -> Array:
+        return x[self.index]
+
+    def describe(self) -> str:
+        return f"input {self.name or self.index}"
+
+    @property
+    def width(self) -> int | str | None:
+        return self.size

@@ -1,0 +1,176 @@
+"""Watching one layer of a live model: what enters its block, what each tap computes, what leaves.
+
+Whatever shapes the modules use among themselves ((B, T, n), flattened, time first, one row a chosen
+expert), a listener sees (B, T, …), and what it gives back goes on in the model's own shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from architectures.reading import Layer, Tap
+from architectures.registry import Seen
+from controllability.errors import ReadingError
+from controllability.models.experts import listen
+from controllability.models.hooks import Installation, first_tensor
+from controllability.models.weights import TellingWeight
+from controllability.trace import Path
+
+
+class LayerListener(Protocol):
+    """What is told, call by call; states are (B, T, ·), chosen experts ascending in (B, T, k, ·)."""
+
+    def begins(self) -> None:
+        """The layer is called."""
+        ...
+
+    def entering(self, index: int, value: Tensor) -> None:
+        """Input ``index`` of the block is known."""
+        ...
+
+    def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
+        """The mixture at ``path`` chose experts ``index`` with ``shares``, both (B, T, k)."""
+        ...
+
+    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor | None:
+        """``tap`` read ``x`` and gave ``y``; what is returned, if anything, takes its place."""
+        ...
+
+    def leaving(self, value: Tensor) -> None:
+        """The block's output is known."""
+        ...
+
+
+class Watch:
+    """Attaches a listener to one layer.  ``taps`` are those it wants to hear of."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: Layer,
+        listener: LayerListener,
+        installation: Installation,
+        taps: Iterable[Tap] | None = None,
+        states: bool = True,
+        sequence_first: bool = False,
+    ) -> None:
+        self.layer, self.listener, self.sequence_first = layer, listener, sequence_first
+        self.grid = (0, 0)
+        module = model.get_submodule(layer.name)
+        if getattr(module, "chunk_size_feed_forward", 0):  # the same computation, in one piece
+            installation.assign(module, "chunk_size_feed_forward", 0)
+        installation.before(module, self._begin)
+        if states:
+            for index, seen in enumerate(layer.inputs):
+                self._at(installation, model, seen, lambda value, index=index: listener.entering(index, value))
+        wanted = tuple(layer.taps if taps is None else taps)
+        for tap in wanted:
+            if tap.kind in ("module", "weight", "output"):
+                self._tap(installation, model, tap)
+        for path in dict.fromkeys(t.mixture for t in wanted if t.mixture is not None):
+            stages = [t for t in layer.taps if t.mixture == path]
+            experts = model.get_submodule(layer.experts[path])
+            listen(installation, module, experts, _Slots(self, path, stages, {t for t in wanted}))
+        if states:
+            self._at(installation, model, layer.output, listener.leaving)
+
+    def _begin(self, x: Tensor) -> None:
+        if isinstance(x, Tensor) and x.ndim == 3:
+            self.grid = (x.shape[1], x.shape[0]) if self.sequence_first else (x.shape[0], x.shape[1])
+        self.listener.begins()
+
+    def _at(self, installation: Installation, model: nn.Module, seen: Seen, tell: Any) -> None:
+        module = model.get_submodule(seen.module)
+        if seen.when == "before":
+            installation.before(module, lambda x: tell(self.fold(x)))
+        else:
+            installation.after(module, lambda x, output: tell(self.fold(first_tensor(output))))
+
+    def _tap(self, installation: Installation, model: nn.Module, tap: Tap) -> None:
+        module = model.get_submodule(tap.module)
+
+        inside = any(tap.inlet[: len(m) + 1] == (*m, 1) for m in self.layer.experts)
+
+        def told(x: Tensor, y: Tensor) -> Tensor | None:
+            x, folded = self.fold(x), self.fold(y)
+            if inside:  # before the experts' own maps a token is one slot for all of them
+                x, folded = x[:, :, None], folded[:, :, None]
+            changed = self.listener.computed(tap, x, folded)
+            return None if changed is None else self.unfold(changed, y)
+
+        if tap.kind == "module":
+            installation.after(module, lambda x, output: told(x, first_tensor(output)))
+            return
+        if tap.kind == "output":
+            installation.after(module, lambda x, output: told(first_tensor(output), first_tensor(output)))
+            return
+
+        def listener(x: Tensor, y: Tensor) -> Tensor:
+            changed = told(x, y)
+            return y if changed is None else changed
+
+        attribute = self.layer.weights[tap.module]
+        stored = module._parameters[attribute]
+        assert stored is not None
+        installation.exchange(module, attribute, TellingWeight.of(stored, listener))
+
+    def fold(self, x: Tensor, slots: bool = False) -> Tensor:
+        """As the model has it -> (B, T, n), or (B, T, k, n) of chosen experts."""
+        batch, length = self.grid
+        features = x.shape[-2:] if slots else x.shape[-1:]
+        leading = x.shape[: -len(features)]
+        if leading == (batch, length) and not (self.sequence_first and batch != length):
+            folded = x
+        elif self.sequence_first and leading.numel() == batch * length:
+            return x.reshape(length, batch, *features).transpose(0, 1)
+        elif leading.numel() == batch * length:
+            folded = x.reshape(batch, length, *features)
+        else:
+            raise ReadingError(
+                f"layer {self.layer.name}: a module of the feed-forward half works on {tuple(x.shape)} where the "
+                f"layer has {batch} samples of {length} positions: it is not local to a position, or works in chunks"
+            )
+        return folded.transpose(0, 1) if self.sequence_first and batch == length else folded
+
+    def unfold(self, x: Tensor, like: Tensor) -> Tensor:
+        """(B, T, …) -> the shape of ``like``."""
+        return (x.transpose(0, 1) if self.sequence_first else x).reshape(like.shape)
+
+
+class _Slots:
+    """Turns what experts tell, (N, k, ·) in the router's order, into (B, T, k, ·) with experts ascending."""
+
+    def __init__(self, watch: Watch, path: Path, stages: list[Tap], wanted: set[Tap]) -> None:
+        self.watch, self.path, self.wanted = watch, path, wanted
+        self.taps = {"first": [t for t in stages if t.kind == "first"], "last": [t for t in stages if t.kind == "last"]}
+        self.told = {"first": 0, "last": 0}
+        self.order: Tensor | None = None
+
+    def routed(self, index: Tensor, shares: Tensor) -> None:
+        self.order = index.argsort(-1)
+        self.told = {"first": 0, "last": 0}
+        index, shares = index.gather(-1, self.order), shares.gather(-1, self.order)
+        self.watch.listener.routed(self.path, self.watch.fold(index), self.watch.fold(shares))
+
+    def first(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._stage("first", x, y)
+
+    def last(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._stage("last", x, y)
+
+    def _stage(self, stage: str, x: Tensor, y: Tensor) -> Tensor:
+        tap = self.taps[stage][self.told[stage]]
+        self.told[stage] += 1
+        if tap not in self.wanted:
+            return y
+        assert self.order is not None
+        pick = lambda a: a if a.shape[1] == 1 else torch.take_along_dim(a, self.order[..., None], 1)  # type: ignore[index] # noqa: E731, E501
+        changed = self.watch.listener.computed(tap, self.watch.fold(pick(x), True), self.watch.fold(pick(y), True))
+        if changed is None:
+            return y
+        back = self.order.argsort(-1)
+        return torch.take_along_dim(self.watch.unfold(changed, y), back[..., None], 1)

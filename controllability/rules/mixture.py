@@ -1,0 +1,189 @@
+"""Mixtures of experts: their router and first maps on the input side, their last maps on the output side."""
+
+from __future__ import annotations
+
+from itertools import islice, product
+
+from controllability.arrays import Array, arithmetic, dot
+from controllability.components.mixture import CHOSEN, SHARES, ExpertLinear, Mixture
+from controllability.interfaces import Condition, Param, Params
+from controllability.rules.base import (
+    Attempt,
+    Failure,
+    Rule,
+    Search,
+    Side,
+    Step,
+    Wanted,
+    construct,
+    disturbs,
+    shared,
+    target_output,
+)
+from controllability.trace import Goal, PatchedRun, Place
+
+ROUNDING = 64  # machine epsilons by which two choices of experts must differ
+
+MOST = 8
+
+
+class OutputMixture(Rule):
+    """Σ_j s_j W_j y_j: the least-norm change of the active experts' last matrices."""
+
+    name, side = "O-mixture", "output"
+    statement = "Σ_j s_j W_j y_j over the active experts"
+    when = "some active j has s_j ≠ 0 and y_j ≠ 0"
+    patch = "ΔW_j = s_j δ y_jᵀ / Σ_k s_k²‖y_k‖²"
+    source = "theory 2 (new); [G] adds δ/S to every expert"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Mixture):
+            return Attempt()
+        last = place.parts()[2]
+        if not isinstance(last.component, ExpertLinear):
+            reason = "the experts do not end in their own linear map"
+            return Attempt(failures=[Failure(last, self.name, reason, "end the experts with a linear map")])
+        return self._concluded(place, last, prover, None, ())
+
+    def _concluded(
+        self, place: Place, last: Place, prover: Search, premises: tuple[Step, ...] | None, also: tuple[Condition, ...]
+    ) -> Attempt:
+        assert isinstance(last.component, ExpertLinear)
+        weight = last.component.weight
+        if prover.is_frozen(weight):
+            return Attempt(
+                failures=[
+                    Failure(last, self.name, f"{weight} may not move (frozen)", f"allow {weight} to move", weight=1)
+                ]
+            )
+        statement = "some active expert has a share and an activation that are not zero"
+        condition = Condition(statement, place.describe(), lambda x, gap: x)
+        steering = last.component.output_steerings()[0]
+        moved = frozenset({weight}).union(*(p.moved for p in premises or ()))
+        cost = sum(p.cost for p in premises or ())
+        return Attempt([Step(self, place, premises or (), moved, (condition, *also), cost, "", steering)])
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        assert step.steering is not None
+        mixture, path = step.place.component, (*step.place.path, step.place.start + 2)
+        assert isinstance(mixture, Mixture)
+
+        def gap() -> Array:
+            y, raw, goal = run.input(path), run.raw(path), wanted()
+            xp = arithmetic(y, raw, goal)
+            y, raw, goal = xp.lift(y), xp.lift(raw), xp.lift(goal)
+            share = _shares(mixture, run.params_at(path), y)
+            missing = goal - (raw * share).sum(-2)
+            size = share * share * dot(y, y)  # (..., k, 1)
+            total = size.sum(-2)
+            run.check(step.conditions[0], total, missing)
+            change = share * dot(y, y) / total[..., None, :]
+            return xp.name(change * missing[..., None, :])
+
+        run.steer(path, Goal(step.steering, gap=gap))
+
+
+def _shares(mixture: Mixture, params: Params, y: Array) -> Array:
+    xp = arithmetic(y)
+    one = xp.zeros_like(y[..., :1]) + 1
+    return xp.lift(params[SHARES])[..., None] * one if mixture.weighted else one
+
+
+class InputMixture(Rule):
+    """Router and experts' first maps are all steered; the shares and the last maps then follow."""
+
+    name: str = "I-mixture"
+    side: Side = "input"
+    statement = "Σ_j s_j E_j: (router, experts' inner functions), disjoint parameters"
+    when = "router and inner functions are input-controllable; the target's choice of experts is no near-tie"
+    patch, source = "the union; experts that are not chosen stay as they are", "[G] s.5 (mixture of experts)"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Mixture):
+            return Attempt()
+        found = Attempt()
+        for steps in self._inner(place, prover, found):
+            if twice := disturbs(steps[0].moved | steps[1].moved, place.parts()[2]):
+                found.failures.append(shared(place, self.name, twice))
+                continue
+            moved = frozenset[Param]().union(*(s.moved for s in steps))
+            conditions = choice_conditions(place)
+            found.steps.append(Step(self, place, steps, moved, conditions, sum(s.cost for s in steps)))
+        return found
+
+    def _inner(self, place: Place, prover: Search, found: Attempt) -> list[tuple[Step, Step]]:
+        router, inner, _ = place.parts()
+        attempts = [prover.attempt(router, "input"), prover.attempt(inner, "input")]
+        for part, attempt in zip((router, inner), attempts, strict=True):
+            if not attempt.steps:
+                reason = "this part of the mixture is not input-controllable"
+                hint = "give it a linear map before it, or ask for via='output'"
+                found.failures.append(Failure(part, self.name, reason, hint, tuple(attempt.failures)))
+        kept = []
+        for one, two in islice(product(attempts[0].steps, attempts[1].steps), MOST):
+            if twice := disturbs(one.moved, inner) + disturbs(two.moved, router):
+                found.failures.append(shared(place, self.name, twice))
+            else:
+                kept.append((one, two))
+        return kept
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        watch_choice(step, run)
+        for premise in step.premises:
+            construct(premise, run, target_output(premise, run))
+
+
+class ThroughMixture(OutputMixture):
+    """Theorem 1 inside a mixture: router and first maps as in the target run, then O-mixture."""
+
+    name, side = "T-mixture", "through"
+    statement = "Σ_j s_j W_j f_j(x): router and f_j steered, then W_j"
+    when = "router and every f_j are input-controllable; as O-mixture; the target's choice is no near-tie"
+    patch = "those of the router and of f_j; ΔW_j = s_j δ y_jᵀ / Σ_k s_k²‖y_k‖²"
+    source = "[G, Thm 5] with theory 2, O-mixture"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        if not isinstance(place.component, Mixture):
+            return Attempt()
+        last = place.parts()[2]
+        if not isinstance(last.component, ExpertLinear):
+            return Attempt()
+        found = Attempt()
+        for steps in InputMixture()._inner(place, prover, found):
+            if twice := disturbs(steps[0].moved | steps[1].moved, last):
+                found.failures.append(shared(place, self.name, twice))
+                continue
+            tried = self._concluded(place, last, prover, steps, choice_conditions(place))
+            found.steps += tried.steps
+            found.failures += tried.failures
+        return found
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        watch_choice(step, run)
+        for premise in step.premises:
+            construct(premise, run, target_output(premise, run))
+        super().construct(step, run, wanted)
+
+
+def choice_conditions(place: Place) -> tuple[Condition, Condition]:
+    """That the target run's choice of experts has a margin, and that the patched router repeats it."""
+    where = place.describe()
+    near = Condition("the target run's choice of experts is no near-tie", where)
+    return near, Condition("the patched router chooses the experts of the target run", where)
+
+
+def watch_choice(step: Step, run: PatchedRun) -> None:
+    """Let the run test the choice of experts as soon as it is made."""
+    mixture = step.place.component
+    assert isinstance(mixture, Mixture)
+    near, same = step.conditions[-2:]
+
+    def margin(logits: Array, gap: Array) -> Array:
+        xp = arithmetic(logits)
+        room = mixture.routing.margin(run.params, xp.lift(logits))
+        return room - ROUNDING * xp.machine_epsilon(xp.lift(logits))
+
+    run.same_choice[step.place.path] = (Condition(near.statement, near.where, margin), same)
+
+
+__all__ = ["CHOSEN", "InputMixture", "OutputMixture", "ThroughMixture"]
