@@ -8,7 +8,7 @@ from architectures.view import View
 from controllability.components import residual
 from controllability.interfaces import Component
 
-family("vit", "ViTLayer", sequential(layer_norm("layernorm_after"), Plain("intermediate.dense", "output.dense")))
+family("vit", "ViTLayer", sequential(layer_norm("layernorm_after"), Plain("mlp.fc1", "mlp.fc2")))
 
 
 def t5(view: View) -> Component:

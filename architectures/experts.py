@@ -212,7 +212,7 @@ family(
 )  # fmt: skip
 
 
-def clamped(view: View) -> Component:
+def clamped(view: View) -> Glu:
     """gpt-oss's SwiGLU: clamped halves, slope alpha, up + 1; interleaved there."""
     alpha, limit = view.setting("swiglu_alpha", default=1.702), view.setting("swiglu_limit", default=7.0)
     return Glu(Swish(alpha), "gate_up", limit, 1)

@@ -10,8 +10,23 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from architectures.view import View
-from controllability.components import Fixed, Gate, Glu, Identity, Linear, Mixture, Product, Routing, Scale, Sum
-from controllability.components import Activation, Bias, Share, Times, gated
+from controllability.components import (
+    Activation,
+    Bias,
+    Fixed,
+    Gate,
+    Glu,
+    Identity,
+    Linear,
+    Mixture,
+    Product,
+    Routing,
+    Scale,
+    Share,
+    Sum,
+    Times,
+    gated,
+)
 from controllability.interfaces import Component
 
 FeedForward = Callable[[View], Component]
@@ -237,6 +252,20 @@ class SigmoidTop:
 
 
 __all__ = [
-    "Bias", "Fixed", "FeedForward", "Fused", "Gate", "Gated", "Identity", "MoE", "Norm", "Plain", "Scale", "SigmoidTop",
-    "layer_norm", "softmax_top", "top_k", "top_softmax",
+    "Bias",
+    "FeedForward",
+    "Fixed",
+    "Fused",
+    "Gate",
+    "Gated",
+    "Identity",
+    "MoE",
+    "Norm",
+    "Plain",
+    "Scale",
+    "SigmoidTop",
+    "layer_norm",
+    "softmax_top",
+    "top_k",
+    "top_softmax",
 ]  # fmt: skip

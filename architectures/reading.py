@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any
 
-from architectures.registry import Architecture, Seen, by_layers, find
+from architectures.registry import Architecture, Seen, by_layers, find, full_name
 from architectures.view import View
+from architectures.widths import misfits
 from controllability.arrays import Array
-from controllability.components import ExpertLinear, Mixture
+from controllability.components import ExpertLinear, Linear, Mixture
 from controllability.errors import BadInput, ReadingError
 from controllability.interfaces import Component, Param
 from controllability.trace import Path, leaves, node
+
+# types in which weights are stored packed or scaled: 8 bits and fewer
+_PACKED = re.compile(r"torch\.(q?u?int[1-8](x\d+)?|qint32|float[48]_\w+|bits\w+)")
 
 
 @dataclass(frozen=True)
 class Tap:
     """Where a live model computes some leaves: a module, a weight inside one, or a stage of its experts.
 
-    ``kind`` is module (its first argument goes in, its output comes out), weight (a linear map with this
-    module's weight, inside its forward), first or last (the experts' first or last matrices).
+    ``kind`` is module (its first argument goes in, its output comes out), weight (one leaf, wherever the module's
+    forward computes with its parameter), first or last (the experts' first or last matrices).
     """
 
     module: str
@@ -49,14 +56,16 @@ class LiveParams(Mapping[str, Array]):
             path, _, attribute = param.name.rpartition(".")
             try:
                 module = model.get_submodule(path)
-                held = module._parameters.get(attribute, module._buffers.get(attribute))
-                if held is None:
-                    raise AttributeError(attribute)
             except AttributeError:
-                problems.append(f"the model has no parameter {param.name}")
+                problems.append(_absent(model, param.name))
                 continue
-            if param.shape and held.ndim != len(param.shape) and (held.ndim or param.shape != ("one",)):
-                problems.append(f"{param.name} has shape {tuple(held.shape)}, declared with {len(param.shape)} axes")
+            refuse_quantised(path, module, attribute)
+            held = module._parameters.get(attribute, module._buffers.get(attribute))
+            if held is None:
+                problems.append(_absent(model, param.name))
+                continue
+            if problem := _misshapen(param, tuple(held.shape)):
+                problems.append(problem)
             self._where[param.name] = (module, attribute)
         if problems:
             raise ReadingError(f"{'; '.join(problems)}: its layers are not what was registered")
@@ -64,7 +73,8 @@ class LiveParams(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         module, attribute = self._where[name]
         held = module._parameters.get(attribute)
-        return (held if held is not None else module._buffers[attribute]).detach()
+        held = held if held is not None else module._buffers[attribute]
+        return getattr(held, "stored", held).detach()  # a weight that is listened to: the one behind it
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -78,6 +88,39 @@ class LiveParams(Mapping[str, Array]):
     def holder(self, name: str) -> tuple[Any, str]:
         """The module that holds a parameter, and its attribute name there."""
         return self._where[name]
+
+
+def _absent(model: Any, name: str) -> str:
+    """'the model has no parameter …', and the one that may be meant."""
+    held = [n for n, _ in (*model.named_parameters(), *model.named_buffers()) if n.count(".") == name.count(".")]
+    close = get_close_matches(name, held, 1, 0.8)
+    return f"the model has no parameter {name}" + (f" (close to it: {close[0]})" if close else "")
+
+
+def _misshapen(param: Param, shape: tuple[int, ...]) -> str:
+    """What is wrong with a shape, as far as it can be said of one parameter alone."""
+    if not param.shape or param.index or (not shape and param.shape == ("one",)):
+        return ""
+    if len(shape) != len(param.shape):
+        return f"{param.name} has shape {shape}, declared with {len(param.shape)} axes ({', '.join(map(str, param.shape))})"
+    if any(isinstance(wanted, int) and wanted != n for wanted, n in zip(param.shape, shape, strict=True)):
+        return f"{param.name} has shape {shape}, declared ({', '.join(map(str, param.shape))})"
+    return ""
+
+
+def refuse_quantised(path: str, module: Any, attribute: str) -> None:
+    """Raise ``BadInput`` for a module that holds its weights as small integers or packed numbers."""
+    held = {n: t for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+    packed = [n for n, t in held.items() if _PACKED.fullmatch(str(t.dtype))]
+    if attribute not in held:  # packed into wider integers under another name, or kept behind a method
+        packed += [n for n, t in held.items() if t.ndim > 1 and not t.is_floating_point()]
+    if packed:
+        what = f"parameter {path}.{packed[0]} is {held[packed[0]].dtype}"
+    elif inspect.ismethod(getattr(module, attribute, None)):
+        what = f"module {path} is a {full_name(type(module))}"
+    else:
+        return
+    raise BadInput(f"{what}: quantised parameters cannot be patched; load the model unquantised, or dequantise it")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +139,6 @@ class Layer:
     inputs: tuple[Seen, ...]
     output: Seen
     experts: Mapping[Path, str] = field(default_factory=dict)  # the module that runs the experts of a mixture
-    weights: Mapping[str, str] = field(default_factory=dict)  # the weight at which a module is tapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,10 +151,14 @@ class Reading:
 
 
 def architecture_of(model: Any) -> Architecture:
-    """The registered architecture of a live model: by its model type, its text model's, or its layer classes.
+    """The registered architecture of a live model.
 
-    Raises ``BadInput`` when nothing fits.
+    By a layer class that was registered itself; else by its model type or its text model's; for a model without
+    one by the names of its layer classes.  Raises ``BadInput`` when nothing fits.
     """
+    classes = {type(m) for m in model.modules()}
+    if found := by_layers({full_name(c) for c in classes}):
+        return found
     config = getattr(model, "config", None)
     kinds = [getattr(config, "model_type", None)]
     if config is not None and hasattr(config, "get_text_config"):
@@ -123,8 +169,7 @@ def architecture_of(model: Any) -> Architecture:
             return find(kind)
         except BadInput as unknown:
             problem = problem or unknown
-    classes = {type(m).__name__ for m in model.modules()}
-    if not problem and (found := by_layers(classes)):
+    if not problem and (found := by_layers({c.__name__ for c in classes})):
         return found
     raise problem or BadInput(
         f"{type(model).__name__} has no config.model_type, and no registered layer class is in it: "
@@ -146,16 +191,16 @@ def read(model: Any) -> Reading:
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     if architecture.under and text is not None and getattr(config, "is_encoder_decoder", False):
         text = config
-    found = [
-        (n, m)
-        for n, m in model.named_modules()
-        if type(m).__name__ in architecture.layer_class and f".{n}.".find(f".{architecture.under}.") >= 0
-    ] if architecture.under else [
-        (n, m) for n, m in model.named_modules() if type(m).__name__ in architecture.layer_class
-    ]  # fmt: skip
+    under = f".{architecture.under}." if architecture.under else ""
+    found = [(n, m) for n, m in model.named_modules() if architecture.is_layer(m) and under in f".{n}."]
     if not found:
         wanted = " or ".join(architecture.layer_class)
         raise ReadingError(f"{architecture.name}: no module of class {wanted} in {type(model).__name__}")
+    if not found[0][0]:
+        raise ReadingError(
+            f"{architecture.name}: the model is itself a {type(model).__name__}, which was registered as a layer: "
+            "pass the model whose layers are of that class"
+        )
     layers: list[Layer] = []
     for position, (name, module) in enumerate(found):
         around = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
@@ -164,26 +209,34 @@ def read(model: Any) -> Reading:
         try:
             built = architecture.build(view)
         except (AttributeError, KeyError, TypeError) as missing:
-            raise ReadingError(f"{architecture.name}: layer {name} is not what was declared: {missing}") from None
-        if built is not None:
-            layers.append(_layer(model, architecture, len(layers), name, built, view))
+            raise ReadingError(f"{architecture.name}: layer {name} is not what was declared: {missing}") from missing
+        if built is None:
+            continue
+        if not isinstance(built, Component):
+            raise ReadingError(f"{architecture.name}: the builder of layer {name} returned a {type(built).__name__}")
+        layers.append(_layer(model, architecture, len(layers), name, built, view))
     if not layers:
-        raise ReadingError(f"{architecture.name}: none of its {len(found)} layers has a feed-forward half")
+        raise ReadingError(
+            f"{architecture.name}: none of its {len(found)} layers has a feed-forward half (its builder returned None)"
+        )
     return Reading(architecture, tuple(layers), text)
 
 
 def _layer(model: Any, architecture: Architecture, index: int, name: str, block: Component, view: View) -> Layer:
     params = LiveParams(model, block.parameters())
+    if problems := misfits(block, params):
+        raise ReadingError(
+            f"{architecture.name}: layer {name}: {'; '.join(problems)}: its layers are not what was registered"
+        )
     found = taps(block, view.sites)
+    _refuse_crowded(architecture, name, block, found)
     _refuse_unknown(model, architecture, name, block, found, params)
     wanted = view.sites.get("inputs") or architecture.inputs or _default_inputs(name, block, found)
-    inputs = tuple(Seen(_join(name, s.module), s.when) for s in wanted)
+    inputs = tuple(replace(s, module=_join(name, s.module)) for s in wanted)
     output = view.sites.get("output") or architecture.output or Seen("", "after")
     experts = {t.mixture: view.sites.get(f"{t.module}|experts", t.module) for t in found if t.mixture is not None}
-    leaf = {t.module: node(block, t.outlet) for t in found if t.kind == "weight"}
-    weights = {m: c.own_parameters()[0].name.rpartition(".")[2] for m, c in leaf.items()}
-    output = Seen(_join(name, output.module), output.when)
-    return Layer(index, name, block, params, found, inputs, output, experts, weights)
+    output = replace(output, module=_join(name, output.module))
+    return Layer(index, name, block, params, found, inputs, output, experts)
 
 
 def _join(layer: str, module: str) -> str:
@@ -198,7 +251,10 @@ def _default_inputs(name: str, block: Component, found: tuple[Tap, ...]) -> tupl
         if reads_input(block, tap.inlet):
             inside = tap.module.removeprefix(f"{name}.")
             return (Seen(inside if tap.kind == "module" else inside.split(".")[0]),)
-    raise ReadingError(f"layer {name}: no module reads the block's input")
+    raise ReadingError(
+        f"layer {name}: no module reads the block's input as it is: say where it is seen, "
+        "with inputs=(architectures.Seen(module),) in the registration"
+    )
 
 
 def reads_input(block: Component, path: Path) -> bool:
@@ -210,6 +266,23 @@ def reads_input(block: Component, path: Path) -> bool:
         if isinstance(parent, Mixture) and path[depth] > 0:
             return False
     return True
+
+
+def _refuse_crowded(architecture: Architecture, name: str, block: Component, found: tuple[Tap, ...]) -> None:
+    """A module shows one input and one output: it can be one linear map or one norm, not several in turn."""
+    inside: dict[str, dict[Param, Component]] = {}
+    for tap in found:
+        if tap.kind == "module":
+            leaves_of = [node(block, path) for path in tap.paths]
+            inside.setdefault(tap.module, {}).update({p: leaf for leaf in leaves_of for p in leaf.own_parameters()})
+    for module, held in inside.items():
+        parts = list(dict.fromkeys(held.values()))
+        if len(parts) > 1 and any(isinstance(part, Linear) for part in parts):
+            raise ReadingError(
+                f"{architecture.name}: layer {name}: module {module} computes {' and '.join(p.describe() for p in parts)} "
+                "in one forward, of which only what goes in and what comes out can be seen: give every linear map a "
+                "module of its own (torch.nn.Linear)"
+            )
 
 
 def _refuse_unknown(
@@ -243,17 +316,18 @@ def taps(block: Component, sites: Mapping[str, str] | None = None) -> tuple[Tap,
     found: list[Tap] = []
     for path, leaf in leaves(block):
         module = leaf.module
-        if not module or (sites or {}).get(module) == "skip":
+        kind = (sites or {}).get(module, "module")
+        if not module or kind == "skip":
             continue
         if isinstance(leaf, ExpertLinear):
             mixture = next(path[:d] for d in reversed(range(len(path))) if isinstance(node(block, path[:d]), Mixture))
             stage = "first" if path[len(mixture)] == 1 else "last"
             found.append(Tap(module, (path,), stage, mixture))
             groups.append(("", []))
-        elif groups and groups[-1][0] == module and groups[-1][1][-1][:-1] == path[:-1]:
+        elif kind != "weight" and groups and groups[-1][0] == module and groups[-1][1][-1][:-1] == path[:-1]:
             groups[-1][1].append(path)
             found[-1] = Tap(module, tuple(groups[-1][1]), found[-1].kind)
         else:
             groups.append((module, [path]))
-            found.append(Tap(module, (path,), (sites or {}).get(module, "module")))
+            found.append(Tap(module, (path,), kind))
     return tuple(found)

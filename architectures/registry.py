@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from architectures import plugins
 from architectures.view import View
 from controllability.errors import BadInput, NotControllable
 from controllability.interfaces import Component
@@ -18,11 +19,12 @@ class Seen:
     """Where a live model shows one of a block's inputs, or its output.
 
     ``module`` is named inside the layer ('' is the layer itself); ``when`` is before it runs (its first
-    argument) or after (its output, the first of a tuple).
+    argument, or the one that its forward calls ``argument``) or after (its output, the first of a tuple).
     """
 
     module: str
     when: Literal["before", "after"] = "before"
+    argument: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class Refusal:
 class Architecture:
     """One registered family.
 
-    ``layer_class`` names the classes of its live layers, ``build`` writes the block of one layer (None
-    for a layer without a feed-forward half), ``defaults`` are the settings of the abstract block.
+    ``layer_class`` names the classes of its live layers (``Layer``, or in full ``package.module.Layer``), ``build``
+    writes the block of one layer (None for a layer without a feed-forward half), ``defaults`` are the
+    settings of the abstract block.
     ``inputs`` and ``output`` say where a live layer shows the block's input(s) and output, if not at the
     first module that reads it and at the layer's own output.  ``under`` restricts the layers to a part of
     the model; ``sequence_first`` says that states are (T, B, d); ``streams(config)`` how many rows a
-    position has, one after the other on the sequence axis; ``codebooks(config)`` how many rows of ids a sample has.
+    position has, one after the other on the sequence axis; ``codebooks(config)`` how many rows of ids a sample has;
+    ``embeds(config)`` how wide ``inputs_embeds`` are, if not as the embedding matrix.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Architecture:
     sequence_first: bool = False
     streams: Callable[[Any], int] | None = None
     codebooks: Callable[[Any], int] | None = None
+    embeds: Callable[[Any], int] | None = None
     ignored: tuple[str, ...] = ()
     refusal: Refusal | None = None
 
@@ -68,6 +73,19 @@ class Architecture:
             r = self.refusal
             raise NotControllable(f"{self.name}: {r.culprit}", r.reason, r.hint, f"architecture {self.name}")
 
+    def is_layer(self, module: Any) -> bool:
+        """Whether a live module is one of its layers."""
+        return not {type(module).__name__, full_name(type(module))}.isdisjoint(self.layer_class)
+
+
+def full_name(cls: type) -> str:
+    """'package.module.Class'.
+
+    >>> full_name(Seen)
+    'architectures.registry.Seen'
+    """
+    return f"{cls.__module__}.{cls.__qualname__}"
+
 
 _REGISTERED: dict[str, Architecture] = {}
 
@@ -75,7 +93,7 @@ _REGISTERED: dict[str, Architecture] = {}
 def register(
     name: str,
     *,
-    layer_class: str | tuple[str, ...],
+    layer_class: str | type | tuple[str | type, ...],
     model_types: tuple[str, ...] = (),
     topology: str = "sequential",
     feed_forward: str = "feed-forward",
@@ -83,8 +101,9 @@ def register(
 ) -> Callable[[Build], Build]:
     """Decorator that registers the builder of a family's block.
 
-    ``model_types`` are the ``config.model_type`` values it reads (``name`` if none is given; a model
-    without a config is recognised by its layer classes).  ``options`` are the fields of ``Architecture``.
+    ``layer_class`` is the class of a layer, or its name.  ``model_types`` are the ``config.model_type`` values it
+    reads (``name`` if none is given); a model without a config is recognised by its layer classes, and one with
+    layers of a class that was given as such always is.  ``options`` are the fields of ``Architecture``.
     Raises ``BadInput`` when the name or one of the model types is taken.
 
     >>> from controllability.components import residual
@@ -96,7 +115,8 @@ def register(
     >>> unregister("toy")
     """
     model_types = model_types or (name,)
-    classes = (layer_class,) if isinstance(layer_class, str) else tuple(layer_class)
+    given = layer_class if isinstance(layer_class, tuple) else (layer_class,)
+    classes = tuple(full_name(c) if isinstance(c, type) else c for c in given)
 
     def decorate(build: Build) -> Build:
         add(Architecture(name, model_types, classes, topology, feed_forward, build, **options))
@@ -113,12 +133,17 @@ def add(architecture: Architecture) -> None:
 
 
 def _refuse_taken(name: str, model_types: tuple[str, ...]) -> None:
-    taken = {t: a.name for a in _REGISTERED.values() for t in a.model_types}
+    taken = {t: a.name for a in _REGISTERED.values() for t in (*a.model_types, a.name)}
     if name in _REGISTERED:
-        raise BadInput(f"architecture {name!r} is registered already")
-    for model_type in model_types:
+        raise BadInput(
+            f"architecture {name!r} is registered already: take another name, or architectures.unregister({name!r}) first"
+        )
+    for model_type in dict.fromkeys((name, *model_types)):
         if model_type in taken:
-            raise BadInput(f"model type {model_type!r} is registered already, by architecture {taken[model_type]!r}")
+            raise BadInput(
+                f"model type {model_type!r} is registered already, by architecture {taken[model_type]!r}: "
+                f"architectures.unregister({taken[model_type]!r}) makes room"
+            )
 
 
 def unregister(name: str) -> None:
@@ -132,14 +157,16 @@ def names() -> list[str]:
     >>> "gemma3" in names()
     True
     """
+    plugins.load_once(_REGISTERED)
     return sorted(_REGISTERED)
 
 
 def find(name: str) -> Architecture:
     """The architecture called ``name``, or that reads the model type ``name``.
 
-    Raises ``BadInput`` with the known names.
+    Raises ``BadInput`` with the names close to it, and the plug-ins that could not be loaded.
     """
+    plugins.load_once(_REGISTERED)
     for architecture in _REGISTERED.values():
         if name == architecture.name or name in architecture.model_types:
             return architecture
@@ -150,12 +177,18 @@ def find(name: str) -> Architecture:
     raise BadInput(
         f"unknown architecture or model type {name!r}{near}; `controllability list` shows all {len(names())}, "
         "architectures.register adds one"
+        + "".join(f"; the plug-in {who} could not be loaded: {why}" for who, why in plugins.failed().items())
     )
 
 
 def by_layers(classes: set[str]) -> Architecture | None:
-    """The architecture whose layer class is among ``classes``: for models without a model type."""
-    return next((a for a in _REGISTERED.values() if classes & set(a.layer_class)), None)
+    """The architecture one of whose layer classes is among ``classes``, the last registered first.
+
+    For models without a model type.  What a user registers comes after what is built in, so a class called
+    ``Block`` is theirs and not openai-gpt's.
+    """
+    plugins.load_once(_REGISTERED)
+    return next((a for a in reversed(_REGISTERED.values()) if classes & set(a.layer_class)), None)
 
 
 def block(name: str, **sizes: Any) -> Component:
@@ -174,5 +207,13 @@ def block(name: str, **sizes: Any) -> Component:
     settings = architecture.defaults | {k: v for k, v in sizes.items() if k in known}
     shape = {k: v for k, v in sizes.items() if k not in known}
     built = architecture.build(View("", shape, settings))
-    assert built is not None, f"{architecture.name} builds no abstract block"
+    if not isinstance(built, Component):
+        raise BadInput(
+            f"architecture {architecture.name!r} builds no abstract block: its builder returned {_kind(built)}; "
+            "without a live layer it must return a component (its defaults say how)"
+        )
     return built
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -105,11 +105,11 @@ def refuse(name: str, layers: str, culprit: str, reason: str, hint: str, topolog
     )
 
 
-def fixed_scale(name: str) -> Callable[[View], Component]:
+def fixed_scale(name: str, size: str = "d") -> Callable[[View], Component]:
     """A per-channel gain stored at the layer itself; it stays as it is."""
     from controllability.components import Scale
 
-    return lambda view: Fixed(Scale(view.param(name, "d")))
+    return lambda view: Fixed(Scale(view.param(name, size)))
 
 
 def either(condition: Callable[[View], Any], yes: Shape, no: Shape) -> Shape:

@@ -12,6 +12,7 @@ from architectures.shapes import Shape, either, family, fixed_scale, parallel, p
 from architectures.view import View
 from controllability.components import (
     Activation,
+    Bias,
     Fixed,
     Gate,
     Glu,
@@ -19,7 +20,9 @@ from controllability.components import (
     Mixture,
     Product,
     Routing,
+    Scale,
     Select,
+    Sequence,
     Sum,
     Times,
     residual,
@@ -106,7 +109,7 @@ family(
 )  # fmt: skip
 
 
-def doge(view: View) -> Component:
+def doge(view: View) -> Component | None:
     """A per-channel gain on the skip.  The mixture of ``is_moe`` mixes tokens and is refused."""
     if view.setting("is_moe", default=False):
         raise NotControllable(
@@ -213,11 +216,18 @@ def _root(view: View) -> Any:
 
 
 GEMMA4 = Shape(gemma4, "sequential, pre- and post-norm, stored factor", "gated, mixture of experts beside it")
-family("gemma4 gemma4_text gemma4_assistant", "Gemma4TextDecoderLayer", GEMMA4)
-family(
-    "gemma4_unified gemma4_unified_text gemma4_unified_assistant", "Gemma4UnifiedTextDecoderLayer",
-    Shape(gemma4, "sequential, pre- and post-norm, stored factor", "gated"),
-)  # fmt: skip
+GEMMA4_UNIFIED = Shape(gemma4, GEMMA4.topology, "gated")
+
+
+def assisted(config: Any) -> int:
+    """An assistant reads an embedding and a last state of the model that it assists."""
+    return 2 * config.backbone_hidden_size
+
+
+family("gemma4_assistant", "Gemma4TextDecoderLayer", GEMMA4_UNIFIED, embeds=assisted)
+family("gemma4_unified_assistant", "Gemma4UnifiedTextDecoderLayer", GEMMA4_UNIFIED, embeds=assisted)
+family("gemma4 gemma4_text", "Gemma4TextDecoderLayer", GEMMA4)
+family("gemma4_unified gemma4_unified_text", "Gemma4UnifiedTextDecoderLayer", GEMMA4_UNIFIED)
 
 
 def xmod(view: View) -> Component:
@@ -288,3 +298,39 @@ def hyperclovax(view: View) -> Component:
 family(
     "hyperclovax", "HyperCLOVAXDecoderLayer", Shape(hyperclovax, "sequential, pre- and post-norm, multiplier", "gated")
 )
+
+
+def zaya(view: View) -> Component:
+    """(mixture + b₁) s₁ + (r + b₂) s₂; the router adds what the router of the layer before saw.
+
+    Where the router chooses no expert the experts' matrices move nothing: a bias makes up.
+    """
+    gate, affine = "mlp.gate", "post_mlp_residual_scale"
+    view.sites[view.prefix + affine] = "weight"
+    carried = view.has(f"{gate}.router_states_scale")  # from the second layer on
+    r = (Select(0, "hidden state", view.size("d")),) if carried else ()
+    normed = Sequence((*r, AFTER_ATTENTION(view)))
+
+    def scaled(name: str) -> Sequence:
+        return Bias(view.param(f"{affine}.{name}_bias", "d")) >> Scale(view.param(f"{affine}.{name}_scale", "d"))
+
+    state: Component = normed >> view.linear(f"{gate}.down_proj", "r", "d", bias=True)
+    view.sites["inputs"] = (Seen("post_attention_residual_scale", "after"),)
+    if carried:
+        before = Select(1, "router state", view.size("r"))
+        state = state + (before >> fixed_scale(f"{gate}.router_states_scale", "r")(view))
+        view.sites["inputs"] += (Seen("", argument="prev_router_hidden_states"),)
+    router = state >> Norm(f"{gate}.router_mlp.norm")(view, "r")
+    for module in ("fc1", "fc2"):
+        router = router >> view.linear(f"{gate}.router_mlp.{module}", "r", "r", bias=True) >> Activation("gelu")
+    router = router >> view.linear(f"{gate}.router_mlp.out_proj", "E+1", "r")
+    routing = Routing(1, correction=view.param(f"{gate}.balancing_biases", "E+1"), skip=True)
+    inner = normed >> view.experts("mlp.experts.gate_up_proj", "2h", "d") >> Glu(view.activation())
+    mixture = Mixture(router, routing, inner, view.experts("mlp.experts.down_proj", "d", "h"))
+    return Sum((Sequence((*r, scaled("residual"))), mixture >> scaled("hidden_states")))
+
+
+family(
+    "zaya", "ZayaDecoderLayer",
+    Shape(zaya, "sequential, pre-norm, scale and bias on both terms", "mixture of experts, router state carried on"),
+)  # fmt: skip

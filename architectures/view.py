@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from controllability.components import Activation, ExpertLinear, Linear, Normalize, Sequence, XIELU
-from controllability.components import layer_norm, rms_norm
+from controllability.components import (
+    XIELU,
+    Activation,
+    ExpertLinear,
+    Linear,
+    Normalize,
+    Sequence,
+    layer_norm,
+    rms_norm,
+)
 from controllability.errors import ReadingError
 from controllability.interfaces import Component, Param
 

@@ -12,6 +12,7 @@ _HOME = {
     "ControllabilityError": "errors",
     "NotControllable": "errors",
     "NotExact": "errors",
+    "NotVerified": "errors",
     "PatchError": "errors",
     "ReadingError": "errors",
     "SideConditionFailed": "errors",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from controllability.errors import ControllabilityError as ControllabilityError
     from controllability.errors import NotControllable as NotControllable
     from controllability.errors import NotExact as NotExact
+    from controllability.errors import NotVerified as NotVerified
     from controllability.errors import PatchError as PatchError
     from controllability.errors import ReadingError as ReadingError
     from controllability.errors import SideConditionFailed as SideConditionFailed

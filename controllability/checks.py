@@ -4,6 +4,8 @@ derived    the tree follows the rules; nothing is computed
 symbolic   every leaf rule as an identity in generic coordinates, and the whole block at d = 2, h = 3
 exact      the whole block on random rational numbers, roots as algebraic numbers: residual exactly 0
 numeric    float32, float64 and 50 digits: the residual must fall with the precision, or be 0
+
+Mixtures have h = 2 and one expert more than a token goes to in the first two.
 """
 
 from __future__ import annotations
@@ -18,19 +20,27 @@ import numpy as np
 from controllability.arrays import ARITHMETICS, Array, relative_error
 from controllability.components.activation import FORMULAS, Activation
 from controllability.components.combinators import Product, Sequence, Sum
+from controllability.components.fixed import Fixed
+from controllability.components.glu import XIELU, Glu, Swish
+from controllability.components.mixture import CHOSEN, SHARES, ExpertLinear, Mixture
 from controllability.components.normalisation import Normalize
+from controllability.components.routing import Routing
 from controllability.errors import BadInput, NotExact, SideConditionFailed
 from controllability.interfaces import Component
+from controllability.rules import Step
+from controllability.rules.mixture import OutputMixture
 from controllability.sampling import DEFAULT_SIZES, sample
-from controllability.symbols import definitions
+from controllability.symbols import Definitions, definitions, normal_form, opaque
+from controllability.trace import PatchedRun, Place
 
 if TYPE_CHECKING:
     from controllability.proof import Proof
 
 LEVELS = ("derived", "symbolic", "exact", "numeric")
-SMALL = {"d": 2, "h": 3}
+SMALL = {"d": 2, "h": 3, "one": 1}
 WRONG = 1e-15  # a residual at a random point that 30 digits do not explain
 RATIONAL_ACTIVATIONS = ("identity", "relu", "relu2")
+TOP = 2  # experts that are steered in the identity of I-experts
 
 
 def check(proof: Proof, level: str, seed: int = 0) -> list[dict[str, Any]]:
@@ -57,15 +67,40 @@ def _result(rule: str, status: str, method: str) -> dict[str, Any]:
     return {"rule": rule, "status": status, "method": method}
 
 
-def rebuilt(block: Component, change: Callable[[Component], Component]) -> Component:
-    """The same expression with every leaf passed through ``change``."""
+def rebuilt(
+    block: Component, change: Callable[[Component], Component], route: Callable[[Routing], Routing] = lambda r: r
+) -> Component:
+    """The same expression with every leaf passed through ``change`` and every routing through ``route``."""
+
+    def again(part: Component) -> Component:
+        return rebuilt(part, change, route)
+
     if isinstance(block, Sequence):
-        return Sequence(tuple(rebuilt(p, change) for p in block.parts))
+        return Sequence(tuple(map(again, block.parts)))
     if isinstance(block, Sum):
-        return Sum(tuple(rebuilt(t, change) for t in block.terms))
+        return Sum(tuple(map(again, block.terms)))
     if isinstance(block, Product):
-        return Product(tuple(rebuilt(f, change) for f in block.factors))
+        return Product(tuple(map(again, block.factors)))
+    if isinstance(block, Mixture):
+        router, inner, last = map(again, block.children())
+        return Mixture(router, route(block.routing), inner, last, block.weighted)
+    if isinstance(block, Glu):
+        return replace(block, activation=again(block.activation))
+    if isinstance(block, Fixed):
+        return Fixed(again(block.inner))
     return change(block)
+
+
+def _mixtures(block: Component) -> list[Mixture]:
+    inside = [mixture for child in block.children() for mixture in _mixtures(child)]
+    return [block, *inside] if isinstance(block, Mixture) else inside
+
+
+def _transcendental(leaf: Component) -> str:
+    """The name of an activation that no rational function computes; '' for everything else."""
+    if isinstance(leaf, Activation):
+        return leaf.name if leaf.name in FORMULAS and leaf.name not in RATIONAL_ACTIVATIONS else ""
+    return "swish" if isinstance(leaf, Swish) else "xielu" if isinstance(leaf, XIELU) else ""
 
 
 def _leaf_identities(proof: Proof) -> list[dict[str, Any]]:
@@ -74,18 +109,50 @@ def _leaf_identities(proof: Proof) -> list[dict[str, Any]]:
     for step in proof.root.walk():
         if step.steering is None or step.rule.name in results:
             continue
-        leaf, xp = step.place.component, ARITHMETICS["sympy"]
-        params, x, _ = sample(leaf, "sympy", **_sizes(leaf))
-        y = leaf(params, x)
-        gap = _symbols("delta", y.shape)
-        delta = step.steering.solve(params, x, gap)
-        left = xp.tidy(step.steering.effect(x, delta) - gap)
-        status = "passed" if all(e == 0 for e in left) else "failed"
-        method = f"(W + ΔW)x − Wx − δ reduced to 0 with symbolic entries, size {x.shape[-1]} → {y.shape[-1]}"
-        results[step.rule.name] = _result(
-            step.rule.name, status, method.replace("W", "θ") if delta_is_vector(delta) else method
-        )
+        identity = _mixture_identity if isinstance(step.place.component, Mixture) else _leaf_identity
+        left, method = identity(step)
+        status = "passed" if all(e == 0 for e in left.reshape(-1)) else "failed"
+        results[step.rule.name] = _result(step.rule.name, status, method)
     return list(results.values())
+
+
+def _leaf_identity(step: Step) -> tuple[Array, str]:
+    """(W + ΔW)x − Wx − δ for one leaf, an expert's map for several experts at once."""
+    assert step.steering is not None
+    leaf, xp = step.place.component, ARITHMETICS["sympy"]
+    experts = isinstance(leaf, ExpertLinear)
+    params, x, _ = sample(leaf, "sympy", tokens=(TOP,) if experts else (), **_sizes(leaf))
+    bound = params | {CHOSEN: np.arange(TOP)} if experts else params
+    y = leaf(bound, x)
+    gap = _symbols("delta", y.shape)
+    delta = step.steering.solve(bound, x, gap)
+    left = xp.tidy(step.steering.effect(x, delta) - gap)
+    method = f"(W + ΔW)x − Wx − δ reduced to 0 with symbolic entries, size {x.shape[-1]} → {y.shape[-1]}"
+    if delta_is_vector(delta):
+        method = method.replace("W", "θ")
+    return left, method + (f", for {TOP} chosen experts" if experts else "")
+
+
+def _mixture_identity(step: Step) -> tuple[Array, str]:
+    """Σ_j s_j (W_j + ΔW_j) y_j − Σ_j s_j W_j y_j − δ for symbolic shares and activations."""
+    mixture, xp = step.place.component, ARITHMETICS["sympy"]
+    assert isinstance(mixture, Mixture)
+    assert isinstance(mixture.last, ExpertLinear)
+    k = mixture.routing.top_k
+    params, y, _ = sample(mixture.last, "sympy", tokens=(k,), **_sizes(mixture))
+    bound = {CHOSEN: np.arange(k), SHARES: _symbols("s", (k,))}
+    raw = mixture.assemble(bound, lambda _: mixture.last(params | bound, y))
+    gap = _symbols("delta", raw.shape)
+    run = PatchedRun(mixture, params, y[0], y[0])  # its state is not read: what the last maps see is given
+    run.bind((), bound)
+    run.observe_input((2,), y)
+    alone = Step(step.rule, Place(mixture), (), step.moved, step.conditions, steering=step.steering)
+    OutputMixture().construct(alone, run, lambda: raw + gap)
+    left = xp.tidy(run.output(()) - raw - gap)
+    return (
+        left,
+        f"Σ_j s_j ΔW_j y_j − δ reduced to 0 with symbolic entries, {k} experts, size {y.shape[-1]} → {len(gap)}",
+    )
 
 
 def delta_is_vector(delta: object) -> bool:
@@ -112,22 +179,17 @@ def _symbolic(proof: Proof, seed: int) -> tuple[str, str]:
     def generic(leaf: Component) -> Component:
         if isinstance(leaf, Normalize):
             return replace(leaf, eps=eps)
-        if isinstance(leaf, Activation) and leaf.name in FORMULAS and leaf.name not in RATIONAL_ACTIVATIONS:
-            return Activation(f"phi_{leaf.name}", symbol=True)
-        return leaf
+        name = _transcendental(leaf)
+        return Activation(f"phi_{name}", symbol=True) if name else leaf
 
     block = rebuilt(proof.block, generic)
     sizes = _sizes(block)
     params, v, v_target = sample(block, "sympy", seed, **sizes)
     left = reduced_residual(replace_block(proof, block), params, v, v_target)
-    status = "passed" if all(e == 0 for e in left) else "failed"
+    if any(e != 0 for e in left):
+        return "failed", f"residual left: {left}"
     shown = ", ".join(f"{k} = {n}" for k, n in sizes.items())
-    return (
-        status,
-        f"residual reduced to 0 with symbolic entries, ε and activation at {shown}"
-        if status == "passed"
-        else f"residual left: {left}",
-    )
+    return "passed", f"residual reduced to 0 with symbolic entries, ε and activation at {shown}" + _choice(block)
 
 
 def _exact(proof: Proof, seed: int) -> tuple[str, str]:
@@ -136,25 +198,35 @@ def _exact(proof: Proof, seed: int) -> tuple[str, str]:
     cubic = tuple(int(c) for c in rng.integers(1, 4, size=4))
 
     def rational(leaf: Component) -> Component:
-        if isinstance(leaf, Activation) and leaf.name in FORMULAS and leaf.name not in RATIONAL_ACTIVATIONS:
-            return Activation("cubic", coefficients=cubic)
-        return leaf
+        return Activation("cubic", coefficients=cubic) if _transcendental(leaf) else leaf
 
-    block = rebuilt(proof.block, rational)
-    xp = ARITHMETICS["sympy"]
+    block = rebuilt(proof.block, rational, _linear_scores)
     params, v, v_target = sample(block, "rational", seed, **_sizes(block))
-    params = {name: xp.array(value) for name, value in params.items()}
-    left = reduced_residual(replace_block(proof, block), params, xp.array(v), xp.array(v_target))
-    status = "passed" if all(e == 0 for e in left) else "failed"
-    return (
-        status,
-        "residual exactly 0 on a random rational instance, roots as algebraic numbers"
-        if status == "passed"
-        else f"residual left: {left}",
-    )
+    params = {name: _number(value) for name, value in params.items()}
+    left = reduced_residual(replace_block(proof, block), params, _number(v), _number(v_target))
+    if any(e != 0 for e in left):
+        return "failed", f"residual left: {left}"
+    method = "residual exactly 0 on a random rational instance, roots as algebraic numbers"
+    scores = "; the logits themselves as scores (the theorem holds for any fixed score)" if _mixtures(block) else ""
+    return "passed", method + scores + _choice(block)
 
 
-def reduced_residual(proof: Proof, params: dict[str, Array], v: Array, v_target: Array) -> list[Any]:
+def _choice(block: Component) -> str:
+    chosen = ", ".join(sorted({str(m.routing.top_k) for m in _mixtures(block)}))
+    return f"; assumed, as symbols have no order: the first {chosen} experts are the chosen ones" if chosen else ""
+
+
+def _linear_scores(routing: Routing) -> Routing:
+    """The same routing with the logits as scores."""
+    return replace(routing, score="identity", cap=None)
+
+
+def _number(values: Any) -> Any:
+    """Rationals as SymPy numbers; a tuple for a block with several inputs."""
+    return tuple(map(_number, values)) if isinstance(values, tuple) else ARITHMETICS["sympy"].array(values)
+
+
+def reduced_residual(proof: Proof, params: dict[str, Array], v: Any, v_target: Any) -> list[Any]:
     """The entries of patched(v) − original(v') in normal form, SymPy expressions."""
     xp = ARITHMETICS["sympy"]
     with definitions() as table:
@@ -162,23 +234,39 @@ def reduced_residual(proof: Proof, params: dict[str, Array], v: Array, v_target:
         difference = xp.tidy(run.output(()) - run.target.output(()))
         if any(abs(table.value(e)) > WRONG for e in difference.reshape(-1)):
             return list(difference.reshape(-1))  # not 0 at a random point: expanding would never end
-        while any(e != 0 and e.free_symbols & set(table.meaning) for e in difference.reshape(-1)):
-            difference = xp.tidy(xp.each(table.expand_once, difference))  # type: ignore[attr-defined]
-        return list(difference.reshape(-1))
+        return [_expanded(e, table) for e in difference.reshape(-1)]
+
+
+def _expanded(e: Any, table: Definitions) -> Any:
+    """Names replaced by their definitions, the newest first: an identity often shows before the oldest are reached."""
+    order = {name: place for place, name in enumerate(table.meaning)}
+    while names := e.free_symbols & set(order):
+        newest = max(names, key=order.__getitem__)
+        e = normal_form(_settled(e.xreplace({newest: table.meaning[newest]})))
+    return e
+
+
+def _settled(e: Any) -> Any:
+    """The same with the arguments of roots and functions in normal form: equal ones must look equal."""
+    import sympy
+
+    inside = {atom: atom.func(*(normal_form(_settled(a)) for a in atom.args)) for atom in opaque(e)}
+    return e.xreplace(inside) if inside else sympy.sympify(e)
 
 
 def replace_block(proof: Proof, block: Component) -> Proof:
     """The same question about another instance of the block (other ε, other activation)."""
     from controllability.prover import prove
 
-    return prove(block, proof.via, proof.route, proof.frozen)  # type: ignore[arg-type]
+    known = {name for p in block.parameters() for name in (p.name, str(p))}  # a learned activation may be gone
+    return prove(block, proof.via, proof.route, proof.frozen & known)  # type: ignore[arg-type]
 
 
 def _numeric(proof: Proof, seed: int) -> tuple[str, str]:
     """float32, float64 and 50 digits on one random instance of several tokens."""
     import mpmath
 
-    sizes: dict[str, Any] = {k: 2 * n for k, n in DEFAULT_SIZES.items()}
+    sizes: dict[str, Any] = {k: 2 * n for k, n in DEFAULT_SIZES.items() if k != "one"}
     errors: dict[str, float] = {}
     with mpmath.workdps(50):
         for kind, name in (("torch", "float32"), ("numpy", "float64"), ("mpmath", "50 digits")):
@@ -194,5 +282,16 @@ def _numeric(proof: Proof, seed: int) -> tuple[str, str]:
 
 
 def _sizes(block: Component) -> dict[str, Any]:
+    """Small numbers for the named sizes; what follows from others ("2h") is left to ``sample``."""
     named = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
-    return {name: SMALL.get(name, 2) for name in sorted(named)}
+    mixtures = _mixtures(block)
+    small = SMALL | {"h": 2, "E": max(_experts(m.routing) for m in mixtures)} if mixtures else SMALL
+    sizes = {name: small.get(name, 2) for name in sorted(named) if name != "2h"}
+    return sizes | ({"h": small["h"]} if "2h" in named else {})
+
+
+def _experts(routing: Routing) -> int:
+    """One expert more than are chosen, in groups that can be compared."""
+    groups = routing.groups[0] if routing.groups else 1
+    members = max(-(-(routing.top_k + 1) // groups), routing.group_best if routing.groups else 1)
+    return groups * members

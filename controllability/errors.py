@@ -37,6 +37,7 @@ class SideConditionFailed(ControllabilityError):
         self.statement, self.where, self.margin = statement, where, margin
         self.position, self.tried, self.hint = position, tried, hint
         self.layer: int | None = None
+        self.final = False  # no other derivation may go around it
         super().__init__(statement)
 
     def __str__(self) -> str:

@@ -69,6 +69,8 @@ class Proof:
                     return Patch(run.deltas(), run.journal, table)
             except SideConditionFailed as failed:
                 failure = failure or failed
+                if failed.final:
+                    raise
         assert failure is not None
         if self.alternatives:
             failure.tried = f"{1 + len(self.alternatives)} derivations that move different parameters"

@@ -24,7 +24,8 @@ def inputs_of(block: Component) -> int:
 def sizes_of(block: Component, **sizes: int) -> dict[str, int]:
     """Numbers for the named sizes of a block's parameters; raises ``BadInput`` for an unknown name."""
     known = DEFAULT_SIZES | sizes
-    known = {"2h": 2 * known["h"]} | known  # gate and up in one matrix
+    # gate and up in one matrix; a class for each expert and one for none
+    known = {"2h": 2 * known["h"], "E+1": known["E"] + 1} | known
     names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
     unknown = names - set(known)
     if unknown:

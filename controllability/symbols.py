@@ -104,7 +104,7 @@ def normal_form(expression: Any, rounds: int = 4) -> Any:
             return expression
         names, meaning = {}, {}
         roots: dict[Any, Any] = {}
-        for atom in _opaque(expression):
+        for atom in opaque(expression):
             if isinstance(atom, sympy.Pow) and (2 * atom.exp).is_Integer:  # A^(k/2) is a power of one root
                 name = roots.setdefault(atom.base, sympy.Dummy(positive=atom.base.is_positive))
                 names[atom], meaning[name] = name ** (2 * atom.exp), sympy.sqrt(atom.base)
@@ -118,7 +118,7 @@ def normal_form(expression: Any, rounds: int = 4) -> Any:
     return expression
 
 
-def _opaque(expression: Any) -> set[Any]:
+def opaque(expression: Any) -> set[Any]:
     """The largest subexpressions that are not rational functions of symbols."""
     import sympy
 

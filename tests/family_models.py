@@ -6,6 +6,8 @@ import functools
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def config_of(name: str) -> Any:
     if wanted is None or isinstance(config, wanted):
         return config
     # the class takes a part of a composite config
-    return next(part for part in vars(config).values() if isinstance(part, wanted))
+    return next((part for part in vars(config).values() if isinstance(part, wanted)), config)
 
 
 @functools.cache
@@ -69,6 +71,23 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Mo
     return model
 
 
+@contextmanager
+def default_dtype(name: str) -> Iterator[None]:
+    """xglm builds a mask in the default dtype: in float64 it needs that to be float64."""
+    torch.set_default_dtype(torch.float64 if name == "xglm" else torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def logits_of(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Logits, or the last hidden state of a model without."""
+    output = model(**{"use_cache": False, **kwargs})
+    logits = getattr(output, "logits", None)
+    return output.last_hidden_state if logits is None else logits
+
+
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Vectors (norms, biases, gains) and correction buffers get random values; matrices that are zero too."""
@@ -77,26 +96,41 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     def draw(like: torch.Tensor, scale: float) -> torch.Tensor:
         return torch.randn(like.shape, generator=generator, dtype=torch.float64).mul(scale).to(like.dtype)
 
-    for _, p in model.named_parameters():
+    for n, p in model.named_parameters():
         if p.ndim <= 1:
             p.add_(draw(p, 0.2))
+        elif re.search(r"gate\.(down_proj|router_mlp)", n):  # zaya: with less its router says the same everywhere
+            p.copy_(draw(p, 0.5))
         elif not bool(p.any()) or p.std() < 0.05:
             p.copy_(draw(p, 0.1))
     for n, b in model.named_buffers():
         if any(key in n for key in ("correction_bias", "expert_bias", "balancing_biases", "layer_scalar")):
             b.add_(draw(b, 0.1))
+        if "balancing_biases" in n:
+            b[-1] = 0.6  # zaya: the last class, no expert, is chosen at some positions
 
 
-def _gemma4_assistant(config: Any, cls: Any) -> None:
-    """transformers 5.23 raises where every layer shares keys and values, which these configs demand."""
+def _every_layer_shares(config: Any, cls: Any) -> None:
+    """transformers 5.23 raises where every layer shares keys and values, which these configs demand.
+
+    The text config becomes a subclass of the same name (by which it is looked up) that does not raise.
+    """
+    text = config.text_config
+    modes = {"kv_sharing_modes": property(lambda self: ["reuse"] * self.num_hidden_layers)}
+    text.__class__ = type(type(text).__name__, (type(text),), modes)
 
 
-_REPAIRS: dict[str, Any] = {}
+_REPAIRS: dict[str, Any] = {
+    "gemma4_assistant": _every_layer_shares,
+    "gemma4_unified_assistant": _every_layer_shares,
+}
 
 
 def inputs(name: str, model: nn.Module, batch: int = 2, context: int = 8, query: int = 4, seed: int = 3) -> Any:
     """(target, source): ``context + query`` tokens and the last ``query`` of them at the same positions."""
     generator = torch.Generator().manual_seed(seed)
+    if name.endswith("_assistant"):
+        return _assistant_inputs(model, batch, context, query, generator)
     config = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = int(getattr(text, "vocab_size", getattr(config, "vocab_size", 100)))
@@ -107,3 +141,24 @@ def inputs(name: str, model: nn.Module, batch: int = 2, context: int = 8, query:
     for key, spec in RECIPES[name].get("forward", {}).items():
         extra[key] = torch.randn(*spec["randn"], generator=generator, dtype=torch.float64).to(model.dtype)
     return {"input_ids": ids} | extra, {"input_ids": ids[:, context:]} | extra
+
+
+def _assistant_inputs(model: Any, batch: int, context: int, query: int, generator: torch.Generator) -> Any:
+    """An assistant reads no ids: its context are the keys and values of another model, one pair a layer type."""
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(model.dtype)
+
+    shared = {}
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        heads = attention.config.num_attention_heads // attention.num_key_value_groups
+        pair = (draw(batch, heads, context + query, attention.head_dim) for _ in range(2))
+        shared[attention.layer_type] = tuple(pair)
+    query_only = {kind: tuple(x[:, :, context:] for x in pair) for kind, pair in shared.items()}
+    both = {
+        "inputs_embeds": draw(batch, query, 2 * model.config.backbone_hidden_size),
+        "position_ids": torch.arange(context, context + query)[None],
+        "logits_to_keep": torch.arange(query),  # a number would slice per-layer inputs, which an assistant lacks
+    }
+    return both | {"shared_kv_states": shared}, both | {"shared_kv_states": query_only}

@@ -93,7 +93,7 @@ def test_list(capsys):
     status, data, _ = run(capsys, "list", "--json")
     assert status == 0
     entry = next(a for a in data["architectures"] if a["name"] == "gemma3")
-    assert entry["model_types"] == ["gemma3_text", "gemma3"]
+    assert entry["model_types"] == ["gemma3", "gemma3_text"]
     assert entry["verdict"] == "patchable"
     assert "theorem-1" in entry["rules"]
 

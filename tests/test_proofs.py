@@ -269,7 +269,7 @@ def test_half_precision_blocks_are_solved_in_float32():
 BAD_INSTANCES = {
     "missing parameter": (lambda p, v, t: ({k: x for k, x in p.items() if k != "down"}, v, t), "parameter down is missing; given are: gate, pre.weight, up"),
     "other width": (lambda p, v, t: (p, v[:3], t[:3]), "the states have width 3, the block takes 6"),
-    "different states": (lambda p, v, t: (p, v, np.stack([t, t])), r"source has shape \(6,\), target \(2, 6\)"),
+    "different states": (lambda p, v, t: (p, v, np.stack([t, t])), r"source has shape \(6,\), target has shape \(2, 6\)"),
     "transposed weight": (lambda p, v, t: (p | {"up": p["up"].T}, v, t), r"up has shape \(6, 10\), expected \(h = 10, d = 6\)"),
     "NaN": (lambda p, v, t: (p, v * np.nan, t), "the source state holds NaN or infinity"),
     "mixed libraries": (lambda p, v, t: (p, torch.as_tensor(v), torch.as_tensor(t)), r"torch tensors and NumPy arrays are mixed \(down is not a tensor\)"),

@@ -325,7 +325,7 @@ def corrupt(directory, how):
     elif how == "truncated json":
         description.write_text(description.read_text()[:100])
     elif how == "other version":
-        description.write_text(description.read_text().replace('"version": 1', '"version": 7'))
+        description.write_text(description.read_text().replace('"version": 2', '"version": 7'))
     elif how == "other format":
         description.write_text("[]")
     elif how == "missing entry":

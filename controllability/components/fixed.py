@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controllability.arrays import Array
-from controllability.arrays import arithmetic
+from controllability.arrays import Array, arithmetic
 from controllability.interfaces import Bijection, Component, Condition, Param, Params
 
 

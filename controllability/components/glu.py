@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from controllability.arrays import Array, arithmetic
-from controllability.components.activation import Activation
 from controllability.interfaces import Component, Param, Params
 
 

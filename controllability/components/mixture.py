@@ -35,7 +35,7 @@ class ExpertLinear(Component, Steerable):
     stacked: int | None = None
 
     def __call__(self, params: Params, x: Array) -> Array:
-        index = params[CHOSEN]
+        index: Array = params[CHOSEN]
         weight = self.weight.value(params)
         base = self._matrices(weight.base if isinstance(weight, PatchedMatrix) else weight)
         xp = arithmetic(x, base)
@@ -74,7 +74,8 @@ class ExpertLinear(Component, Steerable):
         return (Steering(f"{side}-experts", self.weight, (condition,), self._rank_one, _effect),)
 
     def _rank_one(self, params: Params, x: Array, gap: Array) -> Delta:
-        index, weight = params[CHOSEN], self.weight.value(params)
+        index: Array = params[CHOSEN]
+        weight = self.weight.value(params)
         assert not isinstance(weight, PatchedMatrix)
         xp = arithmetic(x, gap)
         x = _spread(x, index)
@@ -106,10 +107,17 @@ def _effect(x: Array, delta: Delta) -> Array:
 
 @dataclass(frozen=True)
 class Share(Component):
-    """y_j = s_j x_j: the share of each chosen expert, where a model applies it to the expert's input."""
+    """y_j = s_j x_j: the share of each chosen expert, where a model applies it to the expert's input.
+
+    >>> import numpy as np
+    >>> Share()({SHARES: np.array([0.5, 2.0])}, np.ones((2, 1)))
+    array([[0.5],
+           [2. ]])
+    """
 
     def __call__(self, params: Params, x: Array) -> Array:
-        return x * params[SHARES][..., None]
+        shares: Array = params[SHARES]
+        return x * shares[..., None]
 
     def describe(self) -> str:
         return "share of the expert"
@@ -166,7 +174,9 @@ class Mixture(Component):
     def child_input(self, index: int, x: Array, output: Callable[[int], Array]) -> Array:
         if index == 0:
             return x
-        return x[..., None, :] if index == 1 else output(1)
+        if index == 2:
+            return output(1)
+        return [a[..., None, :] for a in x] if isinstance(x, tuple | list) else x[..., None, :]
 
     def bindings(self, params: Params, output: Callable[[int], Array]) -> dict[str, Array]:
         chosen, shares = self.routing(params, output(0))
@@ -175,7 +185,8 @@ class Mixture(Component):
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
         if not self.weighted:
             return output(2).sum(-2)
-        return (output(2) * params[SHARES][..., None]).sum(-2)
+        shares: Array = params[SHARES]
+        return (output(2) * shares[..., None]).sum(-2)
 
     def describe(self) -> str:
         return f"mixture of experts ({self.routing.describe()}; {self.last.describe()})"

@@ -20,11 +20,14 @@ class Routing:
     logits.  ``groups=(n, kept)`` first keeps the best ``kept`` of ``n`` equal groups, a group being
     worth the sum of its ``group_best`` best.  ``renormalise`` divides the shares by their p-norm (1: their
     sum), plus ``eps``.  ``scaling`` and the stored ``per_expert`` (E,) multiply them in the end.  ``cap``
-    is a tanh soft-cap on the logits.  The shares are those that an implementation uses: they need not sum to 1.
+    is a tanh soft-cap on the logits.  ``skip``: there is one class more than experts, and the last one is
+    none of them: as expert 0 with share 0.  The shares are those that an implementation uses: they need not sum to 1.
 
     >>> import numpy as np
     >>> Routing(2, renormalise=1)({}, np.log(np.array([1.0, 6.0, 3.0])))
     (array([1, 2]), array([0.66666667, 0.33333333]))
+    >>> Routing(1, skip=True)({}, np.log(np.array([1.0, 2.0, 5.0])))
+    (array([0]), array([0.]))
     """
 
     top_k: int
@@ -41,6 +44,7 @@ class Routing:
     per_expert: Param | None = None
     cap: float | None = None
     jitter: float = 0.0
+    skip: bool = False
 
     def __call__(self, params: Params, logits: Array) -> tuple[Array, Array]:
         xp = arithmetic(logits)
@@ -57,6 +61,10 @@ class Routing:
         shares = shares * xp.number(self.scaling)
         if self.per_expert is not None:
             shares = shares * self.per_expert.value(params)[index]
+        shares = xp.name(shares)
+        if self.skip:
+            none = index == logits.shape[-1] - 1
+            index, shares = (xp.where(none, xp.zeros_like(a), a) for a in (index, shares))
         return index, shares
 
     def margin(self, params: Params, logits: Array) -> Array:
@@ -69,7 +77,7 @@ class Routing:
         if xp.kind == "sympy":
             return one
         if self.score == "sparsemixer":
-            return _gap(xp, logits, 2)
+            return xp.min(xp.concatenate([_gap(xp, logits, 1), _gap(xp, logits, 2)], -1))  # which is first counts
         logits = self._capped(xp, logits)
         scores = logits if self.after else self._scores(xp, logits)
         margin = one * float("inf") if not xp.exact else one
@@ -92,6 +100,7 @@ class Routing:
         steps = [f"top {self.top_k}", score] if self.after else [score, f"top {self.top_k}"]
         steps += [f"of {self.groups[1]} in {self.groups[0]} groups"] if self.groups else []
         steps += ["renormalised"] if self.renormalise is not None else []
+        steps += ["the last class is no expert"] if self.skip else []
         return ", ".join(steps)
 
     def _capped(self, xp: Arithmetic, logits: Array) -> Array:
@@ -101,8 +110,8 @@ class Routing:
         if self.score == "identity":
             return logits
         if self.score == "sigmoid":
-            return xp.sigmoid(logits)
-        return softmax(xp, logits)
+            return xp.name(xp.sigmoid(logits))
+        return xp.name(softmax(xp, logits))
 
     def _for_choice(self, params: Params, logits: Array, scores: Array) -> Array:
         base = logits if self.choose_logits else scores
@@ -125,7 +134,7 @@ class Routing:
 
     def _norm(self, xp: Arithmetic, shares: Array) -> Array:
         if self.renormalise == 1:
-            return xp.sum(shares) if self.score != "identity" else xp.sum(shares)
+            return xp.sum(shares)
         power = int(self.renormalise or 1)
         total = xp.sum(xp.magnitude(shares) ** power)
         return xp.sqrt(total) if power == 2 else total ** (1 / power)
@@ -147,10 +156,12 @@ class Routing:
             rest = xp.where(rest == best, xp.zeros_like(rest) + float("-inf"), rest)
         index, share = xp.concatenate(indices, -1), xp.concatenate(shares, -1)
         swap = index[..., :1] > index[..., 1:]
-        flip = lambda a: xp.concatenate(
-            [xp.where(swap, a[..., 1:], a[..., :1]), xp.where(swap, a[..., :1], a[..., 1:])], -1
-        )  # noqa: E731,E501
-        return flip(index), flip(share)
+
+        def ordered(a: Array) -> Array:
+            one, two = a[..., :1], a[..., 1:]
+            return xp.concatenate([xp.where(swap, two, one), xp.where(swap, one, two)], -1)
+
+        return ordered(index), ordered(share)
 
 
 def softmax(xp: Arithmetic, x: Array) -> Array:

@@ -37,6 +37,6 @@ class exact_mode(TorchFunctionMode):  # noqa: N801 (used like the context manage
             return torch.Tensor.double(args[0])
         if kwargs.get("dtype") in _LOWER:
             kwargs["dtype"] = torch.float64
-        if func is torch.Tensor.to:
+        if func in (torch.Tensor.to, torch.Tensor.type):
             args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in _LOWER else a for a in args)
         return func(*args, **kwargs)

@@ -44,6 +44,8 @@ def listen(installation: Installation, layer: nn.Module, experts: nn.Module, lis
     listeners = _LISTENERS.setdefault(experts, [])
     listeners.append(listener)
     installation.finally_do(lambda: listeners.remove(listener))
+    if len(listeners) > 1:
+        return  # what tells them is in place; contexts end in the reverse order
     kind = type(experts).__name__
     if hasattr(experts, "_apply_gate") and hasattr(experts, "is_transposed"):
         _register()
@@ -79,8 +81,10 @@ def _matrices(experts: Any) -> Matrices:
     last = experts.down_proj
     if experts.is_transposed:
         first, last = first.transpose(-1, -2), last.transpose(-1, -2)
-    biases = (getattr(experts, f"{n}_bias", None) if experts.has_bias else None for n in (name, "down_proj"))
-    return Matrices(first, last, *biases, experts._apply_gate if experts.has_gate else experts.act_fn)
+    first_bias, last_bias = (
+        getattr(experts, f"{n}_bias", None) if experts.has_bias else None for n in (name, "down_proj")
+    )
+    return Matrices(first, last, first_bias, last_bias, experts._apply_gate if experts.has_gate else experts.act_fn)
 
 
 def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -23,7 +23,10 @@ def sampled(value: Tensor) -> float:
     if value.numel() == 0 or value.is_meta:
         return 0.0
     flat = value.detach().reshape(-1)
-    return float(flat[:: max(1, flat.numel() // 64)].sum(dtype=torch.float64))
+    picked = flat[:: max(1, flat.numel() // 64)]
+    if picked.is_complex():  # rotary angles
+        picked = torch.view_as_real(picked)
+    return float(picked.sum(dtype=torch.float64))
 
 
 State = dict[str, tuple[int, int, float]]  # name -> storage, version, sample

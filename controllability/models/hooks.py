@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable
@@ -26,6 +27,11 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
 
 
+def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Tensor:
+    """What ``module`` was called with for the parameter ``name`` of its forward."""
+    return inspect.signature(module.forward).bind(*args, **kwargs).arguments[name]
+
+
 def refuse_compiled(model: nn.Module) -> None:
     """Raise ``PatchError`` for a compiled model: torch ignores hooks added after compilation."""
     for name, module in model.named_modules():
@@ -46,11 +52,11 @@ class Installation:
         self._handles: list[RemovableHandle] = []
         self._undo: list[Callable[[], None]] = []
 
-    def before(self, module: nn.Module, hook: Callable[[Tensor], None]) -> None:
-        """Call ``hook(first argument)`` before every forward of ``module``."""
+    def before(self, module: nn.Module, hook: Callable[[Tensor], None], name: str = "") -> None:
+        """Call ``hook(first argument)``, or with the argument ``name``, before every forward of ``module``."""
 
         def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hook(first_argument(args, kwargs))
+            hook(argument(module, args, kwargs, name) if name else first_argument(args, kwargs))
 
         self._handles.append(module.register_forward_pre_hook(call, with_kwargs=True))
 

@@ -19,8 +19,8 @@ from architectures.reading import Layer, Tap
 from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.errors import BadInput, PatchError
 from controllability.interfaces import Param
-from controllability.models.fingerprints import State, fingerprint, known_fingerprint, same_again, state_of
 from controllability.models.effects import patched
+from controllability.models.fingerprints import State, fingerprint, known_fingerprint, same_again, state_of
 from controllability.models.hooks import (
     Installation,
     anything_applied,

@@ -66,36 +66,60 @@ class Rows:
         position = (self.position[None] + shift).reshape(-1)
         return Rows(self.sample.repeat(count), position, (batch, length * count))
 
+    def repeated(self, count: int) -> Rows:
+        """The rows of a tensor that has ``count`` rows a sample: one for each codebook."""
+        sample = (self.sample[:, None] * count + torch.arange(count)).reshape(-1)
+        position = self.position[:, None].expand(-1, count).reshape(-1)
+        order = sample.argsort(stable=True)
+        return Rows(sample[order], position[order], (self.shape[0] * count, self.shape[1]))
+
     def name(self, row: int) -> str:
         """'sample 0, position 3' for messages."""
         return f"sample {int(self.sample[row])}, position {int(self.position[row])}"
 
 
-def input_shape(inputs: Mapping[str, Any], role: str) -> tuple[int, int]:
-    """(B, T) of a model's inputs.  Raises ``BadInput`` when there is nothing in them."""
+TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+
+
+def main_input(inputs: Mapping[str, Any]) -> str | None:
+    """The input whose positions are patched: the decoder's of an encoder-decoder, else the tokens; None for images."""
+    return next((name for name in TOKENS if inputs.get(name) is not None), None)
+
+
+def input_shape(inputs: Mapping[str, Any], role: str, length: int | None = None) -> tuple[int, int]:
+    """(B, T) of a model's inputs; ``length`` is the T of a model that reads no tokens.
+
+    Raises ``BadInput`` when there is nothing in them.
+    """
     if not isinstance(inputs, Mapping):
         raise BadInput(f"{role}: give the model's keyword arguments as a mapping, got {type(inputs).__name__}")
-    if "input_ids" in inputs and "inputs_embeds" in inputs:
-        raise BadInput(f"{role}: give input_ids or inputs_embeds, not both")
-    main = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    for kind in ("", "decoder_"):
+        if inputs.get(f"{kind}input_ids") is not None and inputs.get(f"{kind}inputs_embeds") is not None:
+            raise BadInput(f"{role}: give {kind}input_ids or {kind}inputs_embeds, not both")
+    name = main_input(inputs)
+    if name is None and isinstance(inputs.get("pixel_values"), Tensor):
+        return int(inputs["pixel_values"].shape[0]), length or 1
+    main = inputs.get(name) if name else None
     if not isinstance(main, Tensor):
         raise BadInput(f"{role}: give input_ids (B, T) or inputs_embeds (B, T, d) as a torch tensor")
-    if "input_ids" in inputs and (main.ndim != 2 or main.dtype not in (torch.int64, torch.int32)):
+    if str(name).endswith("input_ids") and (main.ndim != 2 or main.dtype not in (torch.int64, torch.int32)):
         raise BadInput(
-            f"{role}: input_ids must be integers of shape (B, T), got {main.dtype} of shape {tuple(main.shape)}"
+            f"{role}: {name} must be integers of shape (B, T), got {main.dtype} of shape {tuple(main.shape)}"
         )
     if main.ndim < 2 or main.shape[0] == 0 or main.shape[1] == 0:
         raise BadInput(f"{role}: the input is empty (shape {tuple(main.shape)})")
     return int(main.shape[0]), int(main.shape[1])
 
 
-def _valid(inputs: Mapping[str, Any], role: str) -> Tensor:
-    shape = input_shape(inputs, role)
-    mask = inputs.get("attention_mask")
+def _valid(inputs: Mapping[str, Any], role: str, length: int | None) -> Tensor:
+    shape = input_shape(inputs, role, length)
+    name = main_input(inputs)
+    kind = "decoder_attention_mask" if str(name).startswith("decoder_") else "attention_mask"
+    mask = inputs.get(kind) if name else None
     if mask is None:
         return torch.ones(shape, dtype=torch.bool)
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
-        raise BadInput(f"{role}: attention_mask must have the shape of the input, {shape}")
+        raise BadInput(f"{role}: {kind} must have the shape of the input, {shape}")
     valid = mask.to("cpu").bool()
     if not valid.any(1).all():
         raise BadInput(f"{role}: sample {int((~valid.any(1)).nonzero()[0])} has no token that is not padding")
@@ -108,6 +132,7 @@ def pair(
     scope: str,
     positions: tuple[Any, Any] | None = None,
     codebooks: int = 1,
+    length: int | None = None,
 ) -> tuple[Rows, Rows]:
     """(source rows, target rows): by default the source corresponds to the last positions of the target.
 
@@ -115,7 +140,11 @@ def pair(
     (B, n), gives other pairs.  Scope "last" keeps the last pair of each sample.  Raises ``BadInput``
     when the batches differ or a query is longer than its target.
     """
-    here, there = (x[:: max(1, codebooks)] for x in (_valid(source, "source"), _valid(target, "target")))
+    here, there = (
+        x[:: max(1, codebooks)] for x in (_valid(source, "source", length), _valid(target, "target", length))
+    )
+    if main_input(target) is None:
+        _refuse_other_images(target, source, positions)
     if here.shape[0] != there.shape[0]:
         raise BadInput(f"source has {here.shape[0]} samples, target {there.shape[0]}: they are paired one to one")
     if positions is not None:
@@ -132,6 +161,17 @@ def pair(
     sample, s, t = sample.reshape(-1), s.reshape(-1), t.reshape(-1)
     shape_here, shape_there = (here.shape[0], here.shape[1]), (there.shape[0], there.shape[1])
     return Rows(sample, s, shape_here), Rows(sample, t, shape_there)
+
+
+def _refuse_other_images(target: Mapping[str, Any], source: Mapping[str, Any], positions: Any) -> None:
+    if positions is None:
+        raise BadInput(
+            "the model reads no tokens: say which positions correspond, positions=(source, target), for example "
+            "([0], [0]) for the class token"
+        )
+    shapes = [tuple(inputs["pixel_values"].shape[1:]) for inputs in (target, source)]
+    if shapes[0] != shapes[1]:
+        raise BadInput(f"target and source images have different shapes, {shapes[0]} and {shapes[1]}")
 
 
 def _given(positions: tuple[Any, Any], batch: int) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from controllability.errors import BadInput
+from controllability.errors import BadInput, NotVerified
 from controllability.models.fingerprints import state_of
 from controllability.models.hooks import carried, load_of, refuse_compiled
 from controllability.models.model_patch import Entry, ModelPatch, refuse_scope
 from controllability.models.pairing import input_shape, pair
-from controllability.models.reading_check import Checked, checked_reading, input_embedding
-from controllability.models.report import Report, layer_report
-from controllability.models.sweep import Progress, check_finite, observe_target, sweep
+from controllability.models.reading_check import (
+    TOLERANCE,
+    Checked,
+    checked_reading,
+    input_embedding,
+    refuse_ids,
+    takes_cache,
+)
+from controllability.models.report import LayerReport, Report, layer_report
+from controllability.models.sweep import LayerSweep, Progress, check_finite, observe_target, sweep
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -82,13 +89,23 @@ def _patch(
     checked = checked_reading(model, target)
     for role, inputs in (("target", target), ("source", source)):
         _refuse_bad_inputs(model, checked, inputs, role)
-    source_rows, target_rows = pair(target, source, scope, positions, _codebooks(checked))
+    source_rows, target_rows = pair(target, source, scope, positions, _codebooks(checked), checked.length)
+    shown = source_rows, target_rows  # where the logits are, one row of ids after the other
+    if (books := _codebooks(checked)) > 1:
+        shown = source_rows.repeated(books), target_rows.repeated(books)
     if (streams := _streams(checked)) > 1:
+        if scope != "each":
+            raise BadInput(
+                f"scope {scope!r} is one patch for each sample, and {checked.reading.architecture.name} keeps {streams} "
+                "states a position, each of which needs its own: use scope='each'"
+            )
         source_rows, target_rows = source_rows.streamed(streams), target_rows.streamed(streams)
     proofs = checked.proofs(via, route)
     reading = checked.reading
-    targets, target_output = observe_target(model, reading, _without_cache(target), target_rows, progress)
-    solvers, output = sweep(model, reading, proofs, targets, _without_cache(source), source_rows, scope, progress)
+    targets, target_output = observe_target(model, reading, _without_cache(model, target), target_rows, progress)
+    solvers, output = sweep(
+        model, reading, proofs, targets, _without_cache(model, source), source_rows, scope, progress
+    )
     entries = tuple(
         Entry(param, delta, solver.layer.index, targets[solver.layer.index].index(solver.target))
         for solver in solvers
@@ -98,6 +115,7 @@ def _patch(
     logits = _result(output)
     check_finite(logits, "source", last, "of the logits after")
     reports = [layer_report(s, s.target, checked.norms) for s in solvers]
+    _refuse_unreached(reports, solvers)
     report = Report(
         scope, via, route, str(logits.dtype).removeprefix("torch."), len(source_rows.sample),
         sum(e.delta.numbers for e in entries), sum(e.delta.dense_numbers for e in entries),
@@ -107,10 +125,26 @@ def _patch(
     source_rows = replace(source_rows, before=solvers[0].before)
     mp = ModelPatch(
         entries, scope, source_rows, report, kept, logits,
-        paired_logits(_result(target_output), target_rows, logits, scope), carried(model), _model=weakref.ref(model),
+        paired_logits(_result(target_output), shown[1], logits, scope), carried(model), _model=weakref.ref(model),
     )  # fmt: skip
     mp._seen.update(state_of(model))
     return mp
+
+
+def _refuse_unreached(reports: list[LayerReport], solvers: list[LayerSweep]) -> None:
+    """The last line of defence: a layer that, patched, is nowhere near its target did something undeclared."""
+    for report, solver in zip(reports, solvers, strict=True):
+        assert solver.output is not None
+        tolerance = max(
+            TOLERANCE[t.dtype] for t in (solver.output, *solver.layer.params.values()) if t.dtype in TOLERANCE
+        )
+        if report.residual > 10 * tolerance and report.route not in ("ball", "scale"):
+            raise NotVerified(
+                f"layer {report.index} ({solver.layer.name}): with its patch it misses the target run by "
+                f"{report.residual:.2g} (relative), and rounding explains {tolerance:.0e}: on this input the "
+                "model computes something that its expression does not have (a mask, or a switch that depends on the "
+                "input); nothing was changed"
+            )
 
 
 def _codebooks(checked: Checked) -> int:
@@ -139,24 +173,31 @@ def paired_logits(target_logits: torch.Tensor, rows: Any, like: torch.Tensor, sc
     return picked
 
 
-def _without_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {"use_cache": False} | dict(inputs)
+def _without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return ({"use_cache": False} if takes_cache(model) else {}) | dict(inputs)
 
 
 def _result(output: Any) -> torch.Tensor:
-    logits = getattr(output, "logits", None)
-    return output.last_hidden_state if logits is None else logits
+    """The logits of a run, or its last hidden states: by name, or the tensor itself, or the first of a tuple."""
+    found = output[0] if isinstance(output, tuple | list) and output else output
+    for name in ("logits", "last_hidden_state"):
+        held = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(held, torch.Tensor):
+            return held
+    if isinstance(found, torch.Tensor):
+        return found
+    raise BadInput(
+        f"the model returned a {type(output).__name__} without logits: its forward must return a tensor (B, T, n), "
+        "or an object with .logits or .last_hidden_state"
+    )
 
 
 def _refuse_malformed(inputs: Mapping[str, Any], role: str) -> None:
     input_shape(inputs, role)
     for name, value in inputs.items():
-        if not isinstance(value, torch.Tensor | bool | int | float | str | None):
-            why = (
-                "both runs are done without a cache"
-                if name == "past_key_values"
-                else "it could not be saved or repeated"
-            )
+        cache = name == "past_key_values" and value is not None
+        if cache or not _is_plain(value):
+            why = "both runs are done without a cache" if cache else "it could not be saved or repeated"
             raise BadInput(f"{role}: {name} is a {type(value).__name__}; give tensors and plain values only ({why})")
     if inputs.get("return_dict") is False:
         raise BadInput(f"{role}: return_dict=False is not supported")
@@ -164,9 +205,18 @@ def _refuse_malformed(inputs: Mapping[str, Any], role: str) -> None:
         raise BadInput(f"{role}: use_cache=True is not supported: both runs are done without a cache")
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor, a plain value, or a dict, list or tuple of such."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, torch.Tensor | bool | int | float | str | None)
+
+
 def _refuse_bad_inputs(model: nn.Module, checked: Checked, inputs: Mapping[str, Any], role: str) -> None:
-    batch, length = input_shape(inputs, role)
+    batch, length = input_shape(inputs, role, checked.length)
     embedding = input_embedding(model)
+    if embedding is None and isinstance(checked.embedding, nn.Embedding):
+        embedding = checked.embedding.weight
     limit = getattr(checked.reading.config, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) and limit > 0 else None
     positions = inputs.get("position_ids")
@@ -184,12 +234,10 @@ def _refuse_bad_inputs(model: nn.Module, checked: Checked, inputs: Mapping[str, 
     if embedding is None:
         return
     embeds = inputs.get("inputs_embeds")
-    if embeds is not None and (embeds.shape[-1] != embedding.shape[1] or embeds.dtype != embedding.dtype):
-        wanted = f"{embedding.dtype} of width {embedding.shape[1]}"
+    own = checked.reading.architecture.embeds
+    width = own(model.config) if own else int(embedding.shape[1])
+    if embeds is not None and (embeds.shape[-1] != width or embeds.dtype != embedding.dtype):
+        wanted = f"{embedding.dtype} of width {width}"
         raise BadInput(f"{role}: inputs_embeds must be {wanted}, got {embeds.dtype} of shape {tuple(embeds.shape)}")
     if "input_ids" in inputs:
-        vocabulary, ids = int(embedding.shape[0]), inputs["input_ids"]
-        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-            raise BadInput(
-                f"{role}: token ids must lie in 0 … {vocabulary - 1}, got {int(ids.min())} … {int(ids.max())}"
-            )
+        refuse_ids(inputs["input_ids"], int(embedding.shape[0]), role)

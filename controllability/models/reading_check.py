@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import architectures
-from architectures.reading import Layer, Reading, Tap
+from architectures.reading import Layer, Reading, Tap, architecture_of
 from controllability.arrays import arithmetic, relative_error
+from controllability.components.combinators import Sequence
 from controllability.components.mixture import CHOSEN, SHARES, Mixture
-from controllability.errors import BadInput, NotControllable, ReadingError
+from controllability.errors import BadInput, ControllabilityError, NotControllable, ReadingError
 from controllability.models.hooks import Installation, carried
+from controllability.models.pairing import main_input
 from controllability.models.watch import Watch
 from controllability.proof import Proof
 from controllability.prover import prove
@@ -27,12 +30,17 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.03, torc
 
 @dataclass(frozen=True, eq=False)
 class Checked:
-    """A reading that agreed with the model, and the norm of every parameter it reads."""
+    """A reading that agreed with the model, and the norm of every parameter it reads.
+
+    ``embedding`` is the module that the token ids went into.
+    """
 
     reading: Reading
     norms: dict[str, float]
     signature: tuple[Any, ...]
     worst: float
+    embedding: nn.Module | None = None
+    length: int | None = None  # positions of a layer's states, for models that read no tokens
     _proofs: dict[tuple[str, str], list[Proof]] = field(default_factory=dict)
 
     def proofs(self, via: str, route: str) -> list[Proof]:
@@ -58,16 +66,22 @@ def checked_reading(model: nn.Module, example: Mapping[str, Any] | None = None) 
     Raises ``BadInput`` for models that cannot be patched as they are (training mode, meta device,
     quantised or non-finite parameters) and ``ReadingError`` where expression and module disagree.
     """
-    if any(module.training for module in model.modules()):
-        raise BadInput("the model is in training mode: call model.eval() first, dropout would make runs differ")
+    training = [name for name, module in model.named_modules() if module.training]
+    if training:
+        which = f"module {training[0]}" if training[0] else "the model"
+        raise BadInput(f"{which} is in training mode: call model.eval() first, dropout would make runs differ")
     known = _CHECKED.get(model)
-    if known is not None and (carried(model) or known.signature == _signature(known.reading)):
+    if (
+        known is not None
+        and known.reading.architecture is architecture_of(model)  # it may have been registered anew
+        and (carried(model) or known.signature == _signature(known.reading))
+    ):
         return known
     reading = architectures.read(model)
     _refuse_unusable(model, reading)
     norms = _norms(model, reading)
-    worst = compare(model, reading, example)
-    _CHECKED[model] = Checked(reading, norms, _signature(reading), worst)
+    worst, embedding, length = compare(model, reading, example)
+    _CHECKED[model] = Checked(reading, norms, _signature(reading), worst, embedding, length)
     return _CHECKED[model]
 
 
@@ -83,12 +97,18 @@ def _signature(reading: Reading) -> tuple[Any, ...]:
 
 
 def _refuse_unusable(model: nn.Module, reading: Reading) -> None:
+    parameters = dict(model.named_parameters())
     for layer in reading.layers:
         for name, value in layer.params.items():
             if value.is_meta:
                 raise BadInput(f"parameter {name} is on the meta device: load the weights first")
-            if not value.is_floating_point() and name in dict(model.named_parameters()):
+            if not value.is_floating_point() and name in parameters:
                 raise BadInput(f"parameter {name} is {value.dtype}: quantised parameters cannot be patched")
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return  # offloaded weights come back for every forward pass
+    for name, value in (*parameters.items(), *model.named_buffers()):
+        if value.is_meta:
+            raise BadInput(f"parameter {name} is on the meta device: load the weights first")
 
 
 def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
@@ -116,9 +136,10 @@ class Comparer:
     """Listens to one layer and keeps everything that its first call shows."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls = self.length = 0
         self.states: dict[int, Tensor] = {}
         self.seen: dict[Path, Tensor] = {}
+        self.read: dict[Path, Tensor] = {}
         self.bound: dict[Path, dict[str, Tensor]] = {}
 
     def begins(self) -> None:
@@ -127,6 +148,7 @@ class Comparer:
     def entering(self, index: int, value: Tensor) -> None:
         if self.calls == 1:
             self.states[index] = value.clone()
+            self.length = int(value.shape[1])
 
     def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
         if self.calls == 1:
@@ -135,6 +157,8 @@ class Comparer:
     def computed(self, tap: Tap, x: Tensor, y: Tensor) -> None:
         if self.calls == 1:
             self.seen[tap.outlet] = y.clone()
+            if tap.kind == "module":
+                self.read[tap.outlet] = x.clone()
 
     def leaving(self, value: Tensor) -> None:
         if self.calls == 1:
@@ -142,19 +166,23 @@ class Comparer:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, reading: Reading, inputs: Mapping[str, Any] | None = None, seed: int = 0) -> float:
+def compare(
+    model: nn.Module, reading: Reading, inputs: Mapping[str, Any] | None = None, seed: int = 0
+) -> tuple[float, nn.Module | None, int | None]:
     """Run the model once on random input and hold every tapped module against its expression.
 
     ``inputs`` is an example of the forward's keyword arguments: its tensors are replaced by random ones.
-    Returns the largest relative difference.  Raises ``ReadingError`` with the first component that
-    disagrees, by how much, and on which layer.
+    Returns the largest relative difference, the module that embedded the token ids, and how many positions
+    every layer had.  Raises
+    ``ReadingError`` with the first component that disagrees, by how much, and on which layer.
     """
-    installation = Installation()
+    installation, drawn = Installation(), random_inputs(model, inputs, seed)
+    embeddings = _listen_for(drawn.get("input_ids"), model, inputs, installation)
     comparers = [Comparer() for _ in reading.layers]
     try:
         for layer, comparer in zip(reading.layers, comparers, strict=True):
             Watch(model, layer, comparer, installation, sequence_first=reading.architecture.sequence_first)
-        model(**random_inputs(model, inputs, seed))
+        model(**drawn)
     finally:
         installation.undo()
     worst = 0.0
@@ -168,7 +196,50 @@ def compare(model: nn.Module, reading: Reading, inputs: Mapping[str, Any] | None
                 f"layer {layer.index} ({layer.name}): its modules did not run in the model's forward pass"
             )
         worst = max(worst, _compare_layer(layer, comparer))
-    return worst
+    lengths = {c.length for c in comparers if c.calls}
+    return worst, embeddings[0] if len(embeddings) == 1 else None, lengths.pop() if len(lengths) == 1 else None
+
+
+def _listen_for(
+    ids: Any, model: nn.Module, example: Mapping[str, Any] | None, installation: Installation
+) -> list[nn.Module]:
+    """The embeddings that are given ``ids`` in the run that follows: models need not say which one it is."""
+    found: list[nn.Module] = []
+
+    def listen(module: nn.Embedding) -> None:
+        def hook(x: Any) -> None:
+            if not isinstance(x, Tensor) or x.shape != ids.shape or not torch.equal(x.to(ids.device), ids):
+                return
+            found.append(module)
+            if int(ids.min()) < 0 or int(ids.max()) >= module.num_embeddings:  # drawn from those of the example
+                refuse_ids((example or {}).get("input_ids", ids), module.num_embeddings, "target")
+
+        installation.before(module, hook)
+
+    if isinstance(ids, Tensor):
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                listen(module)
+    return found
+
+
+def refuse_ids(ids: Tensor, vocabulary: int, role: str) -> None:
+    """Raise ``BadInput`` when a token id is outside the vocabulary."""
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise BadInput(f"{role}: token ids must lie in 0 … {vocabulary - 1}, got {int(ids.min())} … {int(ids.max())}")
+
+
+def takes_cache(model: nn.Module) -> bool:
+    """Whether ``use_cache=False`` may be said to a model: by its forward's own argument, or as transformers do.
+
+    A forward that hands unknown arguments on (``**kwargs``) may hand them to something that refuses this one.
+    """
+    try:
+        arguments = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return False
+    open_ended = any(a.kind is a.VAR_KEYWORD for a in arguments.values())
+    return "use_cache" in arguments or (open_ended and hasattr(getattr(model, "config", None), "to_dict"))
 
 
 def random_inputs(
@@ -180,11 +251,12 @@ def random_inputs(
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    main = next((example[k] for k in ("input_ids", "inputs_embeds") if k in example), None) if example else None
-    if example is None:
-        example = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
-        main = example["input_ids"]
-    drawn: dict[str, Any] = {"use_cache": False} if "use_cache" in example or hasattr(model, "config") else {}
+    example = example or {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
+    name = main_input(example)
+    # inputs of another kind (images, encoder states) may belong to certain positions: nothing is cut then
+    alone = all(v.ndim < 3 or k == name for k, v in example.items() if isinstance(v, Tensor))
+    main = example[name] if name and alone else None
+    drawn: dict[str, Any] = {"use_cache": False} if "use_cache" in example or takes_cache(model) else {}
     drawn |= {k: v for k, v in example.items() if "mask" not in k and k != "labels"}
     for name, value in drawn.items():
         if not isinstance(value, Tensor):
@@ -196,7 +268,7 @@ def random_inputs(
         elif value.is_floating_point():
             drawn[name] = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(device, value.dtype)
         elif name.endswith("input_ids"):
-            drawn[name] = _random_ids(model, value.shape, generator).to(device)
+            drawn[name] = _random_ids(model, value, example[name], generator).to(device)
         else:
             drawn[name] = value.to(device)
     return drawn
@@ -217,17 +289,35 @@ def input_embedding(model: nn.Module) -> Tensor | None:
 
 def text_config(model: nn.Module) -> Any:
     """The config of the language model, which composite models keep inside theirs."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _random_ids(model: nn.Module, shape: Any, generator: torch.Generator) -> Tensor:
+def _random_ids(model: nn.Module, like: Tensor, example: Tensor, generator: torch.Generator) -> Tensor:
+    """Random ids of the shape of ``like``; of those in the example, where the model does not say how many it knows."""
     config, weight = text_config(model), input_embedding(model)
     sizes = [getattr(config, "vocab_size", None), None if weight is None else weight.shape[0]]
-    size = min(int(s) for s in sizes if s) if any(sizes) else 2
-    ids = torch.randint(0, size, shape, generator=generator)
+    if not any(sizes):
+        known = example.unique().cpu()
+        return known[torch.randint(0, len(known), like.shape, generator=generator)]
+    size = min(int(s) for s in sizes if s)
+    ids = torch.randint(0, size, like.shape, generator=generator)
+    special = _placeholders(model)  # where an image stands, one still stands
+    for token in special:
+        ids = torch.where(ids == token, (ids + 1) % size, ids)
+    ids = torch.where(torch.isin(like.cpu(), torch.tensor(special, dtype=like.dtype)), like.cpu(), ids)
     padding = getattr(config, "pad_token_id", None)
     return torch.where(ids == padding, (ids + 1) % size, ids) if padding is not None else ids
+
+
+def _placeholders(model: nn.Module) -> list[int]:
+    """The ids that stand for images, videos or sounds, by the names that configs give them."""
+    values = vars(getattr(model, "config", object())) if hasattr(model, "config") else {}
+    kinds = ("image", "video", "audio", "vision", "media")
+    return [
+        v for k, v in values.items()
+        if isinstance(v, int) and k.endswith(("token_id", "token_index")) and k.startswith(kinds)
+    ]  # fmt: skip
 
 
 def _compare_layer(layer: Layer, comparer: Comparer) -> float:
@@ -242,25 +332,67 @@ def _compare_layer(layer: Layer, comparer: Comparer) -> float:
         _compare_choice(layer, trace, path, bound, tolerance)
     worst = 0.0
     for path, real in sorted(comparer.seen.items(), key=lambda item: (not item[0], item[0])):
-        expected = trace.output(path)
+        expected = _computed(layer, trace, path)
         if expected.shape != real.shape:
             raise ReadingError(
                 f"layer {layer.index}: {_name(layer, path)} gives {tuple(expected.shape)}, the module {tuple(real.shape)}"
             )
-        if not bool(torch.isfinite(real).all()):
+        finite = torch.isfinite(real).all(-1)  # a position that overflows says nothing about the expression
+        if not bool(finite.any()):
             raise BadInput(
                 f"layer {layer.index} ({layer.name}): {_name(layer, path)} is not finite on random input: "
                 "the model overflows; take another dtype or mend the weights"
             )
+        expected, real = expected[finite], real[finite]
         error = relative_error(expected, xp.lift(real))
         if not error <= tolerance:
             raise ReadingError(
                 f"layer {layer.index} ({layer.name}): expression and module disagree at {_name(layer, path)}: "
                 f"relative difference {error:.3g} on random input, rounding explains {tolerance:.0e}; "
-                f"{_largest(expected, real)}; the family changed or has a switch that is not declared"
+                f"{_largest(expected, real)}; {_culprit(layer, trace, path, comparer, tolerance)}; "
+                "the declaration is wrong, the family changed, or a switch is on that nobody declared"
             )
         worst = max(worst, error)
     return worst
+
+
+def _computed(layer: Layer, trace: Trace, path: Path) -> Tensor:
+    try:
+        return trace.output(path)
+    except ControllabilityError:
+        raise
+    except Exception as error:  # a component of a user's own may raise anything
+        raise ReadingError(
+            f"layer {layer.index} ({layer.name}): the expression cannot be computed up to {_name(layer, path)} on random "
+            f"input: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _culprit(layer: Layer, trace: Trace, path: Path, comparer: Comparer, tolerance: float) -> str:
+    """The smallest part that disagrees: a module's own leaves, or what the expression puts before them."""
+    tap = next((t for t in layer.taps if t.outlet == path), None)
+    if tap is None:
+        return "every module agrees, what disagrees is how the expression puts them together"
+    x, real = comparer.read.get(path), comparer.seen[path]
+    own = " >> ".join(node(layer.block, p).describe() for p in tap.paths)
+    before = _before(layer, tap.inlet)
+    if x is None or not before:
+        return f"culprit: {own}"
+    value: Any = arithmetic(x).lift(x)
+    for p in tap.paths:
+        value = node(layer.block, p)(trace.params_at(p), value)
+    if relative_error(value, arithmetic(real).lift(real)) <= tolerance:
+        return f"culprit: {before}, which the expression puts before {own}"
+    return f"culprit: {own}"
+
+
+def _before(layer: Layer, path: Path) -> str:
+    """The part that hands its output to the node at ``path``; '' where that is the block's own input."""
+    for depth in reversed(range(len(path))):
+        parent = node(layer.block, path[:depth])
+        if isinstance(parent, Sequence) and path[depth] > 0:
+            return parent.parts[path[depth] - 1].describe()
+    return ""
 
 
 def _compare_choice(layer: Layer, trace: Trace, path: Path, real: dict[str, Tensor], tolerance: float) -> None:
@@ -268,8 +400,8 @@ def _compare_choice(layer: Layer, trace: Trace, path: Path, real: dict[str, Tens
 
     The model's own choice is then used for the rest, so that a near-tie is not taken for a wrong routing.
     """
-    expected = trace.bound(path)
-    same = (expected[CHOSEN] == real[CHOSEN]).all(-1)
+    expected: dict[str, Any] = dict(trace.bound(path))
+    same = torch.eq(expected[CHOSEN], real[CHOSEN]).all(-1)
     component = node(layer.block, path)
     assert isinstance(component, Mixture)
     margin = component.routing.margin(trace.params, trace.output((*path, 0)))[..., 0]
@@ -277,7 +409,7 @@ def _compare_choice(layer: Layer, trace: Trace, path: Path, real: dict[str, Tens
     shares = (expected[SHARES].to(real[SHARES].dtype) - real[SHARES]).abs().amax(-1) / real[
         SHARES
     ].abs().amax().clamp_min(1e-30)
-    off = same & (shares > tolerance)
+    off = same & (shares > tolerance) & (margin > tolerance)
     for what, bad in (("experts", wrong), ("shares of the experts", off)):
         if bool(bad.any()):
             at = tuple(bad.nonzero()[0].tolist())

@@ -42,10 +42,14 @@ def refuse_occupied(directory: Path) -> None:
 def save_patch(patch: ModelPatch, directory: Path, model: nn.Module | None) -> Path:
     """Write ``patch`` into ``directory``, which must be new or empty; nothing is left behind on failure.
 
-    Raises ``PatchError``: directory occupied or not writable, patch applied at the moment, or made on
-    top of other patches.
+    Raises ``PatchError``: directory occupied or not writable, patch applied at the moment, made on top of
+    other patches, or from nested inputs.
     """
     refuse_occupied(directory)
+    for role in ("source", "target"):
+        for name, value in patch.inputs[role].items():
+            if isinstance(value, dict | list | tuple):
+                raise PatchError(f"{role}: {name} is a {type(value).__name__}, which a saved patch cannot hold")
     model = model if model is not None else (patch.model() if patch.fingerprint is None else None)
     if patch.made_under:
         raise PatchError(
@@ -59,7 +63,8 @@ def save_patch(patch: ModelPatch, directory: Path, model: nn.Module | None) -> P
         temporary.mkdir(parents=True)
         tensors = _tensors(patch)
         save_file(tensors, temporary / TENSORS)
-        description = _description(patch, mark, model.config.model_type if model is not None else "")  # type: ignore[union-attr]
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        description = _description(patch, mark, kind if isinstance(kind, str) else "")
         description["tensors_sha256"] = hashlib.sha256((temporary / TENSORS).read_bytes()).hexdigest()
         description["sha256"] = _digest(description)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")

@@ -262,6 +262,8 @@ def sweep(
             output = model(**inputs)
         except SideConditionFailed as failed:
             assert failed.layer is not None
+            if failed.final:
+                raise
             first.setdefault(failed.layer, failed)
             choices[failed.layer] += 1
             if choices[failed.layer] > len(proofs[failed.layer].alternatives):

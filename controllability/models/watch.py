@@ -18,7 +18,7 @@ from controllability.errors import ReadingError
 from controllability.models.experts import listen
 from controllability.models.hooks import Installation, first_tensor
 from controllability.models.weights import TellingWeight
-from controllability.trace import Path
+from controllability.trace import Path, node
 
 
 class LayerListener(Protocol):
@@ -74,7 +74,7 @@ class Watch:
         for path in dict.fromkeys(t.mixture for t in wanted if t.mixture is not None):
             stages = [t for t in layer.taps if t.mixture == path]
             experts = model.get_submodule(layer.experts[path])
-            listen(installation, module, experts, _Slots(self, path, stages, {t for t in wanted}))
+            listen(installation, module, experts, _Slots(self, path, stages, set(wanted)))
         if states:
             self._at(installation, model, layer.output, listener.leaving)
 
@@ -86,7 +86,7 @@ class Watch:
     def _at(self, installation: Installation, model: nn.Module, seen: Seen, tell: Any) -> None:
         module = model.get_submodule(seen.module)
         if seen.when == "before":
-            installation.before(module, lambda x: tell(self.fold(x)))
+            installation.before(module, lambda x: tell(self.fold(x)), seen.argument)
         else:
             installation.after(module, lambda x, output: tell(self.fold(first_tensor(output))))
 
@@ -113,7 +113,7 @@ class Watch:
             changed = told(x, y)
             return y if changed is None else changed
 
-        attribute = self.layer.weights[tap.module]
+        attribute = node(self.layer.block, tap.outlet).own_parameters()[0].name.rpartition(".")[2]
         stored = module._parameters[attribute]
         assert stored is not None
         installation.exchange(module, attribute, TellingWeight.of(stored, listener))
@@ -168,8 +168,12 @@ class _Slots:
         if tap not in self.wanted:
             return y
         assert self.order is not None
-        pick = lambda a: a if a.shape[1] == 1 else torch.take_along_dim(a, self.order[..., None], 1)  # type: ignore[index] # noqa: E731, E501
-        changed = self.watch.listener.computed(tap, self.watch.fold(pick(x), True), self.watch.fold(pick(y), True))
+        order = self.order[..., None]
+
+        def told(a: Tensor) -> Tensor:
+            return self.watch.fold(a if a.shape[1] == 1 else torch.take_along_dim(a, order, 1), True)
+
+        changed = self.watch.listener.computed(tap, told(x), told(y))
         if changed is None:
             return y
         back = self.order.argsort(-1)

@@ -1,7 +1,8 @@
-"""A weight that tells what it computed: for linear maps inside a module that goes on with the result.
+"""A parameter that tells what it computed: for one leaf inside a module that goes on with the result.
 
 A router computes its logits, the scores and the choice in one forward, so a hook on the module comes
-too late.  Its weight is exchanged for one that hands every ``linear(x, W)`` to a listener.
+too late.  Its weight is exchanged for one that hands every ``linear(x, W)`` to a listener; so is a bias or a
+scale, with ``x + b`` and ``x * m``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 Listener = Callable[[Tensor, Tensor], Tensor]
 
 _LINEAR = torch.nn.functional.linear
+_ELEMENTWISE = {torch.Tensor.add, torch.Tensor.mul, torch.add, torch.mul}
 _CASTS = {
     torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to,
     torch.Tensor.type, torch.Tensor.type_as, torch.Tensor.contiguous, torch.Tensor.detach,
@@ -22,15 +24,30 @@ _CASTS = {
 
 
 class TellingWeight(torch.Tensor):
-    """A matrix W (out, in), sharing its storage, that gives ``listener(x, linear(x, W))`` for ``linear(x, W)``."""
+    """A parameter, sharing its storage, that gives ``listener(x, y)`` for y = ``linear(x, W)``, ``x + b`` or ``x * m``.
+
+    >>> import torch
+    >>> torch.ones(2) + TellingWeight.of(torch.zeros(2), lambda x, y: 10 * y)
+    tensor([10., 10.])
+    """
 
     listener: Listener
 
+    @property
+    def stored(self) -> Tensor:
+        """The parameter itself, without a listener."""
+        return _plain(self)
+
     @staticmethod
     def of(base: Tensor, listener: Listener) -> TellingWeight:
-        """``base`` with a listener."""
+        """``base`` with a listener; if it has one already, that one is told first."""
+        if isinstance(base, TellingWeight):
+            earlier, base = base.listener, _plain(base)
+            told = lambda x, y: listener(x, earlier(x, y))  # noqa: E731
+        else:
+            told = listener
         weight = base.detach().as_subclass(TellingWeight)
-        weight.listener = listener
+        weight.listener = told
         return weight
 
     @classmethod
@@ -41,11 +58,15 @@ class TellingWeight(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*(_plain(a) for a in args), **{k: _plain(v) for k, v in kwargs.items()})
         if func in _CASTS and args and isinstance(args[0], cls) and isinstance(result, Tensor):
-            return cls.of(result, args[0].listener)
+            return cls.of(_plain(result), args[0].listener)
         if func is _LINEAR:
             x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
-            return weight.listener(_plain(x), result) if isinstance(weight, cls) else result
-        return result
+        elif func in _ELEMENTWISE and len(args) > 1:
+            x, weight = args[:2] if isinstance(args[1], cls) else args[1::-1]
+        else:
+            return result
+        same = func is _LINEAR or (isinstance(x, Tensor) and x.shape == result.shape)
+        return weight.listener(_plain(x), result) if isinstance(weight, cls) and same else result
 
 
 def _plain(value: Any) -> Any:

@@ -65,12 +65,12 @@ def unpatched_errors(model: Any, target: Mapping[str, Any], source: Mapping[str,
 
     source_rows, target_rows = pair(target, source, scope)
     checked = checked_reading(model)
-    layers, proofs = checked.reading.layers, checked.proofs("input-output", "auto")
     runs = [
-        observe_target(model, layers, proofs, {"use_cache": False, **inputs}, rows, lambda *_: None)[0]
+        observe_target(model, checked.reading, {"use_cache": False, **inputs}, rows, lambda *_: None)[0]
         for inputs, rows in ((source, source_rows), (target, target_rows))
     ]
-    return [residual_of(s.outputs[()], t.outputs[()]) for s, t in zip(*runs, strict=True)]
+    calls = [[call for layer in run for call in layer] for run in runs]
+    return [residual_of(s.outputs[()], t.outputs[()]) for s, t in zip(*calls, strict=True)]
 
 
 def _short(name: str) -> str:

@@ -86,7 +86,7 @@ class ThroughSum(Rule):
         if not isinstance(place.component, Sum):
             return Attempt()
         found = Attempt()
-        for carrier in place.parts():
+        for carrier in reversed(place.parts()):  # a live model computes the last term last: nothing is missing then
             others = [p for p in place.parts() if p.path != carrier.path]
             attempt = prover.attempt(carrier, "through")
             found.failures += attempt.failures if not isinstance(carrier.component, Identity) else []
