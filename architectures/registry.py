@@ -148,6 +148,7 @@ def _refuse_taken(name: str, model_types: tuple[str, ...]) -> None:
 
 def unregister(name: str) -> None:
     """Forget an architecture (for tests and notebooks)."""
+    plugins.load_once(_REGISTERED)  # else a plug-in's would come back
     _REGISTERED.pop(name, None)
 
 

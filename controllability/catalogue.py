@@ -27,8 +27,25 @@ def rows() -> list[dict[str, Any]]:
             row["rules"] = [*prove(architectures.block(name)).rules]
         except NotControllable as refused:
             row |= {"verdict": "refused", "culprit": refused.culprit, "reason": refused.reason, "hint": refused.hint}
+        except Exception as broken:  # a plug-in's abstract block may fail in any way; the others are listed
+            reason = f"its abstract block fails: {type(broken).__name__}: {broken}"
+            row |= {"verdict": "refused", "culprit": f"the declaration of {name}", "reason": reason, "hint": "mend it"}
         found.append(row)
     return found
+
+
+def shapes(found: list[dict[str, Any]]) -> dict[tuple[str, str, str, str], list[str]]:
+    """(topology, feed-forward, verdict, rules or culprit) -> the families that have them, the most common first.
+
+    >>> names = shapes(rows())
+    >>> next(iter(names.values()))[:3]
+    ['apertus', 'arcee', 'bigbird_pegasus']
+    """
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for r in found:
+        why = ", ".join(r["rules"]) or r["culprit"]
+        groups.setdefault((r["topology"], r["feed_forward"], r["verdict"], why), []).append(r["name"])
+    return dict(sorted(groups.items(), key=lambda item: (item[0][2] == "refused", -len(item[1]))))
 
 
 def markdown() -> str:

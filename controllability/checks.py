@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from controllability.arrays import ARITHMETICS, Array, relative_error
+from controllability.arrays import ARITHMETICS, Array, arithmetic, relative_error
 from controllability.components.activation import FORMULAS, Activation
 from controllability.components.combinators import Product, Sequence, Sum
 from controllability.components.fixed import Fixed
@@ -26,12 +26,12 @@ from controllability.components.mixture import CHOSEN, SHARES, ExpertLinear, Mix
 from controllability.components.normalisation import Normalize
 from controllability.components.routing import Routing
 from controllability.errors import BadInput, NotExact, SideConditionFailed
-from controllability.interfaces import Component
-from controllability.rules import Step
+from controllability.interfaces import Component, Params
+from controllability.rules import Step, construct
 from controllability.rules.mixture import OutputMixture
 from controllability.sampling import DEFAULT_SIZES, sample
 from controllability.symbols import Definitions, definitions, normal_form, opaque
-from controllability.trace import PatchedRun, Place
+from controllability.trace import PatchedRun, Path, Place, Trace
 
 if TYPE_CHECKING:
     from controllability.proof import Proof
@@ -67,6 +67,20 @@ def _result(rule: str, status: str, method: str) -> dict[str, Any]:
     return {"rule": rule, "status": status, "method": method}
 
 
+@dataclass(frozen=True)
+class _Named(Component):
+    """``inner``, its values named: what is computed from them stays small."""
+
+    inner: Component
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        value = self.inner(params, x)
+        return arithmetic(value).name(value)
+
+    def describe(self) -> str:
+        return self.inner.describe()
+
+
 def rebuilt(
     block: Component, change: Callable[[Component], Component], route: Callable[[Routing], Routing] = lambda r: r
 ) -> Component:
@@ -85,7 +99,7 @@ def rebuilt(
         router, inner, last = map(again, block.children())
         return Mixture(router, route(block.routing), inner, last, block.weighted)
     if isinstance(block, Glu):
-        return replace(block, activation=again(block.activation))
+        return _Named(replace(block, activation=again(block.activation)))
     if isinstance(block, Fixed):
         return Fixed(again(block.inner))
     return change(block)
@@ -198,7 +212,7 @@ def _exact(proof: Proof, seed: int) -> tuple[str, str]:
     cubic = tuple(int(c) for c in rng.integers(1, 4, size=4))
 
     def rational(leaf: Component) -> Component:
-        return Activation("cubic", coefficients=cubic) if _transcendental(leaf) else leaf
+        return _Named(Activation("cubic", coefficients=cubic)) if _transcendental(leaf) else leaf
 
     block = rebuilt(proof.block, rational, _linear_scores)
     params, v, v_target = sample(block, "rational", seed, **_sizes(block))
@@ -226,11 +240,31 @@ def _number(values: Any) -> Any:
     return tuple(map(_number, values)) if isinstance(values, tuple) else ARITHMETICS["sympy"].array(values)
 
 
+class _Given(Trace):
+    """The target run, every value named: for the patch they are given."""
+
+    def _compute(self, path: Path) -> Array:
+        return ARITHMETICS["sympy"].name(super()._compute(path))
+
+
+class _Recognised(PatchedRun):
+    """The patched run; where it has a value of the target run it goes on with that value's name."""
+
+    def __init__(self, table: Definitions, *run: Any) -> None:
+        super().__init__(*run)
+        self.table = table
+
+    def _compute(self, path: Path) -> Array:
+        return ARITHMETICS["sympy"].each(self.table.known, super()._compute(path))  # type: ignore[attr-defined]
+
+
 def reduced_residual(proof: Proof, params: dict[str, Array], v: Any, v_target: Any) -> list[Any]:
     """The entries of patched(v) − original(v') in normal form, SymPy expressions."""
     xp = ARITHMETICS["sympy"]
     with definitions() as table:
-        run = proof.patched_run(params, v, v_target)
+        target = _Given(proof.block, params, v_target)
+        run = _Recognised(table, proof.block, params, v, target)
+        construct(proof.root, run, lambda: target.output(()))
         difference = xp.tidy(run.output(()) - run.target.output(()))
         if any(abs(table.value(e)) > WRONG for e in difference.reshape(-1)):
             return list(difference.reshape(-1))  # not 0 at a random point: expanding would never end

@@ -33,6 +33,10 @@ class Definitions:
             self.meaning[symbol] = expression
         return self._names[expression]
 
+    def known(self, expression: Any) -> Any:
+        """The name of a value that has one, else the value."""
+        return self._names.get(expression, expression)
+
     def value(self, expression: Any, seed: int = 0) -> Any:
         """The expression at a random point, to 30 digits; unknown functions become one fixed function."""
         import sympy

@@ -18,7 +18,20 @@ from torch.nn import functional as F  # noqa: N812
 import architectures
 import controllability as ct
 from architectures.reading import architecture_of
-from controllability.components import Activation, Linear, Scale, gated, residual
+from architectures.widths import misfits
+from controllability.components import (
+    Activation,
+    ExpertLinear,
+    Fixed,
+    Glu,
+    Linear,
+    Mixture,
+    Routing,
+    Scale,
+    gated,
+    residual,
+)
+from controllability.interfaces import Param
 from controllability.models.reading_check import checked_reading
 
 # ------------------------------------------------------------------------------------- the model
@@ -295,7 +308,7 @@ WRONG = {
         r"layers.0.ff.down.weight has shape \(16, 24\), declared with 3 axes \(E, d, h\)",
     ),
     "numbers": (
-        lambda v: declared(v, down=lambda v: Linear(ct.Param("layers.0.ff.down.weight", (16, 32)))),
+        lambda v: declared(v, down=lambda v: Linear(Param("layers.0.ff.down.weight", (16, 32)))),
         r"layers.0.ff.down.weight has shape \(16, 24\), declared \(16, 32\)",
     ),
     "stored the other way round": (
@@ -390,6 +403,35 @@ def test_one_module_that_computes_several_maps_is_refused(registered):
         r"forward, .*: give every linear map a module of its own \(torch.nn.Linear\)",
         model,
     )
+
+
+def mixture(last):
+    return Mixture(LINEAR["router"], Routing(2), ExpertLinear(Param("first")) >> Activation("silu"), ExpertLinear(last))
+
+
+LINEAR = {name: Linear(Param(name)) for name in ("up", "down", "router", "odd")}
+SHAPES = {
+    "up": (6, 4), "down": (4, 6), "odd": (5, 4), "router": (3, 4), "first": (3, 6, 4), "last": (3, 4, 6), "short": (3, 4, 5),
+    "narrow": (3, 2, 6), "bias": (4,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (residual(mixture(Param("last"))), None),
+        (residual(mixture(Param("short"))), "short has shape (3, 4, 5): it reads 5 numbers and gets 6 from experts first"),
+        (residual(mixture(Param("narrow"))), "the expression adds 4 numbers (linear router) and 2 numbers (experts narrow)"),
+        (LINEAR["up"] >> Glu(Activation("silu")), None),
+        (LINEAR["odd"] >> Glu(Activation("silu")), "linear odd gives 5 numbers, which have no two halves"),
+        (LINEAR["up"] >> Glu(Activation("silu")) >> LINEAR["down"], "down has shape (4, 6): it reads 6 numbers and gets 3 from half of linear up"),
+        (Linear(Param("up"), Param("bias")), "bias has shape (4,), and up of shape (6, 4) gives 6 numbers"),
+        (LINEAR["up"] >> Fixed(Scale(Param("bias"))), "bias has shape (4,): it reads 4 numbers and gets 6 from linear up"),
+    ],
+)  # fmt: skip
+def test_shapes_that_contradict_each_other(block, message):
+    params = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    assert misfits(block, params) == ([message] if message else [])
 
 
 def add_parameter(ff):

@@ -17,16 +17,10 @@ def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named 
     rows = catalogue.rows()
     output.result({"architectures": rows})
     output.table(
-        "registered architectures",
-        ["name", "model types", "topology", "feed-forward", "verdict", "rules, or culprit"],
-        [
-            [
-                r["name"], ", ".join(r["model_types"]), r["topology"], r["feed_forward"], r["verdict"],
-                ", ".join(r["rules"]) or r["culprit"],
-            ]
-            for r in rows
-        ],
-    )  # fmt: skip
+        f"{len(rows)} registered architectures; families of one shape stand together",
+        ["families", "residual", "feed-forward", "verdict", "rules, or culprit"],
+        [[", ".join(names), *shape] for shape, names in catalogue.shapes(rows).items()],
+    )
     return 0
 
 
@@ -36,12 +30,17 @@ def prove(args: argparse.Namespace, output: Output) -> int:
     from controllability.errors import NotControllable
     from controllability.prover import prove as prove_block
 
-    block = architectures.block(args.name)
     try:
-        proof = prove_block(block, args.via, args.route)
+        proof = prove_block(architectures.block(args.name), args.via, args.route)
     except NotControllable as refused:
-        refused.asked = args.name
-        raise
+        if not (output.as_json or args.format == "json"):
+            raise
+        output.as_json = True
+        output.result({
+            "name": args.name, "verdict": "refused", "culprit": refused.culprit, "reason": refused.reason,
+            "hint": refused.hint,
+        })  # fmt: skip
+        return 1
     checks = proof.check(args.level)
     failed = any(c["status"] == "failed" for c in checks)
     # a level counts as reached when the whole block passed it; what was skipped was not run

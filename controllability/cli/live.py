@@ -16,6 +16,7 @@ from controllability.errors import BadInput, NotVerified
 from controllability.models import ModelPatch, exact_mode, load_patch, patch_model
 from controllability.models.loading import encode, load_model
 from controllability.models.pairing import pair
+from controllability.models.patching import without_cache
 from controllability.models.storing import refuse_occupied
 
 # largest relative error of the logits that counts as verified in each dtype
@@ -57,10 +58,10 @@ def compare(target: torch.Tensor, patched: torch.Tensor, unpatched: torch.Tensor
 def measure(model: Any, mp: ModelPatch) -> Comparison:
     """Fresh target, patched and unpatched runs of a patch's own inputs."""
     source_rows, target_rows = pair(mp.inputs["target"], mp.inputs["source"], mp.scope, mp.inputs["positions"])
-    target = target_rows.of(model(**mp.inputs["target"], use_cache=False).logits)
-    unpatched = source_rows.of(model(**mp.inputs["source"], use_cache=False).logits)
+    target = target_rows.of(model(**without_cache(model, mp.inputs["target"])).logits)
+    unpatched = source_rows.of(model(**without_cache(model, mp.inputs["source"])).logits)
     with mp.applied(model):
-        patched = source_rows.of(model(**mp.inputs["source"], use_cache=False).logits)
+        patched = source_rows.of(model(**without_cache(model, mp.inputs["source"])).logits)
     return compare(target, patched, unpatched)
 
 

@@ -18,6 +18,7 @@ class Glu(Component):
     gpt-oss.  ``limit`` without ``shift`` serves DeepSeek's.
 
     >>> import numpy as np
+    >>> from controllability.components import Activation
     >>> Glu(Activation("relu"), "interleaved")({}, np.array([2.0, 5.0, -1.0, 7.0])) + 0
     array([10.,  0.])
     """
@@ -57,6 +58,7 @@ class Swish(Component):
     """y = x·σ(αx), elementwise: SiLU with another slope.
 
     >>> import numpy as np
+    >>> from controllability.components import Activation
     >>> bool(np.allclose(Swish(1.0)({}, np.ones(1)), Activation("silu")({}, np.ones(1))))
     True
     """

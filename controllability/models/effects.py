@@ -9,8 +9,8 @@ from torch import Tensor
 
 from architectures.reading import Layer, Tap
 from controllability.arrays import arithmetic
-from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift, added
-from controllability.interfaces import Param
+from controllability.deltas import Delta, ExpertLowRank, Shift, added
+from controllability.interfaces import OutputControllable, Param
 from controllability.models.pairing import Rows
 from controllability.trace import node
 
@@ -42,8 +42,8 @@ def _changed(
     xp = arithmetic(y)
     x, y = xp.lift(x), xp.lift(y)
     if len(tap.paths) == 1:
-        for delta in deltas.values():
-            y = y + _effect(layer, tap, delta, x, chosen)
+        for param, delta in deltas.items():
+            y = y + _effect(layer, tap, param, delta, x, chosen)
         return y
     # a norm: its own formula with the patched vectors
     params: dict[str, Any] = dict(layer.params)
@@ -53,16 +53,16 @@ def _changed(
     return x
 
 
-def _effect(layer: Layer, tap: Tap, delta: Delta, x: Tensor, chosen: Tensor | None) -> Tensor:
+def _effect(layer: Layer, tap: Tap, param: Param, delta: Delta, x: Tensor, chosen: Tensor | None) -> Tensor:
     if isinstance(delta, ExpertLowRank):
         assert chosen is not None
         if x.shape[-2] == 1:
             x = x.expand(*x.shape[:-2], chosen.shape[-1], x.shape[-1])
         return delta.routed(x, chosen)
-    if isinstance(delta, LowRank):
-        return delta.effect(x)
     leaf = node(layer.block, tap.outlet)
-    return delta.value if not hasattr(leaf, "effective") else delta.value * x
+    assert isinstance(leaf, OutputControllable)
+    steering = next(s for s in leaf.output_steerings() if s.param == param)
+    return steering.effect(x, delta)
 
 
 def per_sample(delta: Any) -> Any:

@@ -102,10 +102,8 @@ def _patch(
         source_rows, target_rows = source_rows.streamed(streams), target_rows.streamed(streams)
     proofs = checked.proofs(via, route)
     reading = checked.reading
-    targets, target_output = observe_target(model, reading, _without_cache(model, target), target_rows, progress)
-    solvers, output = sweep(
-        model, reading, proofs, targets, _without_cache(model, source), source_rows, scope, progress
-    )
+    targets, target_output = observe_target(model, reading, without_cache(model, target), target_rows, progress)
+    solvers, output = sweep(model, reading, proofs, targets, without_cache(model, source), source_rows, scope, progress)
     entries = tuple(
         Entry(param, delta, solver.layer.index, targets[solver.layer.index].index(solver.target))
         for solver in solvers
@@ -173,7 +171,8 @@ def paired_logits(target_logits: torch.Tensor, rows: Any, like: torch.Tensor, sc
     return picked
 
 
-def _without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a run without a cache, for a model that knows of one."""
     return ({"use_cache": False} if takes_cache(model) else {}) | dict(inputs)
 
 

@@ -60,13 +60,14 @@ def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Map
 def unpatched_errors(model: Any, target: Mapping[str, Any], source: Mapping[str, Any], scope: str) -> list[float]:
     """The negative control: relative error of each layer's output in the plain source run."""
     from controllability.models.pairing import pair
+    from controllability.models.patching import without_cache
     from controllability.models.reading_check import checked_reading
     from controllability.models.sweep import observe_target, residual_of
 
     source_rows, target_rows = pair(target, source, scope)
     checked = checked_reading(model)
     runs = [
-        observe_target(model, checked.reading, {"use_cache": False, **inputs}, rows, lambda *_: None)[0]
+        observe_target(model, checked.reading, without_cache(model, inputs), rows, lambda *_: None)[0]
         for inputs, rows in ((source, source_rows), (target, target_rows))
     ]
     calls = [[call for layer in run for call in layer] for run in runs]

@@ -78,7 +78,7 @@ class OutputMixture(Rule):
             total = size.sum(-2)
             run.check(step.conditions[0], total, missing)
             change = share * dot(y, y) / total[..., None, :]
-            return xp.name(change * missing[..., None, :])
+            return xp.tidy(change * missing[..., None, :])
 
         run.steer(path, Goal(step.steering, gap=gap))
 

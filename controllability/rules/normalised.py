@@ -102,7 +102,7 @@ class _Normalised:
         through = self.step.rule.side == "through"
         G, y = self.wanted(), run.target.output(inner.outlet) if through else run.raw_of(inner)
         xp = arithmetic(G, y)
-        G, y = xp.lift(G), xp.lift(y)
+        G, y = xp.name(xp.lift(G)), xp.name(xp.lift(y))
         scale = self.scale_place.component if self.scale_place else None
         if isinstance(scale, Scale):
             m = scale.effective(run.params)
