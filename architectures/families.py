@@ -13,7 +13,7 @@ from architectures import experts as _experts  # noqa: F401
 from architectures import refused as _refused  # noqa: F401
 from architectures import special as _special  # noqa: F401
 from architectures.feed_forward import Fused, Gated, Norm, Plain, layer_norm
-from architectures.shapes import family, parallel, post_ln, sequential
+from architectures.shapes import either, family, parallel, post_ln, sequential
 
 GATED = Gated()
 GATED_FEED_FORWARD = Gated("feed_forward")
@@ -70,7 +70,11 @@ SANDWICH = sequential(Norm("pre_feedforward_layernorm", offset=1), GATED, Norm("
 family("gemma2", "Gemma2DecoderLayer", SANDWICH, defaults={"activation": "gelu_tanh"})
 family("gemma3 gemma3_text", "Gemma3DecoderLayer", SANDWICH, defaults={"activation": "gelu_tanh"})
 family("glm4", "Glm4DecoderLayer", sequential(AFTER_ATTENTION, Fused(), Norm("post_mlp_layernorm")))
-family("lfm3", "Lfm3DecoderLayer", sequential(Norm("ffn_norm"), W123, Norm("post_ffn_norm")))
+LFM3 = either(
+    lambda view: view.has("post_ffn_norm.weight", default=True),
+    sequential(Norm("ffn_norm"), W123, Norm("post_ffn_norm")), sequential(Norm("ffn_norm"), W123),
+)  # fmt: skip
+family("lfm3", "Lfm3DecoderLayer", LFM3)
 OUTPUT_NORM = sequential(None, GATED, Norm("post_feedforward_layernorm"))
 family("olmo2", "Olmo2DecoderLayer", OUTPUT_NORM)
 family("olmo3", "Olmo3DecoderLayer", OUTPUT_NORM)

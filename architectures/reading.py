@@ -14,7 +14,7 @@ from architectures.view import View
 from architectures.widths import misfits
 from controllability.arrays import Array
 from controllability.components import ExpertLinear, Linear, Mixture
-from controllability.errors import BadInput, ReadingError
+from controllability.errors import BadInput, NotControllable, ReadingError
 from controllability.interfaces import Component, Param
 from controllability.trace import Path, leaves, node
 
@@ -202,6 +202,7 @@ def read(model: Any) -> Reading:
             "pass the model whose layers are of that class"
         )
     layers: list[Layer] = []
+    last: tuple[str, Component | None] = ("", None)
     for position, (name, module) in enumerate(found):
         around = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
         view = View(f"{name}.", {}, {}, module, text, position, parent=around)
@@ -210,11 +211,18 @@ def read(model: Any) -> Reading:
             built = architecture.build(view)
         except (AttributeError, KeyError, TypeError) as missing:
             raise ReadingError(f"{architecture.name}: layer {name} is not what was declared: {missing}") from missing
+        last = (name, built)
         if built is None:
             continue
         if not isinstance(built, Component):
             raise ReadingError(f"{architecture.name}: the builder of layer {name} returned a {type(built).__name__}")
         layers.append(_layer(model, architecture, len(layers), name, built, view))
+    if layers and last[1] is None:
+        raise NotControllable(
+            f"{architecture.name}: layer {last[0]} ({type(model.get_submodule(last[0])).__name__})",
+            "it mixes positions after the last feed-forward half, and nothing after it can make up for the context",
+            "end the model with a layer that has a feed-forward half", f"a live {type(model).__name__}",
+        )  # fmt: skip
     if not layers:
         raise ReadingError(
             f"{architecture.name}: none of its {len(found)} layers has a feed-forward half (its builder returned None)"

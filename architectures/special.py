@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from architectures.experts import DEEPSEEK
@@ -159,13 +160,17 @@ family(
 # ------------------------------------------------------------------------------------------- several norms
 
 
+# groups that are left out count 0 here, not −∞: with a negative correction one of their experts may be chosen
+AXK2 = replace(DEEPSEEK, routing=SigmoidTop(groups=True, options={"group_fill": 0.0}))
+
+
 def gated_norm(view: View) -> Component:
     """Pre-norm, in sparse layers multiplied by the sigmoid of a small MLP of itself."""
     if not view.has("post_attention_layernorm.mlp"):
-        return AFTER_ATTENTION(view) >> DEEPSEEK(view)
+        return AFTER_ATTENTION(view) >> AXK2(view)
     at = "post_attention_layernorm"
     mlp = view.linear(f"{at}.mlp.fc1", "r", "d") >> Activation("silu") >> view.linear(f"{at}.mlp.fc2", "d", "r")
-    return Norm(f"{at}.norm")(view) >> Product((Identity(), Fixed(mlp) >> Activation("sigmoid"))) >> DEEPSEEK(view)
+    return Norm(f"{at}.norm")(view) >> Product((Identity(), Fixed(mlp) >> Activation("sigmoid"))) >> AXK2(view)
 
 
 def axk2(view: View) -> Component:
@@ -291,7 +296,7 @@ family(
 
 def hyperclovax(view: View) -> Component:
     """Post-norms by a switch, and Granite's residual multiplier."""
-    post = Norm("post_norm2") if view.has("post_norm2", default=True) else None
+    post = Norm("post_norm2") if view.has("post_norm2.weight", default=True) else None
     return sequential(AFTER_ATTENTION, GATED, post, times=multiplier).build(view)  # type: ignore[return-value]
 
 

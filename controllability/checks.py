@@ -30,7 +30,7 @@ from controllability.interfaces import Component, Params
 from controllability.rules import Step, construct
 from controllability.rules.mixture import OutputMixture
 from controllability.sampling import DEFAULT_SIZES, sample
-from controllability.symbols import Definitions, definitions, normal_form, opaque
+from controllability.symbols import Definitions, definitions
 from controllability.trace import PatchedRun, Path, Place, Trace
 
 if TYPE_CHECKING:
@@ -255,7 +255,15 @@ class _Recognised(PatchedRun):
         self.table = table
 
     def _compute(self, path: Path) -> Array:
-        return ARITHMETICS["sympy"].each(self.table.known, super()._compute(path))  # type: ignore[attr-defined]
+        return ARITHMETICS["sympy"].each(self._recognised, super()._compute(path))  # type: ignore[attr-defined]
+
+    def _recognised(self, value: Any) -> Any:
+        while (known := self.table.known(value)) == value and not value.is_Atom:
+            shorter = self.table.expand_newest(value)
+            if shorter == value or shorter.count_ops() > value.count_ops():
+                break
+            value = shorter
+        return known
 
 
 def reduced_residual(proof: Proof, params: dict[str, Array], v: Any, v_target: Any) -> list[Any]:
@@ -268,24 +276,7 @@ def reduced_residual(proof: Proof, params: dict[str, Array], v: Any, v_target: A
         difference = xp.tidy(run.output(()) - run.target.output(()))
         if any(abs(table.value(e)) > WRONG for e in difference.reshape(-1)):
             return list(difference.reshape(-1))  # not 0 at a random point: expanding would never end
-        return [_expanded(e, table) for e in difference.reshape(-1)]
-
-
-def _expanded(e: Any, table: Definitions) -> Any:
-    """Names replaced by their definitions, the newest first: an identity often shows before the oldest are reached."""
-    order = {name: place for place, name in enumerate(table.meaning)}
-    while names := e.free_symbols & set(order):
-        newest = max(names, key=order.__getitem__)
-        e = normal_form(_settled(e.xreplace({newest: table.meaning[newest]})))
-    return e
-
-
-def _settled(e: Any) -> Any:
-    """The same with the arguments of roots and functions in normal form: equal ones must look equal."""
-    import sympy
-
-    inside = {atom: atom.func(*(normal_form(_settled(a)) for a in atom.args)) for atom in opaque(e)}
-    return e.xreplace(inside) if inside else sympy.sympify(e)
+        return [table.reduced(e) for e in difference.reshape(-1)]
 
 
 def replace_block(proof: Proof, block: Component) -> Proof:

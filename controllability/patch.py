@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from controllability.arrays import Array
-from controllability.deltas import Delta, PatchedMatrix, added
+from controllability.deltas import Delta, ExpertLowRank, PatchedMatrix, added
 from controllability.interfaces import Param, Params
 from controllability.symbols import Definitions
 from controllability.trace import Journal
+
+
+def _as_stored(delta: Delta, base: Array) -> Array:
+    """A delta in the shape of the stored parameter, token axes before it."""
+    change = delta.dense()
+    tokens = change.shape[: -3 if isinstance(delta, ExpertLowRank) else -base.ndim]
+    if math.prod(change.shape) == math.prod(base.shape):  # one token; inside a mixture it is a row of its own
+        tokens = ()
+    return change.reshape(*tokens, *base.shape)  # experts may be stacked in two dimensions
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +63,12 @@ class Patch(Mapping[str, Delta]):
 
     def merged_into(self, params: Params) -> dict[str, Array]:
         """``params`` with the patch added densely; for a patch of one token (no token axes)."""
-        patched = self.applied_to(params)
-        return {name: v.dense() if isinstance(v, PatchedMatrix) else v for name, v in patched.items()}
+        merged = dict(params)
+        for param, delta in self.deltas.items():
+            base = param.value(params)
+            assert not isinstance(base, PatchedMatrix)
+            merged[str(param)] = base + _as_stored(delta, base)
+        return merged
 
     @property
     def numbers(self) -> int:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Literal, get_args
 
-from controllability.components.combinators import Identity
+from controllability.components.combinators import Identity, Sequence
+from controllability.components.mixture import ExpertLinear, Mixture, Share
 from controllability.components.normalisation import Normalize
 from controllability.components.scale import Scale
 from controllability.errors import BadInput, NotControllable
@@ -61,6 +62,7 @@ class Prover:
     def __init__(self, block: Component, via: Via, route: str, frozen: frozenset[str]) -> None:
         self.via, self.route, self.frozen = via, route, frozen
         self.normalised = frozenset(scales_of_norms(block))  # scales whose route is to be chosen
+        self.crowded = frozenset(crowded_leaves(block, (), False, False, 1)[0])
         self._known: dict[tuple[Path, int, int, Side], Attempt] = {}
 
     def is_frozen(self, param: Param) -> bool:
@@ -141,6 +143,32 @@ def scales_of_norms(block: Component) -> Iterator[Path]:
         same_sequence = before[:-1] == path[:-1] and before[-1:] != path[-1:]
         if same_sequence and isinstance(norm, Normalize) and isinstance(scale, Scale):
             yield path
+
+
+def crowded_leaves(part: Component, path: Path, rows: bool, around: bool, k: int) -> tuple[list[Path], bool]:
+    """The leaves at which a token has several rows, one for each chosen expert; and whether the output has them.
+
+    ``rows`` says so of the input, ``around`` of what the nearest mixture reads, which chooses ``k`` experts: its
+    experts' own maps change expert by expert, and only the rows of mixtures further out are too many for them.
+    """
+    if isinstance(part, ExpertLinear | Share):
+        return [path] if around else [], rows or k > 1
+    if not part.children():
+        return [path] if rows else [], rows
+    found: list[Path] = []
+    if isinstance(part, Mixture):
+        flow = rows
+        for i, child in enumerate(part.children()):
+            here = (rows, around, k) if i == 0 else (flow, rows, part.routing.top_k)
+            inside, out = crowded_leaves(child, (*path, i), *here)
+            found, flow = found + inside, out if i else rows
+        return found, rows
+    outs, flow = [], rows
+    for i, child in enumerate(part.children()):
+        inside, out = crowded_leaves(child, (*path, i), flow, around, k)
+        found, outs = found + inside, [*outs, out]
+        flow = out if isinstance(part, Sequence) else rows
+    return found, flow if isinstance(part, Sequence) else any(outs)
 
 
 def rules_of(side: Side) -> tuple[Rule, ...]:

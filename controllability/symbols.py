@@ -59,6 +59,21 @@ class Definitions:
         """The expression with the names in it replaced by their definitions, one level deep."""
         return expression.xreplace({s: self.meaning[s] for s in expression.free_symbols if s in self.meaning})
 
+    def expand_newest(self, expression: Any) -> Any:
+        """The names of the deepest layer replaced by their definitions, in normal form."""
+        depths: dict[Any, int] = {}
+        for name, meaning in self.meaning.items():  # a definition uses older names only
+            depths[name] = 1 + max((depths.get(s, 0) for s in meaning.free_symbols), default=0)
+        deepest = max((depths.get(s, 0) for s in expression.free_symbols), default=0)
+        layer = {s: self.meaning[s] for s in expression.free_symbols if depths.get(s, 0) == deepest > 0}
+        return normal_form(_settled(expression.xreplace(layer))) if layer else expression
+
+    def reduced(self, expression: Any) -> Any:
+        """The normal form, names replaced layer by layer: an identity often shows before the oldest are reached."""
+        while expression != (expression := self.expand_newest(expression)):
+            pass
+        return expression
+
     def expand(self, expression: Any) -> Any:
         """The expression with every name replaced by what it stands for."""
         while any(s in self.meaning for s in expression.free_symbols):
@@ -108,10 +123,13 @@ def normal_form(expression: Any, rounds: int = 4) -> Any:
             return expression
         names, meaning = {}, {}
         roots: dict[Any, Any] = {}
-        for atom in opaque(expression):
+        for atom in _opaque(expression):
             if isinstance(atom, sympy.Pow) and (2 * atom.exp).is_Integer:  # A^(k/2) is a power of one root
-                name = roots.setdefault(atom.base, sympy.Dummy(positive=atom.base.is_positive))
-                names[atom], meaning[name] = name ** (2 * atom.exp), sympy.sqrt(atom.base)
+                factor, radicands = _root(atom.base)
+                for radicand, sign in radicands:
+                    name = roots.setdefault(radicand, sympy.Dummy(positive=radicand.is_positive))
+                    factor, meaning[name] = factor * name**sign, sympy.sqrt(radicand)
+                names[atom] = factor ** (2 * atom.exp)
             else:
                 name = sympy.Dummy(positive=atom.is_positive)
                 names[atom], meaning[name] = name, atom
@@ -122,7 +140,32 @@ def normal_form(expression: Any, rounds: int = 4) -> Any:
     return expression
 
 
-def opaque(expression: Any) -> set[Any]:
+def _settled(expression: Any) -> Any:
+    """The same with the arguments of roots and functions in normal form: equal ones must look equal."""
+    inside = {atom: atom.func(*(normal_form(_settled(a)) for a in atom.args)) for atom in _opaque(expression)}
+    return expression.xreplace(inside)
+
+
+def _root(base: Any) -> tuple[Any, list[tuple[Any, int]]]:
+    """√base as a rational factor times roots (or their inverses): √(A/B) = √A/√B, and numbers leave a root.
+
+    Bases are positive: what is normalised by, and sums of squares.  So √(4A) and 2√A look equal.
+    """
+    import sympy
+
+    factor, found = sympy.Integer(1), []
+    for part, sign in zip(sympy.fraction(sympy.together(base)), (1, -1), strict=True):
+        content, primitive = part.as_content_primitive()
+        inside = 1
+        for prime, power in sympy.factorint(content.p * content.q).items():
+            factor *= sympy.Integer(prime) ** (sign * (power // 2))
+            inside *= prime ** (power % 2)
+        factor /= sympy.Integer(content.q) ** sign
+        found += [(r, sign) for r in (sympy.Integer(inside), primitive) if r != 1]
+    return factor, found
+
+
+def _opaque(expression: Any) -> set[Any]:
     """The largest subexpressions that are not rational functions of symbols."""
     import sympy
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from controllability.arrays import Array, arithmetic
 from controllability.components.combinators import Sequence
 from controllability.components.mixture import CHOSEN, SHARES, Mixture
-from controllability.deltas import Delta, added
+from controllability.deltas import Delta, Shift, added
 from controllability.errors import SideConditionFailed
 from controllability.interfaces import Component, Condition, Param, Params, Steering, measure
 
@@ -280,7 +280,10 @@ class PatchedRun(Trace):
         """The delta of the leaf at ``path``, solved once."""
         if path not in self.solved:
             goal = self.goals[path]
-            self.solved[path] = goal.delta() if goal.delta else self._solve(path, goal)
+            delta = goal.delta() if goal.delta else self._solve(path, goal)
+            if isinstance(delta, Shift):
+                self._same_size(path, delta.value, goal.steering.param.value(self.params))
+            self.solved[path] = delta
         return self.solved[path]
 
     def _solve(self, path: Path, goal: Goal) -> Delta:
@@ -293,19 +296,26 @@ class PatchedRun(Trace):
             assert goal.wanted is not None
             raw, wanted = self.raw(path), goal.wanted()
             gap = xp.tidy(xp.lift(wanted) - xp.lift(raw))
+            self._same_size(path, gap, raw)
         for condition in goal.steering.conditions:
             self.check(condition, x, gap)
         return goal.steering.solve(self.params_at(path), x, gap)
+
+    def _same_size(self, path: Path, change: Array, changed: Array) -> None:
+        """One number cannot serve several features, though they broadcast."""
+        if change.shape[-1] != changed.shape[-1]:
+            where = node(self.block, path).describe()
+            raise SideConditionFailed("there is a number for every feature that must change", where, None)
 
     def check(self, condition: Condition, x: Array, gap: Array) -> None:
         """Test a side condition on the numbers and note its margin."""
         self.journal.margins.append(Margin(condition, measure(condition, x, gap)))
 
     def _reaches(self, earlier: Path, later: Path) -> bool:
-        """Whether a change at ``earlier`` reaches the input of ``later``: it stands before it in a sequence."""
+        """Whether a change at ``earlier`` reaches the input of ``later``: it stands before it, or routes to it."""
         for depth, (a, b) in enumerate(zip(earlier, later, strict=False)):
             if a != b:
-                return a < b and isinstance(node(self.block, earlier[:depth]), Sequence)
+                return a < b and isinstance(node(self.block, earlier[:depth]), Sequence | Mixture)
         return False
 
     def refuse(self, condition: Condition, position: int, tried: str, hint: str) -> None:

@@ -16,6 +16,7 @@ from trees import D, Grower
 
 import controllability as ct
 from controllability.arrays import ARITHMETICS
+from controllability.sampling import inputs_of
 
 DIGITS, LIMIT = 50, 1e-30  # what 50 digits leave after losses of conditioning; a wrong rule leaves 1e-3 and more
 
@@ -24,16 +25,16 @@ def judge(seed: int) -> tuple[str, str]:
     """(outcome, description) of one random tree: no, condition, yes; anything else raises."""
     rng = random.Random(seed)
     grower = Grower(rng)
-    block = grower.tree(rng.randint(1, 5))
+    block = grower.block(rng.randint(1, 4))
     frozen = [name for name in grower.values if rng.random() < 0.1]
     options = {
         "via": rng.choice(("input-output", "output")),
         "route": rng.choice(("auto", "auto", "scale", "secular", "uniform", "ball")),
     }
     numbers = np.random.default_rng(seed)
-    states = numbers.normal(size=(2, 2, D))
+    states = numbers.normal(size=(2, inputs_of(block), 2, D))  # source and target, inputs, tokens, features
     if rng.random() < 0.05:
-        states[0, 0] = 0
+        states[0, 0, 0] = 0
     shown = f"seed {seed}: {block.describe()}  frozen {frozen} {options}"
     try:
         proof = ct.prove(block, frozen=frozen, **options)
@@ -59,10 +60,22 @@ def executed(proof, block, values, states, digits) -> float:
     with mpmath.workdps(digits):
         xp = ARITHMETICS["mpmath"]
         params = {name: xp.array(value) for name, value in values.items()}
-        v, v_target = xp.array(states[0]), xp.array(states[1])
+        v, v_target = (tuple(map(xp.array, run)) if len(run) > 1 else xp.array(run[0]) for run in states)
         wanted = block(params, v_target)
-        found = block(proof.construct(params, v, v_target).applied_to(params), v)
-        return float(max(abs(x) for x in (found - wanted).reshape(-1)) / (1 + max(abs(x) for x in wanted.reshape(-1))))
+        patch = proof.construct(params, v, v_target)
+        factored = block(patch.applied_to(params), v)
+        # and as stored: each token has one change of each tensor, and a row of a mixture is no token
+        merged = np.stack([block(params | stored(patch, params, token), at(v, token)) for token in range(2)])
+        difference = np.concatenate([factored - wanted, merged - wanted])
+        return float(max(abs(x) for x in difference.reshape(-1)) / (1 + max(abs(x) for x in wanted.reshape(-1))))
+
+
+def stored(patch, params, token):
+    return {name: params[name] + delta.dense()[token].reshape(params[name].shape) for name, delta in patch.items()}
+
+
+def at(state, token):
+    return tuple(x[token] for x in state) if isinstance(state, tuple) else state[token]
 
 
 def test_300_random_trees():

@@ -48,6 +48,13 @@ class Glu(Component):
             up = up + xp.number(self.shift)
         return self.activation(params, gate) * up
 
+    def own_parameters(self) -> tuple[Param, ...]:
+        return tuple(sorted(self.activation.parameters(), key=str))
+
+    @property
+    def module(self) -> str:
+        return ""
+
     def describe(self) -> str:
         clamp = f", clamped at {self.limit}" if self.limit is not None else ""
         return f"gated halves ({self.order}, {self.activation.describe()}{clamp})"

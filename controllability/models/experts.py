@@ -7,6 +7,7 @@ Three classes do not look it up; what they call instead is replaced for as long 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,8 +50,9 @@ def listen(installation: Installation, layer: nn.Module, experts: nn.Module, lis
     kind = type(experts).__name__
     if hasattr(experts, "_apply_gate") and hasattr(experts, "is_transposed"):
         _register()
-        config = experts.config
-        installation.assign(config, "_experts_implementation_internal", NAME)
+        own = copy.copy(experts.config)  # models may share one config: this module alone looks ours up
+        vars(own)["_experts_implementation_internal"] = NAME
+        installation.assign(experts, "config", own)
     elif kind in ADAPTERS:
         ADAPTERS[kind](installation, layer, experts)
     else:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import architectures
+from controllability.errors import ControllabilityError
+
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
@@ -60,14 +63,22 @@ def same_again(model: nn.Module, names: Iterable[str], before: State) -> None:
             aliases[name, value._version] = before[name][1]
 
 
+def _declared(model: nn.Module) -> str:
+    """The blocks as they are read: with them activations, ε, routing, and whatever else the config decides there."""
+    try:
+        return "\n".join(repr(layer.block) for layer in architectures.read(model).layers)
+    except ControllabilityError:
+        return ""
+
+
 def fingerprint(
     model: nn.Module, originals: dict[str, Tensor] | None = None, progress: Callable[[int, int], None] | None = None
 ) -> str:
-    """SHA-256 over the name, dtype, shape and bytes of every parameter and buffer.
+    """SHA-256 over the blocks as they are read, and the name, dtype, shape and bytes of every parameter and buffer.
 
     ``originals`` stand in for parameters into which a patch is merged.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_declared(model).encode())
     items = list(_stored(model))
     for done, (name, value) in enumerate(items):
         value = (originals or {}).get(name, value).detach()

@@ -105,6 +105,7 @@ class ModelPatch:
             self._refuse_misuse(model)
             installation = Installation()
             carry(model, self.id, installation)
+            installation.assign(model, "__deepcopy__", _refuse_copy)
             try:
                 self._install(model, installation)
                 yield model
@@ -183,6 +184,7 @@ class ModelPatch:
         self._refuse_misuse(model)
         if anything_applied(model):
             raise PatchError("a patch is applied at the moment: leave its context before merging")
+        refuse_shared(model, self.entries)
         originals: dict[str, Tensor] = {}
         self._before_merge = state_of(model)
         try:
@@ -191,9 +193,12 @@ class ModelPatch:
                 assert stored is not None
                 originals.setdefault(entry.param.name, stored.detach().clone())
                 _write(stored, entry.param, entry.delta)
-        except BaseException:
+        except BaseException as error:
             _restore(model, originals)
             same_again(model, originals, self._before_merge)
+            if isinstance(error, RuntimeError):  # inference tensors, expanded weights
+                why = str(error).splitlines()[0]
+                raise PatchError(f"the weights cannot be written to: {why}; nothing was changed") from None
             raise
         self._originals, self._merged_into = originals, model
         self._merged_state = state_of(model)
@@ -299,6 +304,24 @@ class Applier:
         deltas = {p: to_device(d, y) for p, d in self.deltas[tap][self.call].items()}
         chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
         return patched(self.layer, tap, x, y, deltas, self.rows, chosen)
+
+
+def _refuse_copy(memo: Any) -> Any:
+    raise PatchError("a patch is applied at the moment: a copy would keep its hooks; leave the context before copying")
+
+
+def refuse_shared(model: nn.Module, entries: tuple[Entry, ...]) -> None:
+    """Raise ``PatchError`` where a patched parameter is used under another name: merging would change that use too."""
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    spans = [(v.data_ptr(), v.data_ptr() + v.numel() * v.element_size(), n) for n, v in held if v.numel()]
+    known = {n: (start, end) for start, end, n in spans}
+    for name in dict.fromkeys(entry.param.name for entry in entries):
+        start, end = known[name]
+        others = [n for s, e, n in spans if n != name and s < end and start < e]
+        if others:
+            raise PatchError(
+                f"parameter {name} is also {', '.join(others)}: merging would change that as well; use applied()"
+            )
 
 
 def to_device(delta: Any, like: Tensor) -> Any:

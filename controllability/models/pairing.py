@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from controllability.errors import BadInput
+from controllability.errors import BadInput, ReadingError
 
 Scope = Literal["each", "last"]
 
@@ -37,6 +37,11 @@ class Rows:
         return states
 
     def _index(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        if states.shape[0] != self.shape[0]:
+            raise ReadingError(
+                f"a layer works on {states.shape[0]} samples where the input has {self.shape[0]}: layers that are "
+                "called sample by sample, or on rows of their own, cannot be paired"
+            )
         before = states.shape[1] - self.shape[1]
         return self.sample.to(states.device), self.position.to(states.device) + before
 
@@ -177,7 +182,10 @@ def _refuse_other_images(target: Mapping[str, Any], source: Mapping[str, Any], p
 def _given(positions: tuple[Any, Any], batch: int) -> tuple[Tensor, Tensor]:
     """Positions as the caller gave them, (B, n) each.  Raises ``BadInput`` for anything that is not pairs."""
     try:
-        s, t = (torch.as_tensor(p).expand(batch, -1) for p in positions)
+        s, t = (torch.as_tensor(p) for p in positions)
+        if not (s.ndim and t.ndim):
+            raise TypeError("a single number is no list of positions")
+        s, t = s.expand(batch, -1), t.expand(batch, -1)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadInput(
             f"positions must be (source positions, target positions), each (n,) or (B, n): {error}"

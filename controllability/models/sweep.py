@@ -276,7 +276,10 @@ def sweep(
         done = [solver for calls in solvers for solver in calls]
         for solver in done:
             if solver.output is None:
-                raise PatchError(f"layer {solver.layer.index} ran in the target run and not in the source run")
+                raise PatchError(
+                    f"layer {solver.layer.index} ({solver.layer.name}) runs more often in the target run than in the "
+                    "source run: calls are paired one to one"
+                )
         return done, output
 
 

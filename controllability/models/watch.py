@@ -121,6 +121,10 @@ class Watch:
     def fold(self, x: Tensor, slots: bool = False) -> Tensor:
         """As the model has it -> (B, T, n), or (B, T, k, n) of chosen experts."""
         batch, length = self.grid
+        if not batch:
+            raise ReadingError(
+                f"layer {self.layer.name}: its modules run outside of its own call: they are shared with another layer"
+            )
         features = x.shape[-2:] if slots else x.shape[-1:]
         leading = x.shape[: -len(features)]
         if leading == (batch, length) and not (self.sequence_first and batch != length):

@@ -25,6 +25,7 @@ class Search(Protocol):
     via: str
     route: str
     normalised: frozenset[Path]
+    crowded: frozenset[Path]
 
     def attempt(self, place: Place, side: Side) -> Attempt:
         """The derivations of one side at a place."""
@@ -114,6 +115,12 @@ def shared(place: Place, rule: str, params: tuple[Param, ...]) -> Failure:
         place, rule, f"parameter {names} is used twice: moving it for one use would change the other",
         f"untie {names}, or leave it out of the patch (frozen=...)", weight=2,
     )  # fmt: skip
+
+
+def crowded(place: Place, rule: str) -> Failure:
+    """The failure of a rule because a token has several rows at a place, and its one change would serve all."""
+    reason = "a token has one row for each chosen expert here, and one change cannot serve them all"
+    return Failure(place, rule, reason, "steer the experts' own maps", weight=1)
 
 
 def lifted(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from controllability.interfaces import InputControllable, OutputControllable, Steering
-from controllability.rules.base import Attempt, Failure, Rule, Search, Side, Step, Wanted
+from controllability.rules.base import Attempt, Failure, Rule, Search, Side, Step, Wanted, crowded
 from controllability.trace import Goal, PatchedRun, Place
 
 
@@ -28,6 +28,9 @@ class LeafRule(Rule):
             if self.name == "O-scale" and place.path in prover.normalised and prover.route not in ("auto", "scale"):
                 reason = f"the scale of a normalised output may move alone on route scale only, not on {prover.route}"
                 found.failures.append(Failure(place, self.name, reason, "ask for route='auto' or 'scale'", weight=1))
+                continue
+            if place.path in prover.crowded:
+                found.failures.append(crowded(place, self.name))
                 continue
             if prover.is_frozen(steering.param):
                 reason, hint = f"{steering.param} may not move (frozen)", f"allow {steering.param} to move"

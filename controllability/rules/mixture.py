@@ -6,7 +6,7 @@ from itertools import islice, product
 
 from controllability.arrays import Array, arithmetic, dot
 from controllability.components.mixture import CHOSEN, SHARES, ExpertLinear, Mixture
-from controllability.interfaces import Condition, Param, Params
+from controllability.interfaces import Condition, Param, Params, overlap
 from controllability.rules.base import (
     Attempt,
     Failure,
@@ -16,6 +16,7 @@ from controllability.rules.base import (
     Step,
     Wanted,
     construct,
+    crowded,
     disturbs,
     shared,
     target_output,
@@ -56,6 +57,13 @@ class OutputMixture(Rule):
                     Failure(last, self.name, f"{weight} may not move (frozen)", f"allow {weight} to move", weight=1)
                 ]
             )
+        if last.path in prover.crowded:
+            return Attempt(failures=[crowded(last, self.name)])
+        mixture = place.component
+        routing = frozenset(mixture.own_parameters())
+        elsewhere = disturbs(frozenset({weight}), *place.parts()[:2]) + overlap(frozenset({weight}), routing)
+        if elsewhere:
+            return Attempt(failures=[shared(place, self.name, elsewhere)])
         statement = "some active expert has a share and an activation that are not zero"
         condition = Condition(statement, place.describe(), lambda x, gap: x)
         steering = last.component.output_steerings()[0]
@@ -121,7 +129,8 @@ class InputMixture(Rule):
                 found.failures.append(Failure(part, self.name, reason, hint, tuple(attempt.failures)))
         kept = []
         for one, two in islice(product(attempts[0].steps, attempts[1].steps), MOST):
-            if twice := disturbs(one.moved, inner) + disturbs(two.moved, router):
+            read = frozenset(place.component.own_parameters())  # by the routing itself
+            if twice := disturbs(one.moved, inner) + disturbs(two.moved, router) + overlap(one.moved | two.moved, read):
                 found.failures.append(shared(place, self.name, twice))
             else:
                 kept.append((one, two))

@@ -44,7 +44,7 @@ class OutputNormalised(Rule):
         inner = place.slice(0, norm)
         attempt = prover.attempt(inner, self.side)
         found = Attempt(failures=list(attempt.failures))
-        scale = parts[-1] if scaled else None
+        scale = parts[-1] if scaled and place.parts()[-1].path not in prover.crowded else None
         free = isinstance(scale, Scale) and not prover.is_frozen(scale.weight)
         route = prover.route if free else "ball"
         own = frozenset({scale.weight}) if free and isinstance(scale, Scale) and route != "ball" else frozenset[Param]()
@@ -139,7 +139,8 @@ class _Normalised:
 
     def before(self) -> Array:
         """y*, what must enter the normalisation."""
-        return self.solve().before
+        before = self.solve().before
+        return arithmetic(before).name(before)
 
     def scale_delta(self) -> Delta:
         """Δm, in stored form."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from itertools import product
 
+from controllability.components.bias import Bias
 from controllability.components.combinators import Identity, Sequence, Sum
+from controllability.components.linear import Linear
 from controllability.components.mixture import Mixture
+from controllability.components.scale import Scale
 from controllability.interfaces import Component, Param
 from controllability.rules.base import (
     Attempt,
@@ -68,7 +71,7 @@ class Theorem1(Rule):
                 found.failures.append(Failure(inner, self.name, reason, hint, tuple(f.failures)))
             return
         for one, two in product(f.steps, g.steps):
-            twice = disturbs(one.moved, outer) + disturbs(two.moved, inner, *others) + _partly(one.moved, others)
+            twice = disturbs(one.moved, outer) + disturbs(two.moved, inner, *others) + _misread(one.moved, others)
             if twice:
                 found.failures.append(shared(place, self.name, twice))
                 continue
@@ -121,10 +124,19 @@ def branches_inside(component: Component) -> bool:
     )
 
 
-def _partly(moved: frozenset[Param], others: tuple[Place, ...]) -> tuple[Param, ...]:
-    """Moved slices of which a skip reads a part, or more: a patched skip must read the very same slice."""
-    read = frozenset(p for place in others for p in place.component.parameters())
-    return tuple(p for p in moved if any(p.overlaps(q) and p != q for q in read))
+def _misread(moved: frozenset[Param], others: tuple[Place, ...]) -> tuple[Param, ...]:
+    """Moved slices that a skip reads, but not the very same slice in a map that can compute with its patch."""
+    reads = [read for place in others for read in _reads(place.component)]
+    return tuple(p for p in moved if any(p.overlaps(q) and (p != q or not plainly) for q, plainly in reads))
+
+
+def _reads(component: Component, plainly: bool = True) -> list[tuple[Param, bool]]:
+    """Every parameter that is read, and whether by a map that takes one row a token and a patch for each."""
+    here = plainly and isinstance(component, Linear | Scale | Bias)
+    reads = [(q, here) for q in component.own_parameters()]
+    for i, child in enumerate(component.children()):
+        reads += _reads(child, plainly and not (isinstance(component, Mixture) and i > 0))
+    return reads
 
 
 def _no_outer(branch: Place, rule: str, attempt: Attempt) -> Failure:
