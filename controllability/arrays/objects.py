@@ -32,7 +32,7 @@ class ObjectArithmetic(Arithmetic):
         return result.reshape(x.shape)
 
     def zeros_like(self, x: Array) -> Array:
-        return x * 0
+        return self.each(lambda _: self.number(0), x)  # x * 0 is no number where x is infinite
 
     def is_zero(self, x: Array) -> Array:
         return np.asarray(x == 0, dtype=bool)

@@ -16,13 +16,8 @@ from controllability.models.fingerprints import state_of
 from controllability.models.hooks import carried, load_of, refuse_compiled
 from controllability.models.model_patch import Entry, ModelPatch, refuse_scope
 from controllability.models.pairing import Rows, input_shape, pair
-from controllability.models.reading_check import (
-    Checked,
-    checked_reading,
-    input_embedding,
-    refuse_ids,
-    takes_cache,
-)
+from controllability.models.random_input import input_embedding, refuse_ids, takes_cache
+from controllability.models.reading_check import Checked, checked_reading
 from controllability.models.report import LayerReport, Report, layer_report
 from controllability.models.sweep import LayerSweep, Progress, check_finite, observe_target, sweep
 

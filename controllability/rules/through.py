@@ -115,4 +115,4 @@ class ThroughSum(Rule):
 
 def _earliest(step: Step) -> tuple[int, tuple[int, ...]]:
     """Among the cheapest derivations, the one that steers what comes first."""
-    return step.cost, min(s.place.path for s in step.walk() if s.steering is not None)
+    return step.cost, min((s.place.path for s in step.walk() if s.steering is not None), default=())
