@@ -155,18 +155,17 @@ def _mixture_identity(step: Step) -> tuple[Array, str]:
     k = mixture.routing.top_k
     params, y, _ = sample(mixture.last, "sympy", tokens=(k,), **_sizes(mixture))
     bound = {CHOSEN: np.arange(k), SHARES: _symbols("s", (k,))}
-    raw = mixture.assemble(bound, lambda _: mixture.last(params | bound, y))
-    gap = _symbols("delta", raw.shape)
-    run = PatchedRun(mixture, params, y[0], y[0])  # its state is not read: what the last maps see is given
-    run.bind((), bound)
-    run.observe_input((2,), y)
-    alone = Step(step.rule, Place(mixture), (), step.moved, step.conditions, steering=step.steering)
-    OutputMixture().construct(alone, run, lambda: raw + gap)
-    left = xp.tidy(run.output(()) - raw - gap)
-    return (
-        left,
-        f"Σ_j s_j ΔW_j y_j − δ reduced to 0 with symbolic entries, {k} experts, size {y.shape[-1]} → {len(gap)}",
-    )
+    with definitions():
+        raw = mixture.assemble(bound, lambda _: mixture.last(params | bound, y))
+        gap = _symbols("delta", raw.shape)
+        run = PatchedRun(mixture, params, y[0], y[0])  # its state is not read: what the last maps see is given
+        run.bind((), bound)
+        run.observe_input((2,), y)
+        alone = Step(step.rule, Place(mixture), (), step.moved, step.conditions, steering=step.steering)
+        OutputMixture().construct(alone, run, lambda: raw + gap)
+        left = xp.tidy(run.output(()) - raw - gap)
+    size = f"{k} experts, size {y.shape[-1]} → {len(gap)}"
+    return left, f"Σ_j s_j ΔW_j y_j − δ reduced to 0 with symbolic entries, {size}"
 
 
 def delta_is_vector(delta: object) -> bool:
