@@ -160,11 +160,6 @@ family(
 family("aria_text", "AriaTextDecoderLayer", pre(MoE(top_softmax, router="router", shared=SHARED, transposed=True)))
 
 
-def granite(view: View, routed: Component, beside: Component | None) -> Component:
-    """Routed experts and the shared MLP beside them, either of which may be missing."""
-    return routed if beside is None else routed + beside
-
-
 GRANITE = MoE(
     top_softmax, "block_sparse_moe", "router", dense=Fused("shared_mlp", "input_linear", "output_linear"),
     shared=Fused("shared_mlp", "input_linear", "output_linear"), shared_at="shared_mlp",

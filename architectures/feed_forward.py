@@ -12,16 +12,11 @@ from typing import Any, Literal
 from architectures.view import View
 from controllability.components import (
     Activation,
-    Bias,
-    Fixed,
-    Gate,
     Glu,
-    Identity,
     Linear,
     Mixture,
     Product,
     Routing,
-    Scale,
     Share,
     Sum,
     Times,
@@ -249,23 +244,3 @@ class SigmoidTop:
             top_k(view), "sigmoid", correction=bias, groups=(n, kept) if self.groups and n > 1 else None,
             renormalise=1 if wanted else None, eps=self.eps, scaling=scaling, **self.options,
         )  # fmt: skip
-
-
-__all__ = [
-    "Bias",
-    "FeedForward",
-    "Fixed",
-    "Fused",
-    "Gate",
-    "Gated",
-    "Identity",
-    "MoE",
-    "Norm",
-    "Plain",
-    "Scale",
-    "SigmoidTop",
-    "layer_norm",
-    "softmax_top",
-    "top_k",
-    "top_softmax",
-]  # fmt: skip

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from architectures.experts import DEEPSEEK
+from architectures.experts import DEEPSEEK, multiplier
 from architectures.feed_forward import Gated, MoE, Norm, Plain, SigmoidTop, layer_norm, softmax_top, top_k
 from architectures.registry import Seen
 from architectures.shapes import Shape, either, family, fixed_scale, parallel, post_ln, sequential
@@ -85,11 +85,6 @@ family(
 )  # fmt: skip
 
 # -------------------------------------------------------------------------------- multipliers, gains and gates
-
-
-def multiplier(view: View) -> Any:
-    """Granite's residual multiplier."""
-    return view.setting("residual_multiplier", default=1.0)
 
 
 def depth_multiplier(view: View) -> Any:

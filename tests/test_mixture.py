@@ -158,6 +158,15 @@ def test_the_correction_counts_for_the_choice_alone():
     assert np.allclose(shares, sigmoid(1.0))
 
 
+def test_a_correction_that_is_stored_as_a_row_serves_one_token_too():
+    correction = np.array([[0.0, 0.0, 9.0]])
+    routing = Routing(1, correction=Param("c"))
+    for logits in (np.array([3.0, 2.0, 1.0]), np.array([[3.0, 2.0, 1.0]] * 2)):
+        index, shares = routing({"c": correction}, logits)
+        assert index.shape == shares.shape == (*logits.shape[:-1], 1)
+        assert (index == 2).all()
+
+
 @pytest.mark.parametrize(("routing", "logits"), [
     (Routing(2), [1.0, 3.0, 2.0, 2.0]),
     (Routing(2, "sigmoid", groups=(2, 1)), [1.0, 2.0, 2.0, 1.0]),  # the groups are tied, the experts in one are not
@@ -513,9 +522,12 @@ def test_sizes_that_cannot_be_squared(token, hidden, dtype, via):
     }  # fmt: skip
     params = {n: p.astype(dtype) for n, p in params.items()}
     v, v_target = (np.array(x, dtype=dtype) * np.dtype(dtype).type(token) for x in ([1, 2], [2, -1]))
-    block = residual(linear >> Times(token)) if token < 1 else residual(linear >> Times(1.0))
-    patch = ct.prove(block, via).construct(params, v, v_target)
-    assert error(block(patch.applied_to(params), v), block(params, v_target)) < 20 * np.finfo(dtype).eps
+    block = residual(linear >> Times(token))
+    patched = ct.prove(block, via).construct(params, v, v_target).applied_to(params)
+    assert error(block(patched, v), block(params, v_target)) < 20 * np.finfo(dtype).eps
+    if via == "input-output":
+        here, there = ct.Trace(block, patched, v), ct.Trace(block, params, v_target)
+        assert error(here.output((1, 0, 1)), there.output((1, 0, 1))) < 20 * np.finfo(dtype).eps
 
 
 def test_another_choice_than_the_targets_is_refused():

@@ -79,9 +79,12 @@ class ExpertLinear(Component, Steerable):
         assert not isinstance(weight, PatchedMatrix)
         xp = arithmetic(x, gap)
         x = _spread(x, index)
-        norm = dot(x, x)
-        idle = xp.is_zero(norm)
-        right = x / xp.where(idle, norm + 1, norm)
+        # x/‖x‖² without squaring a number that is too large or too small to be squared; 0 where x is 0
+        size = dot(x, x) if xp.exact else xp.max(xp.magnitude(x))
+        size = xp.where(xp.is_zero(size), size + 1, size)
+        unit = x / size
+        norm = dot(unit, unit)
+        right = unit if xp.exact else unit / (xp.where(xp.is_zero(norm), norm + 1, norm) * size)
         experts = self.stacked or weight.shape[0]
         return ExpertLowRank(gap[..., None, :], right[..., None, :], self.layout == "in_out", index, experts)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from controllability.arrays import Arithmetic, Array, arithmetic
+from controllability.errors import BadInput
 from controllability.interfaces import Param, Params
 
 Score = Literal["softmax", "sigmoid", "identity", "sparsemixer"]
@@ -45,6 +46,10 @@ class Routing:
     cap: float | None = None
     jitter: float = 0.0
     skip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.skip and self.top_k != 1:  # two that are no expert would be expert 0 twice
+            raise BadInput(f"skip needs top_k=1, got {self.top_k}")
 
     def __call__(self, params: Params, logits: Array) -> tuple[Array, Array]:
         xp = arithmetic(logits)
@@ -115,7 +120,7 @@ class Routing:
 
     def _for_choice(self, params: Params, logits: Array, scores: Array) -> Array:
         base = logits if self.choose_logits else scores
-        return base if self.correction is None else base + self.correction.value(params)
+        return base if self.correction is None else base + self.correction.value(params).reshape(-1)  # maybe (1, E)
 
     def _worth(self, xp: Arithmetic, choice: Array) -> Array:
         assert self.groups is not None

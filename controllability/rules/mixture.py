@@ -82,11 +82,13 @@ class OutputMixture(Rule):
             y, raw, goal = xp.lift(y), xp.lift(raw), xp.lift(goal)
             share = _shares(mixture, run.params_at(path), y)
             missing = goal - (raw * share).sum(-2)
-            size = share * share * dot(y, y)  # (..., k, 1)
-            total = size.sum(-2)
-            run.check(step.conditions[0], total, missing)
-            change = share * dot(y, y) / total[..., None, :]
-            return xp.tidy(change * missing[..., None, :])
+            part = share * y  # (..., k, h)
+            room = dot(part, part).sum(-2) if xp.exact else xp.max(xp.max(xp.magnitude(part))[..., 0])
+            run.check(step.conditions[0], room, missing)
+            part = part if xp.exact else part / room[..., None, :]  # sizes that cannot be squared
+            size = dot(part, part)
+            weight = size / size.sum(-2)[..., None, :] / xp.where(xp.is_zero(share), share + 1, share)
+            return xp.tidy(weight * missing[..., None, :])
 
         run.steer(path, Goal(step.steering, gap=gap))
 
