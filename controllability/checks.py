@@ -37,9 +37,11 @@ if TYPE_CHECKING:
     from controllability.proof import Proof
 
 LEVELS = ("derived", "symbolic", "exact", "numeric")
+DERIVED = {"2h": "h", "E+1": "E"}  # sizes that follow from others
 SMALL = {"d": 2, "h": 3, "one": 1}
 WRONG = 1e-15  # a residual at a random point that 30 digits do not explain
 RATIONAL_ACTIVATIONS = ("identity", "relu", "relu2")
+INSTANCES = 20  # that are tried for one that fulfils the side conditions
 TOP = 2  # experts that are steered in the identity of I-experts
 
 
@@ -214,14 +216,36 @@ def _exact(proof: Proof, seed: int) -> tuple[str, str]:
         return _Named(Activation("cubic", coefficients=cubic)) if _transcendental(leaf) else leaf
 
     block = rebuilt(proof.block, rational, _linear_scores)
-    params, v, v_target = sample(block, "rational", seed, **_sizes(block))
+    same, sizes = replace_block(proof, block), _sizes(block)
+    params, v, v_target = sample(block, "rational", _admissible(same, sizes, seed), **sizes)
     params = {name: _number(value) for name, value in params.items()}
-    left = reduced_residual(replace_block(proof, block), params, _number(v), _number(v_target))
+    left = reduced_residual(same, params, _number(v), _number(v_target))
     if any(e != 0 for e in left):
         return "failed", f"residual left: {left}"
     method = "residual exactly 0 on a random rational instance, roots as algebraic numbers"
     scores = "; the logits themselves as scores (the theorem holds for any fixed score)" if _mixtures(block) else ""
     return "passed", method + scores + _choice(block)
+
+
+def _admissible(proof: Proof, sizes: dict[str, Any], seed: int) -> int:
+    """The first seed from ``seed`` on whose instance fulfils the side conditions: SymPy cannot compare sizes.
+
+    Raises ``SideConditionFailed`` if none does.
+    """
+    import mpmath
+
+    failure: Exception = NotExact("the block has no value on the instances that were tried: it divides by zero")
+    for tried in range(seed, seed + INSTANCES):
+        with mpmath.workdps(50):
+            try:
+                proof.patched_run(*sample(proof.block, "mpmath", tried, **sizes)).deltas()
+            except SideConditionFailed as failed:
+                failure = failed
+            except ZeroDivisionError:  # scores that sum to 0, and are divided by their sum
+                continue
+            else:
+                return tried
+    raise failure
 
 
 def _choice(block: Component) -> str:
@@ -306,12 +330,12 @@ def _numeric(proof: Proof, seed: int) -> tuple[str, str]:
 
 
 def _sizes(block: Component) -> dict[str, Any]:
-    """Small numbers for the named sizes; what follows from others ("2h") is left to ``sample``."""
+    """Small numbers for the named sizes; what follows from them is left to ``sample``."""
     named = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
     mixtures = _mixtures(block)
     small = SMALL | {"h": 2, "E": max(_experts(m.routing) for m in mixtures)} if mixtures else SMALL
-    sizes = {name: small.get(name, 2) for name in sorted(named) if name != "2h"}
-    return sizes | ({"h": small["h"]} if "2h" in named else {})
+    named = (named - set(DERIVED)) | {DERIVED[name] for name in named & set(DERIVED)}
+    return {name: small.get(name, 2) for name in sorted(named)}
 
 
 def _experts(routing: Routing) -> int:

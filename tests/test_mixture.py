@@ -14,7 +14,9 @@ from helpers import error
 
 import architectures
 import controllability as ct
+from controllability.arrays import ARITHMETICS
 from controllability.components import (
+    XIELU,
     Activation,
     Bias,
     ExpertLinear,
@@ -25,6 +27,7 @@ from controllability.components import (
     Product,
     Routing,
     Share,
+    SoftCap,
     Sum,
     Times,
     gated,
@@ -149,6 +152,10 @@ def test_routing_agrees_with_its_formula_token_by_token(name):
     torch_index, torch_shares = routing(tensors, torch.as_tensor(logits).reshape(8, 5, E))
     assert torch_index.reshape(40, -1).tolist() == index.tolist()
     assert error(torch_shares.reshape(40, -1), shares) < 1e-15
+    digits = {n: ARITHMETICS["mpmath"].array(x) for n, x in params.items()}
+    found, many = routing(digits, ARITHMETICS["mpmath"].array(logits[:5]))
+    assert found.tolist() == index[:5].tolist()
+    assert max(abs(float(x)) for x in (many - shares[:5]).reshape(-1)) < 1e-14
 
 
 def test_the_correction_counts_for_the_choice_alone():
@@ -692,6 +699,18 @@ def test_a_skip_whose_routing_reads_a_moved_parameter_is_refused():
         ct.prove(tied, frozen=["U", "V"])
 
 
+def test_what_an_activation_inside_a_gated_pair_reads_counts():
+    names = [Param(n, ("one",)) for n in ("alpha_p", "alpha_n", "beta", "eps")]
+    block = residual(Linear(Param("U", ("2h", "d"))) >> Glu(XIELU(*names)) >> Linear(Param("W", ("d", "h"))))
+    assert {p.name for p in block.parameters()} >= {p.name for p in names}
+    params, v, v_target = drawn(block)
+    patch = ct.prove(block).construct(params, v, v_target)
+    assert error(block(patch.applied_to(params), v), block(params, v_target)) < 1e-13
+    first, last = Linear(Param("g", ("one", "d")), names[0]), Linear(Param("W", ("d", "one")))
+    with pytest.raises(ct.NotControllable, match="alpha_p is used twice"):
+        ct.prove(residual(first >> Glu(XIELU(*names)) >> last), frozen=["g"])
+
+
 @pytest.mark.parametrize("put_together", [Product, Sum])
 def test_one_number_for_all_features_cannot_give_each_its_own(put_together):
     """They broadcast, so that a patch of the wrong shape would seem to work."""
@@ -767,6 +786,24 @@ def test_a_wrong_mixture_rule_fails_its_checks(monkeypatch, level):
     checks = ct.prove(residual(linear)).check(level)
     failed = {c["rule"] for c in checks if c["status"] == "failed"}
     assert failed == ({"T-mixture", "whole block"} if level == "symbolic" else {"whole block"})
+
+
+def test_exact_is_said_of_instances_that_fulfil_the_side_conditions():
+    """SymPy cannot compare sizes: outside the ball its roots would be imaginary, and the residual 0 all the same."""
+    ball = ct.prove(architectures.block("olmo2"), "output", "ball")
+    assert refused_at(ball, 0).startswith("mean((G/m)²) < 1")
+    assert ball.check("exact")[-1]["status"] == "passed"  # on a later instance
+    capped = ct.prove(residual(Linear(Param("W", ("d", "d"))) >> SoftCap(1e-3)), "output")
+    refused_at(capped, 0)
+    (whole,) = capped.check("exact")
+    assert whole["status"] == "skipped"
+    assert "the soft-cap can reach the target" in whole["method"]
+
+
+def refused_at(proof, seed) -> str:
+    with pytest.raises(ct.SideConditionFailed) as failed:
+        proof.construct(*ct.sample(proof.block, seed=seed, d=2, h=3))
+    return failed.value.statement
 
 
 def test_a_frozen_parameter_of_a_replaced_activation_does_not_stop_a_check():
