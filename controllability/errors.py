@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from controllability.remedies import Remedy
+
 
 class ControllabilityError(Exception):
     """Base of all errors that the package raises on purpose."""
@@ -15,39 +20,60 @@ class NotControllable(ControllabilityError):
     """No derivation exists: the component can never be controlled this way.
 
     ``culprit`` is the smallest component that fails while its parts pass, ``reason`` says which
-    rule failed on which argument, ``hint`` what would help.
+    rule failed on which argument, ``hint`` what would help.  ``remedies`` are the changes that the hint
+    names, each with a block that has a proof; ``remedy`` is the first of them, None if none was found.
     """
 
-    def __init__(self, culprit: str, reason: str, hint: str, asked: str = "") -> None:
+    def __init__(
+        self, culprit: str, reason: str, hint: str, asked: str = "", remedies: tuple[Remedy, ...] = ()
+    ) -> None:
         self.culprit, self.reason, self.hint, self.asked = culprit, reason, hint, asked
+        self.remedies = remedies
         head = f"{asked}: not controllable" if asked else "not controllable"
         super().__init__(f"{head}\n  culprit: {culprit}\n  reason:  {reason}\n  hint:    {hint}")
+
+    @property
+    def remedy(self) -> Remedy | None:
+        """The first remedy: ``ct.prove(remedy.block, **remedy.options)`` succeeds."""
+        return self.remedies[0] if self.remedies else None
 
 
 class SideConditionFailed(ControllabilityError):
     """A proof exists, but one of its side conditions fails on these numbers.
 
-    ``statement`` is the condition, ``where`` the component, ``position`` the row of the batch and
-    ``margin`` the distance from violation (0 or negative).
+    ``statement`` is the condition, ``where`` the component, ``position`` the token (a row, all token axes
+    counted through; ``tokens`` are their sizes), ``margin`` the distance from violation (0 or negative;
+    None where there is no distance) and ``hint`` what to do.
     """
 
     def __init__(
-        self, statement: str, where: str, margin: float | None, position: object = None, tried: str = "", hint: str = ""
-    ) -> None:
+        self, statement: str, where: str, margin: float | None, position: object = None, tried: str = "",
+        hint: str = "", tokens: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
         self.statement, self.where, self.margin = statement, where, margin
-        self.position, self.tried, self.hint = position, tried, hint
+        self.position, self.tried, self.hint, self.tokens = position, tried, hint, tokens
         self.layer: int | None = None
         self.final = False  # no other derivation may go around it
         super().__init__(statement)
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f"layer {self.layer}, "
-        position = f", position {self.position}" if isinstance(self.position, int) else f", {self.position}"
+        position = f", {self._token()}" if isinstance(self.position, int) else f", {self.position}"
         position = "" if self.position is None else position
         margin = "" if self.margin is None else f" (margin {self.margin:.3g})"
         tried = f"\n  tried: {self.tried}" if self.tried else ""
         hint = f"\n  hint:  {self.hint}" if self.hint else ""
         return f"side condition failed at {layer}{self.where}{position}: {self.statement}{margin}{tried}{hint}"
+
+    def _token(self) -> str:
+        """'position 5', and where that is when tokens stand along several axes."""
+        assert isinstance(self.position, int)
+        index: list[int] = []
+        rest = self.position
+        for size in reversed([size for size in self.tokens if size > 1]):
+            index.insert(0, rest % size)
+            rest //= size
+        return f"position {self.position}" + (f" (token {index})" if len(index) > 1 else "")
 
 
 class NotExact(ControllabilityError, ArithmeticError):

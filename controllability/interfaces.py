@@ -34,7 +34,7 @@ class Param:
     index: tuple[slice, ...] = ()
 
     def __str__(self) -> str:
-        parts = ",".join(f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}" for s in self.index)
+        parts = ",".join(":".join("" if e is None else str(e) for e in _ends(s)) for s in self.index)
         return f"{self.name}[{parts}]" if parts else self.name
 
     def __hash__(self) -> int:
@@ -58,8 +58,13 @@ class Param:
         return all(_slices_meet(a, b) for a, b in zip(self.index, other.index, strict=False))
 
 
+def _ends(s: slice) -> list[int | None]:
+    return [s.start, s.stop] if s.step is None else [s.start, s.stop, s.step]
+
+
 def _slices_meet(a: slice, b: slice) -> bool:
-    if None in (a.start, a.stop, b.start, b.stop):
+    ends = (a.start, a.stop, b.start, b.stop)
+    if None in ends or min(ends) < 0:  # how long the axis is would have to be known
         return True
     return max(a.start, b.start) < min(a.stop, b.stop)
 
@@ -74,12 +79,21 @@ class Condition:
     """A side condition: a statement about numbers, where it is made, and how far they are from breaking it.
 
     ``margin(x, gap)`` returns one number a token, shape (..., 1), positive when the condition holds;
-    ``x`` is the input of the component and ``gap`` the wanted change of its output.
+    ``x`` is the input of the component and ``gap`` the wanted change of its output.  ``hint`` is what to do
+    where it fails, or a function of the margin that says so.
     """
 
     statement: str
     where: str
     margin: Callable[[Array, Array], Array] | None = field(default=None, compare=False, repr=False)
+    hint: str | Callable[[float], str] = field(default="", compare=False, repr=False)
+
+    def failed(
+        self, margin: float | None, position: int | None = None, tokens: tuple[int, ...] = (), tried: str = ""
+    ) -> SideConditionFailed:
+        """The error where it fails, at row ``position`` of tokens that stand in an array of shape ``tokens``."""
+        hint = self.hint if isinstance(self.hint, str) else self.hint(float("nan") if margin is None else margin)
+        return SideConditionFailed(self.statement, self.where, margin, position, tried, hint, tokens)
 
 
 @dataclass(frozen=True)
@@ -250,16 +264,17 @@ def measure(condition: Condition, x: Array, gap: Array) -> float | None:
     if condition.margin is None:
         return None
     xp = arithmetic(x, gap)
-    margins = condition.margin(x, gap).reshape(-1)
-    if xp.kind == "sympy":
+    found = condition.margin(x, gap)
+    margins = found.reshape(-1)
+    if xp.symbolic:
         zeros = xp.is_zero(margins)
         if not zeros.any():
             return None  # generic symbols: assumed, and listed with the proof
-        raise SideConditionFailed(condition.statement, condition.where, 0.0, int(zeros.argmax()))
+        raise condition.failed(0.0, int(zeros.argmax()))
     broken = ~(margins > 0)  # NaN breaks a condition too
     if xp.any(broken):
         bad = int(broken.nonzero()[0].reshape(-1)[0])
-        raise SideConditionFailed(condition.statement, condition.where, xp.to_float(margins[bad]), bad)
+        raise condition.failed(xp.to_float(margins[bad]), bad, tuple(found.shape[:-1]))
     value = xp.to_float(xp.min(margins))
     return None if value == float("inf") else value
 

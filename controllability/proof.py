@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controllability.arrays import Array, arithmetic
 from controllability.errors import SideConditionFailed
@@ -13,6 +14,9 @@ from controllability.patch import Patch
 from controllability.rules import Step, construct
 from controllability.symbols import definitions
 from controllability.trace import PatchedRun, Trace
+
+if TYPE_CHECKING:
+    from controllability.formulas import ClosedForm
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Proof:
             run = self.patched_run(params, source, target, choice)
             try:
                 first = states[0][0] if isinstance(states[0], tuple | list) else states[0]
-                if arithmetic(first).kind != "sympy":
+                if not arithmetic(first).symbolic:
                     deltas = run.deltas()
                     check_result(deltas)
                     return Patch(deltas, run.journal)
@@ -87,14 +91,37 @@ class Proof:
 
         return proof_text(self)
 
-    def to_latex(self, level: str = "derived") -> str:
-        """A theorem with its derivation, compilable stand-alone; ``level`` is the one that was run."""
+    def formula(self, expand: bool = True, **sizes: int) -> dict[str, Any]:
+        """Each ΔW as a SymPy matrix at small explicit sizes (d=2, h=3 …).  See ``controllability.formulas.formula``."""
+        from controllability.formulas import formula
+
+        return formula(self, expand, **sizes)
+
+    def closed_form(self) -> ClosedForm:
+        """The patch in index notation, every size a symbol.  See ``controllability.formulas.closed_form``."""
+        from controllability.formulas import closed_form
+
+        return closed_form(self)
+
+    def to_latex(self, level: str = "derived", name: str = "") -> str:
+        """A theorem, the patch in closed form and the derivation, compilable stand-alone; ``level`` as it was run."""
         from controllability.rendering.latex import proof_latex
 
-        return proof_latex(self, level)
+        return proof_latex(self, level, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole tree as JSON-ready data."""
+        """Block, tree and options as JSON-ready data, from which the proof can be rebuilt (docs/proof-format.md)."""
         from controllability.rendering.data import proof_dict
 
         return proof_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any, components: Iterable[type] = ()) -> Proof:
+        """The proof that ``to_dict`` wrote, each node checked again without search; data is never executed.
+
+        ``components`` are the block's classes that are not of this package.  Raises ``BadInput`` with the JSON path
+        of data that is no proof, and ``NotVerified`` with the node that does not follow from its premises.
+        """
+        from controllability.certificate.proofs import proof_from_dict
+
+        return proof_from_dict(data, components)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, get_args
 
-from controllability.components.combinators import Identity, Sequence
+from controllability.components.combinators import Sequence
 from controllability.components.mixture import ExpertLinear, Mixture, Share
 from controllability.components.normalisation import Normalize
 from controllability.components.scale import Scale
-from controllability.errors import BadInput, NotControllable
-from controllability.interfaces import Component, InputControllable, OutputControllable, Param
+from controllability.errors import BadInput
+from controllability.interfaces import Component, Param
 from controllability.proof import Proof
+from controllability.refusal import explained, leaf_failure, refusal
+from controllability.remedies import Remedy
 from controllability.routes import check_route
 from controllability.rules import RULES, Attempt, Failure, Rule, Side, Step
 from controllability.trace import Path, Place, leaves
@@ -25,7 +28,8 @@ def prove(block: Component, via: Via = "input-output", route: str = "auto", froz
 
     ``via`` chooses Theorem 1 ("input-output") or 1b ("output"), ``route`` what a normalised output
     does (auto, scale, secular, uniform, ball), ``frozen`` names parameters that must not move.
-    Raises ``NotControllable`` with the smallest culprit, and ``BadInput`` for unknown options.
+    Raises ``NotControllable`` with the smallest culprit and the nearest change that has a proof, and ``BadInput``
+    for unknown options.
     Sound, not complete: a refusal means that no derivation was found.
 
     >>> from controllability.components import Linear, Activation, residual
@@ -49,8 +53,17 @@ def prove(block: Component, via: Via = "input-output", route: str = "auto", froz
     place = Place(block)
     attempt = prover.attempt(place, "input")
     if not attempt.steps:
-        raise refusal(attempt, place, prover)
+        asked = Remedy("", block, via, route, frozen)
+        raise refusal(asked, attempt, prover, _unproved)
     return Proof(block, attempt.steps[0], tuple(attempt.steps[1:]), via, route, frozen)
+
+
+def _unproved(question: Remedy) -> list[Failure]:
+    """Why a question to the prover has no answer, the most telling failure first; [] where it has one."""
+    via: Via = "output" if question.via == "output" else "input-output"
+    prover = Prover(question.block, via, question.route, question.frozen)
+    attempt = prover.attempt(Place(question.block), "input")
+    return [] if attempt.steps else explained(attempt.failures, question.block, prover)
 
 
 MOST = 8  # derivations kept at one place: alternatives for numbers on which the first one fails
@@ -82,58 +95,14 @@ class Prover:
             if rule.side == side:
                 tried = rule.derive(place, self)
                 found.steps += tried.steps
-                found.failures += tried.failures
+                found.failures += [f if f.side else replace(f, side=side) for f in tried.failures]
         best: dict[frozenset[Param], Step] = {}
         for step in sorted(found.steps, key=lambda s: s.cost):
             best.setdefault(step.moved, step)
         found.steps = list(best.values())[:MOST]
         if not found.steps and not found.failures:
-            found.failures.append(_leaf_failure(place, side))
+            found.failures.append(leaf_failure(place, side))
         return found
-
-
-def _leaf_failure(place: Place, side: Side) -> Failure:
-    component = place.component
-    if side == "input":
-        reason = "it has no parameter that steers its input"
-        hint = "put a linear map, a scale or a bias before it"
-        known = isinstance(component, InputControllable)
-    else:
-        reason = "it has no parameter that moves its output, and it cannot be undone from every target"
-        hint = "put a linear map or a bias after it"
-        known = isinstance(component, OutputControllable)
-    if not (known or component.children() or isinstance(component, Identity)) and component.parameters():
-        reason = f"{type(component).__name__} does not implement {'Input' if side == 'input' else 'Output'}Controllable"
-        hint = f"if it can be steered, implement {'in' if side == 'input' else 'out'}put_steerings in its class"
-    return Failure(place, f"{side} side", reason, hint)
-
-
-def refusal(attempt: Attempt, place: Place, prover: Prover) -> NotControllable:
-    """The error for a block without a derivation: the failure whose place is smallest."""
-    culprit = smallest(attempt.failures)
-    hint, via, route = culprit.hint, prover.via, prover.route
-    other: Via = "output" if via == "input-output" else "input-output"
-    if "via=" not in hint and Prover(place.component, other, route, prover.frozen).attempt(place, "input").steps:
-        hint += f"; via='{other}' has a proof"
-    reason = culprit.reason if culprit.rule.endswith("side") else f"{culprit.rule}: {culprit.reason}"
-    return NotControllable(culprit.place.describe(), reason, hint, f"prove via {via}, route {route}")
-
-
-def smallest(failures: list[Failure]) -> Failure:
-    """The failure that explains most: below every failure, at the place that fails while its parts pass.
-
-    A parameter that is used twice or frozen explains more than a component without parameters.
-    """
-    return max(enumerate(_lowest(failures)), key=lambda item: (item[1].weight, item[0]))[1]
-
-
-def _lowest(failures: list[Failure]) -> Iterator[Failure]:
-    for failure in failures:
-        below = [f for f in failure.because if not isinstance(f.place.component, Identity)]
-        if below:
-            yield from _lowest(below)
-        else:
-            yield failure
 
 
 def scales_of_norms(block: Component) -> Iterator[Path]:

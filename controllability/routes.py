@@ -87,7 +87,7 @@ def _settled(xp: Arithmetic, G: Array, m: Array, scale: Array, unit: Array, stor
 def _ball(xp: Arithmetic, G: Array, m: Array, live: Array, eps: Any, stored: Any) -> Candidate:
     scale, u = _settled(xp, G, m, live + xp.zeros_like(G), G * 0, stored)
     room = 1 - xp.mean(u * u)
-    open_ = xp.is_zero(room * 0) if xp.kind == "sympy" else room > 0
+    open_ = xp.is_zero(room * 0) if xp.symbolic else room > 0
     open_ = open_ & ~(xp.is_zero(room * 0) & (eps == 0))  # without ε the image is the sphere, not the ball
     before = u * xp.sqrt(eps / xp.where(open_, room, xp.zeros_like(room) + 1))
     return Candidate("ball", scale, u, before, open_, xp.is_zero(room * 0))
@@ -97,7 +97,7 @@ def room(answer: Candidate) -> float | None:
     """The margin of the ball route: 1 − mean(u²), the smallest over the tokens; None in symbols."""
     xp = arithmetic(answer.unit)
     left = 1 - xp.mean(answer.unit * answer.unit)
-    return None if xp.kind == "sympy" else xp.to_float(xp.min(left.reshape(-1)).reshape(()))
+    return None if xp.symbolic else xp.to_float(xp.min(left.reshape(-1)).reshape(()))
 
 
 def _keep(xp: Arithmetic) -> dict[str, bool]:
@@ -140,7 +140,9 @@ def _scale(xp: Arithmetic, G: Array, m: Array, y: Array, eps: Any, stored: Any) 
 
 
 def _alive(xp: Arithmetic, scale: Array, m: Array) -> Array:
-    """For which tokens no channel with m_i ≠ 0 is shut down (scaled to nothing)."""
+    """For which tokens no channel with m_i ≠ 0 is shut down (scaled to nothing); assumed of symbols."""
+    if xp.symbolic:
+        return xp.is_zero(xp.sum(scale) * 0)
     shut = xp.magnitude(scale) <= math.sqrt(xp.machine_epsilon(scale)) * xp.magnitude(m)
     return ~(shut & ~xp.is_zero(m + xp.zeros_like(scale))).any(-1, **_keep(xp))
 
@@ -152,11 +154,14 @@ def secular(xp: Arithmetic, G: Array, m: Array, q: Array) -> tuple[Array, Array]
     φ^(−1/2), which is concave and nearly linear, climbs to the root from below.  Raises
     ``NotExact`` for symbols and fractions, whose root has no closed form.
     """
+    gm = G * m
+    if xp.kind == "indexed":  # μ as what it is: the root of its equation
+        mu = xp.root("mu", lambda mu: xp.mean((gm / (m * m - mu)) ** 2), q)
+        return (m * m - mu) / m, gm / (m * m - mu)
     if xp.exact:
         raise NotExact(
             "the secular route needs the root of a polynomial of degree 2d: use uniform or scale in exact arithmetic"
         )
-    gm = G * m
     lowest = xp.min(m * m)
     gaps = m * m - lowest + xp.zeros_like(G)
     bottom = xp.is_zero(gaps)

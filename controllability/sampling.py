@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array
+from controllability.arrays.indexed import IndexedArray
 from controllability.components.select import Select
 from controllability.errors import BadInput
 from controllability.interfaces import Component
@@ -19,6 +20,15 @@ DEFAULT_SIZES = {"d": 4, "h": 6, "E": 4, "l": 3, "r": 2, "one": 1}  # width, hid
 def inputs_of(block: Component) -> int:
     """How many inputs a block has: more than one when it selects among them (parallel blocks)."""
     return 1 + max((leaf.index for _, leaf in leaves(block) if isinstance(leaf, Select)), default=0)
+
+
+def symbolic_sizes(block: Component) -> dict[str, Any]:
+    """Symbols for the named sizes of a block's parameters; what follows from others is written with them."""
+    import sympy
+
+    names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)} | {*DEFAULT_SIZES}
+    symbols = {n: sympy.Symbol(n, integer=True, positive=True) for n in names}
+    return symbols | {"2h": 2 * symbols["h"], "E+1": symbols["E"] + 1, "one": 1}
 
 
 def sizes_of(block: Component, **sizes: int) -> dict[str, int]:
@@ -38,8 +48,9 @@ def sample(
 ) -> tuple[dict[str, Array], Any, Any]:
     """(parameters, source state, target state) of a block, drawn at random or as symbols.
 
-    ``kind`` is numpy (float64), torch (float32), rational, mpmath or sympy (real symbols); states have
-    shape (*tokens, d); a block with several inputs has a tuple of them.  Raises ``BadInput`` when a shape is not known.
+    ``kind`` is numpy (float64), torch (float32), rational, mpmath, sympy (real symbols) or indexed (index notation:
+    every size a symbol); states have shape (*tokens, d); a block with several inputs has a tuple of them.  Raises
+    ``BadInput`` when a shape is not known.
 
     >>> from controllability.components import Linear, residual
     >>> from controllability.interfaces import Param
@@ -51,7 +62,7 @@ def sample(
         raise BadInput(f"sample takes a component, got {type(block).__name__}; architectures.block(name) gives one")
     if kind not in ARITHMETICS:
         raise BadInput(f"unknown kind of numbers {kind!r}: choose one of {', '.join(ARITHMETICS)}")
-    known = sizes_of(block, **sizes)
+    known = symbolic_sizes(block) if kind == "indexed" else sizes_of(block, **sizes)
     rng = np.random.default_rng(seed)
     shapes: dict[str, tuple[int, ...]] = {}
     for param in sorted(block.parameters(), key=str):
@@ -75,6 +86,8 @@ def _number(size: int | str, known: dict[str, int]) -> int:
 
 
 def _draw(kind: str, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    if kind == "indexed":
+        return IndexedArray.named(name, shape)
     if kind == "sympy":
         return _symbols(name, shape)
     # multiples of 1/8, never 0: exact in every arithmetic, so that all of them see the same instance

@@ -6,7 +6,11 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
+
+WRONG = 1e-6  # a value at a random point that rounding does not explain
+ROUNDS = 4  # of naming roots and functions and cancelling: nested ones show one after the other
 
 _ACTIVE: ContextVar[Definitions | None] = ContextVar("definitions", default=None)
 
@@ -20,6 +24,46 @@ class Definitions:
     def __init__(self) -> None:
         self.meaning: dict[Any, Any] = {}
         self._names: dict[Any, Any] = {}
+        self.arrays: dict[str, Any] = {}  # name -> array of symbolic size
+        self._array_names: dict[Any, str] = {}
+        self.relations: dict[Any, Any] = {}  # sums that are known to be something else
+
+    def array(self, x: Any) -> Any:
+        """The array under its name; a new one if its entry was not seen before."""
+        from controllability.arrays.indexed import IndexedArray
+
+        key = (x.shape, x.entry)
+        if key not in self._array_names:
+            self._array_names[key] = name = f"t{len(self._array_names) + 1}"
+            self.arrays[name] = x
+        return IndexedArray.named(self._array_names[key], x.shape)
+
+    def known_array(self, x: Any) -> Any:
+        """The array under its name if it has one."""
+        return self.array(x) if (x.shape, x.entry) in self._array_names else x
+
+    def unfold_newest(self, expression: Any) -> Any:
+        """The entry with its newest array name replaced by what it stands for, in normal form."""
+        from controllability.index_notation import heads, unfolded
+
+        known = [n for n in heads(expression) if n in self.arrays]
+        if not known:
+            return expression
+        newest = max(known, key=lambda name: int(name[1:]))
+        return normal_form(unfolded(expression, newest, self.arrays[newest]))
+
+    def unfolded_to_zero(self, expression: Any) -> Any:
+        """The entry with array names replaced, newest first, until it is 0 or has none left.
+
+        One that is not 0 at a random point is left as it is: writing it out would never end.
+        """
+        from controllability.index_notation import RandomPoint
+
+        if expression != 0 and not self.relations and abs(RandomPoint(self.arrays).value(expression)) > WRONG:
+            return expression
+        while expression != 0 and expression != (expression := self.unfold_newest(expression)):
+            pass
+        return expression
 
     def name(self, expression: Any) -> Any:
         """The name of a value; a new one if it was not seen before."""
@@ -81,6 +125,11 @@ class Definitions:
         return expression
 
 
+def kept() -> Definitions | None:
+    """The definitions that are being kept now."""
+    return _ACTIVE.get()
+
+
 @contextmanager
 def definitions(table: Definitions | None = None) -> Iterator[Definitions]:
     """Within this context SymPy arithmetic names the outputs of linear maps and wanted values.
@@ -102,7 +151,7 @@ def named(expression: Any) -> Any:
     return reduced if table is None else table.name(reduced)
 
 
-def normal_form(expression: Any, rounds: int = 4) -> Any:
+def normal_form(expression: Any) -> Any:
     """Reduce an expression to a quotient of polynomials in its symbols, roots and function values.
 
     Roots and functions are replaced by new symbols, the rational function is cancelled, and even
@@ -117,13 +166,19 @@ def normal_form(expression: Any, rounds: int = 4) -> Any:
     """
     import sympy
 
-    expression = sympy.sympify(expression)
-    for _ in range(rounds):
+    return _normal_form(sympy.sympify(expression))
+
+
+@lru_cache(maxsize=20_000)
+def _normal_form(expression: Any) -> Any:
+    import sympy
+
+    for _ in range(ROUNDS):
         if expression.is_Atom or isinstance(expression, sympy.core.function.AppliedUndef):
             return expression
         names, meaning = {}, {}
         roots: dict[Any, Any] = {}
-        for atom in _opaque(expression):
+        for atom in opaque(expression):
             if isinstance(atom, sympy.Pow) and (2 * atom.exp).is_Integer:  # A^(k/2) is a power of one root
                 factor, radicands = _root(atom.base)
                 for radicand, sign in radicands:
@@ -133,7 +188,10 @@ def normal_form(expression: Any, rounds: int = 4) -> Any:
             else:
                 name = sympy.Dummy(positive=atom.is_positive)
                 names[atom], meaning[name] = name, atom
-        reduced = sympy.cancel(sympy.together(expression.xreplace(names))).xreplace(meaning)
+        plain = expression.xreplace(names)
+        quotient = any(isinstance(p, sympy.Pow) and p.exp.is_negative for p in sympy.preorder_traversal(plain))
+        reduced = sympy.cancel(sympy.together(plain)) if quotient else sympy.expand(plain)
+        reduced = reduced.xreplace(meaning)
         if reduced == expression:
             break
         expression = reduced
@@ -142,7 +200,7 @@ def normal_form(expression: Any, rounds: int = 4) -> Any:
 
 def _settled(expression: Any) -> Any:
     """The same with the arguments of roots and functions in normal form: equal ones must look equal."""
-    inside = {atom: atom.func(*(normal_form(_settled(a)) for a in atom.args)) for atom in _opaque(expression)}
+    inside = {atom: atom.func(*(normal_form(_settled(a)) for a in atom.args)) for atom in opaque(expression)}
     return expression.xreplace(inside)
 
 
@@ -161,11 +219,46 @@ def _root(base: Any) -> tuple[Any, list[tuple[Any, int]]]:
             factor *= sympy.Integer(prime) ** (sign * (power // 2))
             inside *= prime ** (power % 2)
         factor /= sympy.Integer(content.q) ** sign
+        square, primitive = _square_part(primitive)
+        factor *= square**sign
         found += [(r, sign) for r in (sympy.Integer(inside), primitive) if r != 1]
     return factor, found
 
 
-def _opaque(expression: Any) -> set[Any]:
+def _square_part(expression: Any) -> tuple[Any, Any]:
+    """(A, B) with expression = A²·B, A a product of factors that cannot be negative."""
+    import sympy
+
+    if not expression.is_Add:  # products are taken apart by SymPy itself
+        return sympy.Integer(1), expression
+    names = {atom: sympy.Dummy() for atom in opaque(expression)}
+    back = {name: atom for atom, name in names.items()}
+    content, factors, *_ = sympy.factor_list(expression.xreplace(names))
+    square, rest = sympy.Integer(1), content
+    for part, power in factors:
+        part = part.xreplace(back)
+        whole = power // 2 if _nonnegative(part) else 0
+        square, rest = square * part**whole, rest * part ** (power - 2 * whole)
+    return square, rest
+
+
+def _nonnegative(expression: Any) -> bool:
+    """Whether an expression is a sum of products of squares, roots and positive symbols."""
+    import sympy
+
+    if isinstance(expression, sympy.Add | sympy.Mul):
+        return all(map(_nonnegative, expression.args))
+    if isinstance(expression, sympy.Sum):
+        return _nonnegative(expression.function)
+    if isinstance(expression, sympy.Pow):
+        power = expression.exp
+        return bool((power % 2 == 0 and expression.base.is_real) or (power.is_Rational and not power.is_Integer)) or (
+            _nonnegative(expression.base)
+        )
+    return bool(expression.is_nonnegative)
+
+
+def opaque(expression: Any) -> set[Any]:
     """The largest subexpressions that are not rational functions of symbols."""
     import sympy
 
@@ -173,7 +266,7 @@ def _opaque(expression: Any) -> set[Any]:
     pending = [expression]
     while pending:
         node = pending.pop()
-        if (isinstance(node, sympy.Pow) and not node.exp.is_Integer) or isinstance(node, sympy.Function):
+        if (isinstance(node, sympy.Pow) and not node.exp.is_Integer) or isinstance(node, sympy.Function | sympy.Sum):
             found.add(node)
         else:
             pending.extend(node.args)

@@ -18,6 +18,7 @@ from controllability.errors import SideConditionFailed
 from controllability.interfaces import Component, Condition, Param, Params, Steering, measure
 
 Path = tuple[int, ...]
+ONE_NUMBER = "one number serves all features here: steer after it, by a map or a bias with a number for each feature"
 
 
 @dataclass(frozen=True)
@@ -251,14 +252,16 @@ class PatchedRun(Trace):
             self.check(near, logits, logits)
         except SideConditionFailed as tie:
             # another derivation would leave the choice to rounding: whoever asks for the target's experts must know
-            tie.final, tie.hint = True, "via='output' keeps the experts that the source run chooses"
+            tie.final = True
             raise
         here: Array = values[CHOSEN]
         there: Array = self.target.bound(path)[CHOSEN]
         same_experts: Array = (here == there) & ((values[SHARES] == 0) == (self.target.bound(path)[SHARES] == 0))
         differs = ~same_experts.all(-1).reshape(-1)
         if bool(differs.any()):
-            self.refuse(same, int(differs.nonzero()[0].reshape(-1)[0]), "", "take more precision (float32 or better)")
+            bad = int(differs.nonzero()[0].reshape(-1)[0])
+            others = int((~same_experts).reshape(-1, same_experts.shape[-1])[bad].sum())
+            raise same.failed(-float(others), bad, tuple(same_experts.shape[:-1]))
 
     def leaf(self, path: Path, component: Component) -> Array:
         if path not in self.goals:
@@ -305,7 +308,8 @@ class PatchedRun(Trace):
         """One number cannot serve several features, though they broadcast."""
         if change.shape[-1] != changed.shape[-1]:
             where = node(self.block, path).describe()
-            raise SideConditionFailed("there is a number for every feature that must change", where, None)
+            numbers = Condition("there is a number for every feature that must change", where, hint=ONE_NUMBER)
+            raise numbers.failed(float(changed.shape[-1] - change.shape[-1]))
 
     def check(self, condition: Condition, x: Array, gap: Array) -> None:
         """Test a side condition on the numbers and note its margin."""
@@ -317,10 +321,6 @@ class PatchedRun(Trace):
             if a != b:
                 return a < b and isinstance(node(self.block, earlier[:depth]), Sequence | Mixture)
         return False
-
-    def refuse(self, condition: Condition, position: int, tried: str, hint: str) -> None:
-        """Raise for a condition that no way around fulfils."""
-        raise SideConditionFailed(condition.statement, condition.where, None, position, tried, hint)
 
     def deltas(self) -> dict[Param, Delta]:
         """Every delta of the patch; solves what is not solved yet."""

@@ -102,7 +102,10 @@ def test_zero_input_without_bias_is_named_with_its_position():
     x[1] = 0
     with pytest.raises(SideConditionFailed) as failed:
         linear.steer_input(params, x, x_target)
-    assert str(failed.value) == "side condition failed at linear W, position 1: the input of W is not zero (margin 0)"
+    assert str(failed.value) == (
+        "side condition failed at linear W, position 1: the input of W is not zero (margin 0)\n"
+        "  hint:  give linear W a bias: it moves the output whatever the input is"
+    )
 
 
 def test_scale_condition_is_about_the_coordinates_that_must_change():

@@ -156,54 +156,6 @@ def test_a_tied_skip_reads_its_patch():
     assert error(block(patch.applied_to(params), v), block(params, v_target)) < 1e-13
 
 
-REFUSALS = {
-    "ends in tanh": (
-        residual(rms_norm("pre") >> up >> Activation("tanh")), {},
-        "prove via input-output, route auto: not controllable\n"
-        "  culprit: activation tanh\n"
-        "  reason:  it has no parameter that moves its output, and it cannot be undone from every target\n"
-        "  hint:    put a linear map or a bias after it",
-    ),
-    "nothing to steer inside": (
-        residual(silu >> down), {},
-        "prove via input-output, route auto: not controllable\n"
-        "  culprit: activation silu\n"
-        "  reason:  it has no parameter that steers its input\n"
-        "  hint:    put a linear map, a scale or a bias before it; via='output' has a proof",
-    ),
-    "one component": (
-        residual(down), {},
-        "prove via input-output, route auto: not controllable\n"
-        "  culprit: linear down\n"
-        "  reason:  theorem-1: the branch is one component: there is no inner function before the outer one\n"
-        "  hint:    ask for via='output' (Theorem 1b)",
-    ),
-    "tied twice": (
-        residual(Linear(Param("W", ("d", "d"))) >> silu >> Linear(Param("W", ("d", "d")))), {"via": "output"},
-        "prove via output, route auto: not controllable\n"
-        "  culprit: linear W >> activation silu >> linear W\n"
-        "  reason:  O-after-fixed: parameter W is used twice: moving it for one use would change the other\n"
-        "  hint:    untie W, or leave it out of the patch (frozen=...)",
-    ),
-    "frozen": (
-        residual(rms_norm("pre") >> up >> silu >> down), {"frozen": ("down",)},
-        "prove via input-output, route auto: not controllable\n"
-        "  culprit: linear down\n"
-        "  reason:  O-linear: down may not move (frozen)\n"
-        "  hint:    allow down to move",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refusals_name_culprit_reason_and_hint(name):
-    block, options, message = REFUSALS[name]
-    with pytest.raises(ct.NotControllable) as refused:
-        ct.prove(block, **options)
-    assert str(refused.value) == message
-    assert refused.value.culprit in message
-
-
 def test_a_target_outside_the_image_is_a_failed_condition_not_a_refusal():
     block = Sum((Times(1.0), up >> silu >> down >> SoftCap(1.0)))
     params, v, v_target = ct.sample(block, d=3, h=4)
@@ -306,7 +258,21 @@ def test_the_whole_gemma_patch_in_closed_form():
     )
 
 
-def test_a_wrong_rule_fails_the_symbolic_check_and_does_not_run_for_ever(monkeypatch):
+@pytest.fixture
+def anew():
+    """Nothing that was reduced with other rules counts, before and after."""
+    from controllability.checks import generic, rules
+
+    def forget():
+        rules.forget()
+        generic.forget()
+
+    forget()
+    yield
+    forget()
+
+
+def test_a_wrong_rule_fails_the_symbolic_check_and_does_not_run_for_ever(monkeypatch, anew):
     from controllability.deltas import LowRank
 
     plain = Linear._rank_one
@@ -317,7 +283,7 @@ def test_a_wrong_rule_fails_the_symbolic_check_and_does_not_run_for_ever(monkeyp
 
     monkeypatch.setattr(Linear, "_rank_one", doubled)
     checks = ct.prove(architectures.block("gemma3")).check("symbolic")
-    assert [c["status"] for c in checks] == ["failed"] * 3
+    assert {c["rule"] for c in checks if c["status"] == "failed"} == {"I-linear", "O-linear", "whole block"}
 
 
 def test_a_check_is_about_the_proof_that_was_asked_for():

@@ -1,9 +1,13 @@
-"""Random component trees: every component, shared and frozen parameters, dead branches, zero scales."""
+"""Random component trees: every component, shared and sliced parameters, dead branches, zero scales."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -32,47 +36,78 @@ from controllability.components import (
     gated,
 )
 from controllability.interfaces import Component, Param
+from controllability.sampling import inputs_of
 
 D = 3  # the width, and the number of experts: so that any tree may be a router
 HALF = 2  # the experts' hidden width
-ACTIVATIONS = ("identity", "relu", "relu2", "silu", "gelu", "gelu_tanh", "tanh")
+DEEPEST = 6
+ACTIVATIONS = ("identity", "relu", "relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "tanh", "sigmoid")
 
 
 @dataclass
 class Grower:
-    """Draws trees that map (…, 3) to (…, 3); ``values`` are the parameters' numbers."""
+    """Draws trees that map (…, 3) to (…, 3); ``values`` are the parameters' numbers.
+
+    ``leaves`` bounds the size: when they are used up only leaves grow.
+    """
 
     rng: random.Random
     values: dict[str, np.ndarray] = field(default_factory=dict)
     sharing: float = 0.12
+    leaves: int = 12
+    known: list[Param] = field(default_factory=list)
 
     def parameter(self, *shape: int) -> Param:
-        known = [name for name, value in self.values.items() if value.shape == shape]
+        known = [param for param in self.known if param.shape == shape]
         if known and self.rng.random() < self.sharing:
-            return Param(self.rng.choice(known), shape)
+            return self.rng.choice(known)
+        if self.rng.random() < 0.06:
+            return self.slice(*shape)
+        return self.fresh(self.draw(*shape))
+
+    def fresh(self, value: np.ndarray) -> Param:
         name = f"p{len(self.values)}"
-        value = np.array([self.rng.choice((-1, 1)) * self.rng.uniform(0.3, 1.5) for _ in range(int(np.prod(shape)))])
-        draw = self.rng.random()
-        if draw < 0.05:
+        self.values[name] = value
+        self.known.append(Param(name, value.shape))
+        return self.known[-1]
+
+    def slice(self, *shape: int) -> Param:
+        """Half of a fused tensor; the other half, and one that overlaps both, may be drawn later."""
+        name, rows = f"f{len(self.values)}", shape[0]
+        self.values[name] = self.draw(2 * rows, *shape[1:])
+        starts = (0, rows, 1) if rows > 1 else (0, rows)
+        self.known += [Param(name, shape, (slice(start, start + rows),)) for start in starts]
+        return self.known[-len(starts)]
+
+    def draw(self, *shape: int) -> np.ndarray:
+        value, chance = self.nonzero(*shape), self.rng.random()
+        if chance < 0.05:
             value[:] = 0  # a dead branch, or a scale that lets nothing through
-        elif draw < 0.1:
-            value[self.rng.randrange(len(value))] = 0
-        self.values[name] = value.reshape(shape)
-        return Param(name, shape)
+        elif chance < 0.1:
+            value.reshape(-1)[self.rng.randrange(value.size)] = 0
+        return value
+
+    def nonzero(self, *shape: int) -> np.ndarray:
+        count = int(np.prod(shape))
+        numbers = [self.rng.choice((-1, 1)) * self.rng.uniform(0.3, 1.5) for _ in range(count)]
+        return np.array(numbers).reshape(shape)
 
     def maybe(self, chance: float, *shape: int) -> Param | None:
         return self.parameter(*shape) if self.rng.random() < chance else None
 
     def activation(self) -> Component:
-        kind = self.rng.choice((*ACTIVATIONS, "swish", "xielu"))
+        kind = self.rng.choice((*ACTIVATIONS, "swish", "xielu", "cubic"))
+        if kind == "cubic":
+            return Activation(kind, coefficients=(0, 1, Fraction(1, 2), Fraction(-1, 4)))
         if kind == "xielu":
             return XIELU(*(self.parameter(1) for _ in range(4)))
         return Swish(1.7) if kind == "swish" else Activation(kind)
 
     def leaf(self) -> Component:
+        self.leaves -= 1
         kind = self.rng.choice((
-            "linear", "linear", "linear", "biased", "in_out", "scale", "scale", "bias", "act", "act", "norm", "cap",
-            "times", "identity", "gate", "fixed",
+            "linear", "linear", "linear", "biased", "in_out", "scale", "scale", "bias", "act", "act", "norm", "rms",
+            "layer", "cap", "times", "identity", "gate", "fixed",
         ))  # fmt: skip
         if kind in ("linear", "in_out"):
             return Linear(self.parameter(D, D), layout="in_out" if kind == "in_out" else "out_in")
@@ -86,16 +121,19 @@ class Grower:
             return self.activation()
         if kind == "norm":
             return Normalize(self.rng.choice(("rms", "rms", "layer")), self.rng.choice((1e-6, 1e-2)))
+        if kind in ("rms", "layer"):
+            norm = Normalize(kind, 1e-2) >> Scale(self.parameter(D), self.rng.choice((0, 1)))
+            return norm >> Bias(self.parameter(D)) if self.rng.random() < 0.4 else norm
         if kind == "cap":
             return SoftCap(self.rng.choice((2.0, 30.0)))
         if kind == "gate":
             return Gate(self.parameter(1), self.rng.choice(("identity", "tanh")))
         if kind == "fixed":
             return Fixed(self.tree(1))
-        return Times(self.rng.choice((-0.5, 2.0))) if kind == "times" else Identity()
+        return Times(self.rng.choice((-0.5, 2.0, 0.0))) if kind == "times" else Identity()
 
     def tree(self, depth: int) -> Component:
-        if depth <= 0 or self.rng.random() < 0.15:
+        if depth <= 0 or self.leaves <= 0 or self.rng.random() < 0.15:
             return self.leaf()
         kind = self.rng.choice((
             "sequence", "sequence", "sequence", "sum", "residual", "residual", "product", "mixture", "mixture",
@@ -118,7 +156,8 @@ class Grower:
             one = Linear(self.parameter(1, D), self.maybe(0.3, 1))
             gate = one >> Activation("sigmoid") if self.rng.random() < 0.7 else one
             return self.rng.choice((Product, Product, Sum))((gate, self.tree(depth - 1)))
-        return (Sum if kind == "sum" else Product)((self.tree(depth - 1), self.tree(depth - 1)))
+        parts = tuple(self.tree(depth - 1) for _ in range(self.rng.choice((2, 2, 3))))
+        return (Sum if kind == "sum" else Product)(parts)
 
     def glu(self) -> Component:
         clamp = {"limit": 0.7, "shift": 1} if self.rng.random() < 0.2 else {}
@@ -131,14 +170,27 @@ class Grower:
             return ExpertLinear(self.parameter(D * out, into), None, stacked=D)
         return ExpertLinear(self.parameter(D, out, into), self.maybe(0.3, D, out))
 
-    def mixture(self, depth: int) -> Mixture:
+    def routing(self) -> Routing:
         k = self.rng.choice((1, 2, 2, D))
-        routing = Routing(
+        if k == 2 and self.rng.random() < 0.1:
+            return Routing(k, "sparsemixer", jitter=0.1)
+        return Routing(
             k, self.rng.choice(("softmax", "sigmoid", "identity")), after=self.rng.random() < 0.3,
             correction=self.maybe(0.2, D), per_expert=self.maybe(0.15, D), scaling=self.rng.choice((1, 2.5)),
-            renormalise=self.rng.choice((None, None, 1, 2)), eps=0.15,
+            renormalise=self.rng.choice((None, None, 1, 2)), eps=0.15, choose_logits=self.rng.random() < 0.2,
+            groups=(D, 2) if k == 2 and self.rng.random() < 0.2 else None, group_best=1,
+            cap=self.rng.choice((None, None, None, 2.0)), skip=k == 1 and self.rng.random() < 0.2,
         )  # fmt: skip
-        router = Linear(self.parameter(D, D), self.maybe(0.2, D)) if self.rng.random() < 0.7 else self.tree(depth)
+
+    def mixture(self, depth: int) -> Mixture:
+        self.leaves -= 3
+        routing = self.routing()
+        if routing.score == "sparsemixer":  # its scores are relative to the largest logit, which must not be 0
+            router: Component = Linear(self.parameter(D, D), self.fresh(self.nonzero(D)))
+        elif self.rng.random() < 0.7:
+            router = Linear(self.parameter(D, D), self.maybe(0.2, D))
+        else:
+            router = self.tree(depth)
         first, width = self.inner(depth)
         share_first = self.rng.random() < 0.2
         last: Component = self.experts(D, width)
@@ -169,3 +221,81 @@ class Grower:
         branch = Sequence.of(self.rng.choice((x, x, x, a)), self.tree(depth))
         terms = [x, a, branch] if self.rng.random() < 0.8 else [x, branch, Sequence.of(a, self.tree(depth - 1))]
         return Sum(tuple(terms))
+
+    def frozen(self, block: Component) -> list[str]:
+        """What must not move: a few parameters, half of them, or all but a few."""
+        names = sorted(map(str, block.parameters()))
+        chance = self.rng.random()
+        if chance < 0.4:
+            return [name for name in names if self.rng.random() < 0.1]
+        if chance < 0.5:
+            return [name for name in names if self.rng.random() < 0.5]
+        free = self.rng.sample(names, min(len(names), self.rng.choice((1, 1, 2, 3))))
+        return [name for name in names if name not in free]
+
+
+def nodes(part: Component, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Component]]:
+    """The component and everything below it, with paths; not what ``Fixed`` keeps to itself."""
+    yield path, part
+    for i, child in enumerate(part.children()):
+        yield from nodes(child, (*path, i))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One random tree with its numbers and what is asked of it."""
+
+    seed: int
+    block: Component
+    values: dict[str, np.ndarray]
+    frozen: list[str]
+    options: dict[str, Any]
+    states: np.ndarray  # source and target, inputs, tokens, features
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}: {self.block.describe()}  frozen {self.frozen} {self.options}"
+
+    def state(self, run: int, make: Callable[[Any], Any] = np.asarray) -> Any:
+        inputs = [make(x) for x in self.states[run]]
+        return tuple(inputs) if len(inputs) > 1 else inputs[0]
+
+    def function(self, make: Callable[[Any], Any] = np.asarray) -> Callable[[Mapping[str, Any]], Any]:
+        """The block as a function of its parameters, at the source state."""
+        state = self.state(0, make)
+        return lambda params: self.block(params, state)
+
+    @cached_property
+    def params(self) -> tuple[Param, ...]:
+        """What may move: neither frozen nor read by ``Fixed`` components alone."""
+        read = {p for _, c in nodes(self.block) if not isinstance(c, Fixed) for p in c.own_parameters()}
+        return tuple(sorted((p for p in read if p.name not in self.frozen and str(p) not in self.frozen), key=str))
+
+    @cached_property
+    def still(self) -> dict[str, np.ndarray]:
+        """The entries that are frozen."""
+        return self.entries(p for p in self.block.parameters() if p.name in self.frozen or str(p) in self.frozen)
+
+    @cached_property
+    def masks(self) -> dict[str, np.ndarray]:
+        """The entries that may move."""
+        return {name: free & ~self.still[name] for name, free in self.entries(self.params).items()}
+
+    def entries(self, params: Iterable[Param]) -> dict[str, np.ndarray]:
+        masks = {name: np.zeros(value.shape, dtype=bool) for name, value in self.values.items()}
+        for param in params:
+            masks[param.name][(*param.index, ...)] = True
+        return masks
+
+
+def grown(seed: int) -> Case:
+    rng = random.Random(seed)
+    grower = Grower(rng)
+    block = grower.block(rng.randint(1, DEEPEST))
+    options = {
+        "via": rng.choice(("input-output", "output")),
+        "route": rng.choice(("auto", "auto", "scale", "secular", "uniform", "ball")),
+    }
+    states = np.random.default_rng(seed).normal(size=(2, inputs_of(block), 2, D))
+    if rng.random() < 0.05:
+        states[0, 0, 0] = 0
+    return Case(seed, block, grower.values, grower.frozen(block), options, states)

@@ -16,18 +16,20 @@ import numpy as np
 
 from controllability.arrays.base import Arithmetic as Arithmetic
 from controllability.arrays.base import Array as Array
+from controllability.arrays.indexed import IndexedArithmetic, IndexedArray
 from controllability.arrays.objects import MpmathArithmetic, RationalArithmetic, SympyArithmetic
 from controllability.arrays.tensors import TorchArithmetic
 from controllability.errors import BadInput
 
-_NUMPY, _RATIONAL, _MPMATH, _SYMPY, _TORCH = (
+_NUMPY, _RATIONAL, _MPMATH, _SYMPY, _TORCH, _INDEXED = (
     Arithmetic(),
     RationalArithmetic(),
     MpmathArithmetic(),
     SympyArithmetic(),
     TorchArithmetic(),
+    IndexedArithmetic(),
 )
-ARITHMETICS: dict[str, Arithmetic] = {a.kind: a for a in (_NUMPY, _RATIONAL, _MPMATH, _SYMPY, _TORCH)}
+ARITHMETICS: dict[str, Arithmetic] = {a.kind: a for a in (_NUMPY, _RATIONAL, _MPMATH, _SYMPY, _TORCH, _INDEXED)}
 
 
 def arithmetic(*arrays: Array) -> Arithmetic:
@@ -47,6 +49,8 @@ def arithmetic(*arrays: Array) -> Arithmetic:
     for x in arrays:
         if torch is not None and isinstance(x, torch.Tensor):
             return _TORCH
+        if isinstance(x, IndexedArray):
+            return _INDEXED
         kind = _numpy_kind(x)
         # symbols absorb fractions, everything absorbs plain floats
         if found is None or found is _NUMPY or (found is _RATIONAL and kind is _SYMPY):

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from controllability.errors import NotExact
+
 Array = Any  # numpy.ndarray (float or object) or torch.Tensor
 
 
@@ -14,6 +16,7 @@ class Arithmetic:
 
     kind = "numpy"
     exact = False
+    symbolic = False  # no order, no numbers
 
     def machine_epsilon(self, x: Array) -> float:
         """Relative spacing of the numbers in ``x``; 0 in exact arithmetics."""
@@ -101,6 +104,10 @@ class Arithmetic:
         """``W[index] x``: (..., k, in), (E, out, in), (..., k) -> (..., k, out)."""
         return (x[..., None, :] * weights[index]).sum(-1)
 
+    def repeated(self, x: Array, k: int) -> Array:
+        """One row k times: (..., 1, n) -> (..., k, n)."""
+        return x[..., [0] * k, :]
+
     def smallest(self, x: Array) -> Array:
         """Smallest |feature|, keeping the axis; in symbols the product, which is 0 exactly when one is."""
         return self.min(self.magnitude(x))
@@ -141,6 +148,10 @@ class Arithmetic:
     def name(self, x: Array) -> Array:
         """The same value, from here on treated as given: symbols get a name for it."""
         return x
+
+    def root(self, name: str, function: Any, value: Array) -> Array:
+        """The unknown number x, called ``name``, with function(x) = value: in index notation only."""
+        raise NotExact(f"the root {name} has no closed form")
 
     def concatenate(self, parts: list[Array], axis: int) -> Array:
         return np.concatenate(parts, axis=axis)

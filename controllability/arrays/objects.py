@@ -122,6 +122,7 @@ class SympyArithmetic(ObjectArithmetic):
 
     kind = "sympy"
     exact = True
+    symbolic = True
 
     def number(self, value: Any) -> Any:
         import sympy

@@ -73,6 +73,16 @@ def parser() -> Parser:
     prove.add_argument("--level", choices=LEVELS, default="derived", help="what to run (default derived: nothing)")
     prove.add_argument("--format", choices=FORMATS, default="text")
 
+    recheck = command(
+        "recheck",
+        "Rebuild a written proof and check every node of it again, without search.",
+        "controllability prove gemma3 --json > p.json\n  controllability recheck p.json --level numeric",
+    )
+    recheck.add_argument(
+        "file", metavar="FILE", help="written by controllability prove NAME --json, or Proof.to_dict()"
+    )
+    recheck.add_argument("--level", choices=LEVELS, default="derived", help="what to run beside (default derived)")
+
     example = 'controllability patch MODEL_DIR --context "Mia lives in Oslo ." --query "Where does Mia live ?"'
     patch = command("patch", "Patches that replace a context, on a model directory or Hub id.", example)
     patch.add_argument("model", metavar="MODEL", help="directory written by save_pretrained, or a Hub id")

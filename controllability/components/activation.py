@@ -31,7 +31,7 @@ def _gelu_tanh(xp: Arithmetic, x: Array) -> Array:
 
 
 def _root_of(xp: Arithmetic, value: int, over_pi: bool = False) -> Any:
-    if xp.kind == "sympy":
+    if xp.symbolic:
         import sympy
 
         return sympy.sqrt(value / sympy.pi if over_pi else sympy.Integer(value))
@@ -132,10 +132,15 @@ class SoftCap(Component, Bijection):
         return xp.arctanh(y / cap) * cap
 
     def image_conditions(self) -> tuple[Condition, ...]:
-        return (Condition(f"the soft-cap can reach the target: |target| < {self.cap}", self.describe()),)
+        statement = f"the soft-cap can reach the target: |target| < {self.cap}"
+        return (Condition(statement, self.describe(), hint=self._unreached),)
+
+    def _unreached(self, margin: float) -> str:
+        size = f"{float(self.cap) - margin:.3g}"
+        return f"the soft-cap {self.cap} cannot reach this target: |target| ≤ {self.cap}, and here it is {size}"
 
     def image_margin(self, params: Params, y: Array) -> Array:
         xp = arithmetic(y)
-        if xp.kind == "sympy":
+        if xp.symbolic:
             return xp.sum(xp.zeros_like(y)) + 1  # symbols: assumed
         return xp.min(xp.number(self.cap) - xp.magnitude(y))

@@ -64,7 +64,8 @@ class Gate(Component, Bijection):
         return y / self._factor(params)
 
     def image_conditions(self) -> tuple[Condition, ...]:
-        return (Condition(f"the gate {self.weight} is not closed", self.describe()),)
+        hint = f"a closed gate lets nothing through: open {self.weight}, or steer after it (a bias)"
+        return (Condition(f"the gate {self.weight} is not closed", self.describe(), hint=hint),)
 
     def image_margin(self, params: Params, y: Array) -> Array:
         factor = self._factor(params)

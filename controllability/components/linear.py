@@ -55,7 +55,9 @@ class Linear(Component, Steerable):
         return self.weight.shape[1 if self.layout == "out_in" else 0]
 
     def steerings(self, side: str) -> tuple[Steering, ...]:
-        nonzero = Condition(f"the input of {self.weight} is not zero", self.describe(), _size)
+        bias = f"give {self.describe()} a bias" if self.bias is None else f"let {self.bias} move"
+        hint = f"{bias}: it moves the output whatever the input is"
+        nonzero = Condition(f"the input of {self.weight} is not zero", self.describe(), _size, hint)
         ways = [Steering(f"{side}-linear", self.weight, (nonzero,), self._rank_one, _low_rank_effect)]
         if self.bias is not None:
             ways.append(Steering(f"{side}-bias", self.bias, (), _shift_by_gap, _shift_effect))

@@ -70,7 +70,8 @@ class ExpertLinear(Component, Steerable):
 
     def steerings(self, side: str) -> tuple[Steering, ...]:
         statement = f"no chosen expert's input of {self.weight} is zero where its output must change"
-        condition = Condition(statement, self.describe(), _smallest_needed_input)
+        hint = "an expert's matrix cannot move what it sees as zero: ask for via='output'"
+        condition = Condition(statement, self.describe(), _smallest_needed_input, hint)
         return (Steering(f"{side}-experts", self.weight, (condition,), self._rank_one, _effect),)
 
     def _rank_one(self, params: Params, x: Array, gap: Array) -> Delta:
@@ -92,7 +93,7 @@ class ExpertLinear(Component, Steerable):
 def _spread(x: Array, index: Array) -> Array:
     """(..., 1 or k, in) -> (..., k, in): every chosen expert reads the same token."""
     k = index.shape[-1]
-    return x if x.shape[-2] == k else x[..., [0] * k, :]
+    return x if x.shape[-2] == k else arithmetic(x).repeated(x, k)
 
 
 def _smallest_needed_input(x: Array, gap: Array) -> Array:

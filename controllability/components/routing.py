@@ -79,7 +79,7 @@ class Routing:
         """
         xp = arithmetic(logits)
         one = xp.sum(xp.zeros_like(logits)) + 1
-        if xp.kind == "sympy":
+        if xp.symbolic:
             return one
         if self.score == "sparsemixer":
             return xp.min(xp.concatenate([_gap(xp, logits, 1), _gap(xp, logits, 2)], -1))  # which is first counts
@@ -129,7 +129,7 @@ class Routing:
 
     def _choice(self, xp: Arithmetic, params: Params, logits: Array, scores: Array) -> Array:
         choice = self._for_choice(params, logits, scores)
-        if self.groups is None or xp.kind == "sympy":
+        if self.groups is None or xp.symbolic:
             return choice
         kept = xp.top(self._worth(xp, choice), self.groups[1])
         size = choice.shape[-1] // self.groups[0]
@@ -154,11 +154,12 @@ class Routing:
             index = xp.top(rest, 1) if chosen is None else chosen
             size = xp.magnitude(logits)
             size = xp.where(size < best, xp.zeros_like(size) + best, size)
+            size = xp.where(xp.is_zero(size), size + 1, size)
             far = (best - logits) / size > 2 * self.jitter
             low = xp.where(far, xp.zeros_like(rest) + float("-inf"), rest)
             shares.append(xp.take(softmax(xp, low), index))
             indices.append(index)
-            rest = xp.where(rest == best, xp.zeros_like(rest) + float("-inf"), rest)
+            rest = xp.where(_is_in(xp, logits, index), xp.zeros_like(rest) + float("-inf"), rest)
         index, share = xp.concatenate(indices, -1), xp.concatenate(shares, -1)
         swap = index[..., :1] > index[..., 1:]
 
@@ -171,7 +172,7 @@ class Routing:
 
 def softmax(xp: Arithmetic, x: Array) -> Array:
     """exp(x)/Σ exp(x) over the features; shifted by the largest where numbers have an order."""
-    weights = xp.exp(x if xp.kind == "sympy" else x - xp.max(x))
+    weights = xp.exp(x if xp.symbolic else x - xp.max(x))
     return weights / xp.sum(weights)
 
 

@@ -47,7 +47,8 @@ class Scale(Component, Steerable, Bijection):
 
     def steerings(self, side: str) -> tuple[Steering, ...]:
         statement = f"no input coordinate of {self.weight} is zero where its output must change"
-        condition = Condition(statement, self.describe(), _smallest_needed_input)
+        hint = f"a scale cannot move a zero: add a bias after {self.describe()}"
+        condition = Condition(statement, self.describe(), _smallest_needed_input, hint)
         return (Steering(f"{side}-scale", self.weight, (condition,), self._quotient, _effect),)
 
     def to_scale(self, params: Params, wanted: Array) -> Shift:
@@ -67,7 +68,8 @@ class Scale(Component, Steerable, Bijection):
         return y / self.effective(params)
 
     def image_conditions(self) -> tuple[Condition, ...]:
-        return (Condition(f"no entry of the fixed scale {self.weight} is zero", self.describe()),)
+        hint = f"a zero entry lets nothing through: let {self.weight} move, or add a bias after it"
+        return (Condition(f"no entry of the fixed scale {self.weight} is zero", self.describe(), hint=hint),)
 
     def image_margin(self, params: Params, y: Array) -> Array:
         m = self.effective(params)

@@ -53,7 +53,9 @@ def _prove(layer: Layer, via: str, route: str) -> Proof:
     try:
         return prove(layer.block, via, route)  # type: ignore[arg-type]
     except NotControllable as refused:
-        raise NotControllable(refused.culprit, refused.reason, refused.hint, f"layer {layer.index}") from None
+        raise NotControllable(
+            refused.culprit, refused.reason, refused.hint, f"layer {layer.index}", refused.remedies
+        ) from None
 
 
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, Checked] = weakref.WeakKeyDictionary()

@@ -1,39 +1,71 @@
-"""A proof as JSON-ready data."""
+"""A proof as JSON-ready data: everything that a checker needs to go through it again (docs/proof-format.md)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from controllability.certificate.expressions import encode
+from controllability.components.combinators import Sequence
+from controllability.interfaces import Condition
 from controllability.proof import Proof
 from controllability.rules import Step
+from controllability.trace import Place
+
+FORMAT = {"name": "controllability proof", "version": 1}
 
 
-def step_dict(step: Step) -> dict[str, Any]:
-    """One node of the tree, with everything below it."""
+def place_dict(place: Place) -> dict[str, Any]:
+    """Where a node stands: the child indices from the root, and which parts of a sequence it is about.
+
+    ``length`` is null where the component at ``path`` is no sequence.
+    """
+    length = len(place.component.parts) if isinstance(place.component, Sequence) else None
+    return {"path": list(place.path), "start": place.start, "length": length}
+
+
+def node_dict(step: Step) -> dict[str, Any]:
+    """What one node says itself, the nodes below it aside."""
+    steering = step.steering
     return {
         "rule": step.rule.name,
+        "side": step.rule.side,
         "statement": step.rule.statement,
         "when": step.rule.when,
         "patch": step.rule.patch,
         "source": step.rule.source,
         "component": step.place.describe(),
-        "path": list(step.place.path),
+        **place_dict(step.place),
         "moved": sorted(map(str, step.moved)),
-        "conditions": [{"statement": c.statement, "where": c.where} for c in step.conditions],
+        "conditions": conditions_list(step.conditions),
+        "cost": step.cost,
         "note": step.note,
-        "premises": [step_dict(p) for p in step.premises],
+        "steering": None if steering is None else {"rule": steering.rule, "parameter": str(steering.param)},
     }
 
 
+def step_dict(step: Step) -> dict[str, Any]:
+    """One node of the tree, with everything below it."""
+    return node_dict(step) | {"premises": [step_dict(p) for p in step.premises]}
+
+
+def conditions_list(conditions: Iterable[Condition]) -> list[dict[str, str]]:
+    """Side conditions, each with where it is made."""
+    return [{"statement": c.statement, "where": c.where} for c in conditions]
+
+
 def proof_dict(proof: Proof) -> dict[str, Any]:
-    """The proof: verdict, options, the tree, every side condition, and the alternatives' parameters."""
+    """The proof: format, block, options, the tree, every side condition of it, and the alternatives' trees."""
     return {
+        "format": dict(FORMAT),
         "verdict": "patchable",
         "via": proof.via,
         "route": proof.route,
+        "frozen": sorted(proof.frozen),
         "level": "derived",
+        "block": encode(proof.block),
         "tree": step_dict(proof.root),
-        "conditions": [{"statement": c.statement, "where": c.where} for c in proof.conditions],
+        "conditions": conditions_list(proof.conditions),
         "rules": list(proof.rules),
-        "alternatives": [sorted(map(str, step.moved)) for step in proof.alternatives],
+        "alternatives": [step_dict(step) for step in proof.alternatives],
     }

@@ -1,53 +1,138 @@
-"""A proof as LaTeX: a theorem, its side conditions, and the derivation rule by rule."""
+"""A proof as LaTeX: a theorem, the patch in closed form, and the derivation rule by rule."""
 
 from __future__ import annotations
 
+from controllability.arrays.indexed import IndexedArray
+from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
+from controllability.errors import ControllabilityError
+from controllability.formulas import ClosedForm, closed_form
 from controllability.proof import Proof
+from controllability.rendering.tex import IndexPrinter, escape
 from controllability.rules import Step
 
-SYMBOLS = {
-    "θ": r"$\theta$", "φ": r"$\varphi$", "δ": r"$\delta$", "Δ": r"$\Delta$", "∘": r"$\circ$", "ᵀ": r"$^{\top}$",
-    "²": r"$^{2}$", "‖": r"$\|$", "√": r"$\sqrt{\ }$", "ε": r"$\varepsilon$", "≠": r"$\neq$", "↦": r"$\mapsto$",
-    "−": r"$-$", "⁻¹": r"$^{-1}$", "₁": r"$_{1}$", "₂": r"$_{2}$", "…": r"\dots{}", "μ": r"$\mu$", "·": r"$\cdot$",
-    "'": r"$'$", "*": r"$*$", "<": r"$<$", ">": r"$>$", "≤": r"$\leq$", "|": r"$|$", "+": r"$+$",
-}  # fmt: skip
-ESCAPES = {
-    "\\": r"\textbackslash{}",
-    "_": r"\_",
-    "&": r"\&",
-    "%": r"\%",
-    "#": r"\#",
-    "{": r"\{",
-    "}": r"\}",
-    "^": r"\^{}",
-    "~": r"\~{}",
-    "$": r"\$",
-}
+PREAMBLE = r"""\documentclass[10pt]{article}
+\usepackage[T1]{fontenc}
+\usepackage[margin=2.2cm]{geometry}
+\usepackage{amsmath,amssymb,amsthm,graphicx}
+\newtheorem{theorem}{Theorem}
+\allowdisplaybreaks
+\begin{document}
+\sloppy\raggedright
+"""
+WIDE = 150  # characters of a formula that fit a line; longer ones are made smaller
+THEOREMS = {"input-output": "Theorem 1 of Goldwaser, Munn, Gonzalvo and Dherin", "output": "Theorem 1b"}
 
 
-def escape(text: str) -> str:
-    """Plain text with our mathematical signs as LaTeX."""
-    text = text.replace("⁻¹", "\0")
-    out = "".join(ESCAPES.get(c, SYMBOLS.get(c, c)) for c in text)
-    return out.replace("\0", SYMBOLS["⁻¹"])
+def proof_latex(proof: Proof, level: str = "derived", name: str = "") -> str:
+    """A document that compiles stand-alone; ``level`` is the highest that was run, ``name`` the family's."""
+    symbols = _symbols(proof)
+    moved = ", ".join(rf"\texttt{{{escape(str(p))}}}" for p in sorted(proof.root.moved, key=str))
+    title = rf"\section*{{A perfect patch for {escape(name)}}}" if name else r"\section*{A perfect patch}"
+    lines = [
+        PREAMBLE + title,
+        r"\begin{theorem}",
+        rf"Let $B$ be the block \[ \text{{\parbox{{0.9\textwidth}}{{\small {escape(proof.block.describe())}}}}} \]",
+        "with parameters $\\theta$. For all states $v$ (without the context) and $v'$ (with it) that fulfil the side",
+        f"conditions below there is a change $\\Delta$ of {moved} with \\[ B(v;\\,\\theta+\\Delta) = B(v';\\,\\theta). \\]",
+        r"\end{theorem}",
+        f"Level of proof that was run: {level}.",
+        *_conditions(proof),
+        *_patch(proof, symbols),
+        rf"\begin{{proof}}[Derivation, via {escape(THEOREMS[proof.via])}, route {proof.route}]\leavevmode",
+        *_items(proof.root),
+        r"\end{proof}",
+        r"\end{document}",
+        "",
+    ]
+    return "\n".join(lines)
 
 
-def proof_latex(proof: Proof, level: str = "derived") -> str:
-    """A document that compiles stand-alone."""
-    moved = ", ".join(rf"\texttt{{{escape(name)}}}" for name in sorted(map(str, proof.root.moved)))
-    conditions = "\n".join(
-        rf"\item {escape(c.statement)} (\texttt{{{escape(c.where)}}})" for c in dict.fromkeys(proof.conditions)
+def _conditions(proof: Proof) -> list[str]:
+    listed = [rf"\item {escape(c.statement)} --- \texttt{{{escape(c.where)}}}" for c in dict.fromkeys(proof.conditions)]
+    if not listed:
+        return [r"\paragraph{Side conditions.} None."]
+    return [r"\paragraph{Side conditions.}", r"\begin{itemize}\small", *listed, r"\end{itemize}"]
+
+
+def _symbols(proof: Proof) -> dict[str, str]:
+    """Parameter -> how it is written: matrices W, scales m, biases b, with as much of the name as tells them apart."""
+    names = sorted({str(p) for p in proof.block.parameters()})
+    parts = {name: [p for p in name.split(".") if p not in ("weight", "bias")] or [name] for name in names}
+    short = {name: parts[name][-1] for name in names}
+    for name in names:
+        if sum(s == short[name] and _letter(n) == _letter(name) for n, s in short.items()) > 1:
+            short[name] = ".".join(parts[name])
+    return {name: rf"{_letter(name)}^{{\text{{{escape(short[name])}}}}}" for name in names}
+
+
+def _letter(name: str) -> str:
+    if name.endswith("bias"):
+        return "b"
+    return "m" if "norm" in name else "W"
+
+
+def _patch(proof: Proof, symbols: dict[str, str]) -> list[str]:
+    try:
+        form = closed_form(proof)
+    except ControllabilityError as reason:
+        why = str(reason).splitlines()[0]
+        return [rf"\paragraph{{The patch.}} No closed form: {escape(why)}."]
+    names = [rf"${symbol}$ is \texttt{{{escape(name)}}}" for name, symbol in symbols.items()]
+    formulas = [_delta(symbols, name, delta) for name, delta in form.deltas.items()]
+    return [
+        r"\paragraph{The patch.}",
+        *(rf"\begin{{equation*}}{_fitted(f)}\end{{equation*}}" for f in formulas),
+        "where",
+        *(rf"\begin{{equation*}}{_fitted(f)}\end{{equation*}}" for f in _definitions(form, symbols)),
+        r"Sums run over the whole range of their index. $n$ is a normalisation; activations stand for themselves, or for any"
+        r" other function; $e_r$ is the $r$-th chosen expert and $s_r$ its share. \par\noindent "
+        + "; ".join(names)
+        + ".",
+    ]
+
+
+def _fitted(formula: str) -> str:
+    return (
+        formula
+        if len(formula) <= WIDE
+        else rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{$\displaystyle {formula}$}}"
     )
-    listed = f"\\begin{{itemize}}\n{conditions}\n\\end{{itemize}}" if conditions else "none.\n"
-    return "\n".join([
-        r"\documentclass{article}", r"\usepackage[T1]{fontenc}", r"\usepackage{amsmath,amsthm}",
-        r"\newtheorem{theorem}{Theorem}", r"\begin{document}", r"\sloppy",
-        r"\begin{theorem}", f"The block {escape(proof.block.describe())} admits a perfect patch that moves {moved}.",
-        f"Level of proof: {level}. Side conditions: {listed}", r"\end{theorem}", r"\begin{proof}[Derivation]", *_items(proof.root), r"\end{proof}", r"\end{document}", "",
-    ])  # fmt: skip
+
+
+def _entry(x: IndexedArray, symbols: dict[str, str], letters: dict[str, str]) -> str:
+    return IndexPrinter(symbols, letters).doprint(x.entry)
+
+
+def _delta(symbols: dict[str, str], name: str, delta: Delta) -> str:
+    left = rf"\Delta {symbols[name]}"
+    if isinstance(delta, Shift):
+        return rf"{left}_{{i}} = {_entry(delta.value, symbols, {'i_0': 'i'})}"
+    assert isinstance(delta, LowRank)
+    rows, columns = {"i_0": "i", "i_2": "r"}, {"i_0": "j", "i_2": "r"}
+    index = "e_r,ij" if isinstance(delta, ExpertLowRank) else "ij"
+    if delta.transposed:
+        index = index.replace("ij", "ji")
+    one, two = _entry(delta.left, symbols, rows), _entry(delta.right, symbols, columns)
+    return rf"{left}_{{{index}}} = \left({one}\right) \cdot {two}"
+
+
+def _definitions(form: ClosedForm, symbols: dict[str, str]) -> list[str]:
+    lines = []
+    for name, array in form.where.items():
+        letters = {"i_0": "i"} if array.ndim == 1 else {"i_1": "r", "i_0": "i"}
+        index = "".join(letters[f"i_{p}"] for p in reversed(range(array.ndim)) if array.shape[-1 - p] != 1)
+        head = IndexPrinter(symbols, letters).head(name)
+        lines.append(rf"{head}_{{{index}}} = {_entry(array, symbols, letters)}")
+    return lines
 
 
 def _items(step: Step, depth: int = 0) -> list[str]:
-    indent = rf"\par\noindent\hspace*{{{depth}em}}"
-    line = rf"{indent}\textbf{{{escape(step.rule.name)}}} ({escape(step.rule.statement)}; {escape(step.rule.when)}) at {escape(step.place.describe())}: {escape(step.rule.patch)}."
-    return [line, *(item for premise in step.premises for item in _items(premise, depth + 1))]
+    rule, where = step.rule, rf"\texttt{{{escape(step.place.describe())}}}"
+    indent = rf"\par\noindent\hangindent={depth + 1.2:.1f}em\hspace*{{{depth}em}}"
+    line = rf"{indent}\textbf{{{escape(rule.name)}}} for {where}: {escape(rule.statement)}, since {escape(rule.when)}."
+    patch = "" if rule.patch in ("none", "that of f", "that of g", "that of c") else f" Patch: {escape(rule.patch)}."
+    return [line + patch + rf" \emph{{({escape(rule.source)})}}", *_below(step, depth)]
+
+
+def _below(step: Step, depth: int) -> list[str]:
+    return [item for premise in step.premises for item in _items(premise, depth + 1)]

@@ -20,11 +20,12 @@ from controllability.rules.output_side import (
     OutputThroughBijection,
     OutputTimes,
 )
-from controllability.rules.theorems import Theorem1, Theorem1b
+from controllability.rules.theorems import InputByOutput, Theorem1, Theorem1b
 from controllability.rules.through import ThroughBefore, ThroughSplit, ThroughSum
 
 RULES: tuple[Rule, ...] = (
     *LEAF_RULES, InputConstant(), InputBefore(), InputAfter(), InputCombine(), InputMixture(), Theorem1(), Theorem1b(),
+    InputByOutput(),
     OutputAfterFixed(), OutputThroughBijection(), OutputTimes(), OutputNormalised(), OutputSum(), OutputFactor(),
     OutputMixture(), ThroughSplit(), ThroughBefore(), ThroughSum(), ThroughMixture(),
     OutputThroughBijection("through"), OutputTimes("through"), OutputNormalised("through"),

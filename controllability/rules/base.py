@@ -9,11 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from controllability.arrays import Array, arithmetic
 from controllability.interfaces import Condition, Param, Steering, overlap
 from controllability.trace import PatchedRun, Path, Place
+
+if TYPE_CHECKING:
+    from controllability.rules.schema import Schema
 
 Side = Literal["input", "output", "through"]
 Wanted = Callable[[], Array]
@@ -69,6 +72,7 @@ class Failure:
     hint: str
     because: tuple[Failure, ...] = ()
     weight: int = 0
+    side: Side | None = None  # what was asked of the place; the prover fills it in
 
 
 @dataclass
@@ -92,6 +96,14 @@ class Rule(ABC):
     @abstractmethod
     def derive(self, place: Place, prover: Search) -> Attempt:
         """Every way in which this rule concludes its side at ``place``."""
+
+    @abstractmethod
+    def schema(self, step: Step) -> Schema:
+        """The rule's own shape at ``step``, its parts undefined functions: what its check executes."""
+
+    def variants(self, step: Step) -> dict[str, Step]:
+        """The ways in which ``construct`` may go on, each checked; '' names the only one."""
+        return {"": step}
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         """Pass the wanted output on.  By default to the only premise."""

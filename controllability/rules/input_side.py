@@ -19,6 +19,8 @@ from controllability.rules.base import (
     shared,
     target_output,
 )
+from controllability.rules.mixture import choice_conditions, mixtures_in, watch_choice
+from controllability.rules.schema import Assumed, Schema, Unknown, Unseeing, schema
 from controllability.trace import PatchedRun, Place
 
 MOST = 64  # combinations of the parts' derivations that are looked at
@@ -34,6 +36,9 @@ class InputConstant(Rule):
     def derive(self, place: Place, prover: Search) -> Attempt:
         constant = getattr(place.component, "constant", False)
         return Attempt([Step(self, place)] if constant else [])
+
+    def schema(self, step: Step) -> Schema:
+        return Schema(Unseeing("c"))
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         return None
@@ -53,6 +58,9 @@ class InputBefore(Rule):
         before, f = place.slice(0, last), place.parts()[last]
         return lifted(self, place, f, (before,), prover.attempt(f, "input"), note=before.describe())
 
+    def schema(self, step: Step) -> Schema:
+        return schema(Sequence.of(Unknown("p"), Assumed("f")), (1,))
+
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         construct(step.premises[0], run, target_output(step.premises[0], run))
 
@@ -62,16 +70,24 @@ class InputAfter(Rule):
 
     name, side = "I-after", "input"
     statement = "q∘f, q fixed"
-    when, patch, source = "f is input-controllable", "that of f", "[G] s.5"
+    when = "f is input-controllable; a choice of experts inside q is no near-tie"
+    patch, source = "that of f", "[G] s.5"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
         if not isinstance(place.component, Sequence):
             return Attempt()
         last = len(place.component.parts) - 1
         f, after = place.slice(0, last), place.parts()[last]
-        return lifted(self, place, f, (after,), prover.attempt(f, "input"), note=after.describe())
+        # q reads what f reproduces up to rounding, which must not decide between experts
+        choices = tuple(c for mixture in mixtures_in(after) for c in choice_conditions(mixture))
+        return lifted(self, place, f, (after,), prover.attempt(f, "input"), choices, note=after.describe())
+
+    def schema(self, step: Step) -> Schema:
+        return schema(Sequence.of(Assumed("f"), Unknown("q")), (0,))
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        for mixture in mixtures_in(step.place.parts()[-1]):
+            watch_choice(mixture, run)
         construct(step.premises[0], run, target_output(step.premises[0], run))
 
 
@@ -109,6 +125,13 @@ class InputCombine(Rule):
             moved = frozenset[Param]().union(*(s.moved for s in steps))
             found.steps.append(Step(self, place, steps, moved, cost=max(s.cost for s in steps)))
         return found
+
+    def schema(self, step: Step) -> Schema:
+        together = type(step.place.component)
+        assert together in (Sum, Product)
+        count = len(step.premises)
+        parts = tuple(Assumed(f"f{i + 1}") for i in range(count))
+        return schema(Product(parts) if together is Product else Sum(parts), *((i,) for i in range(count)))
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         for premise in step.premises:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from controllability.interfaces import InputControllable, OutputControllable, Steering
 from controllability.rules.base import Attempt, Failure, Rule, Search, Side, Step, Wanted, crowded
+from controllability.rules.schema import Schema
 from controllability.trace import Goal, PatchedRun, Place
+
+OTHER_ROUTES = "take route='auto' or 'uniform': they do not divide by the activations of the norm"
 
 
 class LeafRule(Rule):
@@ -15,16 +20,8 @@ class LeafRule(Rule):
         self.patch, self.source, self.cost = patch, source, cost
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        leaf = place.component
-        steerings: tuple[Steering, ...] = ()
-        if self.side == "input" and isinstance(leaf, InputControllable):
-            steerings = leaf.input_steerings()
-        if self.side == "output" and isinstance(leaf, OutputControllable):
-            steerings = leaf.output_steerings()
         found = Attempt()
-        for steering in steerings:
-            if steering.rule != self.name:
-                continue
+        for steering in self._ways(place):
             if self.name == "O-scale" and place.path in prover.normalised and prover.route not in ("auto", "scale"):
                 reason = f"the scale of a normalised output may move alone on route scale only, not on {prover.route}"
                 found.failures.append(Failure(place, self.name, reason, "ask for route='auto' or 'scale'", weight=1))
@@ -36,14 +33,30 @@ class LeafRule(Rule):
                 reason, hint = f"{steering.param} may not move (frozen)", f"allow {steering.param} to move"
                 found.failures.append(Failure(place, self.name, reason, hint, weight=1))
                 continue
+            if self.name == "O-scale" and place.path in prover.normalised and prover.route == "scale":
+                conditions = tuple(replace(c, hint=OTHER_ROUTES) for c in steering.conditions)
+                steering = replace(steering, conditions=conditions)
             found.steps.append(
                 Step(self, place, (), frozenset({steering.param}), steering.conditions, self.cost, "", steering)
             )
         return found
 
+    def _ways(self, place: Place) -> list[Steering]:
+        """The ways that the component states under this rule's name."""
+        leaf = place.component
+        steerings: tuple[Steering, ...] = ()
+        if self.side == "input" and isinstance(leaf, InputControllable):
+            steerings = leaf.input_steerings()
+        if self.side == "output" and isinstance(leaf, OutputControllable):
+            steerings = leaf.output_steerings()
+        return [steering for steering in steerings if steering.rule == self.name]
+
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         assert step.steering is not None
         run.steer(step.place.path, Goal(step.steering, wanted))
+
+    def schema(self, step: Step) -> Schema:
+        return Schema(step.place.component, steering=self._ways(step.place)[0])
 
 
 LEAF_RULES = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice, product
 
 from controllability.arrays import Array, arithmetic, dot
@@ -21,11 +22,15 @@ from controllability.rules.base import (
     shared,
     target_output,
 )
+from controllability.rules.schema import Assumed, Schema, Unknown, UnknownRouting, schema
 from controllability.trace import Goal, PatchedRun, Place
 
 ROUNDING = 64  # machine epsilons by which two choices of experts must differ
 
 MOST = 8
+NO_EXPERT = "no expert's last matrix moves the output here: steer beside or after the mixture (a shared expert, a bias)"
+KEPT = "via='output' keeps the experts that the source run chooses"
+ROUNDED = f"rounding decides between experts: take more precision (float32 or better); or {KEPT}"
 
 
 class OutputMixture(Rule):
@@ -65,11 +70,23 @@ class OutputMixture(Rule):
         if elsewhere:
             return Attempt(failures=[shared(place, self.name, elsewhere)])
         statement = "some active expert has a share and an activation that are not zero"
-        condition = Condition(statement, place.describe(), lambda x, gap: x)
+        condition = Condition(statement, place.describe(), lambda x, gap: x, NO_EXPERT)
         steering = last.component.output_steerings()[0]
         moved = frozenset({weight}).union(*(p.moved for p in premises or ()))
         cost = sum(p.cost for p in premises or ())
         return Attempt([Step(self, place, premises or (), moved, (condition, *also), cost, "", steering)])
+
+    def schema(self, step: Step) -> Schema:
+        given = step.place.component
+        assert isinstance(given, Mixture)
+        assert isinstance(given.last, ExpertLinear)
+        inner_width = given.last.width or "h"
+        controlled = bool(step.premises)
+        router = _part("router", controlled, (), "E")
+        inner = _part("inner", controlled, ("k",), inner_width)
+        mixture = Mixture(router, UnknownRouting(), inner, given.last, given.weighted)
+        steering = given.last.output_steerings()[0]
+        return schema(mixture, *([(0,), (1,)] if controlled else []), steering=steering)
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         assert step.steering is not None
@@ -91,6 +108,10 @@ class OutputMixture(Rule):
             return xp.tidy(weight * missing[..., None, :])
 
         run.steer(path, Goal(step.steering, gap=gap))
+
+
+def _part(name: str, controlled: bool, rows: tuple[str, ...], out: int | str) -> Unknown:
+    return (Assumed if controlled else Unknown)(name, rows, out)
 
 
 def _shares(mixture: Mixture, params: Params, y: Array) -> Array:
@@ -138,8 +159,15 @@ class InputMixture(Rule):
                 kept.append((one, two))
         return kept
 
+    def schema(self, step: Step) -> Schema:
+        given = step.place.component
+        assert isinstance(given, Mixture)
+        router, inner = _part("router", True, (), "E"), _part("inner", True, ("k",), "h")
+        last = Unknown("last", ("k",))
+        return schema(Mixture(router, UnknownRouting(), inner, last, given.weighted), (0,), (1,))
+
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
-        watch_choice(step, run)
+        watch_choice(step.place, run)
         for premise in step.premises:
             construct(premise, run, target_output(premise, run))
 
@@ -170,7 +198,7 @@ class ThroughMixture(OutputMixture):
         return found
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
-        watch_choice(step, run)
+        watch_choice(step.place, run)
         for premise in step.premises:
             construct(premise, run, target_output(premise, run))
         super().construct(step, run, wanted)
@@ -179,22 +207,28 @@ class ThroughMixture(OutputMixture):
 def choice_conditions(place: Place) -> tuple[Condition, Condition]:
     """That the target run's choice of experts has a margin, and that the patched router repeats it."""
     where = place.describe()
-    near = Condition("the target run's choice of experts is no near-tie", where)
-    return near, Condition("the patched router chooses the experts of the target run", where)
+    near = Condition("the target run's choice of experts is no near-tie", where, hint=KEPT)
+    return near, Condition("the patched router chooses the experts of the target run", where, hint=ROUNDED)
 
 
-def watch_choice(step: Step, run: PatchedRun) -> None:
+def mixtures_in(place: Place) -> list[Place]:
+    """Every mixture at a place or below it."""
+    inside = [mixture for part in place.parts() for mixture in mixtures_in(part)]
+    return [place, *inside] if isinstance(place.component, Mixture) else inside
+
+
+def watch_choice(place: Place, run: PatchedRun) -> None:
     """Let the run test the choice of experts as soon as it is made."""
-    mixture = step.place.component
+    mixture = place.component
     assert isinstance(mixture, Mixture)
-    near, same = step.conditions[-2:]
+    near, same = choice_conditions(place)
 
     def margin(logits: Array, gap: Array) -> Array:
         xp = arithmetic(logits)
         room = mixture.routing.margin(run.params, xp.lift(logits))
         return room - ROUNDING * xp.machine_epsilon(xp.lift(logits))
 
-    run.same_choice[step.place.path] = (Condition(near.statement, near.where, margin), same)
+    run.same_choice[place.path] = (replace(near, margin=margin), same)
 
 
 __all__ = ["CHOSEN", "InputMixture", "OutputMixture", "ThroughMixture"]

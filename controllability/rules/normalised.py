@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from controllability import routes
 from controllability.arrays import Array, arithmetic
@@ -12,6 +13,7 @@ from controllability.components.scale import Scale
 from controllability.deltas import Delta, Shift
 from controllability.interfaces import Component, Condition, Param
 from controllability.rules.base import Attempt, Rule, Search, Side, Step, Wanted, construct, disturbs, shared
+from controllability.rules.schema import Assumed, Schema, schema
 from controllability.trace import Goal, Margin, PatchedRun, Place
 
 LAST_RESORT = 3  # cost of the ball route where another one was asked for
@@ -53,10 +55,24 @@ class OutputNormalised(Rule):
             if twice:
                 found.failures.append(shared(place, self.name, twice))
                 continue
-            condition = Condition(ROUTE_CONDITIONS[route], place.parts()[-1].describe())
+            hint = _advice(prover.route, route, scale)
+            condition = Condition(ROUTE_CONDITIONS[route], place.parts()[-1].describe(), hint=hint)
             cost = step.cost if own or prover.route == "ball" else step.cost + LAST_RESORT
             found.steps.append(Step(self, place, (step,), step.moved | own, (condition,), cost, f"route {route}"))
         return found
+
+    def schema(self, step: Step) -> Schema:
+        import sympy
+
+        parts = step.place.component.children()
+        scaled = isinstance(parts[-1], Scale)
+        norm = Normalize("rms", sympy.Symbol("epsilon", positive=True))
+        return schema(Sequence.of(Assumed("g", side=self.side), norm, *parts[-1:] if scaled else ()), (0,))
+
+    def variants(self, step: Step) -> dict[str, Step]:
+        route = step.note.removeprefix("route ")
+        taken = ("uniform", "secular", "ball", "scale") if route == "auto" else (route,)
+        return {f"route {r}": replace(step, note=f"route {r}") for r in taken}
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         joint = _Normalised(step, run, wanted)
@@ -74,6 +90,18 @@ ROUTE_CONDITIONS = {
     "uniform": "the target and the scale are finite",
     "ball": "mean((G/m)²) < 1: the target lies in the image of the normalisation (ε > 0)",
 }
+
+
+def _advice(asked: str, route: str, scale: Component | None) -> str:
+    """What helps where a route is closed."""
+    if route != "ball":
+        return "the numbers around the normalisation are too large to be squared: take another dtype"
+    inside = "with the scale as it is only targets with mean((G/m)²) < 1 are reached"
+    if asked == "ball":
+        return f"{inside}: take route='auto' or 'uniform', which move a scale after the norm"
+    if isinstance(scale, Scale):
+        return f"{inside}: let {scale.weight} move"
+    return f"{inside}: let a scale after the norm move, or add a bias after it"
 
 
 class _Normalised:
@@ -105,7 +133,7 @@ class _Normalised:
         G, y = xp.name(xp.lift(G)), xp.name(xp.lift(y))
         scale = self.scale_place.component if self.scale_place else None
         if isinstance(scale, Scale):
-            m = scale.effective(run.params)
+            m = xp.name(scale.effective(run.params))
             stored = self._rounding(scale)
         else:
             m, stored = xp.zeros_like(y) + 1, lambda value: value
@@ -115,11 +143,15 @@ class _Normalised:
         else:
             answer, used, why = routes.candidate(self.route, G, m, y, self.eps, stored), self.route, "asked for"
         if not xp.all(answer.open):
-            bad = int((~answer.open).reshape(-1).nonzero()[0].reshape(-1)[0])
+            bad, tokens = int((~answer.open).reshape(-1).nonzero()[0].reshape(-1)[0]), tuple(answer.open.shape[:-1])
             if not xp.exact and not xp.all(xp.is_zero((G + y) * 0)):
-                overflow = Condition("the activations around the normalisation are finite", where)
-                run.refuse(overflow, bad, "", "the layer overflows on this input: take another dtype")
-            run.refuse(self.step.conditions[0], bad, f"route {self.route}", "take route='auto' or 'uniform'")
+                hint = "the layer overflows on this input: take another dtype"
+                finite = Condition("the activations around the normalisation are finite", where, hint=hint)
+                raise finite.failed(None, bad, tokens)
+            left = None
+            if self.route == "ball":
+                left = xp.to_float((1 - xp.mean(answer.unit * answer.unit)).reshape(-1)[bad])
+            raise self.step.conditions[0].failed(left, bad, tokens, f"route {self.route}")
         room = routes.room(answer) if self.route == "ball" else None
         run.journal.margins.append(Margin(self.step.conditions[0], room))
         run.journal.decisions[where] = used

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from controllability.arrays import Array, arithmetic
 from controllability.components.combinators import Identity, Product, Sequence, Sum
 from controllability.components.times import Times
 from controllability.interfaces import Bijection, Condition
 from controllability.rules.base import Attempt, Rule, Search, Side, Step, Wanted, construct, lifted, rest_of_sum
+from controllability.rules.schema import Assumed, Schema, Unknown, index_of, schema, terms
 from controllability.trace import PatchedRun, Place
 
 
@@ -23,6 +26,9 @@ class OutputAfterFixed(Rule):
         last = len(place.component.parts) - 1
         before, g = place.slice(0, last), place.parts()[last]
         return lifted(self, place, g, (before,), prover.attempt(g, "output"), note=before.describe())
+
+    def schema(self, step: Step) -> Schema:
+        return schema(Sequence.of(Unknown("p"), Assumed("g", side="output")), (1,))
 
 
 class OutputThroughBijection(Rule):
@@ -52,6 +58,10 @@ class OutputThroughBijection(Rule):
         attempt = prover.attempt(inner, self.side)
         return lifted(self, place, inner, (q,), attempt, conditions=conditions, note=q.describe())
 
+    def schema(self, step: Step) -> Schema:
+        q = step.place.parts()[-1].component
+        return schema(Sequence.of(Assumed("g", side=self.side), q), (0,))
+
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         q = step.place.parts()[-1].component
         assert isinstance(q, Bijection)
@@ -60,7 +70,7 @@ class OutputThroughBijection(Rule):
             value = wanted()
             value = arithmetic(value).lift(value)
             for condition in step.conditions:
-                room = Condition(condition.statement, condition.where, lambda y, _: q.image_margin(run.params, y))
+                room = replace(condition, margin=lambda y, _: q.image_margin(run.params, y))
                 run.check(room, value, value)
             return q.invert(run.params, value)
 
@@ -98,6 +108,10 @@ class OutputSum(Rule):
                 found.failures += lift.failures
         return found
 
+    def schema(self, step: Step) -> Schema:
+        at = index_of(step, step.premises[0].place)
+        return schema(Sum(terms(step, {at: Assumed("g", side="output")})), (at,))
+
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
 
@@ -118,12 +132,16 @@ class OutputFactor(Rule):
             others = tuple(p for p in place.parts() if p.path != factor.path)
             names = " * ".join(p.describe() for p in others)
             statement = f"no entry of the other factor ({names}) is zero"
-            condition = Condition(statement, place.describe(), _smallest_entry)
+            condition = Condition(statement, place.describe(), _smallest_entry, NOTHING_PASSES)
             attempt = prover.attempt(factor, "output")
             lift = lifted(self, place, factor, others, attempt, conditions=(condition,), cost_at_least=2)
             found.steps += lift.steps
             found.failures += lift.failures
         return found
+
+    def schema(self, step: Step) -> Schema:
+        at = index_of(step, step.premises[0].place)
+        return schema(Product(terms(step, {at: Assumed("g", side="output")})), (at,))
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         inside = step.premises[0].place.outlet[: len(step.place.path) + 1]
@@ -139,6 +157,9 @@ class OutputFactor(Rule):
             return value
 
         construct(step.premises[0], run, quotient)
+
+
+NOTHING_PASSES = "where the other factor is zero nothing passes: steer after the product, by a bias or a linear map"
 
 
 def _smallest_entry(x: Array, gap: Array) -> Array:

@@ -24,6 +24,7 @@ from controllability.rules.base import (
     target_output,
 )
 from controllability.rules.output_side import OutputSum
+from controllability.rules.schema import Assumed, Schema, index_of, schema, terms
 from controllability.trace import PatchedRun, Place
 
 
@@ -88,6 +89,13 @@ class Theorem1(Rule):
             else:
                 found.steps.append(Step(self, place, (step,), step.moved, cost=step.cost))
 
+    def schema(self, step: Step) -> Schema:
+        at = index_of(step, step.premises[0].place)
+        if len(step.premises) == 1:
+            return schema(Sum(terms(step, {at: Assumed("c", side="through")})), (at,))
+        branch = Sequence.of(Assumed("f"), Assumed("g", side="output"))
+        return schema(Sum(terms(step, {at: branch})), (at, 0), (at, 1))
+
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         if len(step.premises) == 1:
             construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
@@ -113,8 +121,35 @@ class Theorem1b(Rule):
         steps = [Step(self, place, s.premises, s.moved, cost=s.cost) for s in inner.steps]
         return Attempt(steps, inner.failures)
 
+    def schema(self, step: Step) -> Schema:
+        at = index_of(step, step.premises[0].place)
+        return schema(Sum(terms(step, {at: Assumed("g", side="output")})), (at,))
+
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
+
+
+class InputByOutput(Rule):
+    """Theorem 1b without a skip: what reaches any output reaches that of the target run."""
+
+    name, side = "I-by-output", "input"
+    statement = "g, no sum of a skip and a branch"
+    when = "g is output-controllable at the source activation"
+    patch = "φ' of g with δ = g(z') − g(z)"
+    source = "theory 1b with s = 0 (new)"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        component = place.component
+        if prover.via != "output" or isinstance(component, Sum) or not component.children():
+            return Attempt()
+        attempt = prover.attempt(place, "output")
+        return Attempt([Step(self, place, (s,), s.moved, cost=s.cost) for s in attempt.steps], attempt.failures)
+
+    def schema(self, step: Step) -> Schema:
+        return schema(Assumed("g", side="output"), ())
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        construct(step.premises[0], run, target_output(step.premises[0], run))
 
 
 def branches_inside(component: Component) -> bool:

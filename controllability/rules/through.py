@@ -23,6 +23,7 @@ from controllability.rules.base import (
     shared,
     target_output,
 )
+from controllability.rules.schema import Assumed, Schema, Unknown, index_of, schema, terms
 from controllability.trace import PatchedRun, Place
 
 FEW = 2  # derivations of one term that are combined with those of the others
@@ -54,6 +55,9 @@ class ThroughSplit(Rule):
                 )
         return found
 
+    def schema(self, step: Step) -> Schema:
+        return schema(Sequence.of(Assumed("f"), Assumed("g", side="output")), (0,), (1,))
+
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         inner, outer = step.premises
         construct(inner, run, target_output(inner, run))
@@ -72,6 +76,9 @@ class ThroughBefore(Rule):
             return Attempt()
         before, rest = place.parts()[0], place.slice(1, len(place.component.parts))
         return lifted(self, place, rest, (before,), prover.attempt(rest, "through"), note=before.describe())
+
+    def schema(self, step: Step) -> Schema:
+        return schema(Sequence.of(Unknown("p"), Assumed("c", side="through")), (1,))
 
 
 class ThroughSum(Rule):
@@ -105,6 +112,11 @@ class ThroughSum(Rule):
                 cost = step.cost + max((s.cost for _, s in beside), default=0)
                 found.steps.append(Step(self, place, (step, *(s for _, s in beside)), moved, cost=cost))
         return found
+
+    def schema(self, step: Step) -> Schema:
+        carrier, *beside = (index_of(step, p.place) for p in step.premises)
+        assumed = {i: Assumed(f"f{i + 1}") for i in beside} | {carrier: Assumed("c", side="through")}
+        return schema(Sum(terms(step, {**assumed})), (carrier,), *((i,) for i in beside))
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         carrier, *beside = step.premises

@@ -1,0 +1,120 @@
+"""Level exact: the whole block on random rational numbers, roots as algebraic numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from controllability.arrays import ARITHMETICS, Array
+from controllability.checks.instances import Named, mixtures, rebuilt, replace_block, small_sizes, transcendental
+from controllability.components.activation import Activation
+from controllability.components.routing import Routing
+from controllability.errors import NotExact, SideConditionFailed
+from controllability.interfaces import Component
+from controllability.rules import construct
+from controllability.sampling import sample
+from controllability.symbols import Definitions, definitions
+from controllability.trace import PatchedRun, Path, Trace
+
+if TYPE_CHECKING:
+    from controllability.proof import Proof
+
+WRONG = 1e-15  # a residual at a random point that 30 digits do not explain
+INSTANCES = 20  # that are tried for one that fulfils the side conditions
+
+
+def exact(proof: Proof, seed: int) -> tuple[str, str]:
+    """The whole block on rational numbers; transcendental activations become a random cubic."""
+    rng = np.random.default_rng(seed)
+    cubic = tuple(int(c) for c in rng.integers(1, 4, size=4))
+
+    def rational(leaf: Component) -> Component:
+        return Named(Activation("cubic", coefficients=cubic)) if transcendental(leaf) else leaf
+
+    block = rebuilt(proof.block, rational, _linear_scores)
+    same, sizes = replace_block(proof, block), small_sizes(block)
+    params, v, v_target = sample(block, "rational", _admissible(same, sizes, seed), **sizes)
+    params = {name: _number(value) for name, value in params.items()}
+    left = reduced_residual(same, params, _number(v), _number(v_target))
+    if any(e != 0 for e in left):
+        return "failed", f"residual left: {left}"
+    method = "residual exactly 0 on a random rational instance, roots as algebraic numbers"
+    scores = "; the logits themselves as scores (the theorem holds for any fixed score)" if mixtures(block) else ""
+    return "passed", method + scores + _choice(block)
+
+
+def _admissible(proof: Proof, sizes: dict[str, Any], seed: int) -> int:
+    """The first seed from ``seed`` on whose instance fulfils the side conditions: SymPy cannot compare sizes.
+
+    Raises ``SideConditionFailed`` if none does.
+    """
+    import mpmath
+
+    failure: Exception = NotExact("the block has no value on the instances that were tried: it divides by zero")
+    for tried in range(seed, seed + INSTANCES):
+        with mpmath.workdps(50):
+            try:
+                proof.patched_run(*sample(proof.block, "mpmath", tried, **sizes)).deltas()
+            except SideConditionFailed as failed:
+                failure = failed
+            except ZeroDivisionError:  # scores that sum to 0, and are divided by their sum
+                continue
+            else:
+                return tried
+    raise failure
+
+
+def _choice(block: Component) -> str:
+    chosen = ", ".join(sorted({str(m.routing.top_k) for m in mixtures(block)}))
+    return f"; assumed, as symbols have no order: the first {chosen} experts are the chosen ones" if chosen else ""
+
+
+def _linear_scores(routing: Routing) -> Routing:
+    """The same routing with the logits as scores."""
+    return replace(routing, score="identity", cap=None)
+
+
+def _number(values: Any) -> Any:
+    """Rationals as SymPy numbers; a tuple for a block with several inputs."""
+    return tuple(map(_number, values)) if isinstance(values, tuple) else ARITHMETICS["sympy"].array(values)
+
+
+class _Given(Trace):
+    """The target run, every value named: for the patch they are given."""
+
+    def _compute(self, path: Path) -> Array:
+        return ARITHMETICS["sympy"].name(super()._compute(path))
+
+
+class _Recognised(PatchedRun):
+    """The patched run; where it has a value of the target run it goes on with that value's name."""
+
+    def __init__(self, table: Definitions, *run: Any) -> None:
+        super().__init__(*run)
+        self.table = table
+
+    def _compute(self, path: Path) -> Array:
+        return ARITHMETICS["sympy"].each(self._recognised, super()._compute(path))  # type: ignore[attr-defined]
+
+    def _recognised(self, value: Any) -> Any:
+        while (known := self.table.known(value)) == value and not value.is_Atom:
+            shorter = self.table.expand_newest(value)
+            if shorter == value or shorter.count_ops() > value.count_ops():
+                break
+            value = shorter
+        return known
+
+
+def reduced_residual(proof: Proof, params: dict[str, Array], v: Any, v_target: Any) -> list[Any]:
+    """The entries of patched(v) − original(v') in normal form, SymPy expressions."""
+    xp = ARITHMETICS["sympy"]
+    with definitions() as table:
+        target = _Given(proof.block, params, v_target)
+        run = _Recognised(table, proof.block, params, v, target)
+        construct(proof.root, run, lambda: target.output(()))
+        difference = xp.tidy(run.output(()) - run.target.output(()))
+        if any(abs(table.value(e)) > WRONG for e in difference.reshape(-1)):
+            return list(difference.reshape(-1))  # not 0 at a random point: expanding would never end
+        return [table.reduced(e) for e in difference.reshape(-1)]

@@ -1,0 +1,220 @@
+"""Sums over symbolic ranges, and names for arrays of symbolic size: what index notation adds to normal forms."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from controllability.symbols import kept, normal_form, opaque
+
+
+def named_array(x: Any) -> Any:
+    """An array of symbolic size, its entry in normal form; named if definitions are being kept."""
+    from controllability.arrays.indexed import IndexedArray
+
+    x = IndexedArray(x.shape, normal_form(x.entry))
+    table = kept()
+    return x if table is None or x.entry.is_Atom or _is_named(x) else table.array(x)
+
+
+def tag(x: Any) -> Any:
+    """One symbol that stands for a whole array: the name of its entries."""
+    x = named_array(x)
+    head = x.entry.func if x.entry.args else x.entry
+    return _whole(str(head)) if x.entry.is_Atom or _is_named(x) else _whole(str(x.entry))
+
+
+def _whole(name: str) -> Any:
+    import sympy
+
+    return sympy.Symbol(f"{name}", real=True)
+
+
+def _is_named(x: Any) -> bool:
+    import sympy
+
+    from controllability.arrays.indexed import IndexedArray
+
+    return isinstance(x.entry, sympy.core.function.AppliedUndef) and (
+        x.entry == IndexedArray.named(str(x.entry.func), x.shape).entry
+    )
+
+
+def assume(expression: Any, value: Any) -> None:
+    """From here on ``expression``, a number times one sum, is known to be ``value``."""
+    import sympy
+
+    table = kept()
+    assert table is not None, "relations are kept with definitions"
+    (atom,) = normal_form(expression).atoms(sympy.Sum)
+    factor = normal_form(expression) / atom
+    table.relations[atom] = value / factor
+
+
+def summed(entry: Any, index: Any, size: Any) -> Any:
+    """Σ_index entry: linear in its terms, with what does not depend on the index before the sum.
+
+    Equal sums look equal: the bound index is k_1 for a sum without sums inside, k_2 around that, and so on.
+
+    >>> import sympy
+    >>> i, n, a = sympy.Symbol("i", integer=True), sympy.Symbol("n", positive=True), sympy.Symbol("a")
+    >>> x = sympy.Function("x")
+    >>> summed(a * x(i) + 1, i, n)
+    a*Sum(x(k_1), (k_1, 0, n - 1)) + n
+    """
+    import sympy
+
+    above, below = sympy.fraction(normal_form(entry))
+    divisors = _divisors(below)
+    total = sympy.Integer(0)
+    for term in sympy.Add.make_args(above):
+        outside, inside = sympy.Integer(1), sympy.Integer(1)
+        for factor in (*sympy.Mul.make_args(term), *divisors):
+            if index in factor.free_symbols:
+                inside *= factor
+            else:
+                outside *= factor
+        total += outside * _sum_of(inside, index, size)
+    return total
+
+
+@lru_cache(maxsize=10_000)
+def _divisors(below: Any) -> tuple[Any, ...]:
+    """Factors whose product is 1/below, each with the sign that SymPy prefers."""
+    import sympy
+
+    if not below.has(sympy.Add):
+        return tuple(1 / factor for factor in sympy.Mul.make_args(below))
+    names = {atom: sympy.Dummy() for atom in opaque(below)}
+    back = {name: atom for atom, name in names.items()}
+    content, factors, *_ = sympy.factor_list(below.xreplace(names))
+    found = []
+    for factor, power in factors:
+        known = factor.xreplace(back)
+        if known.could_extract_minus_sign():
+            known, content = -known, content * (-1) ** power
+        found.append(known**-power)
+    return (1 / content, *found)
+
+
+def _sum_of(inside: Any, index: Any, size: Any) -> Any:
+    import sympy
+
+    if inside == 1:
+        return size
+    for factor in sympy.Mul.make_args(inside):
+        if isinstance(factor, sympy.KroneckerDelta):
+            (other,) = [a for a in factor.args if a != index]
+            return (inside / factor).xreplace({index: other})
+    levels = [int(str(limit[0])[2:]) for s in inside.atoms(sympy.Sum) for limit in s.limits]
+    bound = sympy.Symbol(f"k_{1 + max(levels, default=0)}", integer=True, nonnegative=True)
+    total = sympy.Sum(inside.xreplace({index: bound}), (bound, 0, size - 1))
+    table = kept()
+    return total if table is None else table.relations.get(total, total)
+
+
+def heads(expression: Any) -> set[str]:
+    """The names that occur in an entry: of arrays and of symbols."""
+    import sympy
+
+    return {str(e.func) for e in expression.atoms(sympy.core.function.AppliedUndef)} | {
+        str(s) for s in expression.free_symbols
+    }
+
+
+def renamed_heads(expression: Any, names: dict[str, str]) -> Any:
+    """``expression`` with arrays called otherwise, also where one stands for itself as a whole."""
+    import sympy
+
+    applied = expression.atoms(sympy.core.function.AppliedUndef)
+    called = {e.func: sympy.Function(names[str(e.func)], real=True) for e in applied if str(e.func) in names}
+    whole = {s: sympy.Symbol(names[str(s)], real=True) for s in expression.free_symbols if str(s) in names}
+    return expression.xreplace(whole).replace(lambda e: e.func in called, lambda e: called[e.func](*e.args))
+
+
+def unfolded(expression: Any, name: str, array: Any) -> Any:
+    """``expression`` with every entry of the array ``name`` written out; sums are built anew around it."""
+    import sympy
+
+    from controllability.arrays.indexed import axis_index
+
+    if str(getattr(expression, "func", "")) == name:
+        places = [axis_index(p) for p in reversed(range(array.ndim)) if array.shape[-1 - p] != 1]
+        return array.entry.xreplace(dict(zip(places, expression.args, strict=True)))
+    if expression.is_Atom:
+        return array.entry if str(expression) == name else expression
+    if isinstance(expression, sympy.Sum):
+        if name not in heads(expression):
+            return expression
+        fresh = {bound: sympy.Dummy(integer=True, nonnegative=True) for bound, *_ in expression.limits}
+        total = unfolded(expression.function.xreplace(fresh), name, array)
+        for bound, low, high in expression.limits:  # SymPy writes sums of sums as one, the inner index first
+            total = summed(total, fresh[bound], high - low + 1)
+        return total
+    return expression.func(*(unfolded(a, name, array) for a in expression.args))
+
+
+class RandomPoint:
+    """Values of entries at a random point, with small sizes: functions become fixed random ones.
+
+    ``arrays`` are the definitions.  Equal arguments give equal values, so that an identity holds at every point.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], size: int = 2) -> None:
+        self.arrays, self.size = arrays, size
+        self._known: dict[Any, complex] = {}
+
+    def value(self, e: Any) -> complex:
+        """The value of an entry; what it has no number for (a free index, a size) is drawn as well."""
+        if e not in self._known:
+            self._known[e] = self._value(e)
+        return self._known[e]
+
+    def _value(self, e: Any) -> complex:
+        import sympy
+
+        if e.is_Number:
+            return complex(e)
+        if isinstance(e, sympy.Sum):
+            return self._total(e)
+        if isinstance(e, sympy.KroneckerDelta):
+            return complex(self.value(e.args[0]) == self.value(e.args[1]))
+        head = str(e if e.is_Symbol else e.func)
+        if head in self.arrays:
+            return self.value(self._written_out(self.arrays[head], e.args))
+        if e.is_Symbol:
+            return self._symbol(head, e)
+        values = [self.value(a) for a in e.args]
+        if isinstance(e, sympy.core.function.AppliedUndef):
+            return complex(random.Random(repr((head, [_rounded(v) for v in values]))).uniform(0.5, 1.5))
+        if e.is_Pow:
+            return values[0] ** values[1]
+        if e.is_Add or e.is_Mul:
+            return sum(values) if e.is_Add else math.prod(values, start=1 + 0j)
+        return complex(e.func(*map(sympy.sympify, values)))
+
+    def _symbol(self, name: str, symbol: Any) -> complex:
+        if symbol.is_integer:
+            return complex(0 if name.startswith(("i_", "k_")) else self.size)
+        return complex(random.Random(name).uniform(0.5, 1.5))
+
+    def _total(self, e: Any) -> complex:
+        import sympy
+
+        *inner, (bound, low, high) = e.limits
+        inside = sympy.Sum(e.function, *inner) if inner else e.function
+        start, stop = (round(self.value(end).real) for end in (low, high))
+        return sum((self.value(inside.xreplace({bound: sympy.Integer(i)})) for i in range(start, stop + 1)), 0j)
+
+    def _written_out(self, array: Any, at: tuple[Any, ...]) -> Any:
+        from controllability.arrays.indexed import axis_index
+
+        places = [axis_index(p) for p in reversed(range(array.ndim)) if array.shape[-1 - p] != 1]
+        return array.entry.xreplace(dict(zip(places, at, strict=False)))
+
+
+def _rounded(value: complex) -> str:
+    return f"{value.real:.9g},{value.imag:.9g}"

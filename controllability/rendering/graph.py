@@ -1,0 +1,267 @@
+"""A block as a graph: data flows from top to bottom, parallel parts are lanes, every leaf is a box (inline SVG)."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections import Counter
+from dataclasses import replace
+
+from controllability.components.combinators import Identity, Product, Sequence
+from controllability.components.mixture import ExpertLinear, Mixture
+from controllability.components.select import Select
+from controllability.interfaces import Component
+from controllability.rendering.roles import WORDS, Roles, Span
+from controllability.rendering.shapes import (
+    BOLD,
+    LINE,
+    MONO,
+    RADIUS,
+    Box,
+    Fragment,
+    Frame,
+    Junction,
+    Label,
+    Shape,
+    Wire,
+    badge_width,
+    markup,
+)
+from controllability.trace import Path, leaves
+
+ROOM = 36  # letters of a parameter's name that are shown, in lines of NAME
+NAME = 20
+KIND = 22  # letters in a line of a leaf's description
+PAD, GAP, LANE = 10.0, 26.0, 16.0
+
+
+def graph_svg(block: Component, roles: Roles) -> str:
+    """The graph of ``block`` as one SVG element; every leaf and junction links to ``#node_id(path)``.
+
+    >>> from controllability.components import Times
+    >>> from controllability.rendering.roles import refused_roles
+    >>> block = Times(2) >> Times(3)
+    >>> graph_svg(block, refused_roles(block, "times 3")).count("<a ")
+    2
+    """
+    whole = draw(block, roles)
+    size = f'width="{whole.width:g}" height="{whole.height:g}" viewBox="0 0 {whole.width:g} {whole.height:g}"'
+    arrow = (
+        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7.5" refY="4" markerWidth="8" markerHeight="8" '
+        'markerUnits="userSpaceOnUse" orient="auto"><path class="head" d="M0 0L8 4L0 8z"/></marker></defs>'
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="group" aria-label="the block as a graph">'
+        f"{arrow}{markup(whole.shapes)}</svg>"
+    )
+
+
+def draw(block: Component, roles: Roles) -> Fragment:
+    """The whole block with its input above and its output below, in a margin."""
+    names = [leaf.name for _, leaf in leaves(block) if isinstance(leaf, Select) and leaf.name]
+    inside = Drawing(block, roles).part(block, ())
+    heads = ("inputs: " + ", ".join(dict.fromkeys(names)) if names else "input v", "output")
+    left = max(inside.axis, *(len(h) * BOLD / 2 for h in heads))
+    right = max(inside.width - inside.axis, *(len(h) * BOLD / 2 for h in heads))
+    top, axis = 30.0, left + PAD
+    bottom = top + GAP + inside.height
+    shapes = (
+        Label(axis, 20, heads[0]), Wire(((axis, top), (axis, top + GAP)), inside.boxed),
+        *inside.at(axis - inside.axis, top + GAP),
+        Wire(((axis, bottom), (axis, bottom + GAP))), Label(axis, bottom + GAP + 12, heads[1]),
+    )  # fmt: skip
+    return Fragment(left + right + 2 * PAD, bottom + GAP + 26, axis, shapes)
+
+
+class Drawing:
+    """The layout of one block, from its leaves outwards."""
+
+    def __init__(self, block: Component, roles: Roles) -> None:
+        self.roles = roles
+        self.names = short_names(block)
+        self.spans = {(s.path, s.start, s.stop): s for s in roles.spans}
+
+    def part(self, part: Component, path: Path) -> Fragment:
+        """Any component, with its frame if it has one."""
+        if isinstance(part, Sequence):
+            return self.sequence(part.parts, path)
+        framed = self.spans.get((path, 0, 0))
+        if isinstance(part, Mixture):
+            span = framed or Span(path, "", "group")
+            label = "mixture of experts" + (f": {span.label}" if span.label else "")
+            return _framed(self.mixture(part, path), replace(span, label=label))
+        if part.children():
+            lanes = [self.part(child, (*path, i)) for i, child in enumerate(part.children())]
+            skips = [isinstance(child, Identity | Select) for child in part.children()]
+            sign, word = ("∘", "elementwise product") if isinstance(part, Product) else ("+", "sum")
+            inside = _parallel(lanes, skips, Junction(0, 0, sign, path, f"{word} of {len(lanes)} terms"))
+        else:
+            inside = self.leaf(part, path)
+        return _framed(inside, framed) if framed else inside
+
+    def box(self, leaf: Component, path: Path) -> Box:
+        """What a leaf is, its parameter, and the badge of its state."""
+        state = self.roles.states[path]
+        badge, words = WORDS[state]
+        kind, name = leaf_text(leaf, self.names)
+        if isinstance(leaf, Identity) and path and not badge:
+            kind = ("skip",)
+        text = max([*(len(line) * BOLD for line in kind), *(len(line) * MONO for line in name)])
+        width = max(text + 2 * PAD, 2 * badge_width(badge) + 24 if badge else 0)  # the badge clears the arrow
+        height = len(kind) * LINE + len(name) * (LINE - 2) + 18 + (3 if badge else 0)
+        title = f"{leaf.describe()}: {words}"
+        return Box(0, 0, width, height, path, state, title, kind, name, badge, isinstance(leaf, ExpertLinear))
+
+    def leaf(self, leaf: Component, path: Path, at_least: float = 0) -> Fragment:
+        """A box as a part; the maps of experts are drawn as a stack."""
+        box = self.box(leaf, path)
+        room = 6.0 * box.stacked
+        box = replace(box, y=room, width=max(box.width, at_least))
+        return Fragment(box.width + room, box.height + room, box.width / 2, (box,), True)
+
+    def sequence(self, parts: tuple[Component, ...], path: Path) -> Fragment:
+        """Parts in line; a run of them may stand in a frame, a cut is a dashed line across."""
+        single = {i: part for i, part in enumerate(parts) if not part.children()}
+        wide = max((self.box(part, (*path, i)).width for i, part in single.items()), default=0)
+        drawn = [
+            self.leaf(part, (*path, i), wide) if i in single else self.part(part, (*path, i))
+            for i, part in enumerate(parts)
+        ]
+        spans = [s for (where, _, stop), s in self.spans.items() if where == path and stop]
+        if not spans:
+            return self._column(drawn, 0, path)
+        span = max(spans, key=lambda s: s.stop - s.start)
+        run = self._column(drawn[span.start : span.stop], span.start, path)
+        drawn = [*drawn[: span.start], _framed(run, span), *drawn[span.stop :]]
+        return self._column(drawn, 0, path, skipped=(span.start, span.stop))
+
+    def _column(
+        self, drawn: list[Fragment], first: int, path: Path, skipped: tuple[int, int] | None = None
+    ) -> Fragment:
+        axis = max(f.axis for f in drawn)
+        width = axis + max(f.width - f.axis for f in drawn)
+        shapes: list[Shape] = []
+        y, index = 0.0, first
+        for i, fragment in enumerate(drawn):
+            if i:
+                cut = (path, index) in self.roles.cuts
+                room = 52.0 if cut else GAP
+                shapes.append(Wire(((axis, y), (axis, y + room)), fragment.boxed))
+                shapes += _cut_line(axis, width, y + room / 2) if cut else []
+                y += room
+            shapes += fragment.at(axis - fragment.axis, y)
+            y += fragment.height
+            index = skipped[1] if skipped and index == skipped[0] else index + 1
+        return Fragment(width, y, axis, tuple(shapes), drawn[0].boxed)
+
+    def mixture(self, mixture: Mixture, path: Path) -> Fragment:
+        """Router and choice in one lane, the experts' maps in another; the shares weigh the sum."""
+        router, inner, last = mixture.children()
+        lines = tuple(textwrap.wrap("choice: " + mixture.routing.describe(), KIND, break_on_hyphens=False))
+        width = max(len(line) for line in lines) * BOLD + 2 * PAD
+        height = len(lines) * LINE + 18
+        title = f"choice of the experts: {mixture.routing.describe()}"
+        choice = Fragment(width, height, width / 2, (Box(0, 0, width, height, path, "choice", title, lines),), True)
+        left = self._column([self.part(router, (*path, 0)), choice], 0, (*path, -1))
+        right = self._column([self.part(inner, (*path, 1)), self.part(last, (*path, 2))], 0, (*path, -1))
+        word = "sum of the chosen experts, each times its share" if mixture.weighted else "sum of the chosen experts"
+        join = Junction(0, 0, "Σ", path, word)
+        return _parallel([left, right], [True, False], join, "shares" if mixture.weighted else "choice")
+
+
+def _parallel(lanes: list[Fragment], skips: list[bool], join: Junction, label: str = "") -> Fragment:
+    """Lanes side by side from one fork to one junction; a lane that is a skip does not stand on the axis."""
+    order = sorted(range(len(lanes)), key=lambda i: not skips[i])
+    lefts, x = {}, 0.0
+    for i in order:
+        lefts[i], x = x, x + lanes[i].width + LANE
+    ways = {i: lefts[i] + lanes[i].axis for i in order}
+    main = [ways[i] for i in order if not skips[i]] or [*ways.values()]
+    axis = (main[(len(main) - 1) // 2] + main[len(main) // 2]) / 2
+    top, deepest = 2 * GAP - 6, max(lane.height for lane in lanes)
+    y = top + deepest + GAP + RADIUS
+    shapes: list[Shape] = []
+    for i in order:
+        way, lane = ways[i], lanes[i]
+        enter = (
+            ((axis, 0.0), (axis, GAP - 8), (way, GAP - 8), (way, top)) if way != axis else ((axis, 0.0), (axis, top))
+        )
+        shapes += [Wire(enter, lane.boxed), *lane.at(lefts[i], top)]
+        end = top + lane.height
+        side = axis - RADIUS if way < axis else axis + RADIUS
+        leave = ((way, end), (way, y), (side, y)) if way != axis else ((axis, end), (axis, y - RADIUS))
+        shapes.append(Wire(leave, True, "wire choice" if label and skips[i] else "wire"))
+        if label and skips[i]:
+            shapes.append(Label((way + side) / 2, y - 9, label))
+    shapes.append(replace(join, x=axis, y=y))
+    return Fragment(x - LANE, y + RADIUS, axis, tuple(shapes))
+
+
+def _framed(inside: Fragment, span: Span) -> Fragment:
+    """A border around a part, with room for the heading beside the wire that enters."""
+    head, pad = 24.0, 10.0
+    needed = len(span.label) * 6.6 + 24 - (inside.axis + pad)  # the heading ends before the wire
+    left = pad + max(0.0, needed)
+    width, height = inside.width + left + pad, inside.height + head + pad
+    axis = inside.axis + left
+    wires = (
+        Wire(((axis, 0.0), (axis, head)), inside.boxed), Wire(((axis, height - pad), (axis, height)), False),
+    )  # fmt: skip
+    frame = Frame(0, 0, width, height, span.label, span.css)
+    return Fragment(width, height, axis, (frame, *wires, *inside.at(left, head)))
+
+
+def _cut_line(axis: float, width: float, y: float) -> list[Shape]:
+    """Where the proof's inner function ends and the outer one begins."""
+    line = Wire(((0.0, y), (width, y)), False, "cut")
+    return [line, Label(axis + 36, y - 9, "f above"), Label(axis + 36, y + 10, "g below")]
+
+
+def short_names(block: Component) -> dict[str, str]:
+    """Every parameter's and module's name -> a shorter one; those that would be the same stay as they are.
+
+    >>> from controllability.components import Linear
+    >>> from controllability.interfaces import Param
+    >>> name = "model.layers.0.mlp.shared_experts.down_proj.weight"
+    >>> short_names(Linear(Param(name)))[name]
+    '0.mlp.shared_experts.down_proj'
+    """
+    parameters = {str(p) for p in block.parameters()}
+    modules = {leaf.module for _, leaf in leaves(block) if leaf.module}
+    uses = Counter(map(_shorter, parameters))
+    short = {name: _shorter(name) for name in modules | parameters}
+    return {name: name if name in parameters and uses[text] > 1 else text for name, text in short.items()}
+
+
+def _shorter(name: str) -> str:
+    parts = re.sub(r"\.weight(?=$|\[)", "", name).split(".")
+    text = parts.pop()
+    while parts and len(parts[-1]) + 1 + len(text) <= ROOM:
+        text = f"{parts.pop()}.{text}"
+    return text if len(text) <= ROOM else f"{text[: ROOM // 2 - 1]}…{text[-ROOM // 2 :]}"
+
+
+def leaf_text(leaf: Component, names: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a leaf is, and the short name of what it reads, both in lines."""
+    own = [str(p) for p in leaf.own_parameters()]
+    kind = leaf.describe()
+    read: list[str] = own or ([leaf.module] if leaf.module else [])
+    for name in sorted({*read, leaf.module} - {""}, key=lambda name: -len(name)):  # the longest first
+        if uses := [*re.finditer(rf"(?<![\w.]){re.escape(name)}(?![\w.])", kind)]:
+            kind = f"{kind[: uses[-1].start()]} {kind[uses[-1].end() :]}"
+    kind = " ".join(kind.split()) or type(leaf).__name__
+    name = _broken(names[read[0]]) if read else ()
+    if len(read) > 1:
+        name = (*name, "+ " + ", ".join(n.rpartition(".")[2] for n in read[1:]))
+        name = name if len(name[-1]) <= NAME + 4 else (*name[:-1], f"+ {len(read) - 1} more")
+    return tuple(textwrap.wrap(kind, KIND, max_lines=3, placeholder=" …")), name
+
+
+def _broken(name: str) -> tuple[str, ...]:
+    """A name in one line, or in two that part after a dot or an underscore."""
+    if len(name) <= NAME:
+        return (name,)
+    ends = [i + 1 for i, letter in enumerate(name[:-1]) if letter in "._…"]
+    dots = [i for i in ends if name[i - 1] == "." and max(i, len(name) - i) <= NAME + 1]
+    best = min(dots or ends, key=lambda i: max(i, len(name) - i), default=len(name) // 2)
+    return name[:best], name[best:]

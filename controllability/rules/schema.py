@@ -1,0 +1,194 @@
+"""What a rule says, as something that can be executed: its own shape, with undefined functions for the parts.
+
+A rule concludes that a component is controllable from premises about its parts.  Its schema is that
+component with every part an undefined function, and a premise replaced by the bare assumption that a
+patch exists.  If the rule's own ``construct`` reaches its conclusion there, it does so for all parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from controllability.arrays import Array
+from controllability.arrays.indexed import IndexedArray
+from controllability.components.routing import Routing
+from controllability.deltas import Delta, PatchedMatrix, Shift
+from controllability.interfaces import Component, Param, Params, Steering
+from controllability.rules.base import Attempt, Rule, Search, Side, Step, Wanted
+from controllability.trace import Goal, PatchedRun, Place
+
+
+def undefined(name: str, shape: tuple[Any, ...], *read: Array) -> IndexedArray:
+    """name(read): an array that is known to be the same whenever what it reads is the same."""
+    import sympy
+
+    from controllability.index_notation import tag
+
+    places = IndexedArray.named("x", shape).entry.args if any(n != 1 for n in shape) else ()
+    head = sympy.Function(name, real=True)
+    return IndexedArray(shape, head(*map(tag, read), *places))
+
+
+@dataclass(frozen=True)
+class Unknown(Component):
+    """y = F(x; its parameters), F an undefined function.  x: (..., d), y: (*rows, out), or like x without ``out``."""
+
+    name: str
+    rows: tuple[Any, ...] = ()
+    out: int | str | None = "d"
+
+    def __call__(self, params: Params, x: Any) -> Array:
+        read: list[Any] = [*x] if isinstance(x, tuple | list) else [x]
+        for param in self.own_parameters():
+            value = param.value(params)
+            read.append(value.dense() if isinstance(value, PatchedMatrix) else value)
+        shape = read[0].shape if self.out is None else (*map(sympy_size, self.rows), sympy_size(self.out))
+        return undefined(self.name, shape, *read)
+
+    def describe(self) -> str:
+        return self.name
+
+    @property
+    def width(self) -> int | str | None:
+        return "d" if self.out is not None else None
+
+
+@dataclass(frozen=True)
+class Unseeing(Component):
+    """y = c, whatever the input is."""
+
+    name: str
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        return undefined(self.name, (sympy_size("d"),))
+
+    def describe(self) -> str:
+        return self.name
+
+    @property
+    def width(self) -> int | str | None:
+        return "d"
+
+
+def sympy_size(name: int | str) -> Any:
+    """A named size as a symbol; a number as it is."""
+    import sympy
+
+    return sympy.Symbol(name, integer=True, positive=True) if isinstance(name, str) else name
+
+
+@dataclass(frozen=True)
+class Assumed(Unknown):
+    """An undefined function that a premise says is controllable on one ``side``."""
+
+    side: Side = "input"
+
+    def own_parameters(self) -> tuple[Param, ...]:
+        assert self.out is not None
+        return (Param(f"parameters of {self.name}", (*self.rows, self.out)),)
+
+    def premise(self, place: Place) -> Step:
+        """The premise: a patch of this function exists."""
+        steering = Steering("assumed", self.own_parameters()[0], (), _shift, _shifted)
+        return Step(Assumption(self.side), place, (), frozenset(self.own_parameters()), steering=steering)
+
+
+def _shift(params: Params, x: Array, gap: Array) -> Delta:
+    return Shift(gap)
+
+
+def _shifted(x: Array, delta: Delta) -> Array:
+    assert isinstance(delta, Shift)
+    return delta.value
+
+
+class Assumption(Rule):
+    """The rule of a premise: asked on the input side it can do nothing but repeat the target run."""
+
+    name = statement = when = patch = source = "assumed"
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        return Attempt()
+
+    def schema(self, step: Step) -> Schema:
+        return Schema(step.place.component, (step,))
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+        assert step.steering is not None
+        assert isinstance(run, SchemaRun)
+        run.asked.append((step, wanted))
+        run.steer(step.place.path, Goal(step.steering, wanted))
+
+
+class SchemaRun(PatchedRun):
+    """A patched run of a schema, which remembers what the premises were asked for."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.asked: list[tuple[Step, Wanted]] = []
+
+
+@dataclass(frozen=True)
+class UnknownRouting(Routing):
+    """Chosen experts and shares as undefined functions of the logits and of what the routing reads."""
+
+    top_k: int = 1
+    read: tuple[Param, ...] = ()
+
+    def __call__(self, params: Params, logits: Array) -> tuple[Array, Array]:
+        import sympy
+
+        given = [logits, *(p.value(params) for p in self.read)]
+        shape = (sympy.Symbol("k", integer=True, positive=True),)
+        return undefined("expert", shape, *given), undefined("share", shape, *given)
+
+    def margin(self, params: Params, logits: Array) -> Array:
+        return IndexedArray((1,), logits.entry * 0 + 1)
+
+    def parameters(self) -> tuple[Param, ...]:
+        return self.read
+
+    def describe(self) -> str:
+        return "any routing"
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A rule's own shape: the component, the premises that are assumed, the step to execute."""
+
+    component: Component
+    premises: tuple[Step, ...] = ()
+    steering: Steering | None = None
+
+    def step(self, of: Step) -> Step:
+        """``of`` on this shape."""
+        moved = frozenset[Param]().union(*(p.moved for p in self.premises))
+        place = Place(self.component)
+        return Step(of.rule, place, self.premises, moved, of.conditions, of.cost, of.note, self.steering)
+
+
+def schema(component: Component, *paths: tuple[int, ...], steering: Steering | None = None) -> Schema:
+    """The schema whose premises are the assumed functions at ``paths``."""
+    premises = []
+    for path in paths:
+        part = component
+        for index in path:
+            part = part.children()[index]
+        assert isinstance(part, Assumed)
+        premises.append(part.premise(Place(part, path)))
+    return Schema(component, tuple(premises), steering)
+
+
+def index_of(step: Step, part: Place) -> int:
+    """Which child of ``step``'s component ``part`` is, or stands in."""
+    return part.outlet[len(step.place.path)] - step.place.start
+
+
+def terms(step: Step, assumed: dict[int, Component]) -> tuple[Component, ...]:
+    """The children of ``step``'s component: assumed ones, and undefined functions for the rest."""
+    count = len(step.place.component.children())
+    return tuple(assumed.get(i, Unknown(f"s{i + 1}")) for i in range(count))
