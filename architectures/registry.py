@@ -173,7 +173,7 @@ def find(name: str) -> Architecture:
             return architecture
     from difflib import get_close_matches
 
-    close = get_close_matches(str(name), names(), 3)
+    close = get_close_matches(str(name).lower(), names(), 3)
     near = f"; close to it: {', '.join(close)}" if close else ""
     raise BadInput(
         f"unknown architecture or model type {name!r}{near}; `controllability list` shows all {len(names())}, "

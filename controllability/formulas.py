@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from controllability.arrays import Array
 from controllability.arrays.indexed import IndexedArray
-from controllability.checks.generic import INDEXED, GivenArrays, RecognisedArrays, any_routing, generic
-from controllability.checks.instances import rebuilt, replace_block, small_sizes
+from controllability.checks.generic import INDEXED, GivenArrays, RecognisedArrays, any_routings, generic
+from controllability.checks.instances import rebuilt, renamed, replace_block, small_sizes
 from controllability.deltas import Delta
-from controllability.errors import BadInput
+from controllability.errors import BadInput, ControllabilityError
 from controllability.index_notation import heads, renamed_heads
+from controllability.interfaces import Component
 from controllability.rules import construct
-from controllability.sampling import sample
+from controllability.sampling import sample, symbolic_sizes
 from controllability.symbols import Definitions, definitions
 
 if TYPE_CHECKING:
@@ -25,11 +27,35 @@ class ClosedForm:
     """Deltas in index notation, every size a symbol, and what the names in them stand for.
 
     ``deltas`` maps parameters to low-rank factors or shifts of ``IndexedArray``; ``where`` maps t1, t2, … to arrays,
-    each written with those before it.
+    each written with those before it.  A parameter whose name a state, a size or a function has is written θ.name.
     """
 
     deltas: dict[str, Delta]
     where: dict[str, IndexedArray]
+
+
+TAKEN = re.compile(r"v\d*'?|t\d+|[ik]_?\d*|phi_.*|n\d*|n_?layer\d*|(expert|share|epsilon|mu)\d*|KroneckerDelta")
+
+
+def written_names(block: Component) -> dict[str, str]:
+    """Stored tensor -> how a closed form writes it: its own name, unless something else has that one.
+
+    >>> from controllability.components import Bias, Linear
+    >>> from controllability.interfaces import Param
+    >>> written_names(Linear(Param("W", ("d", "d"))) >> Bias(Param("v", ("d",))))
+    {'W': 'W', 'v': 'θ.v'}
+    """
+    names = sorted({p.name for p in block.parameters()})
+    sizes = {s for p in block.parameters() for s in p.shape if isinstance(s, str)} | set(symbolic_sizes(block))
+    written: dict[str, str] = {}
+    for name in names:
+        new = name
+        if not name.isprintable():  # SymPy takes no such name
+            new = name.encode("unicode_escape").decode()
+        while TAKEN.fullmatch(new) or new in sizes or (new != name and new in (*names, *written.values())):
+            new = f"θ.{new}"
+        written[name] = new
+    return written
 
 
 class _Named(RecognisedArrays):
@@ -51,15 +77,17 @@ def closed_form(proof: Proof) -> ClosedForm:
     >>> form.deltas["W"].right.entry
     v(i_0)/Sum(v(k_1)**2, (k_1, 0, d - 1))
     """
-    block = rebuilt(proof.block, generic(proof), any_routing)
-    same = replace_block(proof, block)
+    names = written_names(proof.block)
+    own = {str(replace(p, name=names[p.name])): str(p) for p in proof.block.parameters()}
+    block = renamed(rebuilt(proof.block, generic(proof), any_routings()), dict(names))
+    same = replace_block(proof, block, names)
     params, v, v_target = sample(block, "indexed")
     with definitions(Definitions()) as table:
         target = GivenArrays(block, params, v_target)
         run = _Named(table, block, params, v, target)
         wanted = target.output(())  # first: its values are the ones to be recognised
         construct(same.root, run, lambda: wanted)
-        deltas = {str(param): _tidy(delta) for param, delta in run.deltas().items()}
+        deltas = {own.get(str(param), str(param)): _tidy(delta) for param, delta in run.deltas().items()}
         return _numbered(ClosedForm(deltas, _needed(deltas, table.arrays)))
 
 
@@ -97,8 +125,9 @@ def formula(proof: Proof, expand: bool = True, **sizes: int) -> dict[str, Any]:
     """Each ΔW as a SymPy matrix of explicit (small) size, in the entries of parameters and states.
 
     ``sizes`` are those of the block's shapes (d=2, h=3 unless given).  With ``expand=False`` intermediate values keep
-    their names t1, t2, ….  Raises ``BadInput`` for a size that the block does not have, ``NotExact`` where symbols
-    cannot decide (a route that compares sizes).
+    their names t1, t2, ….  Entries are called name_ij, by the last part of the name; where that would be said of two
+    entries, name[i,j] with the whole name.  Raises ``BadInput`` for a size that the block does not have and sizes at
+    which it does not compute, ``NotExact`` where symbols cannot decide (a route that compares sizes).
 
     >>> from controllability.components import Linear, residual
     >>> from controllability.interfaces import Param
@@ -111,8 +140,16 @@ def formula(proof: Proof, expand: bool = True, **sizes: int) -> dict[str, Any]:
     known: dict[str, Any] = small_sizes(proof.block)
     if unknown := sorted(set(sizes) - set(known)):
         raise BadInput(f"the block has no size {', '.join(unknown)}: it has {', '.join(sorted(known)) or 'none'}")
-    params, v, v_target = sample(proof.block, "sympy", 0, (), **(known | sizes))
-    patch = proof.construct(params, v, v_target)
+    if wrong := [f"{k}={n!r}" for k, n in sizes.items() if isinstance(n, bool) or not isinstance(n, int) or n < 1]:
+        raise BadInput(f"a size is a whole number of at least 1, got {', '.join(wrong)}")
+    try:
+        params, v, v_target = sample(proof.block, "sympy", 0, (), **(known | sizes))
+        patch = proof.construct(params, v, v_target)
+    except ControllabilityError:
+        raise
+    except (TypeError, ValueError, AttributeError) as reason:
+        chosen = ", ".join(f"{k}={n}" for k, n in (known | sizes).items())
+        raise BadInput(f"the block does not compute on symbols at {chosen or 'its sizes'}: {reason}") from reason
     found: dict[str, Any] = {}
     for name, delta in patch.items():
         dense = delta.dense()

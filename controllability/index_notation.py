@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from controllability.errors import NotExact
 from controllability.symbols import kept, normal_form, opaque
 
 
@@ -21,8 +22,13 @@ def named_array(x: Any) -> Any:
 
 
 def tag(x: Any) -> Any:
-    """One symbol that stands for a whole array: the name of its entries."""
-    x = named_array(x)
+    """One symbol that stands for a whole array: the name of its entries.
+
+    A part of an array has entries of the same name, and is named anew: it is another array.
+    """
+    table, x = kept(), named_array(x)
+    if table is not None and not x.entry.is_Atom and table.shape(str(x.entry.func), x.shape) != x.shape:
+        x = table.array(x)
     head = x.entry.func if x.entry.args else x.entry
     return _whole(str(head)) if x.entry.is_Atom or _is_named(x) else _whole(str(x.entry))
 
@@ -43,15 +49,31 @@ def _is_named(x: Any) -> bool:
     )
 
 
-def assume(expression: Any, value: Any) -> None:
-    """From here on ``expression``, a number times one sum, is known to be ``value``."""
+def assume(expression: Any, value: Any, unknown: Any) -> None:
+    """From here on ``expression``, a number times one sum in which ``unknown`` occurs, is known to be ``value``.
+
+    Raises ``NotExact`` for any other expression: it would be said of what the unknown does not decide.
+    """
     import sympy
 
     table = kept()
     assert table is not None, "relations are kept with definitions"
-    (atom,) = normal_form(expression).atoms(sympy.Sum)
-    factor = normal_form(expression) / atom
-    table.relations[atom] = value / factor
+    expression = normal_form(expression)
+    sums = [factor for factor in sympy.Mul.make_args(expression) if isinstance(factor, sympy.Sum)]
+    if len(sums) != 1 or unknown not in sums[0].free_symbols or (expression / sums[0]).has(sympy.Sum, unknown):
+        raise NotExact(f"{unknown} is to be the root of {expression} = {value}, which is no number times one sum of it")
+    if value.has(unknown):
+        raise NotExact(f"{unknown} is to be the root of an equation that has it on both sides")
+    table.relations[sums[0]] = value / (expression / sums[0])
+
+
+def unused(name: str) -> Any:
+    """A symbol for an unknown number; every root has one of its own."""
+    import sympy
+
+    table = kept()
+    used = len(table.relations) if table is not None else 0
+    return sympy.Symbol(f"{name}{used + 1}" if used else name, real=True)
 
 
 def summed(entry: Any, index: Any, size: Any) -> Any:
@@ -145,7 +167,7 @@ def unfolded(expression: Any, name: str, array: Any) -> Any:
         places = [axis_index(p) for p in reversed(range(array.ndim)) if array.shape[-1 - p] != 1]
         return array.entry.xreplace(dict(zip(places, expression.args, strict=True)))
     if expression.is_Atom:
-        return array.entry if str(expression) == name else expression
+        return _written_whole(array) if str(expression) == name else expression
     if isinstance(expression, sympy.Sum):
         if name not in heads(expression):
             return expression
@@ -155,6 +177,24 @@ def unfolded(expression: Any, name: str, array: Any) -> Any:
             total = summed(total, fresh[bound], high - low + 1)
         return total
     return expression.func(*(unfolded(a, name, array) for a in expression.args))
+
+
+def _written_whole(array: Any) -> Any:
+    """What stands for a whole array that is written out: its shape and its entry at (…, j_1, j_0).
+
+    These indices are the array's own: no index that is put in or summed over elsewhere reaches them.
+    """
+    import sympy
+
+    from controllability.arrays.indexed import axis_index
+
+    table = kept()
+    if all(n == 1 for n in array.shape):
+        return array.entry
+    if table is not None and _is_named(array) and table.shapes.get(str(array.entry.func)) == array.shape:
+        return _whole(str(array.entry.func))
+    own = {axis_index(p): sympy.Symbol(f"j_{p}", integer=True, nonnegative=True) for p in range(array.ndim)}
+    return sympy.Function("array", real=True)(array.entry.xreplace(own), *array.shape)
 
 
 class RandomPoint:
@@ -183,6 +223,8 @@ class RandomPoint:
         if isinstance(e, sympy.KroneckerDelta):
             return complex(self.value(e.args[0]) == self.value(e.args[1]))
         head = str(e if e.is_Symbol else e.func)
+        if head == "array":  # as the name of an array: what stands first in it
+            return self.value(e.args[0])
         if head in self.arrays:
             return self.value(self._written_out(self.arrays[head], e.args))
         if e.is_Symbol:
@@ -198,7 +240,7 @@ class RandomPoint:
 
     def _symbol(self, name: str, symbol: Any) -> complex:
         if symbol.is_integer:
-            return complex(0 if name.startswith(("i_", "k_")) else self.size)
+            return complex(0 if name.startswith(("i_", "j_", "k_")) else self.size)
         return complex(random.Random(name).uniform(0.5, 1.5))
 
     def _total(self, e: Any) -> complex:

@@ -43,7 +43,9 @@ def prove(block: Component, via: Via = "input-output", route: str = "auto", froz
     check_route(route)
     if not isinstance(block, Component):
         raise BadInput(f"prove takes a component, got {type(block).__name__}; architectures.block(name) gives one")
-    frozen = frozenset(frozen)
+    frozen = frozenset((frozen,) if isinstance(frozen, str) else frozen or ())
+    if odd := [name for name in frozen if not isinstance(name, str)]:
+        raise BadInput(f"frozen takes names of parameters, got {odd[0]!r}")
     known = {str(p) for p in block.parameters()} | {p.name for p in block.parameters()}
     if unknown := sorted(frozen - known):
         raise BadInput(

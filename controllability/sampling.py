@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
 from typing import Any
 
@@ -74,11 +75,15 @@ def sample(
         raise BadInput("the width of the block's input is not known: no parameter of it says so")
     state = (*tokens, _number(width, known))
     params = {name: _draw(kind, name, shape, rng) for name, shape in shapes.items()}
-    count = inputs_of(block)
+    v, v_target = _states(kind, inputs_of(block), state, rng)
+    return (_told_apart(params, v, v_target) if kind == "sympy" else params), v, v_target
+
+
+def _states(kind: str, count: int, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Any, Any]:
     if count == 1:
-        return params, _draw(kind, "v", state, rng), _draw(kind, "v'", state, rng)
-    source = tuple(_draw(kind, f"v{i + 1}", state, rng) for i in range(count))
-    return params, source, tuple(_draw(kind, f"v{i + 1}'", state, rng) for i in range(count))
+        return _draw(kind, "v", shape, rng), _draw(kind, "v'", shape, rng)
+    source = tuple(_draw(kind, f"v{i + 1}", shape, rng) for i in range(count))
+    return source, tuple(_draw(kind, f"v{i + 1}'", shape, rng) for i in range(count))
 
 
 def _number(size: int | str, known: dict[str, int]) -> int:
@@ -100,6 +105,25 @@ def _draw(kind: str, name: str, shape: tuple[int, ...], rng: np.random.Generator
         return torch.as_tensor(numbers / 8.0, dtype=torch.float32)
     fractions = np.array([Fraction(int(n), 8) for n in numbers.reshape(-1)], dtype=object).reshape(shape)
     return ARITHMETICS[kind].array(fractions)
+
+
+def _told_apart(params: dict[str, Array], *states: Any) -> dict[str, Array]:
+    """The same parameters, their symbols called otherwise where one stands for two entries (a.up and b.up, W_111)."""
+    import sympy
+
+    def entries(x: Any) -> list[Any]:
+        return [e for part in x for e in entries(part)] if isinstance(x, tuple) else [*np.asarray(x).reshape(-1)]
+
+    met = Counter(e for x in (*params.values(), *states) for e in entries(x))
+    apart: dict[str, Array] = {}
+    for name, array in params.items():
+        apart[name] = array
+        if any(met[e] > 1 for e in entries(array)):
+            apart[name] = np.empty(np.shape(array), dtype=object)
+            for at in np.ndindex(*np.shape(array)):
+                place = ",".join(str(i + 1) for i in at)
+                apart[name][at] = sympy.Symbol(f"{name}[{place}]", real=True)
+    return apart
 
 
 def _symbols(name: str, shape: tuple[int, ...]) -> Any:

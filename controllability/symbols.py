@@ -26,6 +26,7 @@ class Definitions:
         self._names: dict[Any, Any] = {}
         self.arrays: dict[str, Any] = {}  # name -> array of symbolic size
         self._array_names: dict[Any, str] = {}
+        self.shapes: dict[str, Any] = {}  # of the arrays that something was a function of
         self.relations: dict[Any, Any] = {}  # sums that are known to be something else
 
     def array(self, x: Any) -> Any:
@@ -37,6 +38,10 @@ class Definitions:
             self._array_names[key] = name = f"t{len(self._array_names) + 1}"
             self.arrays[name] = x
         return IndexedArray.named(self._array_names[key], x.shape)
+
+    def shape(self, name: str, seen: Any) -> Any:
+        """The shape of the array called ``name``; of one that is no definition the first that was ``seen``."""
+        return self.arrays[name].shape if name in self.arrays else self.shapes.setdefault(name, seen)
 
     def known_array(self, x: Any) -> Any:
         """The array under its name if it has one."""

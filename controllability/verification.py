@@ -5,10 +5,13 @@ A patch may come from elsewhere; ``diagnosis`` reads it and says which rule it b
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from controllability.arrays import arithmetic
 from controllability.diagnosis import Instance, Problem, diagnose, read_patch
@@ -49,9 +52,8 @@ class Verification:
         verdict = "right patch" if self.ok else "wrong patch"
         if self.residual is None:
             return f"{verdict}: the residual {'reduces' if self.exact else 'does not reduce'} to 0 in symbols"
-        lines = [
-            f"{verdict}: residual {self.residual:.2g}; unpatched {self.unpatched:.2g}; rounding explains {self.rounding:.1g}"
-        ]
+        found = f"residual {_said(self.residual)}; unpatched {_said(self.unpatched)}"
+        lines = [f"{verdict}: {found}; rounding explains {_said(self.rounding, 1)}"]
         if self.derivation:
             lines += textwrap.wrap(f"compared with {self.derivation}", WIDTH, subsequent_indent="  ")
         for number, problem in enumerate(self.problems, 1):
@@ -59,6 +61,10 @@ class Verification:
         if self.follows:
             lines += textwrap.wrap(f"only follow from this: {'; '.join(self.follows)}", WIDTH, subsequent_indent="  ")
         return "\n".join(lines)
+
+
+def _said(number: float | None, digits: int = 2) -> str:
+    return "–" if number is None else f"{number:.{digits}g}" if math.isfinite(number) else "not finite"
 
 
 def verify(block: Component, params: Params, patch: Mapping[str, Any], source: Any, target: Any) -> Verification:
@@ -86,8 +92,7 @@ def verify(block: Component, params: Params, patch: Mapping[str, Any], source: A
                    norm squared; the rule takes y, the block's input in the patched run
        do: ΔW = δ yᵀ/‖y‖², y being the block's input in the patched run
     """
-    pairs = zip(*(x if isinstance(x, tuple | list) else (x,) for x in (source, target)), strict=True)
-    for here, there in pairs:
+    for here, there in _inputs(block, source, target):
         if here.shape != there.shape:
             raise BadInput(f"source has shape {here.shape}, target {there.shape}: they are compared entry by entry")
     first = source[0] if isinstance(source, tuple | list) else source
@@ -95,11 +100,25 @@ def verify(block: Component, params: Params, patch: Mapping[str, Any], source: A
         return _in_symbols(block, params, patch, source, target)
     check_instance(block, params, source, target)
     given = read_patch(block, params, patch, tuple(first.shape[:-1]))
-    found = diagnose(Instance(block, params, given.deltas, source, target, given.turned, given.epsilon))
+    with np.errstate(all="ignore"):  # what overflows is found in the result, and said there
+        found = diagnose(Instance(block, params, given.deltas, source, target, given.turned, given.epsilon))
     return Verification(
         found.residual, found.unpatched, found.residual == 0, found.rounding,
         tuple(found.problems), found.derivation, tuple(found.follows),
     )  # fmt: skip
+
+
+def _inputs(block: Any, source: Any, target: Any) -> list[tuple[Any, Any]]:
+    """The arrays of the two states in pairs: more than one for a block with several inputs."""
+    if not isinstance(block, Component):
+        raise BadInput(f"verify takes a component, got {type(block).__name__}; architectures.block(name) gives one")
+    here, there = (tuple(x) if isinstance(x, tuple | list) else (x,) for x in (source, target))
+    if len(here) != len(there):
+        raise BadInput(f"source has {len(here)} inputs, target {len(there)}: they are compared one by one")
+    for name, states in (("source", here), ("target", there)):
+        if wrong := [type(x).__name__ for x in states if not hasattr(x, "shape")] or ([] if states else ["nothing"]):
+            raise BadInput(f"the {name} state must be an array (..., d), or a tuple of them, got {wrong[0]}")
+    return list(zip(here, there, strict=True))
 
 
 def _in_symbols(block: Component, params: Params, patch: Mapping[str, Any], source: Any, target: Any) -> Verification:

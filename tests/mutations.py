@@ -27,7 +27,7 @@ from controllability.components import (
 )
 from controllability.components import bias as bias_file
 from controllability.components import linear as linear_file
-from controllability.deltas import LowRank, Shift
+from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.interfaces import Component, Param
 from controllability.rules import construct, input_side, mixture, normalised, output_side, theorems, through
 from controllability.rules.base import rest_of_sum, target_output
@@ -46,6 +46,8 @@ EXPERTS = residual(
         ExpertLinear(Param("V", ("E", "d", "h"))),
     )
 )  # fmt: skip
+TURNED = residual(replace(EXPERTS.terms[1], last=ExpertLinear(Param("V", ("E", "h", "d")), layout="in_out")))
+PLANES, ROUTED = ExpertLowRank.dense, ExpertLowRank.routed
 # the mixture stands before the outer function: it is steered on the input side
 INNER_EXPERTS = residual(EXPERTS.terms[1] >> rms_norm("between") >> square)
 SHARED = residual(rms_norm("pre") >> Sum((up >> silu >> down, EXPERTS.terms[1])))
@@ -178,6 +180,16 @@ def wrong_secular(form: Callable[..., Any]) -> Callable[..., Any]:
     return secular
 
 
+def equation(of: Callable[..., Any]) -> Callable[..., Any]:
+    """The scale as it is, with an equation that would make it right."""
+
+    def secular(xp: Any, G: Any, m: Any, q: Any) -> Any:
+        xp.root("mu", lambda mu: of(xp, G, m, mu), q)
+        return m + G * 0, G / m
+
+    return secular
+
+
 def unscaled(plain: Callable[..., Any]) -> Callable[..., Any]:
     """The scale's delta taken as the new scale itself: m is forgotten."""
     return lambda self: Shift(self.solve().scale)
@@ -236,6 +248,10 @@ MUTATIONS = {
     "experts: sign": Mutation("I-experts", ExpertLinear, "_rank_one", expert_rank_one(lambda d, x: replace(d, left=-d.left)), EXPERTS),
     "experts: norm forgotten": Mutation("I-experts", ExpertLinear, "_rank_one", expert_rank_one(lambda d, x: replace(d, right=d.right * dot(x, x)[..., None, :])), EXPERTS),
     "experts: one expert for all": Mutation("I-experts", ExpertLinear, "_rank_one", expert_rank_one(lambda d, x: replace(d, index=d.index[..., :1])), EXPERTS),
+    "experts, as stored: sign": Mutation("I-experts", ExpertLowRank, "dense", lambda self: -PLANES(self), EXPERTS),
+    "experts, as stored: every change to the first": Mutation("T-mixture", ExpertLowRank, "dense", lambda self: PLANES(replace(self, index=self.index * 0)), EXPERTS),
+    "experts, as stored: rows for columns": Mutation("O-mixture", ExpertLowRank, "dense", lambda self: PLANES(self) if not self.transposed else PLANES(replace(self, transposed=False)).swapaxes(-1, -2) * 2, TURNED, OUT),
+    "experts, as computed: doubled": Mutation("O-mixture", ExpertLowRank, "routed", lambda self, x, index: ROUTED(self, x, index) * 2, EXPERTS, OUT),
     "mixture: gate sum taken as 1": Mutation("O-mixture", mixture.OutputMixture, "construct", output_mixture(lambda s, y: s * 0 + 1, right_missing), EXPERTS, OUT),
     "mixture: shares not divided out": Mutation("O-mixture", mixture.OutputMixture, "construct", output_mixture(lambda s, y: right_weight(s, y) * s, right_missing), EXPERTS, OUT),
     "mixture: shares forgotten in the sum": Mutation("T-mixture", mixture.OutputMixture, "construct", output_mixture(right_weight, lambda g, r, s: g - r.sum(-2)), EXPERTS),
@@ -278,6 +294,8 @@ MUTATIONS = {
     "ball: sphere instead of ball": Mutation("O-normalised", routes, "candidate", candidate(before=lambda a, G, m, y, eps: a.unit / (1 - mean_square(a.unit))), POST, BALL),
     "secular: m + μ/m": Mutation("O-normalised", routes, "secular", wrong_secular(lambda G, m, mu: (m + mu / m, G * m / (m * m - mu))), POST, SECULAR),
     "secular: μ not divided by m": Mutation("O-normalised", routes, "secular", wrong_secular(lambda G, m, mu: (m - mu, G * m / (m * m - mu))), POST, SECULAR),
+    "secular: an equation without its unknown": Mutation("O-normalised", routes, "secular", equation(lambda xp, G, m, mu: xp.mean((G / m) ** 2)), POST, SECULAR),
+    "secular: an equation with something added": Mutation("O-normalised", routes, "secular", equation(lambda xp, G, m, mu: xp.mean((G * m / (m * m - mu)) ** 2) + 1), POST, SECULAR),
     "normalised: Δm is m'": Mutation("O-normalised", normalised._Normalised, "scale_delta", unscaled(normalised._Normalised.scale_delta), POST, UNIFORM),
     # Theorem 1 inside branches
     "through a split: outer repeats the target": Mutation("T-split", through.ThroughSplit, "construct", outer_repeats_the_target, LAST),

@@ -258,21 +258,7 @@ def test_the_whole_gemma_patch_in_closed_form():
     )
 
 
-@pytest.fixture
-def anew():
-    """Nothing that was reduced with other rules counts, before and after."""
-    from controllability.checks import generic, rules
-
-    def forget():
-        rules.forget()
-        generic.forget()
-
-    forget()
-    yield
-    forget()
-
-
-def test_a_wrong_rule_fails_the_symbolic_check_and_does_not_run_for_ever(monkeypatch, anew):
+def test_a_wrong_rule_fails_the_symbolic_check_and_does_not_run_for_ever(monkeypatch):
     from controllability.deltas import LowRank
 
     plain = Linear._rank_one

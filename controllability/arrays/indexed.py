@@ -218,7 +218,9 @@ def _known(truth: bool, ndim: int) -> Array:
 def _delta(a: Any, b: Any) -> Any:
     import sympy
 
-    if a.func == b.func and str(a.func) == "expert" and a.args[:-1] == b.args[:-1]:  # no expert is chosen twice
+    if (
+        a.func == b.func and str(a.func).startswith("expert") and a.args[:-1] == b.args[:-1]
+    ):  # no expert is chosen twice
         a, b = a.args[-1], b.args[-1]
     return sympy.KroneckerDelta(a, b)
 
@@ -297,17 +299,11 @@ class IndexedArithmetic(SympyArithmetic):
 
     def root(self, name: str, function: Any, value: Array) -> Array:
         """A number with ``function(number) = value``, which is assumed to exist."""
-        from controllability.index_notation import assume
+        from controllability.index_notation import assume, unused
 
-        unknown = IndexedArray(value.shape, _symbol(name))
-        assume(function(unknown).entry, value.entry)
+        unknown = IndexedArray(value.shape, unused(name))
+        assume(function(unknown).entry, value.entry, unknown.entry)
         return unknown
 
     def to_float(self, x: Array) -> Any:
         return None
-
-
-def _symbol(name: str) -> Any:
-    import sympy
-
-    return sympy.Symbol(name, real=True)

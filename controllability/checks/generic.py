@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from controllability.arrays import ARITHMETICS, Array
 from controllability.arrays.indexed import IndexedArray
 from controllability.checks.instances import mixtures, rebuilt, renamed, replace_block, transcendental
+from controllability.checks.memory import Memory
 from controllability.components.activation import Activation
 from controllability.components.normalisation import Normalize
 from controllability.components.routing import Routing
@@ -71,15 +72,31 @@ def generic(proof: Proof) -> Callable[[Component], Component]:
     import sympy
 
     steered = {id(part) for step in proof.root.walk() for part in _norms(step)}
+    name_of = Names()
 
     def change(leaf: Component) -> Component:
         if isinstance(leaf, Normalize):
-            known = replace(leaf, eps=sympy.Symbol("epsilon", positive=True))
-            return known if id(leaf) in steered else Unknown("n" if leaf.kind == "rms" else "n_layer", out=None)
+            if id(leaf) in steered:
+                return replace(leaf, eps=sympy.Symbol(name_of("epsilon", leaf.eps), positive=True))
+            return Unknown(name_of("n" if leaf.kind == "rms" else "n_layer", leaf), out=None)
         name = transcendental(leaf)
-        return Activation(f"phi_{name}", symbol=True) if name else leaf
+        return Activation(f"phi_{name_of(name, leaf)}", symbol=True) if name else leaf
 
     return change
+
+
+class Names:
+    """Names for undefined functions: equal things share one, a second thing of a kind is numbered."""
+
+    def __init__(self) -> None:
+        self.met: dict[str, list[Any]] = {}
+
+    def __call__(self, name: str, of: Any) -> str:
+        known = self.met.setdefault(name, [])
+        if of not in known:
+            known.append(of)
+        place = known.index(of)
+        return f"{name.replace('_', '')}{place + 1}" if place else name
 
 
 def _norms(step: Step) -> list[Component]:
@@ -93,31 +110,30 @@ def any_routing(routing: Routing) -> Routing:
     return UnknownRouting(read=routing.parameters())
 
 
+def any_routings() -> Callable[[Routing], Routing]:
+    """The same for a block with several: equal ones become the same function, others another."""
+    name_of = Names()
+    return lambda routing: UnknownRouting(read=routing.parameters(), name=name_of("", routing))
+
+
 def whole_block(proof: Proof) -> tuple[str, str]:
     """(status, method): patched(v) − original(v') for the whole block, every size a symbol.
 
     Blocks that differ in the names of their parameters only are reduced once.
     """
     names: dict[str, str] = {}
-    block = renamed(rebuilt(proof.block, generic(proof), any_routing), names)
+    block = renamed(rebuilt(proof.block, generic(proof), any_routings()), names)
     same = replace_block(proof, block, names)
     shapes = tuple(sorted((str(p), p.shape) for p in block.parameters()))
     key = (block, shapes, same.root)
-    if key not in _KNOWN:
-        _KNOWN[key] = reduced_entry(same)
-    left = _KNOWN[key]
+    left = _MEMORY.recall(key, block, lambda: reduced_entry(same))
     if left != 0:
         return "failed", f"residual left in entry i: {left}"
     routing = ", any routing" if mixtures(block) else ""
     return "passed", f"residual reduced to 0 in index notation: every size, entry, ε{routing} and activation a symbol"
 
 
-_KNOWN: dict[Any, Any] = {}
-
-
-def forget() -> None:
-    """Reduce everything anew: for rules that are changed while the program runs."""
-    _KNOWN.clear()
+_MEMORY = Memory()
 
 
 def reduced_entry(proof: Proof) -> Any:

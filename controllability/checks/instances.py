@@ -42,24 +42,27 @@ class Named(Component):
 def rebuilt(
     block: Component, change: Callable[[Component], Component], route: Callable[[Routing], Routing] = lambda r: r
 ) -> Component:
-    """The same expression with every leaf passed through ``change`` and every routing through ``route``."""
+    """The same expression with every leaf passed through ``change`` and every routing through ``route``.
+
+    What is put together otherwise (a class of its own) stays what it is.
+    """
 
     def again(part: Component) -> Component:
         return rebuilt(part, change, route)
 
     if isinstance(block, Sequence):
-        return Sequence(tuple(map(again, block.parts)))
+        return replace(block, parts=tuple(map(again, block.parts)))
     if isinstance(block, Sum):
-        return Sum(tuple(map(again, block.terms)))
+        return replace(block, terms=tuple(map(again, block.terms)))
     if isinstance(block, Product):
-        return Product(tuple(map(again, block.factors)))
+        return replace(block, factors=tuple(map(again, block.factors)))
     if isinstance(block, Mixture):
         router, inner, last = map(again, block.children())
-        return Mixture(router, route(block.routing), inner, last, block.weighted)
+        return replace(block, router=router, routing=route(block.routing), inner=inner, last=last)
     if isinstance(block, Glu):
         return Named(replace(block, activation=again(block.activation)))
     if isinstance(block, Fixed):
-        return Fixed(again(block.inner))
+        return replace(block, inner=again(block.inner))
     return change(block)
 
 
@@ -107,7 +110,7 @@ def replace_block(proof: Proof, block: Component, names: Mapping[str, str] | Non
     frozen = {_named_as(name, names) for name in proof.frozen} & known
     found = prove(block, proof.via, proof.route, frozen)  # type: ignore[arg-type]
     for root in (found.root, *found.alternatives):
-        if _signature(root) == _signature(proof.root):
+        if _signature(root) == _signature(proof.root, names):
             return replace(found, root=root, alternatives=())
     raise NotExact("the derivation is not found again on the instance that is to be checked")
 
@@ -117,8 +120,13 @@ def _named_as(name: str, names: Mapping[str, str]) -> str:
     return names.get(whole, whole) + bracket + index
 
 
-def _signature(root: Step) -> list[tuple[Any, ...]]:
-    return [(s.rule.name, s.rule.side, s.place.path, s.place.start, s.note[:6] == "route ") for s in root.walk()]
+def _signature(root: Step, names: Mapping[str, str] | None = None) -> list[tuple[Any, ...]]:
+    def one(s: Step) -> tuple[Any, ...]:
+        route = s.note if s.note.startswith("route ") else ""
+        moved = sorted(_named_as(str(p), names or {}) for p in s.moved)
+        return s.rule.name, s.rule.side, s.place.path, s.place.start, route, moved
+
+    return [one(step) for step in root.walk()]
 
 
 def small_sizes(block: Component) -> dict[str, Any]:

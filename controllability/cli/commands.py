@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +42,7 @@ def prove(args: argparse.Namespace, output: Output) -> int:
         if args.format == "html" and not output.as_json:
             from controllability.rendering.html import refusal_html
 
-            print(refusal_html(args.name, block, refused))
+            _print_page(refusal_html(args.name, block, refused))
             return 1
         if not (output.as_json or args.format == "json"):
             raise
@@ -62,7 +64,7 @@ def prove(args: argparse.Namespace, output: Output) -> int:
     elif args.format == "html":
         from controllability.rendering.html import proof_html
 
-        print(proof_html(proof, args.name, reached, checks))
+        _print_page(proof_html(proof, args.name, reached, checks))
     else:
         output.text(str(proof))
         _show_checks(args.level, checks, output)
@@ -91,10 +93,21 @@ def recheck(args: argparse.Namespace, output: Output) -> int:
         "frozen": sorted(proof.frozen), "moved": moved, "rules": [*proof.rules],
         "level": _reached(args.level, checks), "checks": checks,
     })  # fmt: skip
-    output.text(f"{name or args.file}: each of the {nodes} nodes follows from its premises, and nothing was searched")
+    from controllability.rendering.text import printable
+
+    output.text(
+        f"{printable(name or args.file)}: each of the {nodes} nodes follows from its premises, and nothing was searched"
+    )
     output.text(str(proof))
     _show_checks(args.level, checks, output)
     return 1 if failed else 0
+
+
+def _print_page(page: str) -> None:
+    """A page says that it is UTF-8: where stdout is not, signs beyond ASCII become references."""
+    if codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8":
+        page = page.encode("ascii", "xmlcharrefreplace").decode()
+    print(page)
 
 
 def _reached(level: str, checks: Sequence[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -133,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.command is None:
         cli.print_help(sys.stderr)
         return USAGE
+    if sys.stdout is None:
+        return _fail("stdout is closed: there is nowhere to write the result", USAGE)
     output = Output(as_json=args.json)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign gets its code, not a traceback
@@ -147,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, USAGE)
     except (NotControllable, SideConditionFailed) as error:
         output.refusal(error)
-        return _fail(error, REFUSED)
+        return _refuse(error)
     except ControllabilityError as error:
         return _fail(error, REFUSED)
     except KeyboardInterrupt:
@@ -170,5 +173,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception | str, status: int) -> int:
-    print(f"controllability: {error}", file=sys.stderr)
+    from controllability.rendering.text import printable
+
+    print(f"controllability: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
     return status
+
+
+def _refuse(error: Exception) -> int:
+    """A refusal has a line for each of its parts: what they begin with stands out, whatever the width."""
+    from controllability.rendering.text import terminal_width, wrapped
+
+    width = terminal_width(sys.stderr)
+    first, *others = f"controllability: {error}".splitlines()
+    lines = wrapped(first, width, "", "    ")
+    for line in others:
+        name = re.match(r"\s*(\w+:\s*)?", line)
+        lines += wrapped(line, width, "", " " * (name.end() if name else 4))
+    print("\n".join(lines), file=sys.stderr)
+    return REFUSED

@@ -41,7 +41,7 @@ class Output:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*row)
-        Console(soft_wrap=False).print(table)
+        Console(markup=False, emoji=False, highlight=False).print(table)  # a name in brackets is no style
 
     def refusal(self, error: NotControllable | SideConditionFailed) -> None:
         """A refusal as a result: scripts get its parts."""

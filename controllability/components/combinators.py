@@ -65,7 +65,7 @@ class Sequence(Component):
 
     @property
     def width(self) -> int | str | None:
-        return next((p.width for p in self.parts if p.width is not None), None)
+        return next((w for p in self.parts if (w := p.width) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Sum(Component):
 
     @property
     def width(self) -> int | str | None:
-        return next((t.width for t in self.terms if t.width is not None), None)
+        return next((w for t in self.terms if (w := t.width) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Product(Component):
 
     @property
     def width(self) -> int | str | None:
-        return next((f.width for f in self.factors if f.width is not None), None)
+        return next((w for f in self.factors if (w := f.width) is not None), None)
 
 
 def residual(branch: Component, skip: Component | None = None) -> Sum:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 from controllability.arrays.indexed import IndexedArray
+from controllability.checks import LEVELS
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
-from controllability.errors import ControllabilityError
-from controllability.formulas import ClosedForm, closed_form
+from controllability.errors import BadInput, ControllabilityError
+from controllability.formulas import ClosedForm, closed_form, written_names
 from controllability.proof import Proof
 from controllability.rendering.tex import IndexPrinter, escape
+from controllability.rendering.text import printable
 from controllability.rules import Step
 
 PREAMBLE = r"""\documentclass[10pt]{article}
@@ -25,7 +30,8 @@ THEOREMS = {"input-output": "Theorem 1 of Goldwaser, Munn, Gonzalvo and Dherin",
 
 def proof_latex(proof: Proof, level: str = "derived", name: str = "") -> str:
     """A document that compiles stand-alone; ``level`` is the highest that was run, ``name`` the family's."""
-    symbols = _symbols(proof)
+    if level not in LEVELS:
+        raise BadInput(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
     moved = ", ".join(rf"\texttt{{{escape(str(p))}}}" for p in sorted(proof.root.moved, key=str))
     title = rf"\section*{{A perfect patch for {escape(name)}}}" if name else r"\section*{A perfect patch}"
     lines = [
@@ -37,7 +43,7 @@ def proof_latex(proof: Proof, level: str = "derived", name: str = "") -> str:
         r"\end{theorem}",
         f"Level of proof that was run: {level}.",
         *_conditions(proof),
-        *_patch(proof, symbols),
+        *_patch(proof),
         rf"\begin{{proof}}[Derivation, via {escape(THEOREMS[proof.via])}, route {proof.route}]\leavevmode",
         *_items(proof.root),
         r"\end{proof}",
@@ -58,11 +64,17 @@ def _symbols(proof: Proof) -> dict[str, str]:
     """Parameter -> how it is written: matrices W, scales m, biases b, with as much of the name as tells them apart."""
     names = sorted({str(p) for p in proof.block.parameters()})
     parts = {name: [p for p in name.split(".") if p not in ("weight", "bias")] or [name] for name in names}
-    short = {name: parts[name][-1] for name in names}
-    for name in names:
-        if sum(s == short[name] and _letter(n) == _letter(name) for n, s in short.items()) > 1:
-            short[name] = ".".join(parts[name])
-    return {name: rf"{_letter(name)}^{{\text{{{escape(short[name])}}}}}" for name in names}
+    found: dict[str, str] = {}
+    for shown in (
+        {n: p[-1] for n, p in parts.items()},
+        {n: ".".join(p) for n, p in parts.items()},
+        {n: n for n in names},
+    ):
+        met = Counter((_letter(name), shown[name]) for name in names)
+        for name in names:
+            if name not in found and (met[_letter(name), shown[name]] == 1 or shown[name] == name):
+                found[name] = rf"{_letter(name)}^{{\text{{{escape(shown[name])}}}}}"
+    return found
 
 
 def _letter(name: str) -> str:
@@ -71,24 +83,31 @@ def _letter(name: str) -> str:
     return "m" if "norm" in name else "W"
 
 
-def _patch(proof: Proof, symbols: dict[str, str]) -> list[str]:
+def _patch(proof: Proof) -> list[str]:
     try:
         form = closed_form(proof)
     except ControllabilityError as reason:
-        why = str(reason).splitlines()[0]
-        return [rf"\paragraph{{The patch.}} No closed form: {escape(why)}."]
-    names = [rf"${symbol}$ is \texttt{{{escape(name)}}}" for name, symbol in symbols.items()]
-    formulas = [_delta(symbols, name, delta) for name, delta in form.deltas.items()]
+        return [_no_closed_form(str(reason))]
+    except Exception as reason:  # a component that is not ours may fail in any way
+        return [_no_closed_form(f"a component does not run on symbols ({type(reason).__name__}: {reason})")]
+    own, written = _symbols(proof), written_names(proof.block)
+    names = [rf"${symbol}$ is \texttt{{{escape(name)}}}" for name, symbol in own.items()]
+    symbols = {str(replace(p, name=written[p.name])): own[str(p)] for p in proof.block.parameters()}
+    formulas = [_delta(own[name], symbols, delta) for name, delta in form.deltas.items()]
     return [
         r"\paragraph{The patch.}",
         *(rf"\begin{{equation*}}{_fitted(f)}\end{{equation*}}" for f in formulas),
         "where",
         *(rf"\begin{{equation*}}{_fitted(f)}\end{{equation*}}" for f in _definitions(form, symbols)),
-        r"Sums run over the whole range of their index. $n$ is a normalisation; activations stand for themselves, or for any"
+        r"Sums run over the whole range of their index. $n$ is a normalisation (a second one that differs is numbered); activations stand for themselves, or for any"
         r" other function; $e_r$ is the $r$-th chosen expert and $s_r$ its share. \par\noindent "
         + "; ".join(names)
         + ".",
     ]
+
+
+def _no_closed_form(why: str) -> str:
+    return rf"\paragraph{{The patch.}} No closed form: {escape(printable(why.splitlines()[0]))}."
 
 
 def _fitted(formula: str) -> str:
@@ -103,8 +122,8 @@ def _entry(x: IndexedArray, symbols: dict[str, str], letters: dict[str, str]) ->
     return IndexPrinter(symbols, letters).doprint(x.entry)
 
 
-def _delta(symbols: dict[str, str], name: str, delta: Delta) -> str:
-    left = rf"\Delta {symbols[name]}"
+def _delta(symbol: str, symbols: dict[str, str], delta: Delta) -> str:
+    left = rf"\Delta {symbol}"
     if isinstance(delta, Shift):
         return rf"{left}_{{i}} = {_entry(delta.value, symbols, {'i_0': 'i'})}"
     assert isinstance(delta, LowRank)

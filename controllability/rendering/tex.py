@@ -36,6 +36,10 @@ def _math(signs: str) -> str:
     )
 
 
+def _numbered(number: str) -> str:
+    return f"^{{({number})}}" if number else ""
+
+
 def _plain(character: str) -> str:
     known = ESCAPES.get(character) or WORDS.get(character)
     if known is None and ord(character) > 126:
@@ -72,13 +76,15 @@ class IndexPrinter(LatexPrinter):
 
     def _print_Function(self, expr: Any, exp: str | None = None) -> str:  # noqa: N802 (named by SymPy)
         name, power = str(expr.func), f"^{{{exp}}}" if exp else ""
-        if name in ("expert", "share"):
-            return f"{name[0]}_{{{self._print(expr.args[-1])}}}{power}"
+        if chosen := re.fullmatch(r"(e)xpert(\d*)|(s)hare(\d*)", name):
+            letter, number = chosen[1] or chosen[3], chosen[2] or chosen[4]
+            text = f"{letter}{_numbered(number)}_{{{self._print(expr.args[-1])}}}"
+            return rf"\left({text}\right){power}" if number and power else f"{text}{power}"
         if name.startswith("phi_"):
             text = rf"\operatorname{{{name[4:].replace('_', '-')}}}\left({self._print(expr.args[0])}\right)"
-        elif name in ("n", "n_layer"):
+        elif norm := re.fullmatch(r"n(_?layer)?(\d*)", name):
             of, *at = expr.args
-            operator = "n" if name == "n" else r"n_{\mathrm{layer}}"
+            operator = (r"n_{\mathrm{layer}}" if norm[1] else "n") + _numbered(norm[2])
             text = rf"{operator}({self._print(of)})_{{{''.join(map(self._print, at))}}}"
         else:
             base, at = self.head(name), ",".join(map(self._print, expr.args))

@@ -1,40 +1,99 @@
-"""A proof as a tree that fits a terminal."""
+"""A proof as a tree that fits the terminal."""
 
 from __future__ import annotations
 
+import os
+import sys
 import textwrap
+from typing import TextIO
 
 from controllability.proof import Proof
 from controllability.rules import Step
 
-WIDTH = 100
+WIDTH, NARROWEST = 100, 20  # columns of a line: also on wider, and on narrower terminals
 
 
-def proof_text(proof: Proof) -> str:
-    """The tree, the side conditions, and what moves."""
+def proof_text(proof: Proof, width: int | None = None) -> str:
+    """The tree, what moves, and the side conditions; ``width`` columns, those of the terminal if None.
+
+    >>> from controllability import prove
+    >>> from controllability.components import Linear, residual
+    >>> from controllability.interfaces import Param
+    >>> print(proof_text(prove(residual(Linear(Param("W"))), via="output"), width=40))
+    patchable (derived), via output (Theorem
+    1b), route auto
+    theorem-1b: identity + linear W
+    └─ O-linear: linear W   ΔW = δ yᵀ/‖y‖²
+    moves: W
+    side conditions, tested on the numbers:
+    - the input of W is not zero  [linear W]
+    """
+    width = terminal_width() if width is None else max(width, NARROWEST)
     theorem = {"input-output": "Theorem 1", "output": "Theorem 1b"}[proof.via]
-    lines = [f"patchable (derived), via {proof.via} ({theorem}), route {proof.route}", *_tree(proof.root, "", "")]
-    lines += textwrap.wrap(
-        "moves: " + ", ".join(sorted(map(str, proof.root.moved))), WIDTH, subsequent_indent="       "
-    )
+    lines = wrapped(f"patchable (derived), via {proof.via} ({theorem}), route {proof.route}", width)
+    lines += _tree(proof.root, "", "", width)
+    lines += wrapped("moves: " + ", ".join(sorted(map(str, proof.root.moved))), width, "", "       ")
     conditions = list(dict.fromkeys(f"{c.statement}  [{c.where}]" for c in proof.conditions))
-    lines.append("side conditions, tested on the numbers:" if conditions else "no side conditions")
-    lines += [line for c in conditions for line in textwrap.wrap(f"- {c}", WIDTH, subsequent_indent="  ")]
+    lines += wrapped("side conditions, tested on the numbers:" if conditions else "no side conditions", width)
+    lines += [line for c in conditions for line in wrapped(f"- {c}", width, "", "  ")]
     return "\n".join(lines)
 
 
-def _tree(step: Step, lead: str, below: str) -> list[str]:
-    text = f"{step.rule.name}: {_short(step)}"
+def terminal_width(stream: TextIO | None = None) -> int:
+    """Columns that COLUMNS says, or of the terminal that ``stream`` (stdout) is, at most 100; 100 if neither is known."""
+    columns = os.environ.get("COLUMNS", "")
+    found = int(columns) if columns.isascii() and columns.isdigit() else 0
+    if not found:
+        try:
+            stream = stream if stream is not None else sys.stdout
+            if stream is not None and stream.isatty():
+                found = os.get_terminal_size(stream.fileno()).columns
+        except (ValueError, OSError):  # closed, or without a size
+            found = 0
+    return max(NARROWEST, min(found or WIDTH, WIDTH))
+
+
+def wrapped(text: str, width: int, lead: str = "", below: str = "") -> list[str]:
+    """The lines of ``text``, the first after ``lead``, the others after ``below``; names are not cut at hyphens."""
+    lines = textwrap.wrap(printable(text), width, initial_indent=lead, subsequent_indent=below, break_on_hyphens=False)
+    return [line.rstrip() for line in lines or [lead]]
+
+
+def printable(text: str) -> str:
+    r"""The text with signs that a terminal would obey, or cannot show, written as their codes.
+
+    >>> print(printable("W\x1b[31m and ΔW"))
+    W\x1b[31m and ΔW
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _tree(step: Step, lead: str, below: str, width: int, depth: int = 0) -> list[str]:
+    rest = _cut(below, width, depth) + ("│   " if step.premises else "    ")
+    lines = wrapped(f"{step.rule.name}: {_short(step, width)}", width, _cut(lead, width, depth), rest)
     if step.steering is not None:
-        text += f"   {step.rule.patch}"
-    lines = textwrap.wrap(lead + text, WIDTH, subsequent_indent=below + "    ", drop_whitespace=False)
+        formula = f"   {step.rule.patch}"
+        if len(lines[-1]) + len(formula) <= width:
+            lines[-1] += formula
+        else:
+            lines += wrapped(step.rule.patch, width, rest, rest)
     for i, premise in enumerate(step.premises):
         last = i == len(step.premises) - 1
-        lines += _tree(premise, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "))
+        branch, bar = ("└─ ", "   ") if last else ("├─ ", "│  ")
+        lines += _tree(premise, below + branch, below + bar, width, depth + 1)
     return lines
 
 
-def _short(step: Step) -> str:
-    described = step.place.describe()
-    room = WIDTH - 30
+def _cut(lead: str, width: int, depth: int) -> str:
+    """What stands before a step; where it would fill the line, its depth and the branches next to it."""
+    room = width * 3 // 5
+    if len(lead) <= room:
+        return lead
+    level = f"{depth}… "
+    return level + lead[len(lead) - (room - len(level)) // 3 * 3 :]
+
+
+def _short(step: Step, width: int) -> str:
+    described = printable(step.place.describe())
+    room = max(width - 30, width // 2)
     return described if len(described) <= room else described[: room - 1] + "…"

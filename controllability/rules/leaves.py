@@ -56,7 +56,10 @@ class LeafRule(Rule):
         run.steer(step.place.path, Goal(step.steering, wanted))
 
     def schema(self, step: Step) -> Schema:
-        return Schema(step.place.component, steering=self._ways(step.place)[0])
+        assert step.steering is not None
+        ways = [way for way in self._ways(step.place) if way.param == step.steering.param]
+        assert len(ways) == 1, f"{len(ways)} ways called {self.name} move {step.steering.param}"
+        return Schema(step.place.component, steering=ways[0])
 
 
 LEAF_RULES = (

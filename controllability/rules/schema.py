@@ -138,13 +138,14 @@ class UnknownRouting(Routing):
 
     top_k: int = 1
     read: tuple[Param, ...] = ()
+    name: str = ""  # what is added to the names of the functions
 
     def __call__(self, params: Params, logits: Array) -> tuple[Array, Array]:
         import sympy
 
         given = [logits, *(p.value(params) for p in self.read)]
-        shape = (sympy.Symbol("k", integer=True, positive=True),)
-        return undefined("expert", shape, *given), undefined("share", shape, *given)
+        shape = (sympy.Symbol(f"k{self.name}", integer=True, positive=True),)
+        return undefined(f"expert{self.name}", shape, *given), undefined(f"share{self.name}", shape, *given)
 
     def margin(self, params: Params, logits: Array) -> Array:
         return IndexedArray((1,), logits.entry * 0 + 1)
