@@ -24,7 +24,9 @@ from controllability.components import (
     rms_norm,
 )
 from controllability.interfaces import Component, Param
-from controllability.rules import RULES
+from controllability.rules import RULES, Step
+from controllability.rules.schema import Unseeing
+from controllability.trace import Place
 
 up, down = Linear(Param("up", ("h", "d"))), Linear(Param("down", ("d", "h")))
 square, silu = Linear(Param("W", ("d", "d"))), Activation("silu")
@@ -67,7 +69,21 @@ def test_every_rule_of_the_table_passes_its_own_check():
             assert status == "passed", f"{name}: {step.rule.name}: {method}"
             assert "every size a symbol" in method
             used.setdefault((step.rule.name, step.rule.side), set()).add(name)
+    (constant,) = (rule for rule in RULES if rule.name == "I-constant")  # no component of the package is one
+    assert rules.rule_check(Step(constant, Place(Unseeing("c"))))[0] == "passed"
     assert set(used) == {(rule.name, rule.side) for rule in RULES} - {("I-constant", "input")}
+
+
+def test_what_was_reduced_before_is_forgotten_when_the_code_changes(monkeypatch):
+    """Without being told: a helper of the rules is replaced, and put back."""
+    from controllability.rules import theorems
+
+    assert ct.prove(LLAMA).check("symbolic")[0]["status"] == "passed"
+    with monkeypatch.context() as changed:
+        changed.setattr(theorems, "rest_of_sum", lambda step, moved, run, wanted: wanted)
+        first, *_, whole = ct.prove(LLAMA).check("symbolic")
+        assert (first["rule"], first["status"], whole["status"]) == ("theorem-1", "failed", "failed")
+    assert {row["status"] for row in ct.prove(LLAMA).check("symbolic")} == {"passed"}
 
 
 def test_a_check_says_what_was_reduced_and_how():
