@@ -17,7 +17,7 @@ from controllability.proof import Proof
 from controllability.refusal import explained, leaf_failure, refusal
 from controllability.remedies import Remedy
 from controllability.routes import check_route
-from controllability.rules import RULES, Attempt, Failure, Rule, Side, Step
+from controllability.rules import RULES, Attempt, Failure, Side, Step
 from controllability.trace import Path, Place, leaves
 
 Via = Literal["input-output", "output"]
@@ -140,8 +140,3 @@ def crowded_leaves(part: Component, path: Path, rows: bool, around: bool, k: int
         found, outs = found + inside, [*outs, out]
         flow = out if isinstance(part, Sequence) else rows
     return found, flow if isinstance(part, Sequence) else any(outs)
-
-
-def rules_of(side: Side) -> tuple[Rule, ...]:
-    """The rows of the table for one side."""
-    return tuple(rule for rule in RULES if rule.side == side)

@@ -111,11 +111,6 @@ class Trace:
             return self.output((*parent, index - 1))
         return component.child_input(index, self.input(parent), lambda i: self.output((*parent, i)))
 
-    def feeds_from_root(self, path: Path) -> bool:
-        """Whether the node at ``path`` reads the block's own input."""
-        parents = ((node(self.block, path[:i]), path[i]) for i in range(len(path)))
-        return all(index == 0 or not isinstance(parent, Sequence) for parent, index in parents)
-
     def output(self, path: Path) -> Array:
         """The output of the node at ``path``."""
         if path not in self._outputs:

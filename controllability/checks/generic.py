@@ -105,13 +105,8 @@ def _norms(step: Step) -> list[Component]:
     return [part for part in step.place.component.children()[-2:] if isinstance(part, Normalize)]
 
 
-def any_routing(routing: Routing) -> Routing:
-    """An undefined function of the logits in place of a routing."""
-    return UnknownRouting(read=routing.parameters())
-
-
 def any_routings() -> Callable[[Routing], Routing]:
-    """The same for a block with several: equal ones become the same function, others another."""
+    """Undefined functions of the logits in place of routings: equal ones become the same function, others another."""
     name_of = Names()
     return lambda routing: UnknownRouting(read=routing.parameters(), name=name_of("", routing))
 

@@ -6,8 +6,6 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from controllability.deltas import Delta, Shift
 from controllability.interfaces import Param
 from controllability.models.sweep import LayerSweep, LayerTarget, residual_of
@@ -101,8 +99,3 @@ def _component(param: Param, solver: LayerSweep) -> Any:
         if isinstance(leaf, Scale) and leaf.weight == param:
             return leaf
     return None
-
-
-def max_error(found: Tensor, wanted: Tensor) -> float:
-    """Largest absolute difference (for logits)."""
-    return float((found.double() - wanted.double()).abs().max())
