@@ -94,15 +94,16 @@ def _parts(component: Component) -> list[Component]:
     return [component, *(p for child in component.children() for p in _parts(child))]
 
 
-def _function(method: Any) -> Any:
-    """What a method runs, whosever it is: whose it is stands in the schema."""
-    return getattr(method, "__func__", method)
+def _function(method: Any, component: Component) -> Any:
+    """What a method of a part of ``component`` runs, or the method of something else."""
+    return method.__func__ if getattr(method, "__self__", None) in _parts(component) else method
 
 
 def known(step: Step, schema: Schema) -> list[tuple[str, Any]]:
     """What is left of the schema's claims; reduced once for each rule, shape and construction."""
     steering = schema.steering
-    how = (steering.rule, steering.param, _function(steering.solve), _function(steering.effect)) if steering else None
+    ways = [_function(way, schema.component) for way in (steering.solve, steering.effect)] if steering else []
+    how = (steering.rule, steering.param, *ways) if steering else None
     paths = tuple(premise.place.path for premise in schema.premises)
     shapes = tuple(sorted((str(p), str(p.shape)) for p in schema.component.parameters()))  # no part of what is equal
     route = step.note if step.note.startswith("route ") else ""  # other notes are words for a reader
