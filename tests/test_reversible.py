@@ -48,7 +48,7 @@ def test_ctrl_c_during_merge_restores(patched, monkeypatch):
     before = snapshot(model)
     from controllability.models import model_patch
 
-    write, calls = model_patch._write, []
+    write, calls = model_patch.write, []
 
     def interrupted(*args):
         calls.append(1)
@@ -56,7 +56,7 @@ def test_ctrl_c_during_merge_restores(patched, monkeypatch):
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_patch, "_write", interrupted)
+    monkeypatch.setattr(model_patch, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mp.merge(model)
     assert unchanged(model, before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -11,15 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import architectures
-from architectures.reading import Layer, Tap
-from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.errors import BadInput, PatchError
-from controllability.interfaces import Param
-from controllability.models.effects import patched
+from controllability.models.applying import Applier, Entry
 from controllability.models.fingerprints import State, fingerprint, known_fingerprint, same_again, state_of
 from controllability.models.hooks import (
     Installation,
@@ -31,34 +26,10 @@ from controllability.models.hooks import (
     put_down,
     refuse_compiled,
 )
+from controllability.models.merging import refuse_shared, restore, write
 from controllability.models.pairing import Rows
 from controllability.models.report import Report
-from controllability.models.sweep import parameters_at
 from controllability.models.watch import Watch
-from controllability.trace import Path as NodePath
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One patched parameter: the module that holds it, and its delta with one row a pair.
-
-    ``layer`` counts the layers with a feed-forward half, ``call`` the calls of a layer that runs several times.
-    """
-
-    param: Param
-    delta: Delta
-    layer: int = 0
-    call: int = 0
-
-    @property
-    def module(self) -> str:
-        """Name of the module that holds the parameter."""
-        return self.param.name.rpartition(".")[0]
-
-    @property
-    def attribute(self) -> str:
-        """The parameter's name in its module."""
-        return self.param.name.rpartition(".")[2]
 
 
 @dataclass(eq=False)
@@ -192,9 +163,9 @@ class ModelPatch:
                 stored = model.get_submodule(entry.module)._parameters[entry.attribute]
                 assert stored is not None
                 originals.setdefault(entry.param.name, stored.detach().clone())
-                _write(stored, entry.param, entry.delta)
+                write(stored, entry.param, entry.delta)
         except BaseException as error:
-            _restore(model, originals)
+            restore(model, originals)
             same_again(model, originals, self._before_merge)
             if isinstance(error, RuntimeError):  # inference tensors, expanded weights
                 why = str(error).splitlines()[0]
@@ -220,7 +191,7 @@ class ModelPatch:
             changed = [name for name in self._originals if now.get(name) != self._merged_state.get(name)]
             if changed:
                 raise PatchError(f"parameter {changed[0]} changed since the merge: unmerging would overwrite that")
-            _restore(model, self._originals)
+            restore(model, self._originals)
             same_again(model, self._originals, self._before_merge)
             self._originals, self._merged_into = {}, None
             drop(model, self.id)
@@ -262,106 +233,8 @@ class ModelPatch:
         return sum(entry.delta.dense_numbers for entry in self.entries)
 
 
-class Applier:
-    """Listens to one layer while a patch is applied, and adds the effect of its entries."""
-
-    def __init__(self, layer: Layer, entries: list[Entry], rows: Rows | None, samples: int) -> None:
-        self.layer, self.rows, self.samples = layer, rows, samples
-        self.calls = 1 + max(entry.call for entry in entries)
-        self.call = -1
-        self.chosen: dict[NodePath, Tensor] = {}
-        self.deltas: dict[Tap, list[dict[Param, Delta]]] = {}
-        for entry in entries:
-            tap = next((t for t in layer.taps if entry.param in parameters_at(layer, t)), None)
-            if tap is None:
-                raise PatchError(f"this patch is for a parameter {entry.param} that the model does not have")
-            calls = self.deltas.setdefault(tap, [{} for _ in range(self.calls)])
-            calls[entry.call][entry.param] = entry.delta
-        self.taps = tuple(self.deltas)
-
-    def begins(self) -> None:
-        self.call = (self.call + 1) % self.calls
-
-    def entering(self, index: int, value: Tensor) -> None:
-        return None
-
-    def leaving(self, value: Tensor) -> None:
-        return None
-
-    def routed(self, path: NodePath, index: Tensor, shares: Tensor) -> None:
-        self.chosen[path] = index
-
-    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor:
-        if self.rows is not None and tuple(y.shape[:2]) != self.rows.grid(y):
-            raise PatchError(
-                f"this patch of scope 'each' is for inputs of shape {self.rows.shape} (B, T), the model got "
-                f"{tuple(y.shape[:2])}: every position has its own patch; use scope 'last' for other inputs"
-            )
-        if self.samples > 1 and y.shape[0] != self.samples:
-            raise PatchError(
-                f"this patch of scope 'last' has one patch for each of {self.samples} samples, the model got {y.shape[0]}"
-            )
-        deltas = {p: to_device(d, y) for p, d in self.deltas[tap][self.call].items()}
-        chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
-        return patched(self.layer, tap, x, y, deltas, self.rows, chosen)
-
-
 def _refuse_copy(memo: Any) -> Any:
     raise PatchError("a patch is applied at the moment: a copy would keep its hooks; leave the context before copying")
-
-
-def refuse_shared(model: nn.Module, entries: tuple[Entry, ...]) -> None:
-    """Raise ``PatchError`` where a patched parameter is used under another name: merging would change that use too."""
-    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    spans = [(v.data_ptr(), v.data_ptr() + v.numel() * v.element_size(), n) for n, v in held if v.numel()]
-    known = {n: (start, end) for start, end, n in spans}
-    for name in dict.fromkeys(entry.param.name for entry in entries):
-        start, end = known[name]
-        others = [n for s, e, n in spans if n != name and s < end and start < e]
-        if others:
-            raise PatchError(
-                f"parameter {name} is also {', '.join(others)}: merging would change that as well; use applied()"
-            )
-
-
-def to_device(delta: Any, like: Tensor) -> Any:
-    """A delta on the device of ``like``."""
-    moved = {name: value.to(like.device) for name, value in vars(delta).items() if isinstance(value, Tensor)}
-    return dataclasses.replace(delta, **moved)
-
-
-@torch.no_grad()
-def _write(stored: Tensor, param: Param, delta: Delta) -> None:
-    """stored += ΔW in place, summed in float32 or better, in blocks so that no second matrix is held."""
-    delta = to_device(delta, stored)
-    stored = stored[param.index] if param.index else stored
-    if isinstance(delta, Shift):
-        value = delta.value.reshape(-1, stored.shape[-1])[0]
-        stored.copy_((stored.to(value.dtype) + value).to(stored.dtype))
-    elif isinstance(delta, ExpertLowRank):
-        matrices = stored.view(delta.experts, -1, stored.shape[-1])
-        one = delta.row(0) if delta.left.ndim > 3 else delta
-        for slot, expert in enumerate(one.index.tolist()):
-            _add(matrices[expert], one.left[slot], one.right[slot], delta.transposed)
-    else:
-        left, right = (f.reshape(-1, f.shape[-1]) for f in (delta.left, delta.right))
-        _add(stored, left, right, delta.transposed)
-
-
-def _add(stored: Tensor, left: Tensor, right: Tensor, transposed: bool) -> None:
-    rows, columns = (right, left) if transposed else (left, right)
-    for start in range(0, stored.shape[0], 1024):
-        block = stored[start : start + 1024]
-        block.copy_((block.to(left.dtype) + rows[:, start : start + 1024].T @ columns).to(stored.dtype))
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
-    for name, value in originals.items():
-        path, _, attribute = name.rpartition(".")
-        stored = model.get_submodule(path)._parameters[attribute]
-        assert stored is not None
-        stored.copy_(value)
 
 
 def refuse_scope(scope: str) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from controllability.errors import BadInput, NotVerified
+from controllability.models.applying import Entry
 from controllability.models.fingerprints import state_of
 from controllability.models.hooks import carried, load_of, refuse_compiled
-from controllability.models.model_patch import Entry, ModelPatch, refuse_scope
+from controllability.models.model_patch import ModelPatch, refuse_scope
 from controllability.models.pairing import Rows, input_shape, pair
 from controllability.models.random_input import input_embedding, refuse_ids, takes_cache
 from controllability.models.reading_check import Checked, checked_reading

@@ -19,8 +19,9 @@ import controllability
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.errors import PatchError
 from controllability.interfaces import Param
+from controllability.models.applying import Entry
 from controllability.models.fingerprints import known_fingerprint
-from controllability.models.model_patch import Entry, ModelPatch
+from controllability.models.model_patch import ModelPatch
 from controllability.models.pairing import Rows
 from controllability.models.report import LayerReport, Report
 
