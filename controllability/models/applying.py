@@ -1,0 +1,91 @@
+"""A patch while it is applied: the factored effect of each delta beside the model's own computation."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from architectures.reading import Layer, Tap
+from controllability.deltas import Delta
+from controllability.errors import PatchError
+from controllability.interfaces import Param
+from controllability.models.effects import patched
+from controllability.models.pairing import Rows
+from controllability.models.sweep import parameters_at
+from controllability.trace import Path as NodePath
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One patched parameter: the module that holds it, and its delta with one row a pair.
+
+    ``layer`` counts the layers with a feed-forward half, ``call`` the calls of a layer that runs several times.
+    """
+
+    param: Param
+    delta: Delta
+    layer: int = 0
+    call: int = 0
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the parameter."""
+        return self.param.name.rpartition(".")[0]
+
+    @property
+    def attribute(self) -> str:
+        """The parameter's name in its module."""
+        return self.param.name.rpartition(".")[2]
+
+
+class Applier:
+    """Listens to one layer while a patch is applied, and adds the effect of its entries."""
+
+    def __init__(self, layer: Layer, entries: list[Entry], rows: Rows | None, samples: int) -> None:
+        self.layer, self.rows, self.samples = layer, rows, samples
+        self.calls = 1 + max(entry.call for entry in entries)
+        self.call = -1
+        self.chosen: dict[NodePath, Tensor] = {}
+        self.deltas: dict[Tap, list[dict[Param, Delta]]] = {}
+        for entry in entries:
+            tap = next((t for t in layer.taps if entry.param in parameters_at(layer, t)), None)
+            if tap is None:
+                raise PatchError(f"this patch is for a parameter {entry.param} that the model does not have")
+            calls = self.deltas.setdefault(tap, [{} for _ in range(self.calls)])
+            calls[entry.call][entry.param] = entry.delta
+        self.taps = tuple(self.deltas)
+
+    def begins(self) -> None:
+        self.call = (self.call + 1) % self.calls
+
+    def entering(self, index: int, value: Tensor) -> None:
+        return None
+
+    def leaving(self, value: Tensor) -> None:
+        return None
+
+    def routed(self, path: NodePath, index: Tensor, shares: Tensor) -> None:
+        self.chosen[path] = index
+
+    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor:
+        if self.rows is not None and tuple(y.shape[:2]) != self.rows.grid(y):
+            raise PatchError(
+                f"this patch of scope 'each' is for inputs of shape {self.rows.shape} (B, T), the model got "
+                f"{tuple(y.shape[:2])}: every position has its own patch; use scope 'last' for other inputs"
+            )
+        if self.samples > 1 and y.shape[0] != self.samples:
+            raise PatchError(
+                f"this patch of scope 'last' has one patch for each of {self.samples} samples, the model got {y.shape[0]}"
+            )
+        deltas = {p: to_device(d, y) for p, d in self.deltas[tap][self.call].items()}
+        chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
+        return patched(self.layer, tap, x, y, deltas, self.rows, chosen)
+
+
+def to_device(delta: Any, like: Tensor) -> Any:
+    """A delta on the device of ``like``."""
+    moved = {name: value.to(like.device) for name, value in vars(delta).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(delta, **moved)
