@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
+from architectures import quantised
 from architectures.registry import Architecture, Seen, by_layers, find, full_name
 from architectures.view import View
 from architectures.widths import misfits
@@ -17,9 +17,6 @@ from controllability.components import ExpertLinear, Linear, Mixture
 from controllability.errors import BadInput, NotControllable, ReadingError
 from controllability.interfaces import Component, Param
 from controllability.trace import Path, leaves, node
-
-# types in which weights are stored packed or scaled: 8 bits and fewer
-_PACKED = re.compile(r"torch\.(q?u?int[1-8](x\d+)?|qint32|float[48]_\w+|bits\w+)")
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,15 @@ class Tap:
 
 
 class LiveParams(Mapping[str, Array]):
-    """Parameter or buffer name -> the tensor that the live module holds right now (no copy)."""
+    """Parameter or buffer name -> the tensor that the live module holds right now.
+
+    No copy is made, but of the quantised ones: for those it is the numbers that they stand for, computed anew each
+    time.  ``quantised`` are their names.
+    """
 
     def __init__(self, model: Any, params: frozenset[Param]) -> None:
         self._where: dict[str, tuple[Any, str]] = {}
+        self.quantised: frozenset[str] = frozenset()
         problems = []
         for param in sorted(params, key=str):
             path, _, attribute = param.name.rpartition(".")
@@ -64,7 +66,9 @@ class LiveParams(Mapping[str, Array]):
             if held is None:
                 problems.append(_absent(model, param.name))
                 continue
-            if problem := _misshapen(param, tuple(held.shape)):
+            if quantised.kind(held):
+                self.quantised |= {param.name}
+            if problem := _misshapen(param, quantised.shape(held)):
                 problems.append(problem)
             self._where[param.name] = (module, attribute)
         if problems:
@@ -74,6 +78,8 @@ class LiveParams(Mapping[str, Array]):
         module, attribute = self._where[name]
         held = module._parameters.get(attribute)
         held = held if held is not None else module._buffers[attribute]
+        if name in self.quantised:
+            return quantised.dequantised(module, held)
         return getattr(held, "stored", held).detach()  # a weight that is listened to: the one behind it
 
     def __contains__(self, name: object) -> bool:
@@ -84,6 +90,20 @@ class LiveParams(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def shaped(self) -> dict[str, Array]:
+        """The same names with arrays of which only the shapes count: no quantised weight is dequantised for it."""
+        stand_ins = {}
+        for name in self.quantised:
+            module, attribute = self._where[name]
+            stand_ins[name] = quantised.stand_in(module._parameters[attribute])
+        return {name: stand_ins[name] if name in stand_ins else self[name] for name in self}
+
+    @property
+    def dtypes(self) -> set[Any]:
+        """The types of the numbers that the layer computes with; no quantised weight is dequantised for it."""
+        held = [(module._parameters.get(a), module._buffers.get(a)) for module, a in self._where.values()]
+        return {quantised.dtype(value if value is not None else buffer) for value, buffer in held}
 
     def holder(self, name: str) -> tuple[Any, str]:
         """The module that holds a parameter, and its attribute name there."""
@@ -109,9 +129,11 @@ def _misshapen(param: Param, shape: tuple[int, ...]) -> str:
 
 
 def refuse_quantised(path: str, module: Any, attribute: str) -> None:
-    """Raise ``BadInput`` for a module that holds its weights as small integers or packed numbers."""
+    """Raise ``BadInput`` for a module that holds its weights as small integers or packed numbers of an unknown kind."""
     held = {n: t for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
-    packed = [n for n, t in held.items() if _PACKED.fullmatch(str(t.dtype))]
+    if attribute in held and quantised.kind(held[attribute]):
+        return
+    packed = [n for n, t in held.items() if quantised.packed(t) and not quantised.kind(t)]
     if attribute not in held:  # packed into wider integers under another name, or kept behind a method
         packed += [n for n, t in held.items() if t.ndim > 1 and not t.is_floating_point()]
     if packed:
@@ -120,7 +142,10 @@ def refuse_quantised(path: str, module: Any, attribute: str) -> None:
         what = f"module {path} is a {full_name(type(module))}"
     else:
         return
-    raise BadInput(f"{what}: quantised parameters cannot be patched; load the model unquantised, or dequantise it")
+    raise BadInput(
+        f"{what}: quantised parameters cannot be patched; load the model unquantised, or dequantise it. Of the quantised "
+        "layers, linear ones of torchao and bitsandbytes can be patched as they are. Nothing was changed"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,12 +257,13 @@ def read(model: Any) -> Reading:
 
 def _layer(model: Any, architecture: Architecture, index: int, name: str, block: Component, view: View) -> Layer:
     params = LiveParams(model, block.parameters())
-    if problems := misfits(block, params):
+    if problems := misfits(block, params.shaped()):
         raise ReadingError(
             f"{architecture.name}: layer {name}: {'; '.join(problems)}: its layers are not what was registered"
         )
     found = taps(block, view.sites)
     _refuse_crowded(architecture, name, block, found)
+    _refuse_quantised_stages(name, block, found, params)
     _refuse_unknown(model, architecture, name, block, found, params)
     wanted = view.sites.get("inputs") or architecture.inputs or _default_inputs(name, block, found)
     inputs = tuple(replace(s, module=_join(name, s.module)) for s in wanted)
@@ -290,6 +316,20 @@ def _refuse_crowded(architecture: Architecture, name: str, block: Component, fou
                 f"{architecture.name}: layer {name}: module {module} computes {' and '.join(p.describe() for p in parts)} "
                 "in one forward, of which only what goes in and what comes out can be seen: give every linear map a "
                 "module of its own (torch.nn.Linear)"
+            )
+
+
+def _refuse_quantised_stages(name: str, block: Component, found: tuple[Tap, ...], params: LiveParams) -> None:
+    """What is seen at a weight inside a module, or computed by our own code, needs the weight as plain numbers."""
+    for tap in found:
+        own = [p.name for path in tap.paths for p in node(block, path).own_parameters()]
+        if bad := [n for n in own if n in params.quantised and (tap.kind != "module" or len(tap.paths) > 1)]:
+            what = (
+                "experts in one tensor" if tap.mixture is not None else "a weight that is used inside a larger module"
+            )
+            raise BadInput(
+                f"layer {name}: parameter {bad[0]} is quantised, and {what}: that cannot be patched, only linear layers of "
+                "their own can; leave it out of the quantisation. Nothing was changed"
             )
 
 

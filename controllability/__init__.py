@@ -28,7 +28,10 @@ _HOME = {
     "verify": "verification",
     "sample": "sampling",
     "ModelPatch": "models",
+    "diff": "models",
     "exact_mode": "models",
+    "generate": "models",
+    "import_peft": "models",
     "load_patch": "models",
     "patch_model": "models",
 }
@@ -64,7 +67,10 @@ if TYPE_CHECKING:
     from controllability.interfaces import OutputControllable as OutputControllable
     from controllability.interfaces import Param as Param
     from controllability.models import ModelPatch as ModelPatch
+    from controllability.models import diff as diff
     from controllability.models import exact_mode as exact_mode
+    from controllability.models import generate as generate
+    from controllability.models import import_peft as import_peft
     from controllability.models import load_patch as load_patch
     from controllability.models import patch_model as patch_model
     from controllability.patch import Patch as Patch

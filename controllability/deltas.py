@@ -25,6 +25,8 @@ class LowRank:
         xp = arithmetic(self.right, x)
         if self.right.ndim == 2:
             return xp.matmul(xp.matmul(x, self.right.swapaxes(-1, -2)), self.left)
+        if self.right.shape[-2] == 1:
+            return xp.sum(self.right[..., 0, :] * x) * self.left[..., 0, :]
         return (xp.sum(self.right * x[..., None, :]) * self.left).sum(-2)
 
     def dense(self) -> Array:

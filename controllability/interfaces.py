@@ -33,12 +33,15 @@ class Param:
     shape: tuple[int | str, ...] = field(default=(), compare=False)
     index: tuple[slice, ...] = ()
 
-    def __str__(self) -> str:
+    def __post_init__(self) -> None:
         parts = ",".join(":".join("" if e is None else str(e) for e in _ends(s)) for s in self.index)
-        return f"{self.name}[{parts}]" if parts else self.name
+        object.__setattr__(self, "_text", f"{self.name}[{parts}]" if parts else self.name)
+
+    def __str__(self) -> str:
+        return self._text  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        return hash(self._text)  # type: ignore[attr-defined]
 
     def value(self, params: Params) -> Any:
         """The array of this parameter, or the patched matrix.  Raises ``BadInput`` when it is missing."""
@@ -256,8 +259,8 @@ def first_open(steerings: tuple[Steering, ...], params: Params, x: Array, gap: A
     raise failure
 
 
-def measure(condition: Condition, x: Array, gap: Array) -> float | None:
-    """The smallest margin over the tokens; None when it is vacuous or symbolic.
+def measure(condition: Condition, x: Array, gap: Array) -> Array | None:
+    """The margin of every token, (..., 1); None when it is vacuous or symbolic.
 
     Raises ``SideConditionFailed`` with the first offending position.
     """
@@ -271,12 +274,11 @@ def measure(condition: Condition, x: Array, gap: Array) -> float | None:
         if not zeros.any():
             return None  # generic symbols: assumed, and listed with the proof
         raise condition.failed(0.0, int(zeros.argmax()))
-    broken = ~(margins > 0)  # NaN breaks a condition too
-    if xp.any(broken):
-        bad = int(broken.nonzero()[0].reshape(-1)[0])
+    held = margins > 0
+    if not xp.all(held):  # NaN breaks a condition too
+        bad = int((~held).nonzero()[0].reshape(-1)[0])
         raise condition.failed(xp.to_float(margins[bad]), bad, tuple(found.shape[:-1]))
-    value = xp.to_float(xp.min(margins))
-    return None if value == float("inf") else value
+    return found
 
 
 __all__ = [

@@ -7,7 +7,8 @@ output, ``m`` the effective scale, ``y`` what enters the normalisation before it
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from controllability.arrays import Arithmetic, Array, arithmetic
@@ -27,7 +28,7 @@ class Candidate:
     """One route's answer: scale m', unit-ball point u, pre-norm target y*, and where it holds.
 
     ``open`` (..., 1) says for which tokens the route exists; ``tame`` for which it leaves every
-    channel alive.
+    channel alive.  Where tokens took different routes, ``winner`` (..., 1) says which of ``options`` each took.
     """
 
     route: str
@@ -36,6 +37,9 @@ class Candidate:
     before: Array
     open: Array
     tame: Array
+    options: tuple[str, ...] = ()
+    winner: Array | None = None
+    amplified: Array | None = None
 
 
 def check_route(route: str) -> None:
@@ -93,11 +97,10 @@ def _ball(xp: Arithmetic, G: Array, m: Array, live: Array, eps: Any, stored: Any
     return Candidate("ball", scale, u, before, open_, xp.is_zero(room * 0))
 
 
-def room(answer: Candidate) -> float | None:
-    """The margin of the ball route: 1 − mean(u²), the smallest over the tokens; None in symbols."""
+def room(answer: Candidate) -> Array | None:
+    """The margin of the ball route for every token, (..., 1): 1 − mean(u²); None in symbols."""
     xp = arithmetic(answer.unit)
-    left = 1 - xp.mean(answer.unit * answer.unit)
-    return None if xp.symbolic else xp.to_float(xp.min(left.reshape(-1)).reshape(()))
+    return None if xp.symbolic else 1 - xp.mean(answer.unit * answer.unit)
 
 
 def _keep(xp: Arithmetic) -> dict[str, bool]:
@@ -106,10 +109,10 @@ def _keep(xp: Arithmetic) -> dict[str, bool]:
 
 def _revived(xp: Arithmetic, G: Array, m: Array) -> Array:
     """m with a usable value where m_i = 0 but G_i ≠ 0: no route can leave those entries alone."""
-    stuck = xp.is_zero(m) & ~xp.is_zero(G)
-    idle = xp.is_zero(m) & xp.is_zero(G)
-    if not (xp.any(stuck) or xp.any(idle)):
+    dead = xp.is_zero(m)
+    if not xp.any(dead):
         return m
+    stuck, idle = dead & ~xp.is_zero(G), dead & xp.is_zero(G)
     m = m + xp.zeros_like(G)
     count = xp.sum(xp.where(xp.is_zero(m), xp.zeros_like(m), xp.zeros_like(m) + 1))
     usual = xp.sum(xp.magnitude(m)) / xp.where(xp.is_zero(count), count + 1, count)
@@ -124,7 +127,7 @@ def _usable_mean_square(xp: Arithmetic, y: Array, eps: Any) -> Array:
     r2 = xp.mean(y * y)
     floor = eps if eps != 0 else xp.number(1)
     small = xp.is_zero(r2) if xp.exact else r2 < (eps if eps != 0 else 1e-30)
-    return xp.where(small, xp.zeros_like(r2) + floor, r2)
+    return xp.where(small, xp.zeros_like(r2) + floor, r2) if xp.any(small) else r2
 
 
 def _scale(xp: Arithmetic, G: Array, m: Array, y: Array, eps: Any, stored: Any) -> Candidate:
@@ -199,23 +202,20 @@ def amplification(chosen: Candidate, G: Array, y: Array, eps: Any) -> Array:
     """How much a rounding error of W y is magnified in the output, relative to max |G|: (..., 1)."""
     xp = arithmetic(G, y)
     size = xp.max(xp.magnitude(y)) + xp.max(xp.magnitude(chosen.before))
-    r = xp.sqrt(xp.mean(chosen.before * chosen.before) + xp.number(eps))
-    r = xp.where(xp.is_zero(r), r + 1, r)
-    largest = xp.max(xp.magnitude(G))
-    largest = xp.where(xp.is_zero(largest), largest + 1, largest)
-    return xp.max(xp.magnitude(chosen.scale)) * size / r / largest
+    r = xp.or_one(xp.sqrt(xp.mean(chosen.before * chosen.before) + xp.number(eps)))
+    return xp.max(xp.magnitude(chosen.scale)) * size / r / xp.or_one(xp.max(xp.magnitude(G)))
 
 
 def relative_change(scale: Array, m: Array) -> Array:
     """max |m' − m| / |m| over the channels with m ≠ 0: (..., 1)."""
     xp = arithmetic(scale, m)
-    m = m + xp.zeros_like(scale)
-    zero = xp.is_zero(m)
-    return xp.max(xp.where(zero, m * 0, xp.magnitude((scale - m) / xp.where(zero, m + 1, m))))
+    change = scale - m
+    change = xp.where(xp.is_zero(m), xp.zeros_like(change), change)
+    return xp.max(xp.magnitude(change / xp.or_one(m)))
 
 
-def choose(G: Array, m: Array, y: Array, eps: Any, stored: Any) -> tuple[Candidate, str, str]:
-    """``auto``: the best-conditioned route for every token.  Returns it, its name, and why.
+def choose(G: Array, m: Array, y: Array, eps: Any, stored: Any) -> tuple[Candidate, str, Callable[[], str]]:
+    """``auto``: the best-conditioned route for every token.  Returns it, its name, and a function that says why.
 
     uniform is taken at once where it amplifies rounding at most ``GOOD`` times and changes no scale by more
     than ``MILD`` times itself.  Else secular is compared with it; scale and ball too where one of them
@@ -227,12 +227,12 @@ def choose(G: Array, m: Array, y: Array, eps: Any, stored: Any) -> tuple[Candida
     xp = arithmetic(G, m, y)
     if xp.exact:
         try:
-            return candidate("uniform", G, m, y, eps, stored), "uniform", "exact arithmetic: closed form"
+            return candidate("uniform", G, m, y, eps, stored), "uniform", lambda: "exact arithmetic: closed form"
         except NotExact:
-            return candidate("scale", G, m, y, eps, stored), "scale", "exact arithmetic: no root needed"
+            return candidate("scale", G, m, y, eps, stored), "scale", lambda: "exact arithmetic: no root needed"
     options = [_judged(xp, "uniform", G, m, y, eps, stored)]
     if xp.all(options[0].cost <= GOOD) and xp.all(options[0].change <= MILD):
-        return options[0].answer, "uniform", options[0].summary(xp) + " (good enough, no other was tried)"
+        return options[0].answer, "uniform", _why(xp, options, " (good enough, no other was tried)")
     options.append(_judged(xp, "secular", G, m, y, eps, stored))
     if not all(xp.all(option.cost <= CALM) for option in options):
         options += [_judged(xp, route, G, m, y, eps, stored) for route in ("scale", "ball")]
@@ -249,8 +249,22 @@ def choose(G: Array, m: Array, y: Array, eps: Any, stored: Any) -> tuple[Candida
         picked = option.answer if xp.all(better) else _select(xp, better, option.answer, picked)
         smallest = xp.where(better, option.change, smallest)
         winner = xp.where(better, xp.zeros_like(winner) + index, winner)
-    used = "+".join(o.answer.route for i, o in enumerate(options) if xp.any(winner == i))
-    return picked, used, "; ".join(o.summary(xp) for o in options)
+    names = tuple(option.answer.route for option in options)
+    used = "+".join(name for i, name in enumerate(names) if xp.any(winner == i))
+    return replace(picked, options=names, winner=winner), used, _why(xp, options)
+
+
+def _why(xp: Arithmetic, options: list[_Judged], remark: str = "") -> Callable[[], str]:
+    """One phrase for each route, of its worst token; written when it is asked for, from two small arrays each."""
+    seen = [(option.answer.route, option.cost, option.change) for option in options]
+
+    def told() -> str:
+        phrases = [
+            f"{r}: amplification {_worst(xp, cost)}, scale change {_worst(xp, change)}" for r, cost, change in seen
+        ]
+        return "; ".join(phrases) + remark
+
+    return told
 
 
 @dataclass
@@ -262,30 +276,23 @@ class _Judged:
     change: Array
     last_resort: Array
 
-    def summary(self, xp: Arithmetic) -> str:
-        """One phrase for the report: the worst token."""
-        return f"{self.answer.route}: amplification {_worst(xp, self.cost)}, scale change {_worst(xp, self.change)}"
-
 
 def _judged(xp: Arithmetic, route: str, G: Array, m: Array, y: Array, eps: Any, stored: Any) -> _Judged:
     answer = candidate(route, G, m, y, eps, stored)
-    usable = answer.open & _finite(xp, answer)
-    kappa = amplification(answer, G, y, eps)
-    kappa = xp.where(answer.tame, kappa, kappa + SHUT)
-    closed = kappa * 0 + INFINITE
+    amplified = amplification(answer, G, y, eps)
+    usable = answer.open & (amplified < INFINITE)  # no NaN or infinity in the scale or before it
+    kappa = amplified if xp.all(answer.tame) else xp.where(answer.tame, amplified, amplified + SHUT)
+    closed = xp.zeros_like(kappa) + INFINITE
     last_resort = xp.where(usable, kappa, closed)
     cost = closed if route == "ball" and xp.machine_epsilon(G) > COARSE else last_resort
-    return _Judged(answer, cost, relative_change(answer.scale, m), last_resort)
-
-
-def _finite(xp: Arithmetic, option: Candidate) -> Array:
-    total = xp.sum(option.scale * 0) + xp.sum(option.before * 0)
-    return total == 0
+    return _Judged(replace(answer, amplified=amplified), cost, relative_change(answer.scale, m), last_resort)
 
 
 def _select(xp: Arithmetic, mask: Array, a: Candidate, b: Candidate) -> Candidate:
-    pick = [xp.where(mask, getattr(a, f), getattr(b, f)) for f in ("scale", "unit", "before", "open", "tame")]
-    return Candidate("mixed", *pick)
+    pick = [
+        xp.where(mask, getattr(a, f), getattr(b, f)) for f in ("scale", "unit", "before", "open", "tame", "amplified")
+    ]
+    return Candidate("mixed", *pick[:5], amplified=pick[5])
 
 
 def _worst(xp: Arithmetic, values: Array) -> str:

@@ -117,6 +117,10 @@ class Trace:
             self._outputs[path] = self._compute(path)
         return self._outputs[path]
 
+    def known_output(self, path: Path) -> Array | None:
+        """The output of the node at ``path`` if it was observed or computed already."""
+        return self._outputs.get(path)
+
     def _compute(self, path: Path) -> Array:
         component = node(self.block, path)
         if not component.children():
@@ -156,12 +160,37 @@ class Trace:
         return component(self.params_at(path), self.input(path))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Margin:
-    """A side condition that was tested: how far the numbers were from breaking it (None: vacuous or symbolic)."""
+    """A side condition that was tested: how far each token's numbers, (..., 1), were from breaking it."""
 
     condition: Condition
-    value: float | None
+    tokens: Array | None
+
+    @property
+    def value(self) -> float | None:
+        """The smallest margin over the tokens; None when it is vacuous or symbolic."""
+        if self.tokens is None:
+            return None
+        xp = arithmetic(self.tokens)
+        smallest = xp.to_float(xp.min(self.tokens.reshape(-1)).reshape(()))
+        return None if smallest is None or abs(smallest) == float("inf") else smallest
+
+
+@dataclass(frozen=True, eq=False)
+class RouteTaken:
+    """How one normalised output was reached.
+
+    ``route`` names every route that was taken, joined by "+".  ``winner`` (..., 1) says which of ``options`` each
+    token took; None where all took the same.  ``amplification`` (..., 1) is None in exact arithmetics.
+    """
+
+    where: str
+    route: str
+    why: Callable[[], str]
+    options: tuple[str, ...] = ()
+    winner: Array | None = None
+    amplification: Array | None = None
 
 
 @dataclass
@@ -176,11 +205,13 @@ class Goal:
 
 @dataclass
 class Journal:
-    """What happened while a proof was executed: tested conditions and decisions taken."""
+    """What happened while a proof was executed: tested conditions and routes taken.
+
+    It holds small arrays, one number a token; what is read off them is computed when somebody reads it.
+    """
 
     margins: list[Margin] = field(default_factory=list)
-    decisions: dict[str, str] = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
+    routes: list[RouteTaken] = field(default_factory=list)
 
 
 class PatchedRun(Trace):
@@ -267,7 +298,9 @@ class PatchedRun(Trace):
 
     def _seen_by(self, at: Path, component: Component) -> Params:
         """The parameters as an unsteered leaf sees them: what it shares with a steered one is patched."""
-        own = set(component.own_parameters())
+        own = component.own_parameters()
+        if not own:
+            return self.params_at(at)
         shared = [(goal.steering.param, path) for path, goal in self.goals.items() if goal.steering.param in own]
         params = self.params_at(at)
         if not shared:

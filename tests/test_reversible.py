@@ -1,12 +1,18 @@
-"""Nothing is left behind: exceptions, interrupts, compiled models, misuse, other models."""
+"""Nothing is left behind: exceptions, interrupts, nesting, misuse, copies, other models."""
 
 from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import sys
 
 import pytest
 import torch
 from helpers import error, hook_count, runs, snapshot, tiny_gemma, unchanged
 
 import controllability as ct
+from controllability.models import hooks
 from controllability.models.hooks import carried
 from controllability.models.model_patch import ModelPatch
 
@@ -95,46 +101,265 @@ def test_merging_what_is_not_one_set_of_weights_is_refused(patched):
         one.unmerge(model)
 
 
-def test_two_patches_at_once_are_refused_unless_made_on_top(patched):
-    model, mp, target, source = patched
+def test_two_patches_at_once_are_refused_unless_made_on_top(gemma):
+    model, (target, source) = gemma, runs(context=9, query=4)
+    before = snapshot(model)
+    mp = ct.patch_model(model, target, source, scope="last")
     other = ct.patch_model(model, target, source, via="output")
-    with (
-        mp.applied(model),
-        pytest.raises(ct.PatchError, match="carries 1 patches and this one was made while it carried 0"),
-        other.applied(model),
-    ):
+    overlap = (
+        r"while it carried 0; they all change model.layers.0.mlp.down_proj.weight and 3 more: .* make this patch inside"
+    )
+    with mp.applied(model):
+        installed = hook_count(model)
+        with (
+            pytest.raises(ct.PatchError, match=rf"carries 1 patch and this one was made {overlap}"),
+            other.applied(model),
+        ):
+            pass
+        assert carried(model) == (mp.id,), "the first is left as it was"
+        assert hook_count(model) == installed
+        with torch.no_grad():
+            assert torch.equal(model(**source).logits[:, -1], mp.logits[:, -1])
+        on_top = ct.patch_model(model, target, source, via="output")
+        with torch.no_grad(), on_top.applied(model):
+            assert error(model(**source).logits, on_top.target_logits) < 5e-6
+    below = r"carries 0 patches and this one was made while it carried 1: .* apply the patch first"
+    with pytest.raises(ct.PatchError, match=below), on_top.applied(model):
         pass
+    assert unchanged(model, before)
     assert carried(model) == ()
     assert hook_count(model) == 0
 
 
-@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "layer", "forward"])
-def test_compiled_models_are_refused(patched, how):
-    model, mp, target, source = patched
-    if how == "torch.compile":
-        subject = torch.compile(model)
-    else:
-        subject = model
-        if how == "model.compile":
-            model.compile()
-        elif how == "layer":
-            model.model.layers[0].compile()
-        else:
-            model.forward = torch.compile(model.forward)
-    with pytest.raises(ct.PatchError, match=r"compiled with torch.compile, which ignores hooks"), mp.applied(subject):
+def test_patches_of_disjoint_parameters_are_refused_too(gemma):
+    """The layers of one are not those of the other; but each was solved without what the other does."""
+    target, source = runs(context=9, query=4)
+    first, second = (ct.patch_model(gemma, target, source) for _ in range(2))
+    first.entries, second.entries = (
+        tuple(e for e in first.entries if e.layer == 0), tuple(e for e in second.entries if e.layer == 1)
+    )  # fmt: skip
+    refused = pytest.raises(ct.PatchError, match="carried 0: a patch is right only on top of")
+    with first.applied(gemma), refused, second.applied(gemma):
         pass
-    with pytest.raises(ct.PatchError, match="compiled"):
-        ct.patch_model(subject, target, source)
 
 
-def test_a_model_compiled_after_merging_computes_with_the_patch(gemma):
-    target, source = runs(context=9, query=1)
-    mp = ct.patch_model(gemma, target, source)
-    mp.merge(gemma)
-    compiled = torch.compile(gemma, backend="eager")
+def test_the_same_patch_twice_is_refused(patched):
+    model, mp, target, source = patched
+    last = ct.patch_model(model, target, source, scope="last")
+    with mp.applied(model), pytest.raises(ct.PatchError, match="this patch is on the model already"), mp.applied(model):
+        pass
+    last.merge(model)
+    with pytest.raises(ct.PatchError, match="this patch is on the model already"), last.applied(model):
+        pass
+    last.unmerge(model)
+    assert carried(model) == ()
+
+
+def test_three_patches_on_top_of_each_other(gemma):
+    """Each is made on top of those before it; where one is left, the ones below compute as they did."""
+    before, seen = snapshot(gemma), []
+
+    def put_on(seed):
+        if seed == 3:
+            return
+        target, source = runs(context=9, query=1, seed=seed)
+        mp = ct.patch_model(gemma, target, source, scope="last")
+        with mp.applied(gemma):
+            patched = gemma(**source).logits
+            assert error(patched[:, -1], mp.target_logits.reshape(1, -1)) < 5e-6
+            seen.append(mp.id)
+            put_on(seed + 1)
+            assert carried(gemma) == tuple(seen)
+            assert torch.equal(gemma(**source).logits, patched)
+            seen.pop()
+
     with torch.no_grad():
-        assert error(compiled(**source).logits, mp.target_logits) < 5e-6
-    mp.unmerge(gemma)
+        put_on(0)
+    assert unchanged(gemma, before)
+    assert hook_count(gemma) == 0
+
+
+# ------------------------------------------------------------------------------ where it may be stopped
+
+
+def modules_of(model):
+    return [name for name, _ in model.named_modules()]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("doing", ["applied", "patch_model", "applied on top"])
+def test_ctrl_c_in_any_module(doing, when):
+    """A hook of somebody else's on each module in turn is where Ctrl-C is pressed."""
+    model = tiny_gemma(layers=1, d=16, h=24)
+    target, source = runs(context=3, query=2)
+    mp = ct.patch_model(model, target, source, scope="last")  # one that fits the target run as well
+    with mp.applied(model):
+        on_top = ct.patch_model(model, target, source, via="output")
+    before, stopped = snapshot(model), 0
+    with torch.no_grad():
+        plain = model(**source).logits
+    for name in modules_of(model):
+
+        def press(*_args):
+            raise KeyboardInterrupt
+
+        module = model.get_submodule(name)
+        handle = (module.register_forward_pre_hook if when == "before" else module.register_forward_hook)(press)
+        try:
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                if doing == "patch_model":
+                    ct.patch_model(model, target, source)
+                for patch in {"patch_model": (), "applied": (mp,), "applied on top": (mp, on_top)}[doing]:
+                    stack.enter_context(patch.applied(model))
+                model(**source)
+        except KeyboardInterrupt:
+            stopped += 1
+        handle.remove()
+        assert unchanged(model, before), name
+        assert hook_count(model) == 0, name
+        assert carried(model) == (), name
+        assert all(isinstance(p, torch.nn.Parameter) for p in model.parameters())
+    assert stopped > 10
+    with torch.no_grad():
+        assert torch.equal(model(**source).logits, plain)
+
+
+class PressAt:
+    """Presses Ctrl-C before the n-th line that puts hooks on or takes them off, here or in torch."""
+
+    FILES = (hooks.__file__, torch.nn.modules.module.__file__, torch.utils.hooks.__file__)
+    FUNCTIONS = {
+        "before", "after", "assign", "exchange", "finally_do", "back", "_undo_all", "_unhook", "_put_down", "<lambda>",
+        "register_forward_hook", "register_forward_pre_hook", "carry",
+    }  # fmt: skip
+
+    def __init__(self, n):
+        self.left, self.pressed = n, False
+
+    def __call__(self, frame, event, _):
+        code = frame.f_code
+        return self.line if code.co_filename in self.FILES and code.co_name in self.FUNCTIONS else None
+
+    def line(self, _frame, event, _):
+        if event == "line" and not self.pressed:
+            self.left -= 1
+            if self.left < 0:
+                self.pressed = True
+                raise KeyboardInterrupt
+        return self.line
+
+
+def test_ctrl_c_while_hooks_are_put_on_or_taken_off():
+    model = tiny_gemma(layers=1, d=16, h=24)
+    target, source = runs(context=3, query=2)
+    mp = ct.patch_model(model, target, source)
+    before = snapshot(model)
+    traced, lines = sys.gettrace(), 0
+    while True:
+        press = PressAt(lines)
+        sys.settrace(press)
+        try:
+            with mp.applied(model):
+                pass
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(traced)
+        assert hook_count(model) == 0, f"line {lines}"
+        assert carried(model) == (), f"line {lines}"
+        assert not {"__deepcopy__", "__reduce_ex__"} & set(vars(model))
+        if not press.pressed:
+            break
+        lines += 1
+    assert lines > 100
+    assert unchanged(model, before)
+
+
+# --------------------------------------------------------------------------------------- how it is run
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("made_in", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_every_mode_of_autograd(gemma, mode, made_in):
+    target, source = runs(context=9, query=4)
+    before = snapshot(gemma)
+    with made_in():
+        mp = ct.patch_model(gemma, target, source)
+    with mode():
+        plain = gemma(**source).logits
+        with mp.applied(gemma):
+            patched = gemma(**source).logits
+        assert error(patched, mp.target_logits) < 5e-6 < error(plain, mp.target_logits)
+        assert torch.equal(gemma(**source).logits, plain)
+    assert unchanged(gemma, before)
+
+
+def test_a_whole_generation_with_one_patch(gemma):
+    """Scope "last": every token of ``model.generate`` is computed with the patch, from a cache as without one."""
+    target, source = runs(context=9, query=4, seed=2)
+    before = snapshot(gemma)
+    mp = ct.patch_model(gemma, target, {"input_ids": source["input_ids"]}, scope="last")
+    ids = source["input_ids"]
+    with torch.no_grad():
+        plain = gemma.generate(ids, max_new_tokens=6, do_sample=False)
+        with mp.applied(gemma):
+            cached = gemma.generate(ids, max_new_tokens=6, do_sample=False)
+            by_hand = ids
+            for _ in range(6):
+                by_hand = torch.cat([by_hand, gemma(by_hand, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(cached, by_hand)
+        assert not torch.equal(cached, plain)
+        assert int(cached[0, 4]) == int(mp.target_logits.reshape(-1, 60)[-1].argmax())
+        assert torch.equal(gemma.generate(ids, max_new_tokens=6, do_sample=False), plain)
+    assert unchanged(gemma, before)
+
+
+def test_generating_with_a_patch_for_each_position_is_refused(patched):
+    """After the first step the model gets one token, and the patch has one for each of four."""
+    model, mp, _, source = patched
+    before = snapshot(model)
+    with pytest.raises(ct.PatchError, match=r"\(1, 4\) \(B, T\), the model got \(1, 1\): .* use scope 'last'"):
+        generate_with(mp, model, source["input_ids"])
+    assert unchanged(model, before)
+    assert hook_count(model) == 0
+
+
+def generate_with(mp, model, ids):
+    with mp.applied(model):
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+
+
+def test_gradient_checkpointing_changes_nothing(gemma):
+    """It acts in training mode only, and models are patched in evaluation mode."""
+    target, source = runs(context=9, query=4)
+    gemma.activation_checkpointing_enable()
+    mp = ct.patch_model(gemma, target, source)
+    with mp.applied(gemma):
+        assert error(gemma(**source).logits, mp.target_logits) < 5e-6
+
+
+# ------------------------------------------------------------------------------------------- copies
+
+
+def test_copies_of_a_model(patched):
+    """A copy is another model with the same weights; one that would keep hooks is not made."""
+    model, mp, _, source = patched
+    for copied in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        twin = copied(model)
+        with torch.no_grad(), mp.applied(twin):
+            assert error(twin(**source).logits, mp.target_logits) < 5e-6
+            assert error(model(**source).logits, mp.target_logits) > 0.1, "the original is not patched"
+        assert hook_count(twin) == 0
+        with mp.applied(model), pytest.raises(ct.PatchError, match="would keep its hooks; leave the context first"):
+            copied(model)
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_patches_are_saved_and_not_pickled(patched, copied):
+    _, mp, _, _ = patched
+    with pytest.raises(ct.PatchError, match=r"neither copied nor pickled: write it with mp.save\(directory\)"):
+        copied(mp)
 
 
 def test_a_patch_of_each_refuses_other_shapes(patched):
@@ -325,7 +550,7 @@ def corrupt(directory, how):
     elif how == "truncated json":
         description.write_text(description.read_text()[:100])
     elif how == "other version":
-        description.write_text(description.read_text().replace('"version": 2', '"version": 7'))
+        description.write_text(description.read_text().replace('"version": 3', '"version": 7'))
     elif how == "other format":
         description.write_text("[]")
     elif how == "missing entry":
@@ -336,7 +561,7 @@ def corrupt(directory, how):
 
 DAMAGE = {
     "truncated tensors": "corrupt or truncated", "flipped byte": "corrupt or truncated", "no tensors": "cannot read",
-    "truncated json": "corrupt or truncated", "other version": "format version 7, this program reads version 2",
+    "truncated json": "corrupt or truncated", "other version": "format version 7, this program reads version 3",
     "other format": "not a description of a patch", "missing entry": "is corrupt: it is not what was saved", "no json": "not a saved patch",
 }  # fmt: skip
 

@@ -120,6 +120,10 @@ class Arithmetic:
         """Boolean array: which entries are (known to be) zero."""
         return x == 0
 
+    def or_one(self, x: Array) -> Array:
+        """``x``, and 1 where it is zero: a divisor that can be divided by."""
+        return self.where(self.is_zero(x), x + 1, x)
+
     def any(self, x: Array) -> bool:
         return bool(x.any())
 

@@ -87,6 +87,9 @@ class TorchArithmetic(Arithmetic):
     def zeros_like(self, x: Array) -> Array:
         return self.torch.zeros_like(x)
 
+    def or_one(self, x: Array) -> Array:
+        return x.masked_fill(x == 0, 1)
+
     def sum(self, x: Array) -> Array:
         return x.sum(-1, keepdim=True)
 

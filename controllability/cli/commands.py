@@ -135,6 +135,20 @@ def verify(args: argparse.Namespace, output: Output) -> int:
     return live.verify(args, output)
 
 
+def generate(args: argparse.Namespace, output: Output) -> int:
+    """Generate with the context, and from patched weights without it, side by side."""
+    from controllability.cli import generating
+
+    return generating.generate(args, output)
+
+
+def export(args: argparse.Namespace, output: Output) -> int:
+    """Write a saved patch as a PEFT adapter."""
+    from controllability.cli import exporting
+
+    return exporting.export(args, output)
+
+
 def demo(args: argparse.Namespace, output: Output) -> int:
     """The embedded model, with context, without, and patched."""
     from controllability.cli import demonstration

@@ -14,13 +14,11 @@ import torch
 from controllability.cli.output import LAYER_COLUMNS, Output, layer_rows, number
 from controllability.errors import BadInput, NotVerified
 from controllability.models import ModelPatch, exact_mode, load_patch, patch_model
-from controllability.models.loading import encode, load_model
+from controllability.models.last_defence import VERIFIED
+from controllability.models.loading import DTYPES, encode, load_model
 from controllability.models.pairing import pair
 from controllability.models.patching import without_cache
 from controllability.models.storing import refuse_occupied
-
-# largest relative error of the logits that counts as verified in each dtype
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def patch(args: argparse.Namespace, output: Output) -> int:
         raise BadInput("--out is empty: give a directory")
     out = Path(args.out) if args.out else None
     if out is not None:
-        _refuse_unusable(out)
+        refuse_unusable(out)
     with output.busy(f"loading {args.model}"):
         model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
     target, source = encode(tokenizer, args.context, args.query, args.positions)
@@ -106,23 +104,12 @@ def _report(
 ) -> int:  # fmt: skip
     valid = _verified(found, args.dtype)
     words = {k: _word(tokenizer, getattr(found, f"top1_{k}")[-1]) for k in ("target", "patched", "unpatched")}
-    layers = [
-        {
-            "index": x.index,
-            "residual": x.residual,
-            "margins": x.margins,
-            "relative_changes": x.relative_changes,
-            "route": x.route,
-            "why": x.why,
-        }
-        for x in mp.report.layers
-    ]
     if not found.finite:
         raise NotVerified("verification failed: the logits are not finite; nothing was saved")
     data = {
         "max_logit_error": found.max_logit_error, "max_logit_error_unpatched": found.max_logit_error_unpatched,
         "relative_error": found.relative_error, "kl": found.kl, "top1_target": words["target"],
-        "top1_patched": words["patched"], "top1_unpatched": words["unpatched"], "layers": layers,
+        "top1_patched": words["patched"], "top1_unpatched": words["unpatched"], "layers": mp.report.to_dict()["layers"],
         "numbers": mp.numbers, "dense_numbers": mp.dense_numbers, "seconds": time.perf_counter() - started,
     } | extra  # fmt: skip
     output.result(data | ({"valid": valid} if with_valid else {}))
@@ -133,14 +120,14 @@ def _report(
         f"relative error: {number(found.relative_error)}   KL: {number(found.kl)}   (checked numerically in {args.dtype}, scope {mp.scope})\n"
         f"the patch holds {mp.numbers:,} numbers; the dense ΔW would hold {mp.dense_numbers:,}\n"
         + (f"saved to {extra['out']}\n" if extra["out"] and valid and not with_valid else "")
-        + ("verified" if valid else f"NOT verified: the relative error is above {TOLERANCE[args.dtype]:g}")
+        + ("verified" if valid else f"NOT verified: the relative error is above {VERIFIED[DTYPES[args.dtype]]:g}")
     )
     return 0 if valid else 1
 
 
 def _verified(found: Comparison, dtype: str) -> bool:
     """Whether every number is finite and the relative error within what the dtype's rounding explains."""
-    return found.finite and found.relative_error <= TOLERANCE[dtype]
+    return found.finite and found.relative_error <= VERIFIED[DTYPES[dtype]]
 
 
 def _word(tokenizer: Any, token: int) -> str:
@@ -148,7 +135,7 @@ def _word(tokenizer: Any, token: int) -> str:
     return tokenizer.convert_ids_to_tokens(token) or f"token {token}"
 
 
-def _refuse_unusable(out: Path) -> None:
+def refuse_unusable(out: Path) -> None:
     """Fail before the work, not after it."""
     refuse_occupied(out)
     existing = next((p for p in (out, *out.parents) if p.exists()), None)

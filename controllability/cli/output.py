@@ -95,18 +95,21 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2g}"
 
 
-def layer_rows(layers: Any) -> Any:
-    """Rows of the layer table: index, residual, route, smallest margin, largest change of a matrix and of a scale."""
+LAYER_COLUMNS = [
+    "layer", "residual", "route", "amplifies", "smallest margin", "matrices ‖ΔW‖/‖W‖", "scale max|Δm|/|m|",
+]  # fmt: skip
+
+
+def layer_rows(layers: Any) -> list[list[str]]:
+    """Rows of the layer table, the worst token of each layer; the amplification is the condition where no norm follows."""
     rows = []
     for layer in layers:
         matrices = [v for k, v in layer.relative_changes.items() if "norm" not in k and v is not None]
         scales = [v for k, v in layer.relative_changes.items() if "norm" in k and v is not None]
         margins = [m["margin"] for m in layer.margins if m["margin"] is not None]
+        amplification = layer.condition if layer.amplification is None else layer.amplification
         rows.append([
-            str(layer.index), number(layer.residual), layer.route, number(min(margins, default=None)),
+            str(layer.index), number(layer.residual), layer.route, number(amplification), number(min(margins, default=None)),
             number(max(matrices, default=None)), number(max(scales, default=None)),
         ])  # fmt: skip
     return rows
-
-
-LAYER_COLUMNS = ["layer", "residual", "route", "smallest margin", "matrices ‖ΔW‖/‖W‖", "scale max|Δm|/|m|"]

@@ -6,13 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from architectures.reading import Layer, Tap
-from controllability.deltas import Delta
+from controllability.deltas import Delta, Shift
 from controllability.errors import PatchError
 from controllability.interfaces import Param
-from controllability.models.effects import patched
+from controllability.models.effects import Move, effect_on, patched, steering_of
 from controllability.models.pairing import Rows
 from controllability.models.sweep import parameters_at
 from controllability.trace import Path as NodePath
@@ -49,14 +50,16 @@ class Applier:
         self.calls = 1 + max(entry.call for entry in entries)
         self.call = -1
         self.chosen: dict[NodePath, Tensor] = {}
-        self.deltas: dict[Tap, list[dict[Param, Delta]]] = {}
+        self.whole = rows is not None and rows.complete  # deltas then lie on the grid of the states
+        self.moves: dict[Tap, list[list[Move]]] = {}
         for entry in entries:
             tap = next((t for t in layer.taps if entry.param in parameters_at(layer, t)), None)
             if tap is None:
                 raise PatchError(f"this patch is for a parameter {entry.param} that the model does not have")
-            calls = self.deltas.setdefault(tap, [{} for _ in range(self.calls)])
-            calls[entry.call][entry.param] = entry.delta
-        self.taps = tuple(self.deltas)
+            calls = self.moves.setdefault(tap, [[] for _ in range(self.calls)])
+            delta = on_grid(entry.delta, rows.shape) if rows is not None and self.whole else entry.delta
+            calls[entry.call].append((steering_of(layer, tap, entry.param), delta))
+        self.taps = tuple(self.moves)
 
     def begins(self) -> None:
         self.call = (self.call + 1) % self.calls
@@ -80,9 +83,39 @@ class Applier:
             raise PatchError(
                 f"this patch of scope 'last' has one patch for each of {self.samples} samples, the model got {y.shape[0]}"
             )
-        deltas = {p: to_device(d, y) for p, d in self.deltas[tap][self.call].items()}
+        moves = self._moves(tap, y)
         chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
-        return patched(self.layer, tap, x, y, deltas, self.rows, chosen)
+        if self.rows is None:
+            return patched(self.layer, tap, x, y, moves, chosen)
+        if self.whole and y.shape[1] == self.rows.shape[1]:
+            return effect_on(self.layer, tap, x, y, moves, chosen).to(y.dtype)
+        index = self.rows.of(chosen) if chosen is not None else None
+        changed = effect_on(self.layer, tap, self.rows.of(x), self.rows.of(y), moves, index)
+        return self.rows.put(y, changed.to(y.dtype))
+
+    def _moves(self, tap: Tap, like: Tensor) -> list[Move]:
+        """What this call adds at a tap, on the device where it is computed."""
+        held = self.moves[tap][self.call]
+        if any(device_of(delta) != like.device for _, delta in held):
+            held = self.moves[tap][self.call] = [(steering, to_device(d, like)) for steering, d in held]
+        return held
+
+
+def on_grid(delta: Any, shape: tuple[int, int]) -> Any:
+    """A delta with one patch a position, (B · T, …), as (B, T, …)."""
+    held = {name: value for name, value in vars(delta).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(delta, **{name: value.reshape(*shape, *value.shape[1:]) for name, value in held.items()})
+
+
+def own(delta: Any) -> Any:
+    """A delta with tensors of its own."""
+    held = {name: value.clone() for name, value in vars(delta).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(delta, **held)
+
+
+def device_of(delta: Any) -> torch.device:
+    """Where the numbers of a delta are."""
+    return delta.value.device if isinstance(delta, Shift) else delta.left.device
 
 
 def to_device(delta: Any, like: Tensor) -> Any:

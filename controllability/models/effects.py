@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,59 +10,60 @@ from torch import Tensor
 from architectures.reading import Layer, Tap
 from controllability.arrays import arithmetic
 from controllability.deltas import Delta, ExpertLowRank, Shift, added
-from controllability.interfaces import OutputControllable, Param
-from controllability.models.pairing import Rows
+from controllability.interfaces import OutputControllable, Param, Steering
 from controllability.trace import node
+
+Move = tuple[Steering, Delta]  # how a leaf is steered, and what is added to its parameter
 
 
 def patched(
-    layer: Layer,
-    tap: Tap,
-    x: Tensor,
-    y: Tensor,
-    deltas: Mapping[Param, Delta],
-    rows: Rows | None,
-    chosen: Tensor | None = None,
+    layer: Layer, tap: Tap, x: Tensor, y: Tensor, moves: Sequence[Move], chosen: Tensor | None = None
 ) -> Tensor:
-    """``y`` (B, T, …) with the deltas of this tap's parameters; summed in float32 or better, rounded once.
+    """``y`` (B, T, …) with the deltas of this tap's parameters at all positions: one patch, or one a sample.
 
-    With ``rows`` row i of a delta belongs to pair i; without, one patch (or one a sample) serves all
-    positions.  ``chosen`` (B, T, k) are the experts.
+    ``chosen`` (B, T, k) are the experts.
     """
-    if rows is not None:
-        index = rows.of(chosen) if chosen is not None else None
-        return rows.put(y, _changed(layer, tap, rows.of(x), rows.of(y), deltas, index).to(y.dtype))
-    deltas = {param: per_sample(delta) for param, delta in deltas.items()}
-    return _changed(layer, tap, x, y, deltas, chosen).to(y.dtype)
+    moves = [(steering, per_sample(delta)) for steering, delta in moves]
+    return effect_on(layer, tap, x, y, moves, chosen).to(y.dtype)
 
 
-def _changed(
-    layer: Layer, tap: Tap, x: Tensor, y: Tensor, deltas: Mapping[Param, Delta], chosen: Tensor | None
+def effect_on(
+    layer: Layer, tap: Tap, x: Tensor, y: Tensor, moves: Sequence[Move], chosen: Tensor | None = None
 ) -> Tensor:
+    """``y`` (…, n) with the deltas' effects, in float32 or better: whoever stores it rounds once.
+
+    Leading axes of the deltas are those of ``x``: row i of a delta belongs to row i of (N, …) states.
+    """
     xp = arithmetic(y)
     x, y = xp.lift(x), xp.lift(y)
     if len(tap.paths) == 1:
-        for param, delta in deltas.items():
-            y = y + _effect(layer, tap, param, delta, x, chosen)
+        for steering, delta in moves:
+            y = y + (_routed(x, delta, chosen) if isinstance(delta, ExpertLowRank) else steering.effect(x, delta))
         return y
     # a norm: its own formula with the patched vectors
-    params: dict[str, Any] = dict(layer.params)
-    params |= {str(p): added(xp.lift(p.value(layer.params)), delta) for p, delta in deltas.items()}
-    for path in tap.paths:
-        x = node(layer.block, path)(params, x)
+    leaves = [node(layer.block, path) for path in tap.paths]
+    params: dict[str, Any] = {str(p): p.value(layer.params) for leaf in leaves for p in leaf.own_parameters()}
+    params |= {str(s.param): added(xp.lift(s.param.value(layer.params)), delta) for s, delta in moves}
+    for leaf in leaves:
+        x = leaf(params, x)
     return x
 
 
-def _effect(layer: Layer, tap: Tap, param: Param, delta: Delta, x: Tensor, chosen: Tensor | None) -> Tensor:
-    if isinstance(delta, ExpertLowRank):
-        assert chosen is not None
-        if x.shape[-2] == 1:
-            x = x.expand(*x.shape[:-2], chosen.shape[-1], x.shape[-1])
-        return delta.routed(x, chosen)
-    leaf = node(layer.block, tap.outlet)
-    assert isinstance(leaf, OutputControllable)
-    steering = next(s for s in leaf.output_steerings() if s.param == param)
-    return steering.effect(x, delta)
+def _routed(x: Tensor, delta: ExpertLowRank, chosen: Tensor | None) -> Tensor:
+    assert chosen is not None
+    if x.shape[-2] == 1:
+        x = x.expand(*x.shape[:-2], chosen.shape[-1], x.shape[-1])
+    return delta.routed(x, chosen)
+
+
+def steering_of(layer: Layer, tap: Tap, param: Param) -> Steering:
+    """How the leaf that holds ``param`` at a tap is steered by it."""
+    for path in tap.paths:
+        leaf = node(layer.block, path)
+        if param in leaf.own_parameters():
+            assert isinstance(leaf, OutputControllable)
+            return next(s for s in leaf.output_steerings() if s.param == param)
+    raise AssertionError(f"no leaf of {tap.module} holds {param}")
 
 
 def per_sample(delta: Any) -> Any:

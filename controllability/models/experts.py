@@ -44,7 +44,7 @@ def listen(installation: Installation, layer: nn.Module, experts: nn.Module, lis
     """Let ``listener`` be told what ``experts`` (inside ``layer``) compute, until the installation is undone."""
     listeners = _LISTENERS.setdefault(experts, [])
     listeners.append(listener)
-    installation.finally_do(lambda: listeners.remove(listener))
+    installation.finally_do(lambda: listener in listeners and listeners.remove(listener))
     if len(listeners) > 1:
         return  # what tells them is in place; contexts end in the reverse order
     kind = type(experts).__name__

@@ -7,29 +7,64 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import architectures
+from architectures import quantised
 from controllability.errors import ControllabilityError
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
-def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from ((name, b) for name, b in model.named_buffers() if b is not None)
+def stored(model: nn.Module, exchanged: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer by name, once; a quantised one as the plain tensors that it consists of.
+
+    ``exchanged`` says whether what an applied patch holds in place of a parameter counts too.
+    """
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            for attribute, value in held.items():
+                if value is None or id(value) in seen:
+                    continue
+                if not exchanged and held is module._parameters and not isinstance(value, nn.Parameter):
+                    continue
+                seen.add(id(value))
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                if quantised.kind(value):
+                    yield from quantised.pieces(name, module, value)
+                else:
+                    yield name, value
 
 
-def sampled(value: Tensor) -> float:
-    """The sum of 64 entries spread over a tensor: cheap, and different after almost any change."""
-    if value.numel() == 0 or value.is_meta:
-        return 0.0
-    flat = value.detach().reshape(-1)
-    picked = flat[:: max(1, flat.numel() // 64)]
-    if picked.is_complex():  # rotary angles
-        picked = torch.view_as_real(picked)
-    return float(picked.sum(dtype=torch.float64))
+@torch.no_grad()
+def sampled(values: list[Tensor]) -> list[float]:
+    """For each tensor the sum of some 64 entries spread over it: cheap, and different after almost any change.
+
+    One copy a device and dtype, however many tensors there are.
+    """
+    sums = [0.0] * len(values)
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    for index, value in enumerate(values):
+        if value.numel() and not value.is_meta:
+            groups.setdefault((value.device, value.dtype), []).append((index, _spread(value)))
+    for group in groups.values():
+        together = torch.cat([picked for _, picked in group]).double().cpu().numpy()
+        starts = np.cumsum([0, *(len(picked) for _, picked in group[:-1])])
+        for (index, _), total in zip(group, np.add.reduceat(together, starts).tolist(), strict=True):
+            sums[index] = total
+    return sums
+
+
+def _spread(value: Tensor) -> Tensor:
+    """At least 64 entries of a tensor (all, if it has fewer), as a view where that is possible."""
+    value = torch.view_as_real(value) if value.is_complex() else value  # rotary angles
+    step = max(1, value.numel() // 64)
+    if value.is_contiguous():
+        return value.as_strided((value.numel() // step,), (step,), value.storage_offset())
+    return value.reshape(-1)[::step]
 
 
 State = dict[str, tuple[int, int, float]]  # name -> storage, version, sample
@@ -45,13 +80,11 @@ def state_of(model: nn.Module) -> State:
     Vectors exchanged by an applied patch are left out: which patches are on the model is tracked by id.
     """
     aliases = _SAME_AGAIN.get(model, {})
-    exchanged = {name for name, value in model.named_parameters() if not isinstance(value, nn.Parameter)}
+    held = dict(stored(model, exchanged=False))
     state: State = {}
-    for name, value in _stored(model):
-        if name in exchanged:
-            continue
+    for (name, value), sample in zip(held.items(), sampled(list(held.values())), strict=True):
         version = 0 if value.is_inference() else value._version
-        state[name] = (value.data_ptr(), aliases.get((name, version), version), sampled(value))
+        state[name] = (value.data_ptr(), aliases.get((name, version), version), sample)
     return state
 
 
@@ -79,7 +112,8 @@ def fingerprint(
     ``originals`` stand in for parameters into which a patch is merged.
     """
     digest = hashlib.sha256(_declared(model).encode())
-    items = list(_stored(model))
+    digest.update("".join(f"{n} {s}\n" for n, p in model.named_parameters() if (s := quantised.settings(p))).encode())
+    items = list(stored(model))
     for done, (name, value) in enumerate(items):
         value = (originals or {}).get(name, value).detach()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from controllability.errors import PatchError
 
@@ -32,25 +32,93 @@ def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n
     return inspect.signature(module.forward).bind(*args, **kwargs).arguments[name]
 
 
-def refuse_compiled(model: nn.Module) -> None:
-    """Raise ``PatchError`` for a compiled model: torch ignores hooks added after compilation."""
-    for name, module in model.named_modules():
-        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or hasattr(module.forward, "_torchdynamo_orig_callable"):
-            where = f"module {name}" if name else "the model"
-            raise PatchError(
-                f"{where} is compiled with torch.compile, which ignores hooks added afterwards: "
-                "patch the uncompiled model (for torch.compile(model) that is model._orig_mod), "
-                "or merge a patch of scope 'last' before compiling"
-            )
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile(model)``; any other model as it is."""
+    while isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
+        model = inside
+    return model
+
+
+T = TypeVar("T")
+
+
+def finishing(action: Callable[[], T]) -> T:
+    """The result of ``action``, which Ctrl-C does not stop: it is raised when the action, begun anew, is through."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            result = action()
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+    return result
+
+
+class _Uncompiled:
+    """A context in which torch runs everything uncompiled, in every thread, until the last one has left it.
+
+    torch ignores hooks that are added after compilation, and cannot say of a model whether a compiled copy of it is
+    about.  What was compiled is kept: after the context it runs again, without compiling anew.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                try:
+                    self._stance = torch.compiler.set_stance("force_eager")
+                except RuntimeError as error:
+                    raise PatchError(
+                        f"this is inside a function that torch.compile compiles ({error}): patch, apply and merge outside of it"
+                    ) from None
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            try:
+                if self._inside == 1:
+                    finishing(lambda: self._stance.__exit__(None, None, None))
+            finally:
+                self._inside -= 1
+
+
+class Turn:
+    """One thread at a time on one model, as often as it likes; meanwhile torch runs everything uncompiled."""
+
+    _uncompiled = _Uncompiled()
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._uncompiled.__enter__()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._uncompiled.__exit__()
+        finally:
+            self._lock.release()
 
 
 class Installation:
-    """Hooks and exchanged attributes of one context; ``undo`` restores every bit, whatever happened."""
+    """Hooks and exchanged attributes of one context; ``undo`` restores every bit, whatever happened.
+
+    What is to be undone is noted before it is done, and undoing it twice does no harm: so Ctrl-C may come anywhere.
+    """
 
     def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def before(self, module: nn.Module, hook: Callable[[Tensor], None], name: str = "") -> None:
         """Call ``hook(first argument)``, or with the argument ``name``, before every forward of ``module``."""
@@ -58,7 +126,8 @@ class Installation:
         def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hook(argument(module, args, kwargs, name) if name else first_argument(args, kwargs))
 
-        self._handles.append(module.register_forward_pre_hook(call, with_kwargs=True))
+        self._undo.append(lambda: _unhook(call, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
+        module.register_forward_pre_hook(call, with_kwargs=True)
 
     def after(self, module: nn.Module, hook: Callable[[Tensor, Any], Any]) -> None:
         """Call ``hook(first argument, output)`` after every forward; what it returns replaces the output."""
@@ -66,7 +135,8 @@ class Installation:
         def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return hook(first_argument(args, kwargs), output)
 
-        self._handles.append(module.register_forward_hook(call, with_kwargs=True))
+        self._undo.append(lambda: _unhook(call, module._forward_hooks, module._forward_hooks_with_kwargs))
+        module.register_forward_hook(call, with_kwargs=True)
 
     def assign(self, owner: Any, attribute: str, value: Any) -> None:
         """Let ``owner`` hold ``value`` under ``attribute`` of its own dictionary, until ``undo``."""
@@ -83,8 +153,8 @@ class Installation:
         self._undo.append(back)
         held[attribute] = value
 
-    def finally_do(self, action: Callable[[], None]) -> None:
-        """Run ``action`` on ``undo``, the latest first."""
+    def finally_do(self, action: Callable[[], object]) -> None:
+        """Run ``action``, which may be run twice, on ``undo``, the latest first."""
         self._undo.append(action)
 
     def exchange(self, module: nn.Module, attribute: str, value: Tensor) -> None:
@@ -98,11 +168,20 @@ class Installation:
         module._parameters[attribute] = value  # type: ignore[assignment]
 
     def undo(self) -> None:
-        """Remove the hooks and put the parameters back, the latest first."""
-        while self._handles:
-            self._handles.pop().remove()
+        """Remove the hooks and put everything back, the latest first."""
+        finishing(self._undo_all)
+
+    def _undo_all(self) -> None:
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()
+            self._undo.pop()
+
+
+def _unhook(call: Any, hooks: dict[int, Any], with_kwargs: dict[int, Any]) -> None:
+    """Take ``call`` out of a module's hooks; by itself, as Ctrl-C may have come before its handle was returned."""
+    for key in [key for key, hook in hooks.items() if hook is call]:
+        del hooks[key]
+        with_kwargs.pop(key, None)
 
 
 # ----------------------------------------------------------------- which patches a model carries
@@ -114,13 +193,14 @@ class Carried:
 
     patch_id: str
     installation: Installation | None
+    parameters: frozenset[str] = frozenset()
 
 
 @dataclass
 class Load:
     """Everything that is on one model.  The lock lets one thread at a time solve, apply or merge."""
 
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: Turn = field(default_factory=Turn)
     patches: list[Carried] = field(default_factory=list)
 
 
@@ -129,9 +209,9 @@ _LOADS_LOCK = threading.Lock()
 
 
 def load_of(model: nn.Module) -> Load:
-    """What is on ``model``, and its lock."""
+    """What is on ``model``, and its lock; a compiled model and the one inside it are the same."""
     with _LOADS_LOCK:
-        return _LOADS.setdefault(model, Load())
+        return _LOADS.setdefault(uncompiled(model), Load())
 
 
 def carried(model: nn.Module) -> tuple[str, ...]:
@@ -144,24 +224,44 @@ def anything_applied(model: nn.Module) -> bool:
     return any(item.installation is not None for item in load_of(model).patches)
 
 
-def carry(model: nn.Module, patch_id: str, installation: Installation | None) -> None:
-    """Note that ``model`` now carries a patch."""
-    load_of(model).patches.append(Carried(patch_id, installation))
+def carry(model: nn.Module, patch_id: str, installation: Installation | None, parameters: Iterable[str] = ()) -> None:
+    """Note that ``model`` now carries a patch of these parameters."""
+    load_of(model).patches.append(Carried(patch_id, installation, frozenset(parameters)))
+
+
+def refuse_on_it(model: nn.Module, patch_id: str, parameters: frozenset[str], made_under: tuple[str, ...]) -> None:
+    """Raise ``PatchError`` for a patch that was made under ``made_under``, and the model carries something else."""
+    on_it = load_of(model).patches
+    if any(item.patch_id == patch_id for item in on_it):
+        raise PatchError("this patch is on the model already: undo it first (leave its context, or unmerge it)")
+    count = "1 patch" if len(on_it) == 1 else f"{len(on_it)} patches"
+    under = f"{len(made_under)} others" if len(on_it) == len(made_under) else str(len(made_under))
+    both = sorted(parameters.intersection(*[item.parameters for item in on_it])) if on_it else []
+    shared = f"; they all change {both[0]}" + (f" and {len(both) - 1} more" if len(both) > 1 else "") if both else ""
+    raise PatchError(
+        f"the model carries {count} and this one was made while it carried {under}{shared}: a patch is right only on top "
+        "of what it was made on; "
+        + ("leave those contexts (or unmerge) first, or make this patch inside of them" if on_it else
+           "apply the patch first that was on the model when this one was made, or make this one again")
+    )  # fmt: skip
 
 
 def put_down(model: nn.Module, patch_id: str) -> bool:
     """Undo an applied patch; False if patches above it had to be undone as well, to restore every bit."""
-    patches = load_of(model).patches
+    return finishing(lambda: _put_down(load_of(model).patches, patch_id))
+
+
+def _put_down(patches: list[Carried], patch_id: str) -> bool:
     if patch_id not in (item.patch_id for item in patches):
         return True  # undone already, by a context that was left out of order
     in_order = patches[-1].patch_id == patch_id
-    while patches:
-        top = patches.pop()
+    while True:
+        top = patches[-1]
         if top.installation is not None:
             top.installation.undo()
+        patches.pop()
         if top.patch_id == patch_id:
-            break
-    return in_order
+            return in_order
 
 
 def drop(model: nn.Module, patch_id: str) -> None:

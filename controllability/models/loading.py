@@ -20,6 +20,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) from a directory written by ``save_pretrained``, or a Hub id.
 
+    ``"embedded"`` is the package's own trained model (``"./embedded"`` a directory of that name).
     Only safetensors are loaded.  Raises ``BadInput`` when something is missing, truncated or
     inconsistent, and for model types that are not registered.
     """
@@ -28,6 +29,7 @@ def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = Fals
 
     if dtype not in DTYPES:
         raise BadInput(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    name = str(embedded_directory()) if name == "embedded" else name
     folder = Path(name)
     local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if local and not folder.is_dir():
@@ -39,7 +41,8 @@ def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = Fals
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "huggingface_hub"):  # one line of ours says what went wrong
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         config = AutoConfig.from_pretrained(name, **options)
         architectures.find(config.model_type)

@@ -5,10 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from architectures import quantised
 from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.errors import PatchError
 from controllability.interfaces import Param
 from controllability.models.applying import Entry, to_device
+from controllability.models.rounding import Loss, Rounding
+
+
+def refuse_quantised(model: nn.Module, entries: tuple[Entry, ...]) -> None:
+    """Raise ``PatchError`` where a patched parameter is quantised: a sum would have to be rounded to its few levels."""
+    for entry in entries:
+        if quantised.kind(model.get_submodule(entry.module)._parameters[entry.attribute]):
+            raise PatchError(
+                f"parameter {entry.param.name} is quantised, and the patch cannot be written into its few levels: use "
+                "applied(), which computes the patch beside the layer, or export it as an adapter; nothing was changed"
+            )
 
 
 def refuse_shared(model: nn.Module, entries: tuple[Entry, ...]) -> None:
@@ -26,32 +38,55 @@ def refuse_shared(model: nn.Module, entries: tuple[Entry, ...]) -> None:
 
 
 @torch.no_grad()
-def write(stored: Tensor, param: Param, delta: Delta) -> None:
-    """stored += ΔW in place, summed in float32 or better, in blocks so that no second matrix is held."""
+def write(stored: Tensor, param: Param, delta: Delta) -> Rounding:
+    """stored += ΔW in place, summed in a wider dtype and rounded once; returns what rounding cost.
+
+    In blocks of rows, so that no second matrix is held.
+    """
     delta = to_device(delta, stored)
     stored = stored[param.index] if param.index else stored
+    loss, size = Loss(), float(delta.norms().double().square().sum()) ** 0.5
     if isinstance(delta, Shift):
         value = delta.value.reshape(-1, stored.shape[-1])[0]
-        stored.copy_((stored.to(value.dtype) + value).to(stored.dtype))
+        exact = stored.to(wider(stored.dtype)) + value
+        stored.copy_(exact)
+        loss.vector(stored - exact)
     elif isinstance(delta, ExpertLowRank):
         matrices = stored.view(delta.experts, -1, stored.shape[-1])
         one = delta.row(0) if delta.left.ndim > 3 else delta
         for slot, expert in enumerate(one.index.tolist()):
-            _add(matrices[expert], one.left[slot], one.right[slot], delta.transposed)
+            _add(matrices[expert], one.left[slot], one.right[slot], delta.transposed, loss)
     else:
         left, right = (f.reshape(-1, f.shape[-1]) for f in (delta.left, delta.right))
-        _add(stored, left, right, delta.transposed)
+        _add(stored, left, right, delta.transposed, loss)
+    return loss.of(str(param), size)
 
 
-def _add(stored: Tensor, left: Tensor, right: Tensor, transposed: bool) -> None:
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a sum is exact enough to see what rounding it to ``dtype`` costs."""
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _add(stored: Tensor, left: Tensor, right: Tensor, transposed: bool, loss: Loss) -> None:
+    dtype = wider(stored.dtype)
+    left, right = left.to(dtype), right.to(dtype)
+    x = right[0] if len(right) == 1 else None  # a multiple of the input that the patch was solved for
     rows, columns = (right, left) if transposed else (left, right)
     for start in range(0, stored.shape[0], 1024):
         block = stored[start : start + 1024]
-        block.copy_((block.to(left.dtype) + rows[:, start : start + 1024].T @ columns).to(stored.dtype))
+        exact = block.to(dtype) + rows[:, start : start + 1024].T @ columns
+        block.copy_(exact)
+        lost = block - exact
+        if transposed:
+            loss.block(lost.T, exact.T, None if x is None else x[start : start + 1024])
+        else:
+            loss.block(lost, exact, x)
+    loss.finish(summed=transposed)
 
 
 @torch.no_grad()
 def restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
+    """Put the originals back into the parameters, in place."""
     for name, value in originals.items():
         path, _, attribute = name.rpartition(".")
         stored = model.get_submodule(path)._parameters[attribute]

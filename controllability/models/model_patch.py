@@ -6,15 +6,17 @@ import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 import architectures
 from controllability.errors import BadInput, PatchError
 from controllability.models.applying import Applier, Entry
+from controllability.models.correcting import solved_again
+from controllability.models.devices import refuse_offloaded
 from controllability.models.fingerprints import State, fingerprint, known_fingerprint, same_again, state_of
 from controllability.models.hooks import (
     Installation,
@@ -24,12 +26,18 @@ from controllability.models.hooks import (
     drop,
     load_of,
     put_down,
-    refuse_compiled,
+    refuse_on_it,
+    uncompiled,
 )
-from controllability.models.merging import refuse_shared, restore, write
+from controllability.models.merging import refuse_quantised, refuse_shared, restore, write
 from controllability.models.pairing import Rows
 from controllability.models.report import Report
+from controllability.models.rounding import MergedError, Rounding, merged_error
 from controllability.models.watch import Watch
+
+if TYPE_CHECKING:
+    from controllability.models.adapters.exporting import Exported
+    from controllability.models.adapters.forms import Form
 
 
 @dataclass(eq=False)
@@ -37,7 +45,8 @@ class ModelPatch:
     """What ``patch_model`` returns: every layer's patch, the patched logits, and the report.
 
     ``logits`` (B, T, vocabulary) come from the sweep itself (``last_hidden_state`` of models
-    without logits); None for a patch loaded from disk.
+    without logits); None for a patch loaded from disk, which remembers the model's name and how PEFT would
+    reach each parameter (``forms``).
     """
 
     entries: tuple[Entry, ...]
@@ -49,6 +58,8 @@ class ModelPatch:
     target_logits: Tensor | None = None
     made_under: tuple[str, ...] = ()
     fingerprint: str | None = None
+    model_name: str = ""
+    forms: dict[str, Form] = field(default_factory=dict, repr=False)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
     _seen: State = field(default_factory=dict, repr=False)
@@ -63,29 +74,27 @@ class ModelPatch:
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """Within this context the model's own modules compute with the patched weights.
 
-        Matrices stay factored.  Everything is undone on exit, also after an exception.  One thread at a
-        time: another that applies, merges or solves on the same model waits.  Raises
-        ``PatchError`` when the patch was made for other weights, while other patches were on the
-        model, or when the model is compiled.
+        Matrices stay factored.  Everything is undone on exit, also after an exception or Ctrl-C.  One thread at a
+        time: another that applies, merges or solves on the same model waits.  Compiled models (``torch.compile``) run
+        uncompiled meanwhile, in every thread.  Raises ``PatchError`` when the patch was made for other weights, or
+        while other patches were on the model.  More, with examples: docs/applying.md.
 
         >>> # with mp.applied(model): model(**source).logits
         """
-        load = load_of(model)
-        load.lock.acquire()  # another thread waits: two patches at once would see each other's weights
-        try:
+        given, model = model, uncompiled(model)
+        with load_of(model).lock:  # another thread waits: two patches at once would see each other's weights
             self._refuse_misuse(model)
             installation = Installation()
-            carry(model, self.id, installation)
-            installation.assign(model, "__deepcopy__", _refuse_copy)
             try:
+                carry(model, self.id, installation, self.parameters)
+                installation.assign(model, "__deepcopy__", _refuse_copy)
+                installation.assign(model, "__reduce_ex__", _refuse_copy)
                 self._install(model, installation)
-                yield model
+                yield given
             finally:
                 in_order = put_down(model, self.id)
             if not in_order:
                 raise PatchError("patches were left out of order: this one and those applied after it were all undone")
-        finally:
-            load.lock.release()
 
     def _install(self, model: nn.Module, installation: Installation) -> None:
         reading = architectures.read(model)
@@ -103,14 +112,9 @@ class ModelPatch:
         return len(self.rows.sample) if self.scope == "last" else 1
 
     def _refuse_misuse(self, model: nn.Module) -> None:
-        refuse_compiled(model)
-        on_it = carried(model)
-        if on_it != self.made_under:
-            raise PatchError(
-                f"the model carries {len(on_it)} patches and this one was made while it carried {len(self.made_under)}"
-                + (" others" if len(on_it) == len(self.made_under) else "")
-                + ": patches do not commute; undo the others, or make this one again with them applied"
-            )
+        refuse_offloaded(model)
+        if carried(model) != self.made_under:
+            refuse_on_it(model, self.id, self.parameters, self.made_under)
         self._refuse_other_model(model)
 
     def _refuse_other_model(self, model: nn.Module) -> None:
@@ -127,43 +131,58 @@ class ModelPatch:
 
     # ------------------------------------------------------------------------------------- merging
 
-    def merge(self, model: nn.Module) -> int:
+    def merge(self, model: nn.Module, corrected: bool = False) -> int:
         """Write the patch into the weights (W := W + ΔW, rounded to the model's dtype).
 
-        Keeps the originals for ``unmerge`` and returns how many bytes that takes.  Raises ``PatchError``
+        Keeps the originals for ``unmerge`` and returns how many bytes that takes; ``report.rounding`` says what
+        rounding cost each parameter, ``merged_error(model)`` measures the whole.  ``corrected=True`` solves each layer again
+        on top of the rounded weights before it, so that rounding does not add up (one source run a layer).  Raises ``PatchError``
         when the patch is not one set of weights: scope "each" with more than one position, or one patch
         for each of several samples.
         """
         if self._merged_into is not None:
             raise PatchError("this patch is merged already: unmerge it first")
-        count = len(self.rows.sample)
+        self.refuse_several("merged into one set of weights")
+        with load_of(model).lock:
+            return self._merge(model, corrected)
+
+    def refuse_several(self, done: str) -> None:
+        """Raise ``PatchError`` unless this patch is one set of weights; ``done`` says what else cannot be done with it."""
         if any(entry.call for entry in self.entries):
             raise PatchError(
                 "a layer of this model runs several times in one forward pass and has one patch a call: "
-                "they cannot be merged into one set of weights; use applied()"
+                f"they cannot be {done}; use applied()"
             )
+        count = len(self.rows.sample)
         if count > 1:
             per = "position" if self.scope == "each" else "sample"
             raise PatchError(
-                f"scope '{self.scope}' holds {count} patches, one a {per}: they cannot be merged into one set of weights; "
+                f"scope '{self.scope}' holds {count} patches, one a {per}: they cannot be {done}; "
                 + ("use scope='last'" if self.scope == "each" else "patch a batch of 1")
             )
-        with load_of(model).lock:
-            return self._merge(model)
+        positions = self.rows.shape[0] * (self.rows.shape[1] + self.rows.before)
+        if self.scope == "each" and positions > 1:
+            raise PatchError(
+                f"scope 'each' holds a patch for one of {positions} positions and leaves the others as they are, which weights "
+                f"cannot do: it cannot be {done}; use scope='last'"
+            )
 
-    def _merge(self, model: nn.Module) -> int:
+    def _merge(self, model: nn.Module, corrected: bool) -> int:
+        model = uncompiled(model)
         self._refuse_misuse(model)
         if anything_applied(model):
             raise PatchError("a patch is applied at the moment: leave its context before merging")
+        refuse_quantised(model, self.entries)
         refuse_shared(model, self.entries)
         originals: dict[str, Tensor] = {}
+        rounding: list[Rounding] = []
         self._before_merge = state_of(model)
         try:
-            for entry in self.entries:
+            for entry in solved_again(self, model) if corrected else self.entries:
                 stored = model.get_submodule(entry.module)._parameters[entry.attribute]
                 assert stored is not None
                 originals.setdefault(entry.param.name, stored.detach().clone())
-                write(stored, entry.param, entry.delta)
+                rounding.append(write(stored, entry.param, entry.delta))
         except BaseException as error:
             restore(model, originals)
             same_again(model, originals, self._before_merge)
@@ -172,8 +191,9 @@ class ModelPatch:
                 raise PatchError(f"the weights cannot be written to: {why}; nothing was changed") from None
             raise
         self._originals, self._merged_into = originals, model
+        self.report = replace(self.report, rounding=rounding)
         self._merged_state = state_of(model)
-        carry(model, self.id, None)
+        carry(model, self.id, None, self.parameters)
         return sum(t.numel() * t.element_size() for t in originals.values())
 
     def unmerge(self, model: nn.Module) -> None:
@@ -182,6 +202,7 @@ class ModelPatch:
         Raises ``PatchError`` when the patch is not merged into ``model``, when another one is on top of it,
         or when the merged weights were changed since: nothing is overwritten then.
         """
+        model = uncompiled(model)
         with load_of(model).lock:
             if self._merged_into is not model:
                 raise PatchError("this patch is not merged into this model")
@@ -195,6 +216,10 @@ class ModelPatch:
             same_again(model, self._originals, self._before_merge)
             self._originals, self._merged_into = {}, None
             drop(model, self.id)
+
+    def merged_error(self, model: nn.Module) -> MergedError:
+        """Run the merged model on the patch's own source.  See ``controllability.models.rounding``."""
+        return merged_error(self, model)
 
     # -------------------------------------------------------------------------------------- saving
 
@@ -222,6 +247,23 @@ class ModelPatch:
 
         return save_patch(self, Path(directory), model)
 
+    def export_peft(self, directory: str | Path, model: nn.Module | None = None) -> Exported:
+        """Write the patch as a LoRA adapter that ``peft`` loads.  See ``controllability.models.adapters``."""
+        from controllability.models.adapters.exporting import export_peft
+
+        return export_peft(self, Path(directory), model)
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise PatchError(
+            "a patch belongs to one model and is neither copied nor pickled: write it with mp.save(directory) and read "
+            "it with ct.load_patch(directory), in another process too"
+        )
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The names of the parameters that this patch changes."""
+        return frozenset(entry.param.name for entry in self.entries)
+
     @property
     def numbers(self) -> int:
         """How many numbers the patch holds."""
@@ -233,8 +275,10 @@ class ModelPatch:
         return sum(entry.delta.dense_numbers for entry in self.entries)
 
 
-def _refuse_copy(memo: Any) -> Any:
-    raise PatchError("a patch is applied at the moment: a copy would keep its hooks; leave the context before copying")
+def _refuse_copy(_: Any) -> Any:
+    raise PatchError(
+        "a patch is applied at the moment: a copy of the model, or a file of it, would keep its hooks; leave the context first"
+    )
 
 
 def refuse_scope(scope: str) -> None:

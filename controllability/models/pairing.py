@@ -28,6 +28,10 @@ class Rows:
             return states.reshape(-1, *states.shape[2:])
         return states[self._index(states)]
 
+    def taken(self, states: Tensor) -> Tensor:
+        """The same as a copy of its own."""
+        return self.of(states).clone() if self.complete else self.of(states)
+
     def put(self, states: Tensor, rows: Tensor) -> Tensor:
         """``states`` (B, T, …) with these rows (N, …) in their places; ``states`` itself is left alone."""
         if self.complete and states.shape[1] == self.shape[1]:
@@ -60,6 +64,10 @@ class Rows:
             (self.sample * length + self.position == torch.arange(batch * length)).all()
         )
         object.__setattr__(self, "_complete", full)
+
+    def named(self) -> list[list[int]]:
+        """(sample, position) of every pair, as plain numbers."""
+        return torch.stack([self.sample, self.position], -1).tolist()
 
     before: int = 0
     _complete: bool = False

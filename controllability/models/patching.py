@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from controllability.errors import BadInput, NotVerified
-from controllability.models.applying import Entry
+from controllability.errors import BadInput
+from controllability.models.applying import Entry, own
 from controllability.models.fingerprints import state_of
-from controllability.models.hooks import carried, load_of, refuse_compiled
+from controllability.models.hooks import carried, load_of, uncompiled
+from controllability.models.last_defence import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
 from controllability.models.model_patch import ModelPatch, refuse_scope
 from controllability.models.pairing import Rows, input_shape, pair
 from controllability.models.random_input import input_embedding, refuse_ids, takes_cache
 from controllability.models.reading_check import Checked, checked_reading
-from controllability.models.report import LayerReport, Report, layer_report
+from controllability.models.recording import record
+from controllability.models.report import Layers, Report
 from controllability.models.sweep import LayerSweep, Progress, check_finite, observe_target, sweep
+from controllability.models.watch import LayerHooks
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -65,8 +68,8 @@ def patch_model(
             raise BadInput(f"{name} must be a name, got {type(value).__name__}")
     if not isinstance(model, nn.Module):
         raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
-    refuse_compiled(model)
-    # inside torch.inference_mode the factors would be tensors that autograd refuses later
+    model = uncompiled(model)
+    # what is kept must not be made inside torch.inference_mode: autograd would refuse it later
     with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
         return _patch(model, target, source, scope, via, route, positions, progress)
 
@@ -87,11 +90,11 @@ def _patch(
     checked = checked_reading(model, target)
     for role, inputs in (("target", target), ("source", source)):
         _refuse_bad_inputs(model, checked, inputs, role)
-    source_rows, target_rows = pair(target, source, scope, positions, _codebooks(checked), checked.length)
+    source_rows, target_rows = pair(target, source, scope, positions, codebooks_of(checked), checked.length)
     shown = source_rows, target_rows  # where the logits are, one row of ids after the other
-    if (books := _codebooks(checked)) > 1:
+    if (books := codebooks_of(checked)) > 1:
         shown = source_rows.repeated(books), target_rows.repeated(books)
-    if (streams := _streams(checked)) > 1:
+    if (streams := streams_of(checked)) > 1:
         if scope != "each":
             raise BadInput(
                 f"scope {scope!r} is one patch for each sample, and {checked.reading.architecture.name} keeps {streams} "
@@ -100,24 +103,24 @@ def _patch(
         source_rows, target_rows = source_rows.streamed(streams), target_rows.streamed(streams)
     proofs = checked.proofs(via, route)
     reading = checked.reading
-    targets, target_output = observe_target(model, reading, without_cache(model, target), target_rows, progress)
-    solvers, output = sweep(model, reading, proofs, targets, without_cache(model, source), source_rows, scope, progress)
+    with LayerHooks(model, reading) as hooks, torch.inference_mode():  # small operations cost less there
+        targets, target_output = observe_target(hooks, without_cache(model, target), target_rows, progress)
+        solvers, output = sweep(hooks, proofs, targets, without_cache(model, source), source_rows, scope, progress)
     entries = tuple(
-        Entry(param, delta, solver.layer.index, targets[solver.layer.index].index(solver.target))
+        Entry(param, own(delta), solver.layer.index, targets[solver.layer.index].index(solver.target))
         for solver in solvers
         for param, delta in solver.deltas().items()
     )
     last = reading.layers[-1]
-    logits = _result(output)
+    logits, wanted = result_of(output).clone(), result_of(target_output)
     check_finite(logits, "source", last, "of the logits after")
-    reports = [layer_report(s, s.target, checked.norms) for s in solvers]
-    paired = paired_logits(_result(target_output), shown[1], logits, shown[0])
-    _refuse_unreached(reports, solvers)
-    _refuse_other_logits(logits, shown[0], _result(target_output), shown[1], reports)
+    records = [record(s) for s in solvers]
+    paired = paired_logits(wanted, shown[1], logits, shown[0]).clone()
+    _refuse_unverified(solvers, logits, shown[0], wanted, shown[1])
     report = Report(
         scope, via, route, str(logits.dtype).removeprefix("torch."), len(source_rows.sample),
         sum(e.delta.numbers for e in entries), sum(e.delta.dense_numbers for e in entries),
-        time.perf_counter() - started, reports,
+        time.perf_counter() - started, Layers(records, checked.norms), source_rows.named(),
     )  # fmt: skip
     kept = {"target": dict(target), "source": dict(source), "positions": positions}
     source_rows = replace(source_rows, before=solvers[0].before)
@@ -128,70 +131,28 @@ def _patch(
     return mp
 
 
-# relative error at which a patched row is nowhere near its target: far above what rounding explains
-UNREACHED = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.25}
-
-
-def _refuse_unreached(reports: list[LayerReport], solvers: list[LayerSweep]) -> None:
-    """The last line of defence: a layer that, patched, is nowhere near its target did something undeclared."""
-    for report, solver in zip(reports, solvers, strict=True):
-        if solver.proof.route in ("ball", "scale"):
-            continue  # asked for, and known to amplify rounding
-        assert solver.output is not None
-        dtypes = {t.dtype for t in (solver.output, *solver.layer.params.values())} & set(UNREACHED)
-        error, row = _worst_row(solver.output, solver.target.outputs[()])
-        if error > max(UNREACHED[d] for d in dtypes):
-            raise NotVerified(
-                f"layer {report.index} ({solver.layer.name}), {solver.rows.name(row)}: with its patch it misses the "
-                f"target run by {error:.2g} (relative), more than rounding explains: on this input the model computes "
-                "something that its expression does not have (a mask, or a switch that depends on the input); "
-                "nothing was changed"
-            )
-
-
-def _refuse_other_logits(
-    logits: torch.Tensor, rows: Rows, target: torch.Tensor, target_rows: Rows, reports: list[LayerReport]
+def _refuse_unverified(
+    solvers: list[LayerSweep], logits: torch.Tensor, rows: Rows, target: torch.Tensor, target_rows: Rows
 ) -> None:
-    """Every layer reached its target; so must what is computed from the last one, or something else reads the context."""
+    """Every layer must have reached its target, and so must what is computed from the last one."""
+    worst = refuse_unreached(solvers)
     per_position = logits.ndim == 3 and logits.shape[1] == rows.shape[1] and target.shape[1] == target_rows.shape[1]
     if per_position:
-        found, wanted = rows.of(logits), target_rows.of(target)
+        refuse_other_output(rows.of(logits), target_rows.of(target), worst, rows.name, AFTER_THE_LAST_LAYER)
     elif logits.ndim == 2 and logits.shape == target.shape:
-        found, wanted = logits, target
-    else:
-        return  # fewer logits than positions were asked for
-    if max(report.residual for report in reports) > UNREACHED[torch.float32]:
-        return  # half precision, or a route that amplifies: the layers' residuals say it
-    error, row = _worst_row(found, wanted)
-    if error > 10 * UNREACHED.get(logits.dtype, 1e-3):
-        where = rows.name(row) if per_position else f"sample {row}"
-        why = (
-            "something after the last patched layer depends on the context or on the token (a mixer, per-layer embeddings, "
-            "an adapter that the runs choose differently)"
-            if per_position
-            else "the model's head reads a position that is not paired: name it, positions=(source, target)"
-        )
-        raise NotVerified(
-            f"every layer reaches its target, and the model's output at {where} misses the target run by {error:.2g} "
-            f"(relative): {why}; nothing was changed"
-        )
+        head = "the model's head reads a position that is not paired: name it, positions=(source, target)"
+        refuse_other_output(logits, target, worst, "sample {}".format, head)
+    # else: fewer logits than positions were asked for
 
 
-def _worst_row(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, int]:
-    """The largest relative error of a row (N, n), each against its own size, and which it is."""
-    found, wanted = found.double(), wanted.double()
-    size = wanted.abs().amax(-1).clamp_min(1e-6 * float(wanted.abs().max()) + 1e-300)
-    errors = (found - wanted).abs().amax(-1) / size
-    row = int(errors.argmax())
-    return float(errors[row]), row
-
-
-def _codebooks(checked: Checked) -> int:
+def codebooks_of(checked: Checked) -> int:
+    """How many rows of ids the model reads a sample (audio models read several)."""
     count = checked.reading.architecture.codebooks
     return count(checked.reading.config) if count else 1
 
 
-def _streams(checked: Checked) -> int:
+def streams_of(checked: Checked) -> int:
+    """How many states the model keeps a position (hyper-connections keep several)."""
     count = checked.reading.architecture.streams
     return count(checked.reading.config) if count else 1
 
@@ -214,7 +175,7 @@ def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     return ({"use_cache": False} if takes_cache(model) else {}) | dict(inputs)
 
 
-def _result(output: Any) -> torch.Tensor:
+def result_of(output: Any) -> torch.Tensor:
     """The logits of a run, or its last hidden states: by name, or the tensor itself, or the first of a tuple."""
     found = output[0] if isinstance(output, tuple | list) and output else output
     for name in ("logits", "last_hidden_state"):

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import architectures
+from architectures import quantised
 from architectures.reading import Layer, Reading, Tap, architecture_of
 from controllability.arrays import arithmetic, relative_error
 from controllability.components.combinators import Sequence
 from controllability.components.mixture import CHOSEN, SHARES, Mixture
 from controllability.errors import BadInput, ControllabilityError, NotControllable, ReadingError
+from controllability.models.devices import refuse_offloaded
+from controllability.models.fingerprints import stored
 from controllability.models.hooks import Installation, carried
 from controllability.models.random_input import random_inputs, refuse_ids
 from controllability.models.watch import Watch
@@ -25,6 +28,8 @@ from controllability.trace import Path, Trace, node
 
 # largest relative difference that rounding explains; norms inside a float64 model run in float32
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
+# the same for a linear layer that also rounds what it reads to 8 bits, which its expression does not
+EIGHT_BITS = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,24 +113,22 @@ def _signature(reading: Reading) -> tuple[Any, ...]:
         for name in layer.params:
             module, attribute = layer.params.holder(name)
             parameter = module._parameters.get(attribute, module._buffers.get(attribute))
-            version = 0 if parameter.is_inference() else parameter._version
-            found.append((id(parameter), version, parameter.data_ptr()))
+            for _, piece in quantised.pieces(name, module, parameter):
+                version = 0 if piece.is_inference() else piece._version
+                found.append((id(parameter), version, piece.data_ptr()))
     return tuple(found)
 
 
 def _refuse_unusable(model: nn.Module, reading: Reading) -> None:
-    parameters = dict(model.named_parameters())
-    for layer in reading.layers:
-        for name, value in layer.params.items():
-            if value.is_meta:
-                raise BadInput(f"parameter {name} is on the meta device: load the weights first")
-            if not value.is_floating_point() and name in parameters:
-                raise BadInput(f"parameter {name} is {value.dtype}: quantised parameters cannot be patched")
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return  # offloaded weights come back for every forward pass
-    for name, value in (*parameters.items(), *model.named_buffers()):
-        if value.is_meta:
+    refuse_offloaded(model)
+    held = dict((*model.named_parameters(), *model.named_buffers()))
+    patched = [(layer.params, name) for layer in reading.layers for name in layer.params if name in held]
+    for name in dict.fromkeys((*(name for _, name in patched), *held)):
+        if held[name].is_meta:
             raise BadInput(f"parameter {name} is on the meta device: load the weights first")
+    for params, name in patched:
+        if isinstance(held[name], nn.Parameter) and not (name in params.quantised or held[name].is_floating_point()):
+            raise BadInput(f"parameter {name} is {held[name].dtype}: quantised parameters cannot be patched")
 
 
 def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
@@ -138,8 +141,13 @@ def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
             if not norm < float("inf") and not bool(torch.isfinite(value).all()):
                 raise BadInput(f"parameter {name} holds NaN or infinite values: nothing was changed")
             norms[name] = norm
-    for name, value in model.named_parameters():
-        if name not in norms and value.is_floating_point() and not _finite(value.detach()):
+    for name, value in stored(model):
+        if (
+            name not in norms
+            and isinstance(value, nn.Parameter)
+            and value.is_floating_point()
+            and not _finite(value.detach())
+        ):
             raise BadInput(f"parameter {name} holds NaN or infinite values: nothing was changed")
     return norms
 
@@ -250,7 +258,7 @@ def _compare_layer(layer: Layer, comparer: Comparer) -> float:
     trace = Trace(layer.block, params, lifted[0] if len(lifted) == 1 else lifted)
     for path, bound in comparer.bound.items():
         _compare_choice(layer, trace, path, bound, tolerance)
-    worst = 0.0
+    worst = _compare_quantised(layer, trace, comparer, tolerance)
     for path, real in sorted(comparer.seen.items(), key=lambda item: (not item[0], item[0])):
         expected = _computed(layer, trace, path)
         if expected.shape != real.shape:
@@ -273,6 +281,45 @@ def _compare_layer(layer: Layer, comparer: Comparer) -> float:
                 "the declaration is wrong, the family changed, or a switch is on that nobody declared"
             )
         worst = max(worst, error)
+    return worst
+
+
+def _compare_quantised(layer: Layer, trace: Trace, comparer: Comparer, tolerance: float) -> float:
+    """Hold quantised linear layers against the numbers that they stand for, each at the input that it really had.
+
+    Where one rounds its input to 8 bits, that is coarser than what holds for everything else.  So what a quantised layer
+    reads must agree as closely as anything, and what it gave is then taken from the model for all that follows.
+    """
+    worst = 0.0
+    for tap in layer.taps:
+        leaf = node(layer.block, tap.outlet)
+        if not any(p.name in layer.params.quantised for p in leaf.own_parameters()) or tap.outlet not in comparer.seen:
+            continue
+        x, y = comparer.read[tap.outlet], comparer.seen[tap.outlet]
+        finite = torch.isfinite(y).all(-1)
+        if not bool(finite.any()):
+            continue  # said below, as of any layer
+        xp = arithmetic(y)
+        found = leaf(trace.params_at(tap.outlet), xp.lift(x))
+        read, computed = (
+            relative_error(a[finite], xp.lift(b[finite])) if a.shape == b.shape else float("inf")
+            for a, b in ((trace.input(tap.inlet), x), (found, y))
+        )
+        where = f"layer {layer.index} ({layer.name})"
+        if not read <= tolerance:
+            raise ReadingError(
+                f"{where}: expression and module disagree at what {tap.module} reads: relative difference {read:.3g} on "
+                f"random input, rounding explains {tolerance:.0e}; culprit: {_before(layer, tap.inlet) or 'its input'}; "
+                "the declaration is wrong, the family changed, or a switch is on that nobody declared"
+            )
+        if not computed <= max(tolerance, EIGHT_BITS):
+            raise ReadingError(
+                f"{where}: the quantised {tap.module} does not compute what its dequantised weight says: relative "
+                f"difference {computed:.3g} on random input, inputs rounded to 8 bits explain {EIGHT_BITS}; it is quantised "
+                "in a way that is not known here; nothing was changed"
+            )
+        trace.observe_output(tap.outlet, xp.lift(y))
+        worst = max(worst, read, computed)
     return worst
 
 

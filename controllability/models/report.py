@@ -1,33 +1,96 @@
-"""What a sweep found out, layer by layer: plain data, ready for JSON and tables."""
+"""What a sweep found out, layer by layer and token by token: plain data, ready for JSON and tables."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from controllability.deltas import Delta, Shift
-from controllability.interfaces import Param
-from controllability.models.sweep import LayerSweep, LayerTarget, residual_of
+from controllability.models.recording import LayerRecord
+from controllability.models.rounding import Rounding
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One layer's numbers for every pair, in the order of ``mp.rows``: lists of length N.
+
+    ``residual``: max |difference| / max |target| of the layer's output at this token.  ``route``: the one this token
+    took.  ``amplification``: by how much the norm after the patched map magnifies a rounding error of that
+    map, relative to the largest entries of both (None without such a norm).  ``condition``, a parameter each: by how much a
+    relative rounding error of a map's two summands, its own output and what the patch adds, is
+    magnified in their sum; 1 where nothing cancels.  ``margins`` are in the order of the layer's; ``changes``
+    are relative changes, a parameter each.
+    """
+
+    residual: list[float]
+    route: list[str]
+    amplification: list[float | None]
+    condition: dict[str, list[float | None]]
+    margins: list[list[float | None]]
+    changes: dict[str, list[float | None]]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: residual of its output, margins of its side conditions, size of each patch, route taken."""
+    """One layer: residual of its output, margins of its side conditions, size of each patch, route taken.
+
+    Each number is the worst over ``tokens``, which holds them one by one; ``residual`` is relative to
+    the largest entry of all of them.
+    """
 
     index: int
     residual: float
     route: str
     why: str
     amplification: float | None
+    condition: float | None
     derivation: int
-    margins: list[dict[str, Any]] = field(default_factory=list)
-    relative_changes: dict[str, float | None] = field(default_factory=dict)
+    margins: list[dict[str, Any]]
+    relative_changes: dict[str, float | None]
+    tokens: Tokens
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerReport:
+        """What ``dataclasses.asdict`` made of one."""
+        return cls(**{**data, "tokens": Tokens(**data["tokens"])})
+
+
+class Layers(Sequence[LayerReport]):
+    """The layers' reports, each written when it is first read: the sweep does not wait for them.
+
+    ``norms`` are the Frobenius norms of the stored parameters.
+    """
+
+    def __init__(self, records: Iterable[LayerRecord], norms: dict[str, float]) -> None:
+        self._records, self._norms = list(records), norms
+        self._written: dict[int, LayerReport] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index not in self._written:
+            self._written[index] = layer_report(self._records[index], self._norms)
+        return self._written[index]
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return repr(list(self))
 
 
 @dataclass(frozen=True)
 class Report:
-    """A whole patch: options, layers, sizes.  ``residual`` is the largest of the layers'."""
+    """A whole patch: options, layers, sizes.  ``residual`` is the largest of the layers'.
+
+    ``pairs`` are (sample, position) of the source, one for each entry of the layers' tokens.  ``rounding`` says what
+    the last ``merge`` into the weights cost, parameter by parameter.
+    """
 
     scope: str
     via: str
@@ -37,65 +100,102 @@ class Report:
     numbers: int
     dense_numbers: int
     seconds: float
-    layers: list[LayerReport]
+    layers: Sequence[LayerReport]
+    pairs: list[list[int]] = field(default_factory=list)
+    rounding: list[Rounding] = field(default_factory=list)
 
     @property
     def residual(self) -> float:
         """The largest relative error of a layer's output at the paired positions."""
-        return max(layer.residual for layer in self.layers)
+        return max((layer.residual for layer in self.layers), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return asdict(self) | {"residual": self.residual}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "rounding")}
+        found = {"layers": [asdict(x) for x in self.layers], "rounding": [asdict(x) for x in self.rounding]}
+        return plain | found | {"residual": self.residual}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """What ``to_dict`` made of one; raises ``KeyError`` or ``TypeError`` for anything else."""
+        known = {f.name: data[f.name] for f in fields(cls)}
+        known["layers"] = [LayerReport.from_dict(layer) for layer in data["layers"]]
+        known["rounding"] = [Rounding(**each) for each in data["rounding"]]
+        return cls(**known)
+
+    def __str__(self) -> str:
+        """The layers as a table: the worst token of each."""
+        rows = [
+            [str(x.index), _short(x.residual), x.route, _short(x.amplification), _short(x.condition),
+             _short(min((m["margin"] for m in x.margins if m["margin"] is not None), default=None)),
+             _short(largest(x.relative_changes.values()))]
+            for x in self.layers
+        ]  # fmt: skip
+        return _aligned([["layer", *_COLUMNS], *rows])
+
+    def table(self) -> str:
+        """Every layer and token as a table for people; ``layers[i].tokens`` has the numbers."""
+        rows = []
+        for layer in self.layers:
+            seen = layer.tokens
+            for i, residual in enumerate(seen.residual):
+                pair = f"{self.pairs[i][0]}:{self.pairs[i][1]}" if self.pairs else str(i)
+                margins = [v for m in seen.margins if (v := m[i]) is not None]
+                numbers = [seen.amplification[i], largest(v[i] for v in seen.condition.values())]
+                numbers += [min(margins, default=None), largest(v[i] for v in seen.changes.values())]
+                rows.append([str(layer.index), pair, _short(residual), seen.route[i], *map(_short, numbers)])
+        return _aligned([["layer", "sample:position", *_COLUMNS], *rows])
 
 
-def layer_report(solver: LayerSweep, target: LayerTarget, norms: dict[str, float]) -> LayerReport:
-    """Report of one solved layer; ``norms`` are the Frobenius norms of the stored parameters."""
-    assert solver.output is not None
-    journal = solver.run.journal
-    routes = [value for where, value in journal.decisions.items() if not where.endswith(": why")]
-    whys = [value for where, value in journal.decisions.items() if where.endswith(": why")]
-    rules = {goal.steering.rule for goal in solver.run.goals.values()}
-    margins: dict[tuple[str, str], float | None] = {}
-    for margin in journal.margins:
-        key = (margin.condition.statement, margin.condition.where)
-        margins[key] = (
-            margin.value if margins.get(key) is None else min(margin.value or math.inf, margins[key] or math.inf)
-        )
-    changes = {str(p): _relative_change(p, delta, solver, norms) for p, delta in solver.deltas().items()}
+_COLUMNS = ["residual", "route", "amplification", "condition", "smallest margin", "largest change"]
+
+
+def layer_report(record: LayerRecord, norms: dict[str, float]) -> LayerReport:
+    """Plain numbers of what was kept of one layer."""
+    residual, count = record.residuals(), len(record.error)
+    changes = {name: record.change(name, norms) for name in record.leaves}
+    condition = {name: values for name, leaf in record.leaves.items() if (values := leaf.condition()) is not None}
+    margins = [_per_token(values, count) for _, _, values in record.margins]
+    amplification = record.amplification()
     return LayerReport(
-        index=solver.layer.index,
-        residual=residual_of(solver.output, target.outputs[()]),
-        route=routes[0] if routes else ("scale" if "O-scale" in rules else "none"),
-        why=whys[0] if whys else "the only way here",
-        amplification=journal.numbers.get("amplification"),
-        derivation=solver.choice,
-        margins=[{"statement": s, "where": w, "margin": value} for (s, w), value in margins.items()],
-        relative_changes=changes,
+        index=record.index,
+        residual=record.residual(),
+        route="+".join(dict.fromkeys(name for taken in record.routes for name in taken.route.split("+")))
+        or ("scale" if record.by_scale else "none"),
+        why="; ".join(taken.why() for taken in record.routes) or "the only way here",
+        amplification=largest(amplification),
+        condition=largest(v for values in condition.values() for v in values),
+        derivation=record.derivation,
+        margins=_merged(record.margins, margins),
+        relative_changes={name: largest(values) for name, values in changes.items()},
+        tokens=Tokens(residual, record.routes_taken(), amplification, condition, margins, changes),
     )
 
 
-def _relative_change(param: Param, delta: Delta, solver: LayerSweep, norms: dict[str, float]) -> float | None:
-    """Matrices: ‖ΔW‖/‖W‖.  Scales: max |Δm|/|m| over the channels with m ≠ 0.  Biases: ‖Δb‖/‖b‖.
-
-    The largest over the tokens; None where the stored parameter is 0.
-    """
-    scale = _component(param, solver)
-    if isinstance(delta, Shift) and scale is not None:
-        m = scale.effective(solver.layer.params)
-        alive = m != 0
-        if not bool(alive.any()):
-            return None
-        return float((delta.value / m.where(alive, m + 1)).abs().masked_fill(~alive, 0).max())
-    norm = norms[param.name]
-    return float(delta.norms().max()) / norm if norm else None
+def _per_token(values: Any, count: int) -> list[float | None]:
+    """The margins of a condition, the smallest of each token; None where it is vacuous."""
+    if values is None:
+        return [None] * count
+    values = values.reshape(1, -1).expand(count, -1) if values.numel() < count else values.reshape(count, -1)
+    return [None if math.isinf(v) else v for v in values.double().amin(-1).tolist()]
 
 
-def _component(param: Param, solver: LayerSweep) -> Any:
-    from controllability.components.scale import Scale
-    from controllability.trace import leaves
+def _merged(named: list[tuple[str, str, Any]], margins: list[list[float | None]]) -> list[dict[str, Any]]:
+    return [
+        {"statement": s, "where": w, "margin": min((v for v in values if v is not None), default=None)}
+        for (s, w, _), values in zip(named, margins, strict=True)
+    ]
 
-    for _, leaf in leaves(solver.layer.block):
-        if isinstance(leaf, Scale) and leaf.weight == param:
-            return leaf
-    return None
+
+def largest(values: Iterable[float | None]) -> float | None:
+    """The largest of the numbers among ``values``; None if there is none."""
+    return max((v for v in values if v is not None), default=None)
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

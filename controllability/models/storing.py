@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ import controllability
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.errors import PatchError
 from controllability.interfaces import Param
+from controllability.models.adapters.forms import Form, forms_of
 from controllability.models.applying import Entry
 from controllability.models.fingerprints import known_fingerprint
 from controllability.models.model_patch import ModelPatch
 from controllability.models.pairing import Rows
-from controllability.models.report import LayerReport, Report
+from controllability.models.report import Report
 
-FORMAT, VERSION = "controllability-patch", 2
+FORMAT, VERSION = "controllability-patch", 3
 TENSORS, DESCRIPTION = "patch.safetensors", "patch.json"
 
 
@@ -59,23 +62,39 @@ def save_patch(patch: ModelPatch, directory: Path, model: nn.Module | None) -> P
     mark = patch.fingerprint or patch.fingerprint_of(patch.model())
     if model is not None and (patch._model is None or patch._model() is not model) and known_fingerprint(model) != mark:
         raise PatchError("this patch was made for other weights than those of the model that was passed")
+    with written(directory) as folder:
+        save_file(_tensors(patch), folder / TENSORS)
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        description = _description(patch, mark, kind if isinstance(kind, str) else "")
+        description |= {
+            "model": patch.model_name,
+            "forms": {name: form.to_dict() for name, form in patch.forms.items()},
+        }
+        if model is not None:
+            description["model"] = str(getattr(model, "name_or_path", ""))
+            description["forms"] = {name: form.to_dict() for name, form in forms_of(model, patch.entries).items()}
+        description["tensors_sha256"] = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+        description["sha256"] = _digest(description)
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")
+    return directory
+
+
+@contextmanager
+def written(directory: Path) -> Iterator[Path]:
+    """A folder beside ``directory`` that takes its place when the context ends well, and is gone when it does not.
+
+    Raises ``PatchError`` where the file system refuses.
+    """
     temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
-        tensors = _tensors(patch)
-        save_file(tensors, temporary / TENSORS)
-        kind = getattr(getattr(model, "config", None), "model_type", "")
-        description = _description(patch, mark, kind if isinstance(kind, str) else "")
-        description["tensors_sha256"] = hashlib.sha256((temporary / TENSORS).read_bytes()).hexdigest()
-        description["sha256"] = _digest(description)
-        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")
+        yield temporary
         _flush(temporary)
         os.replace(temporary, directory)
     except OSError as error:
         raise PatchError(f"cannot write to {directory}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return directory
 
 
 def _digest(description: dict[str, Any]) -> str:
@@ -186,7 +205,9 @@ def load_patch(directory: str | Path) -> ModelPatch:
 def _read_description(directory: Path) -> dict[str, Any]:
     path = directory / DESCRIPTION
     if not path.is_file():
-        raise PatchError(f"{directory} is not a saved patch: it has no {DESCRIPTION}")
+        adapter = (directory / "adapter_config.json").is_file()
+        hint = "; it is a PEFT adapter: ct.import_peft(directory, model) reads those" if adapter else ""
+        raise PatchError(f"{directory} is not a saved patch: it has no {DESCRIPTION}{hint}")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -225,16 +246,14 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> ModelPatc
     }
     positions = tuple(tensors.get(f"positions::{role}") for role in ("source", "target"))
     inputs["positions"] = positions if positions[0] is not None else None
-    report = dict(description["report"])
-    report.pop("residual", None)
-    known = {field.name for field in dataclasses.fields(Report)}
-    layers = [LayerReport(**layer) for layer in report.pop("layers")]
     shape = (int(description["rows_shape"][0]), int(description["rows_shape"][1]))
     return ModelPatch(
         tuple(entries),
         description["scope"],
         Rows(tensors["rows.sample"], tensors["rows.position"], shape, int(description["rows_before"])),
-        Report(layers=layers, **{k: v for k, v in report.items() if k in known}),
+        Report.from_dict(description["report"]),
         inputs,
         fingerprint=description["fingerprint"],
+        model_name=str(description["model"]),
+        forms={name: Form.from_dict(form) for name, form in description["forms"].items()},
     )

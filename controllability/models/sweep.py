@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from architectures.reading import Layer, Reading, Tap
+from architectures.reading import Layer, Tap
 from controllability.arrays import arithmetic
 from controllability.components.mixture import CHOSEN, SHARES
 from controllability.deltas import Delta
 from controllability.errors import BadInput, PatchError, SideConditionFailed
 from controllability.interfaces import Param
-from controllability.models.effects import patched
-from controllability.models.hooks import Installation
+from controllability.models.effects import effect_on, patched
 from controllability.models.pairing import Rows
-from controllability.models.watch import Watch
+from controllability.models.watch import LayerHooks
 from controllability.proof import Proof
 from controllability.trace import PatchedRun, Path, Trace, node
 
@@ -77,41 +76,35 @@ class Observer:
 
     def entering(self, index: int, value: Tensor) -> None:
         check_finite(value, "target", self.layer, "entering the feed-forward half of")
-        self.calls[-1].states[index] = self.rows.of(value).clone()
+        self.calls[-1].states[index] = self.rows.taken(value)
 
     def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
         self.calls[-1].bound[path] = {CHOSEN: self.rows.of(index), SHARES: self.rows.of(shares)}
 
     def computed(self, tap: Tap, x: Tensor, y: Tensor) -> None:
-        self.calls[-1].outputs[tap.outlet] = self.rows.of(y).clone()
+        self.calls[-1].outputs[tap.outlet] = self.rows.taken(y)
 
     def leaving(self, value: Tensor) -> None:
         if self.last:  # what leaves another layer is seen entering the next one
             check_finite(value, "target", self.layer, "leaving")
-        self.calls[-1].outputs.setdefault((), self.rows.of(value).clone())
+        self.calls[-1].outputs.setdefault((), self.rows.taken(value))
         self.finished()
 
 
 def observe_target(
-    model: nn.Module, reading: Reading, inputs: Mapping[str, Any], rows: Rows, progress: Progress
+    hooks: LayerHooks, inputs: Mapping[str, Any], rows: Rows, progress: Progress
 ) -> tuple[list[list[LayerTarget]], Any]:
     """Run the model on the target's inputs; keep what the layers' taps compute at the paired rows.
 
     One list a layer, with one entry a call.  A layer that this input does not reach has none.
     """
-    installation, layers = Installation(), reading.layers
+    layers = hooks.reading.layers
     observers = []
-    try:
-        for layer in layers:
-            done = layer.index + 1
-            observer = Observer(
-                layer, rows, layer is layers[-1], lambda done=done: progress("target run", done, len(layers))
-            )
-            Watch(model, layer, observer, installation, sequence_first=reading.architecture.sequence_first)
-            observers.append(observer)
-        output = model(**inputs)
-    finally:
-        installation.undo()
+    for layer in layers:
+        done = layer.index + 1
+        finished = lambda done=done: progress("target run", done, len(layers))  # noqa: E731
+        observers.append(Observer(layer, rows, layer is layers[-1], finished))
+    output = hooks.run(observers, inputs)
     if not any(o.calls for o in observers):
         raise PatchError("no layer's hooks ran in the target run; is the model compiled or replaced?")
     for observer in observers:
@@ -134,7 +127,7 @@ class LayerSweep:
     def __init__(self, layer: Layer, proof: Proof, choice: int, target: LayerTarget, rows: Rows, scope: str) -> None:
         self.layer, self.proof, self.choice, self.target = layer, proof, choice, target
         self.rows = rows
-        self.each = rows if scope == "each" else None
+        self.each = scope == "each"
         self.states: list[Tensor | None] = [None] * len(layer.inputs)
         self.chosen: dict[Path, Tensor] = {}
         self.output: Tensor | None = None
@@ -161,25 +154,31 @@ class LayerSweep:
             self.run.bind(path, {CHOSEN: self.rows.of(index), SHARES: self.rows.of(shares)})
 
     def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor | None:
-        run = self.run
-        goals = {run.goals[path].steering.param: path for path in tap.paths if path in run.goals}
+        run, rows = self.run, self.rows
+        goals = [(path, run.goals[path].steering) for path in tap.paths if path in run.goals]
+        x_rows, y_rows = rows.of(x), rows.of(y)
         if tap.kind != "output":
-            run.observe_input(tap.inlet, self.rows.of(x))
+            run.observe_input(tap.inlet, x_rows)
         if not goals:
-            run.observe_output(tap.outlet, self.rows.of(y).clone())
+            run.observe_output(tap.outlet, rows.taken(y))
             return None
         if len(tap.paths) == 1:
-            run.observe_raw(tap.outlet, self.rows.of(y).clone())
+            run.observe_raw(tap.outlet, rows.taken(y))
         with self._located():
-            deltas = {param: run.delta(path) for param, path in goals.items()}
+            moves = [(steering, run.delta(path)) for path, steering in goals]
         chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
-        y = patched(self.layer, tap, x, y, deltas, self.each, chosen)
-        run.observe_output(tap.outlet, self.rows.of(y).clone())
+        if self.each:  # every position is patched: what the run goes on with is what was solved for
+            index = rows.of(chosen) if chosen is not None else None
+            changed = effect_on(self.layer, tap, x_rows, y_rows, moves, index).to(y.dtype)
+            run.observe_output(tap.outlet, changed)
+            return rows.put(y, changed)
+        y = patched(self.layer, tap, x, y, moves, chosen)
+        run.observe_output(tap.outlet, rows.taken(y))
         return y
 
     def leaving(self, value: Tensor) -> None:
         if self.output is None:  # a norm that is used twice shows the block's output first
-            self.output = self.rows.of(value).clone()
+            self.output = self.rows.taken(value)
         self.before = value.shape[1] - self.rows.shape[1]
 
     @contextmanager
@@ -232,8 +231,7 @@ class Sweeper:
 
 
 def sweep(
-    model: nn.Module,
-    reading: Reading,
+    hooks: LayerHooks,
     proofs: list[Proof],
     targets: list[list[LayerTarget]],
     inputs: Mapping[str, Any],
@@ -245,7 +243,7 @@ def sweep(
 
     Raises ``SideConditionFailed`` with layer, position and component when none is left.
     """
-    layers = reading.layers
+    layers = hooks.reading.layers
     choices = [0] * len(layers)
     first: dict[int, SideConditionFailed] = {}
     while True:
@@ -253,13 +251,13 @@ def sweep(
             [LayerSweep(layer, proof, choice, call, rows, scope) for call in calls]
             for layer, proof, choice, calls in zip(layers, proofs, choices, targets, strict=True)
         ]
-        installation = Installation()
+        sweepers = []
+        for layer, calls in zip(layers, solvers, strict=True):
+            done = layer.index + 1
+            finished = lambda done=done: progress("source sweep", done, len(layers))  # noqa: E731
+            sweepers.append(Sweeper(layer, calls, finished))
         try:
-            for layer, calls in zip(layers, solvers, strict=True):
-                done = layer.index + 1
-                sweeper = Sweeper(layer, calls, lambda done=done: progress("source sweep", done, len(layers)))
-                Watch(model, layer, sweeper, installation, sequence_first=reading.architecture.sequence_first)
-            output = model(**inputs)
+            output = hooks.run(sweepers, inputs)
         except SideConditionFailed as failed:
             assert failed.layer is not None
             if failed.final:
@@ -271,8 +269,6 @@ def sweep(
                 original.tried = f"{choices[failed.layer]} derivations that move different parameters"
                 raise original from None
             continue
-        finally:
-            installation.undo()
         done = [solver for calls in solvers for solver in calls]
         for solver in done:
             if solver.output is None:

@@ -6,13 +6,13 @@ expert), a listener sees (B, T, …), and what it gives back goes on in the mode
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from architectures.reading import Layer, Tap
+from architectures.reading import Layer, Reading, Tap
 from architectures.registry import Seen
 from controllability.errors import ReadingError
 from controllability.models.experts import listen
@@ -46,13 +46,13 @@ class LayerListener(Protocol):
 
 
 class Watch:
-    """Attaches a listener to one layer.  ``taps`` are those it wants to hear of."""
+    """Attaches to one layer and tells ``listener``, if there is one.  ``taps`` are those it wants to hear of."""
 
     def __init__(
         self,
         model: nn.Module,
         layer: Layer,
-        listener: LayerListener,
+        listener: LayerListener | None,
         installation: Installation,
         taps: Iterable[Tap] | None = None,
         states: bool = True,
@@ -66,7 +66,7 @@ class Watch:
         installation.before(module, self._begin)
         if states:
             for index, seen in enumerate(layer.inputs):
-                self._at(installation, model, seen, lambda value, index=index: listener.entering(index, value))
+                self._at(installation, model, seen, index)
         wanted = tuple(layer.taps if taps is None else taps)
         for tap in wanted:
             if tap.kind in ("module", "weight", "output"):
@@ -76,19 +76,31 @@ class Watch:
             experts = model.get_submodule(layer.experts[path])
             listen(installation, module, experts, _Slots(self, path, stages, set(wanted)))
         if states:
-            self._at(installation, model, layer.output, listener.leaving)
+            self._at(installation, model, layer.output)
 
     def _begin(self, x: Tensor) -> None:
+        if self.listener is None:
+            return
         if isinstance(x, Tensor) and x.ndim == 3:
             self.grid = (x.shape[1], x.shape[0]) if self.sequence_first else (x.shape[0], x.shape[1])
         self.listener.begins()
 
-    def _at(self, installation: Installation, model: nn.Module, seen: Seen, tell: Any) -> None:
+    def _at(self, installation: Installation, model: nn.Module, seen: Seen, index: int | None = None) -> None:
+        """Tell of a state: input ``index`` of the block, or its output."""
+
+        def tell(value: Tensor) -> None:
+            if self.listener is None:
+                return
+            if index is None:
+                self.listener.leaving(self.fold(value))
+            else:
+                self.listener.entering(index, self.fold(value))
+
         module = model.get_submodule(seen.module)
         if seen.when == "before":
-            installation.before(module, lambda x: tell(self.fold(x)), seen.argument)
+            installation.before(module, tell, seen.argument)
         else:
-            installation.after(module, lambda x, output: tell(self.fold(first_tensor(output))))
+            installation.after(module, lambda x, output: tell(first_tensor(output)))
 
     def _tap(self, installation: Installation, model: nn.Module, tap: Tap) -> None:
         module = model.get_submodule(tap.module)
@@ -96,6 +108,8 @@ class Watch:
         inside = any(tap.inlet[: len(m) + 1] == (*m, 1) for m in self.layer.experts)
 
         def told(x: Tensor, y: Tensor) -> Tensor | None:
+            if self.listener is None:
+                return None
             x, folded = self.fold(x), self.fold(y)
             if inside:  # before the experts' own maps a token is one slot for all of them
                 x, folded = x[:, :, None], folded[:, :, None]
@@ -121,6 +135,8 @@ class Watch:
     def fold(self, x: Tensor, slots: bool = False) -> Tensor:
         """As the model has it -> (B, T, n), or (B, T, k, n) of chosen experts."""
         batch, length = self.grid
+        if x.ndim == 3 and not slots and batch and x.shape[:2] == (batch, length) and not self.sequence_first:
+            return x  # as most models have it
         if not batch:
             raise ReadingError(
                 f"layer {self.layer.name}: its modules run outside of its own call: they are shared with another layer"
@@ -142,7 +158,45 @@ class Watch:
 
     def unfold(self, x: Tensor, like: Tensor) -> Tensor:
         """(B, T, …) -> the shape of ``like``."""
+        if x.shape == like.shape and not self.sequence_first:
+            return x
         return (x.transpose(0, 1) if self.sequence_first else x).reshape(like.shape)
+
+
+class LayerHooks:
+    """Hooks on every layer of a model, put on once: each run says who listens, if anybody does.
+
+    A context manager; on exit the hooks are gone and every bit is what it was.
+    """
+
+    def __init__(self, model: nn.Module, reading: Reading) -> None:
+        self.model, self.reading = model, reading
+        self._installation = Installation()
+        self._watches: list[Watch] = []
+
+    def __enter__(self) -> LayerHooks:
+        sequence_first = self.reading.architecture.sequence_first
+        try:
+            for layer in self.reading.layers:
+                watch = Watch(self.model, layer, None, self._installation, sequence_first=sequence_first)
+                self._watches.append(watch)
+        except BaseException:
+            self._installation.undo()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._installation.undo()
+
+    def run(self, listeners: Sequence[LayerListener], inputs: Mapping[str, Any]) -> Any:
+        """The model's output on ``inputs``; one listener a layer, or none at all."""
+        for watch, listener in zip(self._watches, listeners, strict=bool(listeners)):
+            watch.listener = listener
+        try:
+            return self.model(**inputs)
+        finally:
+            for watch in self._watches:
+                watch.listener = None
 
 
 class _Slots:
@@ -155,6 +209,8 @@ class _Slots:
         self.order: Tensor | None = None
 
     def routed(self, index: Tensor, shares: Tensor) -> None:
+        if self.watch.listener is None:
+            return
         self.order = index.argsort(-1)
         self.told = {"first": 0, "last": 0}
         index, shares = index.gather(-1, self.order), shares.gather(-1, self.order)
@@ -167,6 +223,9 @@ class _Slots:
         return self._stage("last", x, y)
 
     def _stage(self, stage: str, x: Tensor, y: Tensor) -> Tensor:
+        listener = self.watch.listener
+        if listener is None:
+            return y
         tap = self.taps[stage][self.told[stage]]
         self.told[stage] += 1
         if tap not in self.wanted:
@@ -177,7 +236,7 @@ class _Slots:
         def told(a: Tensor) -> Tensor:
             return self.watch.fold(a if a.shape[1] == 1 else torch.take_along_dim(a, order, 1), True)
 
-        changed = self.watch.listener.computed(tap, told(x), told(y))
+        changed = listener.computed(tap, told(x), told(y))
         if changed is None:
             return y
         back = self.order.argsort(-1)

@@ -63,13 +63,15 @@ def unpatched_errors(model: Any, target: Mapping[str, Any], source: Mapping[str,
     from controllability.models.patching import without_cache
     from controllability.models.reading_check import checked_reading
     from controllability.models.sweep import observe_target, residual_of
+    from controllability.models.watch import LayerHooks
 
     source_rows, target_rows = pair(target, source, scope)
     checked = checked_reading(model)
-    runs = [
-        observe_target(model, checked.reading, without_cache(model, inputs), rows, lambda *_: None)[0]
-        for inputs, rows in ((source, source_rows), (target, target_rows))
-    ]
+    with LayerHooks(model, checked.reading) as hooks:
+        runs = [
+            observe_target(hooks, without_cache(model, inputs), rows, lambda *_: None)[0]
+            for inputs, rows in ((source, source_rows), (target, target_rows))
+        ]
     calls = [[call for layer in run for call in layer] for run in runs]
     return [residual_of(s.outputs[()], t.outputs[()]) for s, t in zip(*calls, strict=True)]
 

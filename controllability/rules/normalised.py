@@ -14,7 +14,7 @@ from controllability.deltas import Delta, Shift
 from controllability.interfaces import Component, Condition, Param
 from controllability.rules.base import Attempt, Rule, Search, Side, Step, Wanted, construct, disturbs, shared
 from controllability.rules.schema import Assumed, Schema, schema
-from controllability.trace import Goal, Margin, PatchedRun, Place
+from controllability.trace import Goal, Margin, PatchedRun, Place, RouteTaken
 
 LAST_RESORT = 3  # cost of the ball route where another one was asked for
 
@@ -141,7 +141,7 @@ class _Normalised:
         if self.route == "auto":
             answer, used, why = routes.choose(G, m, y, self.eps, stored)
         else:
-            answer, used, why = routes.candidate(self.route, G, m, y, self.eps, stored), self.route, "asked for"
+            answer, used, why = routes.candidate(self.route, G, m, y, self.eps, stored), self.route, lambda: "asked for"
         if not xp.all(answer.open):
             bad, tokens = int((~answer.open).reshape(-1).nonzero()[0].reshape(-1)[0]), tuple(answer.open.shape[:-1])
             if not xp.exact and not xp.all(xp.is_zero((G + y) * 0)):
@@ -154,11 +154,10 @@ class _Normalised:
             raise self.step.conditions[0].failed(left, bad, tokens, f"route {self.route}")
         room = routes.room(answer) if self.route == "ball" else None
         run.journal.margins.append(Margin(self.step.conditions[0], room))
-        run.journal.decisions[where] = used
-        run.journal.decisions[f"{where}: why"] = why
-        if not xp.exact:
+        spread = answer.amplified
+        if spread is None and not xp.exact:
             spread = routes.amplification(answer, G, y, self.eps)
-            run.journal.numbers["amplification"] = xp.to_float(xp.max(spread.reshape(-1)).reshape(()))
+        run.journal.routes.append(RouteTaken(where, used, why, answer.options, answer.winner, spread))
         return answer
 
     def _rounding(self, scale: Scale) -> Callable[[Array], Array]:

@@ -1,0 +1,155 @@
+"""What each command takes.  Nothing heavy is imported here, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Callable
+from typing import NamedTuple
+
+VIA, ROUTES = ("input-output", "output"), ("auto", "scale", "secular", "uniform", "ball")
+LEVELS, FORMATS = ("derived", "symbolic", "exact", "numeric"), ("text", "latex", "html", "json")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+class Command(NamedTuple):
+    """One command: what it does in a sentence, an example, and what adds its arguments to a parser."""
+
+    what: str
+    example: str
+    arguments: Callable[[ArgumentParser], None]
+
+
+def _demo(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", help="also write a picture of every layer's error and patch sizes")
+    parser.add_argument(
+        "--worlds", type=int, default=8, metavar="N", help="how many fresh contexts to draw (default 8)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which contexts are drawn (default 0)")
+    parser.add_argument("--scope", choices=("each", "last"), default="each", help="see the patch command")
+    parser.add_argument("--route", choices=ROUTES, default="auto")
+
+
+def _list(parser: ArgumentParser) -> None:
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/architectures.md")
+
+
+def _prove(parser: ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="an architecture or a model type; see controllability list")
+    parser.add_argument("--via", choices=VIA, default="input-output", help="Theorem 1 (default) or 1b")
+    parser.add_argument("--route", choices=ROUTES, default="auto", help="what a normalised output does (default auto)")
+    parser.add_argument("--level", choices=LEVELS, default="derived", help="what to run (default derived: nothing)")
+    parser.add_argument("--format", choices=FORMATS, default="text")
+
+
+def _recheck(parser: ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="written by controllability prove NAME --json, or Proof.to_dict()")
+    parser.add_argument("--level", choices=LEVELS, default="derived", help="what to run beside (default derived)")
+
+
+def _patch(parser: ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("--context", required=True, metavar="TEXT")
+    parser.add_argument("--query", required=True, metavar="TEXT")
+    parser.add_argument(
+        "--scope",
+        choices=("each", "last", "all"),
+        default="each",
+        help="a patch for each position (default), or one for the last",
+    )
+    _solving(parser)
+    parser.add_argument(
+        "--positions",
+        choices=("keep", "reset"),
+        default="keep",
+        help="positions of the query: as in the target (default), or from 0",
+    )
+    parser.add_argument("--out", metavar="DIR", help="save the patch here; must be new or empty")
+
+
+def _verify(parser: ArgumentParser) -> None:
+    _model(parser, "the model it was made for")
+    parser.add_argument("patch", metavar="PATCH_DIR")
+
+
+def _generate(parser: ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="may be given several times: one batch"
+    )
+    parser.add_argument("--tokens", type=int, default=20, metavar="N", help="how many to generate (default 20)")
+    _solving(parser)
+    parser.add_argument(
+        "--follow",
+        choices=("target", "patched"),
+        default="target",
+        help="whose tokens the history is made of: the contextual model's (default), or the patched model's own",
+    )
+    parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    parser.add_argument("--temperature", type=float, metavar="T", help="with --sample (default: the model's own)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="with --sample: draw among the K likeliest")
+    parser.add_argument("--top-p", type=float, metavar="P", help="with --sample: among the likeliest that make up P")
+    parser.add_argument("--seed", type=int, metavar="S", help="with --sample: which tokens are drawn (default 0)")
+
+
+def _export(parser: ArgumentParser) -> None:
+    parser.add_argument("patch", metavar="PATCH_DIR", help="written by controllability patch --scope last --out")
+    parser.add_argument("--peft", required=True, metavar="DIR", help="write the adapter here; must be new or empty")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="the model it was made for (default: the directory that the patch remembers)"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that a model directory brings (off by default)"
+    )
+
+
+def _model(parser: ArgumentParser, what: str = "directory written by save_pretrained, or a Hub id") -> None:
+    parser.add_argument("model", metavar="MODEL", help=f"{what}; embedded is the package's own trained model")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that a model directory brings (off by default)"
+    )
+
+
+def _solving(parser: ArgumentParser) -> None:
+    parser.add_argument("--via", choices=VIA, default="input-output")
+    parser.add_argument("--route", choices=ROUTES, default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32; float64 computes exactly")
+
+
+COMMANDS = {
+    "demo": Command(
+        "The embedded trained model: facts in the context, questions without it.",
+        "controllability demo --out pictures",
+        _demo,
+    ),
+    "list": Command("Registered architectures.", "controllability list --json", _list),
+    "prove": Command(
+        "Proof that a family's block is patchable, or the refusal.",
+        "controllability prove gemma3 --level symbolic",
+        _prove,
+    ),
+    "recheck": Command(
+        "Rebuild a written proof and check every node of it again, without search.",
+        "controllability prove gemma3 --json > p.json\n  controllability recheck p.json --level numeric",
+        _recheck,
+    ),
+    "patch": Command(
+        "Patches that replace a context, on a model directory or Hub id.",
+        'controllability patch MODEL_DIR --context "Mia lives in Oslo ." --query "Where does Mia live ?"',
+        _patch,
+    ),
+    "verify": Command(
+        "Reload a saved patch and check it against a fresh target run.",
+        "controllability verify MODEL_DIR PATCH_DIR",
+        _verify,
+    ),
+    "generate": Command(
+        "Generate with the context, and token for token without it from patched weights.",
+        'controllability generate embedded --prompt "Mia lives in Oslo . Where does Mia live ?" --tokens 8',
+        _generate,
+    ),
+    "export": Command(
+        "Write a saved patch as an adapter that peft loads, and check it there.",
+        "controllability export PATCH_DIR --peft ADAPTER_DIR",
+        _export,
+    ),
+}

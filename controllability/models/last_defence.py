@@ -1,0 +1,68 @@
+"""The last line of defence: a patched run that is nowhere near its target met something that nobody declared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from controllability.arrays import arithmetic
+from controllability.errors import NotVerified
+from controllability.models.sweep import LayerSweep
+
+# relative error at which a patched row is nowhere near its target: far above what rounding explains
+UNREACHED = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.25}
+
+# largest relative error of a model's output that counts as verified
+VERIFIED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+AFTER_THE_LAST_LAYER = (
+    "something after the last patched layer depends on the context or on the token (a mixer, per-layer embeddings, "
+    "an adapter that the runs choose differently)"
+)
+
+
+def refuse_unreached(solvers: list[LayerSweep]) -> float:
+    """Raise ``NotVerified`` where a layer, patched, misses its target; else the largest relative error of a row."""
+    rows = [_row_errors(_output(s), s.target.outputs[()]) for s in solvers]
+    worst = torch.stack([errors.max().double().cpu() for errors in rows]).tolist()
+    for solver, errors, error in zip(solvers, rows, worst, strict=True):
+        if solver.proof.route in ("ball", "scale"):
+            continue  # asked for, and known to amplify rounding
+        dtypes = {_output(solver).dtype, *solver.layer.params.dtypes} & set(UNREACHED)
+        if error > max(UNREACHED[d] for d in dtypes):
+            raise NotVerified(
+                f"layer {solver.layer.index} ({solver.layer.name}), {solver.rows.name(int(errors.argmax()))}: with its "
+                f"patch it misses the target run by {error:.2g} (relative), more than rounding explains: on this input "
+                "the model computes something that its expression does not have (a mask, or a switch that depends on "
+                "the input); nothing was changed"
+            )
+    return max(worst)
+
+
+def refuse_other_output(found: Tensor, wanted: Tensor, worst: float, name: Callable[[int], str], why: str) -> None:
+    """Raise ``NotVerified`` where all layers reach their targets (``worst`` says so) and the model's output (N, n) does not."""
+    if worst > UNREACHED[torch.float32]:
+        return  # half precision, or a route that amplifies: the layers' residuals say it
+    errors = _row_errors(found, wanted)
+    error, row = float(errors.max()), int(errors.argmax())
+    if error > 10 * UNREACHED.get(found.dtype, 1e-3):
+        raise NotVerified(
+            f"every layer reaches its target, and the model's output at {name(row)} misses the target run by {error:.2g} "
+            f"(relative): {why}; nothing was changed"
+        )
+
+
+def _output(solver: LayerSweep) -> Tensor:
+    assert solver.output is not None
+    return solver.output
+
+
+def _row_errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """The relative error of each row of (N, n), each against its own size, (N,)."""
+    xp = arithmetic(wanted)
+    found, wanted = xp.lift(found), xp.lift(wanted)
+    size = wanted.abs().amax(-1)
+    floor = 1e-6 * size.max() + torch.finfo(size.dtype).tiny
+    return (found - wanted).abs().amax(-1) / torch.maximum(size, floor)
