@@ -33,15 +33,14 @@ class Param:
     shape: tuple[int | str, ...] = field(default=(), compare=False)
     index: tuple[slice, ...] = ()
 
-    def __post_init__(self) -> None:
-        parts = ",".join(":".join("" if e is None else str(e) for e in _ends(s)) for s in self.index)
-        object.__setattr__(self, "_text", f"{self.name}[{parts}]" if parts else self.name)
-
     def __str__(self) -> str:
-        return self._text  # type: ignore[attr-defined]
+        if not self.index:
+            return self.name
+        parts = ",".join(":".join("" if e is None else str(e) for e in _ends(s)) for s in self.index)
+        return f"{self.name}[{parts}]"
 
     def __hash__(self) -> int:
-        return hash(self._text)  # type: ignore[attr-defined]
+        return hash(str(self))
 
     def value(self, params: Params) -> Any:
         """The array of this parameter, or the patched matrix.  Raises ``BadInput`` when it is missing."""

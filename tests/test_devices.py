@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import error, hook_count, runs, tiny_gemma, unchanged
+from torch import nn
 
 import controllability as ct
+from controllability.models.hooks import Installation
 
 accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("accelerate.hooks")
 ROUNDING = 5e-6
 PARTS = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
 
@@ -100,12 +103,33 @@ def test_a_patch_is_not_applied_to_a_model_that_was_offloaded_since(tmp_path):
         assert error(model(**source).logits, mp.target_logits) > 0.1
 
 
+def test_a_model_that_is_offloaded_after_its_first_patch_is_refused(tmp_path):
+    model = tiny_gemma(tie_word_embeddings=False)
+    target, source = runs(context=9, query=4)
+    ct.patch_model(model, target, source)
+    with pytest.raises(ct.BadInput, match=r"parameter lm_head.weight is offloaded"):
+        ct.patch_model(spread(model, tmp_path, lm_head="disk"), target, source)
+
+
 def test_offloading_to_the_cpu_is_refused(gemma):
     """What a device_map with "cpu" beside an accelerator does; here the accelerator is the CPU as well."""
     target, source = runs(context=9, query=4)
     model = accelerate.cpu_offload(gemma, execution_device="cpu")
     with pytest.raises(ct.BadInput, match=r"parameter model\.\S+ is offloaded"):
         ct.patch_model(model, target, source)
+
+
+def test_what_hooks_are_told_is_on_the_modules_device():
+    """At the border of two devices torch's hooks see the input before accelerate has moved it."""
+    module, told = nn.Linear(2, 2).to("meta"), []
+    accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook(execution_device="meta"))
+    installation = Installation()
+    installation.before(module, lambda x: told.append(x.device.type))
+    installation.after(module, lambda x, y: told.append(x.device.type))
+    module(torch.zeros(1, 2))
+    installation.undo()
+    assert told == ["meta", "meta"]
+    assert hook_count(module) == 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs an accelerator beside the CPU")

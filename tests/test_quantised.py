@@ -226,6 +226,19 @@ def test_changed_integers_are_noticed(form):
         pass
 
 
+def test_a_model_that_is_quantised_after_its_first_patch_is_read_anew(form):
+    model = tiny_gemma(d=64, h=128)
+    target, source = runs(context=9, query=4)
+    old = ct.patch_model(model, target, source)
+    FORMS[form](model)
+    with pytest.raises(ct.PatchError, match="changed since this patch was made"), old.applied(model):
+        pass
+    mp = ct.patch_model(model, target, source)
+    with torch.no_grad(), mp.applied(model):
+        assert error(model(**source).logits, mp.target_logits) < ROUNDING[torch.float32]
+    assert checked_reading(model).reading.layers[0].params.quantised
+
+
 # -------------------------------------------------------------------------------- what was checked
 
 

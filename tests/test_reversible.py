@@ -179,6 +179,14 @@ def test_three_patches_on_top_of_each_other(gemma):
     assert hook_count(gemma) == 0
 
 
+def test_a_module_that_is_replaced_is_read_anew(patched):
+    """The reading that was checked is of another module then: one without parameters just as well."""
+    model, _, target, source = patched
+    model.model.layers[1].mlp.act_fn = torch.nn.Tanh().eval()
+    with pytest.raises(ct.ReadingError, match=r"layer 1 .*expression and module disagree"):
+        ct.patch_model(model, target, source)
+
+
 # ------------------------------------------------------------------------------ where it may be stopped
 
 

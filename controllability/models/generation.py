@@ -211,7 +211,8 @@ class _Loop:
         targets, solvers, self._output = together(self.hooks, self.proofs, wide, batch, running)
         groups = self._output.logits[:, -1].split(batch)
         target, patched, without = groups[0][running], groups[1][running], groups[2][running] if self.control else None
-        seconds = dict.fromkeys(("target", "patched"), (time.perf_counter() - started) / 2)
+        half = (time.perf_counter() - started) / 2
+        seconds = {"target": half, "patched": half}
         if solvers is None or self.one_pass is None:
             swept, alone = self._sweep(targets, source)
             if self.one_pass is None and solvers is not None:

@@ -32,6 +32,12 @@ def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n
     return inspect.signature(module.forward).bind(*args, **kwargs).arguments[name]
 
 
+def on_its_device(module: nn.Module, value: Any) -> Any:
+    """A module's input as the module gets it: accelerate moves it to the module's device, but after torch's hooks."""
+    device = getattr(vars(module).get("_hf_hook"), "execution_device", None)
+    return value if device is None or not isinstance(value, Tensor) else value.to(device)
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile(model)``; any other model as it is."""
     while isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
@@ -124,7 +130,8 @@ class Installation:
         """Call ``hook(first argument)``, or with the argument ``name``, before every forward of ``module``."""
 
         def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hook(argument(module, args, kwargs, name) if name else first_argument(args, kwargs))
+            given = argument(module, args, kwargs, name) if name else first_argument(args, kwargs)
+            hook(on_its_device(module, given))
 
         self._undo.append(lambda: _unhook(call, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
         module.register_forward_pre_hook(call, with_kwargs=True)
@@ -133,7 +140,7 @@ class Installation:
         """Call ``hook(first argument, output)`` after every forward; what it returns replaces the output."""
 
         def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            return hook(first_argument(args, kwargs), output)
+            return hook(on_its_device(module, first_argument(args, kwargs)), output)
 
         self._undo.append(lambda: _unhook(call, module._forward_hooks, module._forward_hooks_with_kwargs))
         module.register_forward_hook(call, with_kwargs=True)

@@ -76,18 +76,19 @@ def checked_reading(model: nn.Module, example: Mapping[str, Any] | None = None) 
     if training:
         which = f"module {training[0]}" if training[0] else "the model"
         raise BadInput(f"{which} is in training mode: call model.eval() first, dropout would make runs differ")
+    refuse_offloaded(model)
     known = _CHECKED.get(model)
     if (
         known is not None
         and known.reading.architecture is architecture_of(model)  # it may have been registered anew
-        and (carried(model) or known.signature == _signature(known.reading))
+        and (carried(model) or known.signature == _signature(model, known.reading))
     ):
         return known
     reading = architectures.read(model)
     _refuse_unusable(model, reading)
     norms = _norms(model, reading)
     worst, embedding, length = _compared(model, reading, example)
-    _CHECKED[model] = Checked(reading, norms, _signature(reading), worst, embedding, length)
+    _CHECKED[model] = Checked(reading, norms, _signature(model, reading), worst, embedding, length)
     return _CHECKED[model]
 
 
@@ -107,8 +108,9 @@ def _compared(
     raise AssertionError("unreachable")
 
 
-def _signature(reading: Reading) -> tuple[Any, ...]:
-    found = []
+def _signature(model: nn.Module, reading: Reading) -> tuple[Any, ...]:
+    """What is the same as long as nothing was replaced or written to: modules, parameters and their versions."""
+    found: list[Any] = list(model.modules())[1:]  # not the model itself, which could never be forgotten then
     for layer in reading.layers:
         for name in layer.params:
             module, attribute = layer.params.holder(name)
@@ -120,7 +122,6 @@ def _signature(reading: Reading) -> tuple[Any, ...]:
 
 
 def _refuse_unusable(model: nn.Module, reading: Reading) -> None:
-    refuse_offloaded(model)
     held = dict((*model.named_parameters(), *model.named_buffers()))
     patched = [(layer.params, name) for layer in reading.layers for name in layer.params if name in held]
     for name in dict.fromkeys((*(name for _, name in patched), *held)):

@@ -85,13 +85,13 @@ def possible(inputs: Mapping[str, Any], streams: int) -> bool:
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    cache: Any = inputs.get("past_key_values")
-    mask = inputs.get("attention_mask")
-    if type(cache) is not DynamicCache or streams > 1 or not cache.layers:
+    cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+    layers: list[Any] = getattr(cache, "layers", [])
+    if type(cache) is not DynamicCache or streams > 1:
         return False
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return False
-    keys = [layer.keys for layer in cache.layers if layer.get_seq_length()]
+    keys = [layer.keys for layer in layers if layer.get_seq_length()]
     known = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
     others = any(isinstance(v, Tensor | list | dict | tuple) for k, v in inputs.items() if k not in known)
     return (
