@@ -201,9 +201,9 @@ def secular(xp: Arithmetic, G: Array, m: Array, q: Array) -> tuple[Array, Array]
 def amplification(chosen: Candidate, G: Array, y: Array, eps: Any) -> Array:
     """How much a rounding error of W y is magnified in the output, relative to max |G|: (..., 1)."""
     xp = arithmetic(G, y)
-    size = xp.max(xp.magnitude(y)) + xp.max(xp.magnitude(chosen.before))
+    size = xp.largest(y) + xp.largest(chosen.before)
     r = xp.or_one(xp.sqrt(xp.mean(chosen.before * chosen.before) + xp.number(eps)))
-    return xp.max(xp.magnitude(chosen.scale)) * size / r / xp.or_one(xp.max(xp.magnitude(G)))
+    return xp.largest(chosen.scale) * size / r / xp.or_one(xp.largest(G))
 
 
 def relative_change(scale: Array, m: Array) -> Array:
@@ -211,7 +211,7 @@ def relative_change(scale: Array, m: Array) -> Array:
     xp = arithmetic(scale, m)
     change = scale - m
     change = xp.where(xp.is_zero(m), xp.zeros_like(change), change)
-    return xp.max(xp.magnitude(change / xp.or_one(m)))
+    return xp.largest(change / xp.or_one(m))
 
 
 def choose(G: Array, m: Array, y: Array, eps: Any, stored: Any) -> tuple[Candidate, str, Callable[[], str]]:

@@ -112,7 +112,7 @@ def test_every_family_is_exported_or_refused_by_its_reason(tmp_path):
 def test_other_dtypes(name, dtype, tmp_path):
     model, mp, _ = patched(name, dtype)
     done = mp.export_peft(tmp_path / "adapter", model)
-    assert done.check.error <= checking.TOLERANCE[dtype] < 0.5 < done.check.unpatched
+    assert done.check.error <= checking.VERIFIED[dtype] < 0.5 < done.check.unpatched
 
 
 def test_scope_each_with_one_position(gemma, tmp_path):

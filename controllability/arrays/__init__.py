@@ -103,7 +103,7 @@ def relative_error(found: Array, wanted: Array) -> float:
     found, wanted = xp.lift(found), xp.lift(wanted)
     difference = xp.magnitude(found - wanted).reshape(-1)
     largest = xp.to_float(xp.max(difference).reshape(()))
-    scale = xp.to_float(xp.max(xp.magnitude(wanted).reshape(-1)).reshape(()))
+    scale = xp.to_float(xp.largest(wanted.reshape(-1)).reshape(()))
     if largest == 0:
         return 0.0
     return largest / scale if scale else math.inf

@@ -108,6 +108,10 @@ class Arithmetic:
         """One row k times: (..., 1, n) -> (..., k, n)."""
         return x[..., [0] * k, :]
 
+    def largest(self, x: Array) -> Array:
+        """Largest |feature|, keeping the axis."""
+        return self.max(self.magnitude(x))
+
     def smallest(self, x: Array) -> Array:
         """Smallest |feature|, keeping the axis; in symbols the product, which is 0 exactly when one is."""
         return self.min(self.magnitude(x))

@@ -96,6 +96,12 @@ class TorchArithmetic(Arithmetic):
     def max(self, x: Array) -> Array:
         return x.amax(-1, keepdim=True)
 
+    def largest(self, x: Array) -> Array:
+        return self.torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True)
+
+    def mean(self, x: Array) -> Array:
+        return x.mean(-1, keepdim=True)
+
     def min(self, x: Array) -> Array:
         return x.amin(-1, keepdim=True)
 

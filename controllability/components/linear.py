@@ -68,7 +68,7 @@ class Linear(Component, Steerable):
         if xp.exact:
             right = x / dot(x, x)
         else:  # x/‖x‖² without squaring a number that is too large or too small to be squared
-            size = xp.max(xp.magnitude(x))
+            size = xp.largest(x)
             unit = x / size
             right = unit / (dot(unit, unit) * size)
         return LowRank(gap[..., None, :], right[..., None, :], transposed=self.layout == "in_out")
@@ -76,7 +76,7 @@ class Linear(Component, Steerable):
 
 def _size(x: Array, gap: Array) -> Array:
     xp = arithmetic(x)
-    return dot(x, x) if xp.exact else xp.max(xp.magnitude(x))
+    return dot(x, x) if xp.exact else xp.largest(x)
 
 
 def _low_rank_effect(x: Array, delta: Delta) -> Array:

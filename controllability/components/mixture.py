@@ -81,7 +81,7 @@ class ExpertLinear(Component, Steerable):
         xp = arithmetic(x, gap)
         x = _spread(x, index)
         # x/‖x‖² without squaring a number that is too large or too small to be squared; 0 where x is 0
-        size = dot(x, x) if xp.exact else xp.max(xp.magnitude(x))
+        size = dot(x, x) if xp.exact else xp.largest(x)
         size = xp.where(xp.is_zero(size), size + 1, size)
         unit = x / size
         norm = dot(unit, unit)
@@ -98,8 +98,8 @@ def _spread(x: Array, index: Array) -> Array:
 
 def _smallest_needed_input(x: Array, gap: Array) -> Array:
     xp = arithmetic(x, gap)
-    size = dot(x, x) if xp.exact else xp.max(xp.magnitude(x))
-    needed = dot(gap, gap) if xp.exact else xp.max(xp.magnitude(gap))
+    size = dot(x, x) if xp.exact else xp.largest(x)
+    needed = dot(gap, gap) if xp.exact else xp.largest(gap)
     far = xp.zeros_like(needed) + (1 if xp.exact else float("inf"))
     return xp.smallest(xp.where(xp.is_zero(needed), far, size + xp.zeros_like(needed))[..., 0])
 

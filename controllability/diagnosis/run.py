@@ -195,7 +195,7 @@ def _epsilon_of(step: Step, like: Array) -> Any:
 def _parallel(xp: Any, a: Array, b: Array, fit: float) -> Array:
     size = xp.sum(b * b)
     factor = xp.sum(a * b) / xp.where(xp.is_zero(size), size + 1, size)
-    return (xp.max(xp.magnitude(a - factor * b)) <= fit * xp.max(xp.magnitude(a))) & (factor > 0)
+    return (xp.largest(a - factor * b) <= fit * xp.largest(a)) & (factor > 0)
 
 
 def _in_the_ball(step: Step, u: Array) -> Array:

@@ -50,7 +50,7 @@ class Applier:
         self.calls = 1 + max(entry.call for entry in entries)
         self.call = -1
         self.chosen: dict[NodePath, Tensor] = {}
-        self.whole = rows is not None and rows.complete  # deltas then lie on the grid of the states
+        self.whole = rows is not None and rows.complete and not rows.before  # deltas lie on the grid of the states
         self.moves: dict[Tap, list[list[Move]]] = {}
         for entry in entries:
             tap = next((t for t in layer.taps if entry.param in parameters_at(layer, t)), None)
@@ -87,7 +87,7 @@ class Applier:
         chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
         if self.rows is None:
             return patched(self.layer, tap, x, y, moves, chosen)
-        if self.whole and y.shape[1] == self.rows.shape[1]:
+        if self.whole:
             return effect_on(self.layer, tap, x, y, moves, chosen).to(y.dtype)
         index = self.rows.of(chosen) if chosen is not None else None
         changed = effect_on(self.layer, tap, self.rows.of(x), self.rows.of(y), moves, index)
@@ -99,6 +99,19 @@ class Applier:
         if any(device_of(delta) != like.device for _, delta in held):
             held = self.moves[tap][self.call] = [(steering, to_device(d, like)) for steering, d in held]
         return held
+
+
+def refuse_other_tokens(given: Any, valid: Tensor) -> None:
+    """Raise ``PatchError`` where a patch for each position is run on other tokens than those it was made for."""
+    if not isinstance(given, Tensor) or given.shape != valid.shape:
+        return  # embeddings, or another length: refused where the layers see it
+    if different := (given.cpu() != valid.cpu()).nonzero().tolist():
+        sample, position = different[0]
+        raise PatchError(
+            f"this patch of scope 'each' is valid for the tokens it was made for: at sample {sample}, position {position} it "
+            f"is token {int(valid[sample, position])}, the model got {int(given[sample, position])}; make a patch for these "
+            "tokens, or use scope 'last', which is one patch for any input"
+        )
 
 
 def on_grid(delta: Any, shape: tuple[int, int]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from controllability.errors import PatchError
+from controllability.errors import BadInput, PatchError
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -27,9 +27,9 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
 
 
-def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Tensor:
-    """What ``module`` was called with for the parameter ``name`` of its forward."""
-    return inspect.signature(module.forward).bind(*args, **kwargs).arguments[name]
+def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """What ``module`` was called with for the parameter ``name`` of its forward; None where it was left out."""
+    return inspect.signature(module.forward).bind(*args, **kwargs).arguments.get(name)
 
 
 def on_its_device(module: nn.Module, value: Any) -> Any:
@@ -217,6 +217,8 @@ _LOADS_LOCK = threading.Lock()
 
 def load_of(model: nn.Module) -> Load:
     """What is on ``model``, and its lock; a compiled model and the one inside it are the same."""
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
     with _LOADS_LOCK:
         return _LOADS.setdefault(uncompiled(model), Load())
 
@@ -244,7 +246,12 @@ def refuse_on_it(model: nn.Module, patch_id: str, parameters: frozenset[str], ma
     count = "1 patch" if len(on_it) == 1 else f"{len(on_it)} patches"
     under = f"{len(made_under)} others" if len(on_it) == len(made_under) else str(len(made_under))
     both = sorted(parameters.intersection(*[item.parameters for item in on_it])) if on_it else []
-    shared = f"; they all change {both[0]}" + (f" and {len(both) - 1} more" if len(both) > 1 else "") if both else ""
+    shared = (
+        f"; {'both' if len(on_it) == 1 else 'they all'} change {both[0]}"
+        + (f" and {len(both) - 1} more" if len(both) > 1 else "")
+        if both
+        else ""
+    )
     raise PatchError(
         f"the model carries {count} and this one was made while it carried {under}{shared}: a patch is right only on top "
         "of what it was made on; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import architectures
 from controllability.errors import BadInput, PatchError
-from controllability.models.applying import Applier, Entry
+from controllability.models.applying import Applier, Entry, refuse_other_tokens
 from controllability.models.correcting import solved_again
 from controllability.models.devices import refuse_offloaded
 from controllability.models.fingerprints import State, fingerprint, known_fingerprint, same_again, state_of
@@ -30,7 +31,7 @@ from controllability.models.hooks import (
     uncompiled,
 )
 from controllability.models.merging import refuse_quantised, refuse_shared, restore, write
-from controllability.models.pairing import Rows
+from controllability.models.pairing import Rows, main_input
 from controllability.models.report import Report
 from controllability.models.rounding import MergedError, Rounding, merged_error
 from controllability.models.watch import Watch
@@ -99,6 +100,10 @@ class ModelPatch:
     def _install(self, model: nn.Module, installation: Installation) -> None:
         reading = architectures.read(model)
         rows = self.rows if self.scope == "each" else None
+        name = main_input(self.inputs["source"]) or ""
+        if rows and name.endswith("input_ids") and name in inspect.signature(model.forward).parameters:
+            valid = self.inputs["source"][name]
+            installation.before(model, lambda ids: refuse_other_tokens(ids, valid), name)
         for layer in reading.layers:
             entries = [e for e in self.entries if e.layer == layer.index]
             if entries:
@@ -277,7 +282,7 @@ class ModelPatch:
 
 def _refuse_copy(_: Any) -> Any:
     raise PatchError(
-        "a patch is applied at the moment: a copy of the model, or a file of it, would keep its hooks; leave the context first"
+        "a patch is applied at the moment: a copy of the model, or a file of it, would keep its hooks; leave the context before copying"
     )
 
 

@@ -161,7 +161,7 @@ def _added(delta: Delta) -> Tensor:
 
 def _largest(x: Tensor) -> Tensor:
     """The largest absolute entry of each row: (N, …) -> (N,)."""
-    return x.flatten(1).abs().amax(-1)
+    return torch.linalg.vector_norm(x.flatten(1), math.inf, dim=-1)
 
 
 def _routes_of(taken: RouteTaken, count: int) -> list[str]:

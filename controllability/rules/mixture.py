@@ -100,7 +100,7 @@ class OutputMixture(Rule):
             share = _shares(mixture, run.params_at(path), y)
             missing = goal - (raw * share).sum(-2)
             part = share * y  # (..., k, h)
-            room = dot(part, part).sum(-2) if xp.exact else xp.max(xp.max(xp.magnitude(part))[..., 0])
+            room = dot(part, part).sum(-2) if xp.exact else xp.max(xp.largest(part)[..., 0])
             run.check(step.conditions[0], room, missing)
             part = part if xp.exact else part / room[..., None, :]  # sizes that cannot be squared
             size = dot(part, part)
