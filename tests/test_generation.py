@@ -8,7 +8,7 @@ import torch
 from family_models import RECIPES, build, default_dtype
 from helpers import exactly, hook_count, snapshot, tiny_gemma, unchanged
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 import controllability as ct
 from controllability.models.generation import left_padded
@@ -302,6 +302,11 @@ BAD = {
     "unknown follow": ({"follow": "nobody"}, "must be 'target' or 'patched'"),
     "unknown route": ({"route": "best"}, "unknown route 'best'"),
     "beams": ({"num_beams": 4}, "num_beams=4: one continuation of each prompt"),
+    "no cache": ({"use_cache": False}, "use_cache must stay on"),
+    "beams in the config": (
+        {"generation_config": GenerationConfig(num_beams=3, eos_token_id=None)}, "asks for 3 sequences from 1 prompts",
+    ),
+    "a seed that is none": ({"seed": "x"}, "seed must be an integer, got 'x'"),
     "temperature 0": ({"do_sample": True, "temperature": 0.0}, "cannot generate with these options.*temperature"),
     "an unknown option": ({"tempreture": 1.0}, "cannot generate with these options.*tempreture"),
     "a cache of the caller's": ({"past_key_values": object()}, "past_key_values cannot be combined"),

@@ -76,6 +76,8 @@ def generate(
     """
     model = uncompiled(model)
     _refuse_misuse(model, follow, max_new_tokens, options)
+    if seed is not None and not isinstance(seed, int):
+        raise BadInput(f"seed must be an integer, got {seed!r}")
     ids, mask = left_padded(input_ids, attention_mask)
     with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
         checked = checked_reading(model, {"input_ids": ids})
@@ -83,6 +85,7 @@ def generate(
         proofs = checked.proofs(via, route)
         with LayerHooks(model, checked.reading) as hooks:
             loop = _Loop(model, hooks, checked, proofs, follow, control, reports, on_step, options.get("streamer"))
+            loop.prompts = len(ids)
             if seed is not None:
                 torch.manual_seed(seed)
             defaults = {"do_sample": False, "pad_token_id": _padding(model, options), "use_cache": True}
@@ -126,6 +129,7 @@ class _Loop:
         self.on_step, self.streamer = on_step, streamer
         self.steps: list[Step] = []
         self.outside = False
+        self.prompts = 0
         self.one_pass: bool | None = None  # whether both runs may share a pass: unknown until it was compared
         self.sequences = torch.empty(0)
 
@@ -136,6 +140,11 @@ class _Loop:
         """As transformers calls a ``custom_generate``."""
         for name in ("synced_gpus", "streamer", "tokenizer"):  # transformers hands them on in some releases
             options.pop(name, None)
+        if len(input_ids) != self.prompts:
+            raise BadInput(
+                f"the generation config asks for {len(input_ids)} sequences from {self.prompts} prompts (beams, several "
+                "continuations): one continuation of each prompt is generated"
+            )
         active = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         padding = generation_config.pad_token_id
         first = True
@@ -304,6 +313,8 @@ def _refuse_misuse(model: Any, follow: str, count: Any, options: Mapping[str, An
         raise BadInput(f"follow must be 'target' or 'patched', got {follow!r}")
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise BadInput(f"max_new_tokens must be a positive integer, got {count!r}")
+    if options.get("use_cache", True) is not True:
+        raise BadInput("use_cache must stay on: the contextual model decodes with its cache, nothing is run again")
     for name in ("num_beams", "num_return_sequences"):
         if options.get(name, 1) != 1:
             raise BadInput(f"{name}={options[name]}: one continuation of each prompt is generated; leave it at 1")
