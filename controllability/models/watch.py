@@ -231,13 +231,13 @@ class _Slots:
         if tap not in self.wanted:
             return y
         assert self.order is not None
-        order = self.order[..., None]
+        order = self.order
+        tokens = torch.arange(len(order), device=order.device)[:, None]
 
         def told(a: Tensor) -> Tensor:
-            return self.watch.fold(a if a.shape[1] == 1 else torch.take_along_dim(a, order, 1), True)
+            return self.watch.fold(a if a.shape[1] == 1 else a[tokens, order], True)
 
         changed = listener.computed(tap, told(x), told(y))
         if changed is None:
             return y
-        back = self.order.argsort(-1)
-        return torch.take_along_dim(self.watch.unfold(changed, y), back[..., None], 1)
+        return self.watch.unfold(changed, y)[tokens, order.argsort(-1)]
