@@ -69,6 +69,8 @@ class ExpertLowRank(LowRank):
     def routed(self, x: Array, index: Array) -> Array:
         """``ΔW[index] x`` for any routing: (..., j, in), (..., j) -> (..., j, out)."""
         xp = arithmetic(self.right, x)
+        if index.shape == self.index.shape and bool((index == self.index).all()):  # its own routing: slot by slot
+            return (xp.sum(self.right * x[..., None, :]) * self.left).sum(-2)
         same = index[..., :, None] == self.index[..., None, :]  # (..., j, k)
         inner = xp.sum(self.right[..., None, :, :, :] * x[..., :, None, None, :])  # (..., j, k, rank, 1)
         effect = (inner * self.left[..., None, :, :, :]).sum(-2)  # (..., j, k, out)
