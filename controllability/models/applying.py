@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from architectures.reading import Layer, Tap
-from controllability.deltas import Delta, Shift
+from controllability.deltas import Delta
 from controllability.errors import PatchError
 from controllability.interfaces import Param
-from controllability.models.effects import Move, effect_on, patched, steering_of
+from controllability.models.effects import Effect, Move, per_sample, ready, steering_of
 from controllability.models.pairing import Rows
 from controllability.models.sweep import parameters_at
 from controllability.trace import Path as NodePath
@@ -52,12 +52,17 @@ class Applier:
         self.chosen: dict[NodePath, Tensor] = {}
         self.whole = rows is not None and rows.complete and not rows.before  # deltas lie on the grid of the states
         self.moves: dict[Tap, list[list[Move]]] = {}
+        self.effects: dict[tuple[int, int, torch.device], Effect] = {}
         for entry in entries:
             tap = next((t for t in layer.taps if entry.param in parameters_at(layer, t)), None)
             if tap is None:
                 raise PatchError(f"this patch is for a parameter {entry.param} that the model does not have")
             calls = self.moves.setdefault(tap, [[] for _ in range(self.calls)])
-            delta = on_grid(entry.delta, rows.shape) if rows is not None and self.whole else entry.delta
+            delta = entry.delta  # one row a position, or one for each sample
+            if rows is None:
+                delta = per_sample(delta)
+            elif self.whole:
+                delta = on_grid(delta, rows.shape)
             calls[entry.call].append((steering_of(layer, tap, entry.param), delta))
         self.taps = tuple(self.moves)
 
@@ -83,22 +88,20 @@ class Applier:
             raise PatchError(
                 f"this patch of scope 'last' has one patch for each of {self.samples} samples, the model got {y.shape[0]}"
             )
-        moves = self._moves(tap, y)
+        effect = self._effect(tap, y)
         chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
-        if self.rows is None:
-            return patched(self.layer, tap, x, y, moves, chosen)
-        if self.whole:
-            return effect_on(self.layer, tap, x, y, moves, chosen).to(y.dtype)
+        if self.rows is None or self.whole:
+            return effect(x, y, chosen).to(y.dtype)
         index = self.rows.of(chosen) if chosen is not None else None
-        changed = effect_on(self.layer, tap, self.rows.of(x), self.rows.of(y), moves, index)
-        return self.rows.put(y, changed.to(y.dtype))
+        return self.rows.put(y, effect(self.rows.of(x), self.rows.of(y), index).to(y.dtype))
 
-    def _moves(self, tap: Tap, like: Tensor) -> list[Move]:
-        """What this call adds at a tap, on the device where it is computed."""
-        held = self.moves[tap][self.call]
-        if any(device_of(delta) != like.device for _, delta in held):
-            held = self.moves[tap][self.call] = [(steering, to_device(d, like)) for steering, d in held]
-        return held
+    def _effect(self, tap: Tap, like: Tensor) -> Effect:
+        """What this call adds at a tap, made ready on the device where it is computed."""
+        key = (id(tap), self.call, like.device)
+        if key not in self.effects:
+            moves = [(steering, to_device(delta, like)) for steering, delta in self.moves[tap][self.call]]
+            self.effects[key] = ready(self.layer, tap, moves)
+        return self.effects[key]
 
 
 def refuse_other_tokens(given: Any, valid: Tensor) -> None:
@@ -124,11 +127,6 @@ def own(delta: Any) -> Any:
     """A delta with tensors of its own."""
     held = {name: value.clone() for name, value in vars(delta).items() if isinstance(value, Tensor)}
     return dataclasses.replace(delta, **held)
-
-
-def device_of(delta: Any) -> torch.device:
-    """Where the numbers of a delta are."""
-    return delta.value.device if isinstance(delta, Shift) else delta.left.device
 
 
 def to_device(delta: Any, like: Tensor) -> Any:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from architectures.reading import Layer, Tap
 from controllability.arrays import arithmetic
-from controllability.deltas import Delta, ExpertLowRank, Shift, added
+from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift, added
 from controllability.interfaces import OutputControllable, Param, Steering
 from controllability.trace import node
 
 Move = tuple[Steering, Delta]  # how a leaf is steered, and what is added to its parameter
+Effect = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, y, chosen experts) -> y with the deltas' effects
 
 
 def patched(
@@ -34,19 +36,58 @@ def effect_on(
 
     Leading axes of the deltas are those of ``x``: row i of a delta belongs to row i of (N, …) states.
     """
-    xp = arithmetic(y)
-    x, y = xp.lift(x), xp.lift(y)
-    if len(tap.paths) == 1:
-        for steering, delta in moves:
-            y = y + (_routed(x, delta, chosen) if isinstance(delta, ExpertLowRank) else steering.effect(x, delta))
+    return ready(layer, tap, moves)(x, y, chosen)
+
+
+def ready(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
+    """``effect_on`` of these moves; what does not depend on the input is computed here, once for any number of passes."""
+    if len(tap.paths) > 1:
+        return _formula(layer, tap, moves)
+    adds = [_adding(steering, delta) for steering, delta in moves]
+
+    def effect(x: Tensor, y: Tensor, chosen: Tensor | None) -> Tensor:
+        xp = arithmetic(y)
+        x, y = xp.lift(x), xp.lift(y)
+        for add in adds:
+            y = add(x, y, chosen)
         return y
-    # a norm: its own formula with the patched vectors
+
+    return effect
+
+
+def _formula(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
+    """A norm by its own formula, with the patched vectors."""
+    params = patched_params(layer, tap, moves)
     leaves = [node(layer.block, path) for path in tap.paths]
-    params: dict[str, Any] = {str(p): p.value(layer.params) for leaf in leaves for p in leaf.own_parameters()}
-    params |= {str(s.param): added(xp.lift(s.param.value(layer.params)), delta) for s, delta in moves}
-    for leaf in leaves:
-        x = leaf(params, x)
-    return x
+
+    def effect(x: Tensor, y: Tensor, _: Tensor | None) -> Tensor:
+        x = arithmetic(x).lift(x)
+        for leaf in leaves:
+            x = leaf(params, x)
+        return x
+
+    return effect
+
+
+def _adding(steering: Steering, delta: Delta) -> Effect:
+    """Adds the effect of one delta to ``y``; x and y are lifted."""
+    if isinstance(delta, ExpertLowRank):
+        return lambda x, y, chosen: y + _routed(x, delta, chosen)
+    if isinstance(delta, LowRank) and delta.left.shape[-2] == 1:
+        left, right = delta.left[..., 0, :], delta.right[..., 0, :]
+        return lambda x, y, _: torch.addcmul(y, (x * right).sum(-1, keepdim=True), left)
+    return lambda x, y, _: y + steering.effect(x, delta)
+
+
+def patched_params(layer: Layer, tap: Tap, moves: Sequence[Move]) -> dict[str, Any]:
+    """The parameters of a tap's leaves with the deltas on them, lifted to the precision in which patches are solved."""
+    params: dict[str, Any] = {}
+    for path in tap.paths:
+        params |= {str(p): p.value(layer.params) for p in node(layer.block, path).own_parameters()}
+    for steering, delta in moves:
+        value = steering.param.value(layer.params)
+        params[str(steering.param)] = added(arithmetic(value).lift(value), delta)
+    return params
 
 
 def _routed(x: Tensor, delta: ExpertLowRank, chosen: Tensor | None) -> Tensor:

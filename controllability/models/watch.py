@@ -206,14 +206,17 @@ class _Slots:
         self.watch, self.path, self.wanted = watch, path, wanted
         self.taps = {"first": [t for t in stages if t.kind == "first"], "last": [t for t in stages if t.kind == "last"]}
         self.told = {"first": 0, "last": 0}
-        self.order: Tensor | None = None
+        self.there: tuple[Tensor, Tensor] | None = None  # where slot j of a token stands in the router's order
+        self.back: tuple[Tensor, Tensor] | None = None
 
     def routed(self, index: Tensor, shares: Tensor) -> None:
         if self.watch.listener is None:
             return
-        self.order = index.argsort(-1)
+        order = index.argsort(-1)
+        tokens = torch.arange(len(order), device=order.device)[:, None]
+        self.there, self.back = (tokens, order), (tokens, order.argsort(-1))
         self.told = {"first": 0, "last": 0}
-        index, shares = index.gather(-1, self.order), shares.gather(-1, self.order)
+        index, shares = index.gather(-1, order), shares.gather(-1, order)
         self.watch.listener.routed(self.path, self.watch.fold(index), self.watch.fold(shares))
 
     def first(self, x: Tensor, y: Tensor) -> Tensor:
@@ -230,14 +233,13 @@ class _Slots:
         self.told[stage] += 1
         if tap not in self.wanted:
             return y
-        assert self.order is not None
-        order = self.order
-        tokens = torch.arange(len(order), device=order.device)[:, None]
+        assert self.there is not None and self.back is not None
+        there = self.there
 
         def told(a: Tensor) -> Tensor:
-            return self.watch.fold(a if a.shape[1] == 1 else a[tokens, order], True)
+            return self.watch.fold(a if a.shape[1] == 1 else a[there], True)
 
         changed = listener.computed(tap, told(x), told(y))
         if changed is None:
             return y
-        return self.watch.unfold(changed, y)[tokens, order.argsort(-1)]
+        return self.watch.unfold(changed, y)[self.back]

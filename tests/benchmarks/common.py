@@ -65,6 +65,12 @@ def timed(action: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def warm(action: Callable[[], Any], times: int = 3) -> float:
+    """Seconds of one run, the mean of ``times`` after one that is not counted."""
+    action()
+    return timed(lambda: [action() for _ in range(times)]) / times
+
+
 def median(values: Iterable[float]) -> float:
     """The middle one."""
     return statistics.median(values)

@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 import torch
-from common import SHAPES, markdown, median, random_ids, random_model, timed
+from common import SHAPES, markdown, median, random_ids, random_model, timed, warm
 
 import controllability as ct
 
@@ -32,13 +32,14 @@ def measure(shape: str, context: int, query: int, rounds: int) -> dict[str, Any]
     for _ in range(rounds):
         row = {"plain_target": timed(lambda: model(**target)), "plain_source": timed(lambda: model(**source))}
         row["patch_model"] = timed(lambda: ct.patch_model(model, target, source))
+        row["warm_source"] = warm(lambda: model(**source))
         with mp.applied(model):
-            row["ready"] = timed(lambda: model(**source))
+            row["ready"] = warm(lambda: model(**source))
         seconds.append(row)
     return {
         "shape": shape, "parameters": sum(p.numel() for p in model.parameters()), "context": context, "query": query,
         "sweep_ratio": median(r["patch_model"] / (r["plain_target"] + r["plain_source"]) for r in seconds),
-        "ready_patch_ratio": median(r["ready"] / r["plain_source"] for r in seconds),
+        "ready_patch_ratio": median(r["ready"] / r["warm_source"] for r in seconds),
         "relative_error": float((mp.logits - wanted).abs().max() / wanted.abs().max()),
         "relative_error_unpatched": float((unpatched - wanted).abs().max() / wanted.abs().max()),
         "patch_numbers": mp.numbers, "dense_numbers": mp.dense_numbers, "rounds": seconds,
