@@ -69,12 +69,24 @@ class ExpertLowRank(LowRank):
     def routed(self, x: Array, index: Array) -> Array:
         """``ΔW[index] x`` for any routing: (..., j, in), (..., j) -> (..., j, out)."""
         xp = arithmetic(self.right, x)
+        if self.right.ndim == 3 and x.ndim > 2:
+            return self._for_all(x, index)
         if index.shape == self.index.shape and bool((index == self.index).all()):  # its own routing: slot by slot
             return (xp.sum(self.right * x[..., None, :]) * self.left).sum(-2)
         same = index[..., :, None] == self.index[..., None, :]  # (..., j, k)
         inner = xp.sum(self.right[..., None, :, :, :] * x[..., :, None, None, :])  # (..., j, k, rank, 1)
         effect = (inner * self.left[..., None, :, :, :]).sum(-2)  # (..., j, k, out)
         return xp.where(same[..., None], effect, xp.zeros_like(effect)).sum(-2)
+
+    def _for_all(self, x: Array, index: Array) -> Array:
+        """One patch for all tokens: two products over all its experts, those that a slot does not choose masked between."""
+        xp = arithmetic(self.right, x)
+        experts, rank, width = self.right.shape
+        inner = xp.matmul(x, self.right.reshape(experts * rank, width).swapaxes(-1, -2))
+        inner = inner.reshape(*x.shape[:-1], experts, rank)
+        same = (index[..., None] == self.index)[..., None]
+        inner = xp.where(same, inner, xp.zeros_like(inner)).reshape(*x.shape[:-1], experts * rank)
+        return xp.matmul(inner, self.left.reshape(experts * rank, -1))
 
     def dense(self) -> Array:
         """ΔW as stored: (..., experts, out, in), or (..., experts, in, out) when transposed."""

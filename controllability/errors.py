@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from controllability.remedies import Remedy
@@ -38,12 +38,25 @@ class NotControllable(ControllabilityError):
         return self.remedies[0] if self.remedies else None
 
 
+class Certificate(Protocol):
+    """Why no one patch serves all tokens, in a form that can be checked."""
+
+    def holds(self) -> bool:
+        """Whether it holds in exact arithmetic."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        ...
+
+
 class SideConditionFailed(ControllabilityError):
     """A proof exists, but one of its side conditions fails on these numbers.
 
     ``statement`` is the condition, ``where`` the component, ``position`` the token (a row, all token axes
     counted through; ``tokens`` are their sizes), ``margin`` the distance from violation (0 or negative;
-    None where there is no distance) and ``hint`` what to do.
+    None where there is no distance) and ``hint`` what to do.  ``certificate`` proves that no one patch serves all
+    tokens, where many were asked for: it prints, and says whether it holds in exact arithmetic.
     """
 
     def __init__(
@@ -54,6 +67,7 @@ class SideConditionFailed(ControllabilityError):
         self.position, self.tried, self.hint, self.tokens = position, tried, hint, tokens
         self.layer: int | None = None
         self.final = False  # no other derivation may go around it
+        self.certificate: Certificate | None = None
         super().__init__(statement)
 
     def __str__(self) -> str:
@@ -63,7 +77,8 @@ class SideConditionFailed(ControllabilityError):
         margin = "" if self.margin is None else f" (margin {self.margin:.3g})"
         tried = f"\n  tried: {self.tried}" if self.tried else ""
         hint = f"\n  hint:  {self.hint}" if self.hint else ""
-        return f"side condition failed at {layer}{self.where}{position}: {self.statement}{margin}{tried}{hint}"
+        proof = f"\n  proof: {self.certificate}" if self.certificate is not None else ""
+        return f"side condition failed at {layer}{self.where}{position}: {self.statement}{margin}{proof}{tried}{hint}"
 
     def _token(self) -> str:
         """'position 5', and where that is when tokens stand along several axes."""

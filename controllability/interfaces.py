@@ -99,11 +99,55 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Together:
+    """How many tokens are solved for at once: exactly, or by least squares.
+
+    ``ridge`` > 0 weighs ‖ΔW‖² against the tokens' errors, ``rank`` bounds the rank of every ΔW; either makes the patch a fit, and
+    no target is promised.  ``keep_rms`` refuses to let the RMS before a norm move.  ``made_good`` says that a later block
+    reaches its own target whatever this one gives (theory 1b: the last one decides): where only a scale that magnifies rounding
+    is exact here, the nearest one that does not is taken.
+    """
+
+    ridge: float = 0.0
+    rank: int | None = None
+    keep_rms: bool = False
+    made_good: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether every token's target is to be reached."""
+        return not self.ridge and self.rank is None
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """One delta for all tokens, and how much room each had, (T, 1): positive where its target is reached."""
+
+    delta: Delta
+    room: Array
+
+
+@dataclass(frozen=True)
+class Jointly:
+    """The same way for many tokens, one delta for all of them; axis 0 of every array runs over the tokens.
+
+    ``solve(together, params, x, gap, raw)`` finds the delta that adds ``gap`` (T, out) to ``raw`` (T, out), the outputs as they
+    are at ``x`` (T, in).  It raises ``SideConditionFailed`` with a certificate where no delta does.  ``most`` names how many tokens
+    in general position it serves.
+    """
+
+    rule: str
+    conditions: tuple[Condition, ...]
+    solve: Callable[[Together, Params, Array, Array, Array], Solved]
+    most: int | str
+
+
+@dataclass(frozen=True)
 class Steering:
     """One way to change a component's output by moving one of its parameters.
 
     ``solve(params, x, gap)`` returns the delta that adds ``gap`` (..., out) to the output at
-    input ``x`` (..., in); ``effect(x, delta)`` is what a delta adds to the output.
+    input ``x`` (..., in); ``effect(x, delta)`` is what a delta adds to the output.  ``jointly`` does it for many tokens with one delta.
     """
 
     rule: str
@@ -111,6 +155,7 @@ class Steering:
     conditions: tuple[Condition, ...]
     solve: Callable[[Params, Array, Array], Delta]
     effect: Callable[[Array, Delta], Array]
+    jointly: Jointly | None = None
 
 
 class Component(ABC):
@@ -281,6 +326,6 @@ def measure(condition: Condition, x: Array, gap: Array) -> Array | None:
 
 
 __all__ = [
-    "Bijection", "Component", "Condition", "InputControllable", "OutputControllable", "Param",
-    "Params", "Steerable", "Steering", "added", "first_open", "measure", "overlap",
+    "Bijection", "Component", "Condition", "InputControllable", "Jointly", "OutputControllable", "Param",
+    "Params", "Solved", "Steerable", "Steering", "Together", "added", "first_open", "measure", "overlap",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from controllability.arrays import Array, arithmetic
 from controllability.errors import SideConditionFailed
 from controllability.instance import check_instance, check_result
-from controllability.interfaces import Component, Condition, Params
+from controllability.interfaces import Component, Condition, Params, Together
 from controllability.patch import Patch
 from controllability.rules import Step, construct
 from controllability.symbols import definitions
@@ -32,6 +32,7 @@ class Proof:
     via: str
     route: str
     frozen: frozenset[str] = frozenset()
+    jointly: bool = False
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -43,16 +44,39 @@ class Proof:
         """The names of the rules used, each once, in the order of the tree."""
         return tuple(dict.fromkeys(step.rule.name for step in self.root.walk()))
 
-    def patched_run(self, params: Params, source: Trace | Array, target: Trace | Array, choice: int = 0) -> PatchedRun:
-        """The source run in which this proof's patch is solved on demand; ``choice`` > 0 takes an alternative."""
-        run = PatchedRun(self.block, params, source, target)
+    @property
+    def most(self) -> dict[str, int | str]:
+        """For how many tokens in general position each steered parameter serves, by a joint proof; {} of another."""
+        found: dict[str, int | str] = {}
+        for step in self.root.walk():
+            if step.most is not None and step.steering is not None:
+                found[str(step.steering.param)] = step.most
+        return found
+
+    def patched_run(
+        self,
+        params: Params,
+        source: Trace | Array,
+        target: Trace | Array,
+        choice: int = 0,
+        together: Together | None = None,
+    ) -> PatchedRun:
+        """The source run in which this proof's patch is solved on demand; ``choice`` > 0 takes an alternative.
+
+        ``together`` says how a joint proof solves for its tokens; exactly unless it says otherwise.
+        """
+        together = (together or Together()) if self.jointly else None
+        run = PatchedRun(self.block, params, source, target, together)
         root = (self.root, *self.alternatives)[choice]
         construct(root, run, lambda: run.target.output(()))
         return run
 
-    def construct(self, params: Params, source: Trace | Array, target: Trace | Array) -> Patch:
+    def construct(
+        self, params: Params, source: Trace | Array, target: Trace | Array, together: Together | None = None
+    ) -> Patch:
         """The patch with which the block at ``source`` gives what it gave at ``target``.
 
+        A joint proof gives one patch for all tokens of states (T, d), as ``together`` says (exactly by default).
         States are (..., d), or traces with node values that were already observed.  When a side
         condition fails on the numbers the alternatives are tried in order; raises
         ``SideConditionFailed`` with the first condition when none is open, and ``BadInput`` when the
@@ -62,7 +86,7 @@ class Proof:
         check_instance(self.block, params, *states)
         failure: SideConditionFailed | None = None
         for choice in range(1 + len(self.alternatives)):
-            run = self.patched_run(params, source, target, choice)
+            run = self.patched_run(params, source, target, choice, together)
             try:
                 first = states[0][0] if isinstance(states[0], tuple | list) else states[0]
                 if not arithmetic(first).symbolic:

@@ -23,8 +23,16 @@ from controllability.trace import Path, Place, leaves
 Via = Literal["input-output", "output"]
 
 
-def prove(block: Component, via: Via = "input-output", route: str = "auto", frozen: Iterable[str] = ()) -> Proof:
+def prove(
+    block: Component,
+    via: Via = "input-output",
+    route: str = "auto",
+    frozen: Iterable[str] = (),
+    jointly: bool = False,
+) -> Proof:
     """A proof that ``block`` can be patched: f(v; θ') = f(v'; θ) for admissible states v, v'.
+
+    With ``jointly`` the patch is one for many tokens at once (theory 5), and ``proof.most`` says for how many in general position.
 
     ``via`` chooses Theorem 1 ("input-output") or 1b ("output"), ``route`` what a normalised output
     does (auto, scale, secular, uniform, ball), ``frozen`` names parameters that must not move.
@@ -51,19 +59,19 @@ def prove(block: Component, via: Via = "input-output", route: str = "auto", froz
         raise BadInput(
             f"frozen names {', '.join(unknown)}, which the block does not have; it has {', '.join(sorted(known))}"
         )
-    prover = Prover(block, via, route, frozen)
+    prover = Prover(block, via, route, frozen, jointly)
     place = Place(block)
     attempt = prover.attempt(place, "input")
     if not attempt.steps:
-        asked = Remedy("", block, via, route, frozen)
+        asked = Remedy("", block, via, route, frozen, jointly)
         raise refusal(asked, attempt, prover, _unproved)
-    return Proof(block, attempt.steps[0], tuple(attempt.steps[1:]), via, route, frozen)
+    return Proof(block, attempt.steps[0], tuple(attempt.steps[1:]), via, route, frozen, jointly)
 
 
 def _unproved(question: Remedy) -> list[Failure]:
     """Why a question to the prover has no answer, the most telling failure first; [] where it has one."""
     via: Via = "output" if question.via == "output" else "input-output"
-    prover = Prover(question.block, via, question.route, question.frozen)
+    prover = Prover(question.block, via, question.route, question.frozen, question.jointly)
     attempt = prover.attempt(Place(question.block), "input")
     return [] if attempt.steps else explained(attempt.failures, question.block, prover)
 
@@ -74,8 +82,8 @@ MOST = 8  # derivations kept at one place: alternatives for numbers on which the
 class Prover:
     """One search; attempts are remembered by place and side."""
 
-    def __init__(self, block: Component, via: Via, route: str, frozen: frozenset[str]) -> None:
-        self.via, self.route, self.frozen = via, route, frozen
+    def __init__(self, block: Component, via: Via, route: str, frozen: frozenset[str], jointly: bool = False) -> None:
+        self.via, self.route, self.frozen, self.jointly = via, route, frozen, jointly
         self.normalised = frozenset(scales_of_norms(block))  # scales whose route is to be chosen
         self.crowded = frozenset(crowded_leaves(block, (), False, False, 1)[0])
         self._known: dict[tuple[Path, int, int, Side], Attempt] = {}
@@ -94,7 +102,7 @@ class Prover:
     def _search(self, place: Place, side: Side) -> Attempt:
         found = Attempt()
         for rule in RULES:
-            if rule.side == side:
+            if rule.side == side and rule.jointly in (None, self.jointly):
                 tried = rule.derive(place, self)
                 found.steps += tried.steps
                 found.failures += [f if f.side else replace(f, side=side) for f in tried.failures]

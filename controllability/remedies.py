@@ -56,11 +56,13 @@ class Remedy:
     via: str
     route: str
     frozen: frozenset[str]
+    jointly: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """The options of ``prove`` with which the changed block has a proof."""
-        return {"via": self.via, "route": self.route, "frozen": self.frozen}
+        many = {"jointly": True} if self.jointly else {}
+        return {"via": self.via, "route": self.route, "frozen": self.frozen} | many
 
 
 Derive = Callable[[Remedy], list[Failure]]

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from controllability.arrays import Array, arithmetic
 from controllability.components.combinators import Sequence
 from controllability.components.mixture import CHOSEN, SHARES, Mixture
-from controllability.deltas import Delta, Shift, added
+from controllability.deltas import Delta, ExpertLowRank, Shift, added
 from controllability.errors import SideConditionFailed
-from controllability.interfaces import Component, Condition, Param, Params, Steering, measure
+from controllability.interfaces import Component, Condition, Param, Params, Steering, Together, measure
 
 Path = tuple[int, ...]
 ONE_NUMBER = "one number serves all features here: steer after it, by a map or a bias with a number for each feature"
@@ -147,6 +147,10 @@ class Trace:
         known = self.params_at(path)
         return {**known, **self.bound(path)} if isinstance(node(self.block, path), Mixture) else known
 
+    def params_of(self, param: Param) -> Array:
+        """The stored value of a parameter."""
+        return param.value(self.params)
+
     def params_at(self, path: Path) -> Params:
         """The parameters as the component at ``path`` sees them: with what the mixtures around it bind."""
         params = self.params
@@ -215,9 +219,19 @@ class Journal:
 
 
 class PatchedRun(Trace):
-    """The source run with the patch: raw outputs are computed or observed, gaps solved, effects added."""
+    """The source run with the patch: raw outputs are computed or observed, gaps solved, effects added.
 
-    def __init__(self, block: Component, params: Params, source: Trace | Array, target: Trace | Array) -> None:
+    With ``together`` axis 0 runs over the tokens and there is one delta for all of them; else every token has its own.
+    """
+
+    def __init__(
+        self,
+        block: Component,
+        params: Params,
+        source: Trace | Array,
+        target: Trace | Array,
+        together: Together | None = None,
+    ) -> None:
         known = source if isinstance(source, Trace) else Trace(block, params, source)
         super().__init__(block, params, known.state)
         self.target = target if isinstance(target, Trace) else Trace(block, params, target)
@@ -227,6 +241,7 @@ class PatchedRun(Trace):
         self.solved: dict[Path, Delta] = {}
         self.same_choice: dict[Path, tuple[Condition, Condition]] = {}
         self.journal = Journal()
+        self.together = together
 
     def steer(self, path: Path, goal: Goal) -> None:
         """Announce that the leaf at ``path`` will be patched."""
@@ -294,6 +309,8 @@ class PatchedRun(Trace):
             return component(self._seen_by(path, component), self.input(path))
         x = self.input(path)
         delta = self.delta(path)
+        if self.together is not None and isinstance(delta, ExpertLowRank):
+            return self.raw(path) + delta.routed(x, self.params_at(path)[CHOSEN])
         return self.raw(path) + self.goals[path].steering.effect(x, delta)
 
     def _seen_by(self, at: Path, component: Component) -> Params:
@@ -328,9 +345,20 @@ class PatchedRun(Trace):
             raw, wanted = self.raw(path), goal.wanted()
             gap = xp.tidy(xp.lift(wanted) - xp.lift(raw))
             self._same_size(path, gap, raw)
+        if self.together is not None:
+            return self._solve_jointly(path, goal, x, gap)
         for condition in goal.steering.conditions:
             self.check(condition, x, gap)
         return goal.steering.solve(self.params_at(path), x, gap)
+
+    def _solve_jointly(self, path: Path, goal: Goal, x: Array, gap: Array) -> Delta:
+        way, params = goal.steering.jointly, self.params_at(path)
+        assert way is not None and self.together is not None
+        raw = arithmetic(gap).lift(self.raw(path))
+        solved = way.solve(self.together, params, x, gap, raw)
+        if self.together.exact:
+            self.journal.margins.append(Margin(way.conditions[0], solved.room))
+        return solved.delta
 
     def _same_size(self, path: Path, change: Array, changed: Array) -> None:
         """One number cannot serve several features, though they broadcast."""

@@ -30,6 +30,10 @@ class Arithmetic:
         """``values`` as an array of this arithmetic, on the device of ``like``."""
         return np.asarray(values, dtype=np.float64)
 
+    def numbers(self, x: Array) -> np.ndarray:
+        """``x`` as a NumPy array, floats as float64: for kernels that are written once, in NumPy."""
+        return np.asarray(x) if x.dtype == object else np.asarray(x, dtype=np.float64)
+
     def lift(self, x: Array) -> Array:
         """``x`` in the precision in which patches are solved (half precisions become float32)."""
         return x

@@ -28,6 +28,9 @@ class TorchArithmetic(Arithmetic):
             return self.torch.as_tensor(values)
         return self.torch.as_tensor(values, dtype=like.dtype, device=like.device)
 
+    def numbers(self, x: Array) -> Any:
+        return x.detach().double().cpu().numpy()
+
     def lift(self, x: Array) -> Array:
         return x.float() if x.dtype in (self.torch.float16, self.torch.bfloat16) else x
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from controllability.arrays import Array
 from controllability.deltas import Delta, Shift
 from controllability.interfaces import Bijection, Component, Param, Params, Steerable, Steering
+from controllability.jointly.ways import one_bias
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Bias(Component, Steerable, Bijection):
         return self.bias.shape[0] if self.bias.shape else None
 
     def steerings(self, side: str) -> tuple[Steering, ...]:
-        return (Steering(f"{side}-bias", self.bias, (), _gap, _effect),)
+        shift = one_bias(f"{side}-bias", self.bias, self.describe())
+        return (Steering(f"{side}-bias", self.bias, (), _gap, _effect, shift),)
 
     def invert(self, params: Params, y: Array) -> Array:
         return y - self.bias.value(params)

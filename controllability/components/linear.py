@@ -8,6 +8,7 @@ from typing import Literal
 from controllability.arrays import Array, arithmetic, dot
 from controllability.deltas import Delta, LowRank, PatchedMatrix, Shift
 from controllability.interfaces import Component, Condition, Param, Params, Steerable, Steering
+from controllability.jointly.ways import one_bias, one_matrix
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,13 @@ class Linear(Component, Steerable):
         bias = f"give {self.describe()} a bias" if self.bias is None else f"let {self.bias} move"
         hint = f"{bias}: it moves the output whatever the input is"
         nonzero = Condition(f"the input of {self.weight} is not zero", self.describe(), _size, hint)
-        ways = [Steering(f"{side}-linear", self.weight, (nonzero,), self._rank_one, _low_rank_effect)]
+        together = one_matrix(
+            f"{side}-linear", self.weight, self.describe(), self.width, transposed=self.layout == "in_out"
+        )
+        ways = [Steering(f"{side}-linear", self.weight, (nonzero,), self._rank_one, _low_rank_effect, together)]
         if self.bias is not None:
-            ways.append(Steering(f"{side}-bias", self.bias, (), _shift_by_gap, _shift_effect))
+            shift = one_bias(f"{side}-bias", self.bias, self.describe())
+            ways.append(Steering(f"{side}-bias", self.bias, (), _shift_by_gap, _shift_effect, shift))
         return tuple(ways)
 
     def _rank_one(self, params: Params, x: Array, gap: Array) -> Delta:

@@ -10,6 +10,7 @@ from controllability.arrays import Array, arithmetic, dot
 from controllability.components.routing import Routing
 from controllability.deltas import Delta, ExpertLowRank, PatchedMatrix
 from controllability.interfaces import Component, Condition, Param, Params, Steerable, Steering
+from controllability.jointly.ways import one_set_of_experts
 
 CHOSEN = "(chosen experts)"  # names that a mixture binds for its experts, not stored parameters
 SHARES = "(shares of the experts)"
@@ -72,12 +73,20 @@ class ExpertLinear(Component, Steerable):
         statement = f"no chosen expert's input of {self.weight} is zero where its output must change"
         hint = "an expert's matrix cannot move what it sees as zero: ask for via='output'"
         condition = Condition(statement, self.describe(), _smallest_needed_input, hint)
-        return (Steering(f"{side}-experts", self.weight, (condition,), self._rank_one, _effect),)
+        together = one_set_of_experts(
+            f"{side}-experts", self.weight, self.describe(), self.width, self.layout == "in_out",
+            lambda params: params[CHOSEN], self.count,
+        )  # fmt: skip
+        return (Steering(f"{side}-experts", self.weight, (condition,), self._rank_one, _effect, together),)
+
+    def count(self, params: Params) -> int:
+        """How many experts there are."""
+        weight = self.weight.value(params)
+        assert not isinstance(weight, PatchedMatrix)
+        return self.stacked or weight.shape[0]
 
     def _rank_one(self, params: Params, x: Array, gap: Array) -> Delta:
         index: Array = params[CHOSEN]
-        weight = self.weight.value(params)
-        assert not isinstance(weight, PatchedMatrix)
         xp = arithmetic(x, gap)
         x = _spread(x, index)
         # x/‖x‖² without squaring a number that is too large or too small to be squared; 0 where x is 0
@@ -86,8 +95,8 @@ class ExpertLinear(Component, Steerable):
         unit = x / size
         norm = dot(unit, unit)
         right = unit if xp.exact else unit / (xp.where(xp.is_zero(norm), norm + 1, norm) * size)
-        experts = self.stacked or weight.shape[0]
-        return ExpertLowRank(gap[..., None, :], right[..., None, :], self.layout == "in_out", index, experts)
+        layout = self.layout == "in_out"
+        return ExpertLowRank(gap[..., None, :], right[..., None, :], layout, index, self.count(params))
 
 
 def _spread(x: Array, index: Array) -> Array:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from controllability.arrays import Array, arithmetic
 from controllability.deltas import Delta, Shift
 from controllability.interfaces import Bijection, Component, Condition, Param, Params, Steerable, Steering
+from controllability.jointly.ways import one_vector
 
 INFINITE = float("inf")
 
@@ -49,7 +50,8 @@ class Scale(Component, Steerable, Bijection):
         statement = f"no input coordinate of {self.weight} is zero where its output must change"
         hint = f"a scale cannot move a zero: add a bias after {self.describe()}"
         condition = Condition(statement, self.describe(), _smallest_needed_input, hint)
-        return (Steering(f"{side}-scale", self.weight, (condition,), self._quotient, _effect),)
+        together = one_vector(f"{side}-scale", self.weight, self.describe(), lambda x: x, self._moved, "δ_t/x_t")
+        return (Steering(f"{side}-scale", self.weight, (condition,), self._quotient, _effect, together),)
 
     def to_scale(self, params: Params, wanted: Array) -> Shift:
         """The delta that makes the effective scale ``wanted``, as far as the stored dtype can hold it."""
@@ -57,6 +59,9 @@ class Scale(Component, Steerable, Bijection):
         xp = arithmetic(stored, wanted)
         current = xp.lift(stored)
         return Shift(xp.as_stored(wanted - self.offset, like=stored) - current)
+
+    def _moved(self, params: Params, change: Array) -> Delta:
+        return self.to_scale(params, self.effective(params) + change)
 
     def _quotient(self, params: Params, x: Array, gap: Array) -> Delta:
         xp = arithmetic(x, gap)

@@ -16,7 +16,7 @@ from controllability.models.applying import Entry
 from controllability.models.hooks import Installation
 from controllability.models.pairing import pair
 from controllability.models.reading_check import checked_reading
-from controllability.models.sweep import LayerSweep, Sweeper, observe_target
+from controllability.models.sweep import LayerSweep, Sweeper, observe_target, together_at
 from controllability.models.watch import LayerHooks, Watch
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def solved_again(patch: ModelPatch, model: nn.Module) -> Iterator[Entry]:
 
     inputs = patch.inputs
     checked = checked_reading(model, inputs["target"])
-    reading, proofs = checked.reading, checked.proofs(patch.report.via, patch.report.route)
+    jointly = patch.scope == "all"
+    reading, proofs = checked.reading, checked.proofs(patch.report.via, patch.report.route, jointly)
     source_rows, target_rows = pair(
         inputs["target"], inputs["source"], patch.scope, inputs["positions"], codebooks_of(checked), checked.length
     )
@@ -44,7 +45,15 @@ def solved_again(patch: ModelPatch, model: nn.Module) -> Iterator[Entry]:
     for layer, proof, calls in zip(reading.layers, proofs, targets, strict=True):
         if not calls:
             continue  # this input does not reach it
-        solver = LayerSweep(layer, proof, derivations[layer.index], calls[0], source_rows, patch.scope)
+        solver = LayerSweep(
+            layer,
+            proof,
+            derivations[layer.index],
+            calls[0],
+            source_rows,
+            patch.scope,
+            together_at(patch.together, layer is reading.layers[-1]),
+        )
         sweeper, installation = Sweeper(layer, [solver], lambda: None), Installation()
         try:
             Watch(model, layer, sweeper, installation, sequence_first=reading.architecture.sequence_first)

@@ -54,9 +54,9 @@ def generate(
     alone, at its absolute position, solves every layer's patch and gives the patched logits, for each sample its own.
     ``follow`` says whose choice both go on with: "target", the contextual model's (after a mismatch the patched one is
     forced back: the papers' protocol), or "patched".  ``control`` runs the token without patches as well, ``reports`` keeps
-    each step's layer reports (residual, margins, condition, route of every sample).  ``seed`` fixes what is sampled; both models draw with the same random numbers.  ``on_step`` is called after every token.
-    ``options`` are those of transformers' ``generate``: do_sample, temperature, top_k, top_p, repetition_penalty,
-    eos_token_id, streamer, ….
+    each step's layer reports (residual, margins, condition, route of every sample).  ``seed`` fixes what is sampled; both
+    models draw with the same random numbers.  ``on_step`` is called after every token.  ``options`` are those of
+    transformers' ``generate``: do_sample, temperature, top_k, top_p, repetition_penalty, eos_token_id, streamer, ….
 
     Raises ``BadInput`` for prompts that cannot be run (empty, too long for the model's positions, not a decoder with a
     cache), and what ``patch_model`` raises.  The model is left as it was.  Source: [G, section 4]; batches and
@@ -80,12 +80,12 @@ def generate(
         raise BadInput(f"seed must be an integer, got {seed!r}")
     ids, mask = left_padded(input_ids, attention_mask)
     with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
-        checked = checked_reading(model, {"input_ids": ids})
+        checked = _checked(model, ids)
         _refuse_prompts(model, checked, ids, mask, max_new_tokens)
         proofs = checked.proofs(via, route)
         with LayerHooks(model, checked.reading) as hooks:
-            loop = _Loop(model, hooks, checked, proofs, follow, control, reports, on_step, options.get("streamer"))
-            loop.prompts = len(ids)
+            streamer = options.get("streamer")
+            loop = _Loop(model, hooks, checked, proofs, len(ids), follow, control, reports, on_step, streamer)
             if seed is not None:
                 torch.manual_seed(seed)
             defaults = {"do_sample": False, "pad_token_id": _padding(model, options), "use_cache": True}
@@ -98,11 +98,7 @@ def generate(
             except Exception as error:  # whatever the model's own code, or transformers' about the options, may raise
                 if loop.outside:
                     raise
-                text = " ".join(str(error).split())[:300]
-                raise BadInput(
-                    f"{type(model).__name__} cannot generate with these options, after {len(loop.steps)} tokens: "
-                    f"{type(error).__name__}: {text}; nothing was changed"
-                ) from error
+                raise _failure(model, ids, mask, len(loop.steps), error) from error
     return Generation(loop.sequences.cpu().clone(), mask.sum(1).cpu(), tuple(loop.steps), route, str(model.dtype)[6:])
 
 
@@ -121,15 +117,14 @@ class _Loop:
     """The decoding loop that transformers calls, and what it leaves behind."""
 
     def __init__(
-        self, model: Any, hooks: LayerHooks, checked: Checked, proofs: list[Proof], follow: str, control: bool,
-        reports: bool, on_step: OnStep | None, streamer: Any,
+        self, model: Any, hooks: LayerHooks, checked: Checked, proofs: list[Proof], prompts: int, follow: str,
+        control: bool, reports: bool, on_step: OnStep | None, streamer: Any,
     ) -> None:  # fmt: skip
         self.model, self.hooks, self.checked, self.proofs = model, hooks, checked, proofs
-        self.follow, self.control, self.reports = follow, control, reports
+        self.prompts, self.follow, self.control, self.reports = prompts, follow, control, reports
         self.on_step, self.streamer = on_step, streamer
         self.steps: list[Step] = []
         self.outside = False
-        self.prompts = 0
         self.one_pass: bool | None = None  # whether both runs may share a pass: unknown until it was compared
         self.sequences = torch.empty(0)
 
@@ -285,6 +280,39 @@ def left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tenso
     order = mask.argsort(dim=1, stable=True)  # the tokens of each sample move to its end, in their order
     longest = int(mask.sum(1).max())
     return input_ids.gather(1, order)[:, -longest:], mask.gather(1, order)[:, -longest:]
+
+
+def _checked(model: Any, ids: Tensor) -> Checked:
+    """The model's reading, checked on token ids alone; on others it could not generate."""
+    try:
+        return checked_reading(model, {"input_ids": ids})
+    except (ControllabilityError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the model's own code may raise
+        raise BadInput(
+            f"{type(model).__name__} cannot be run on one row of token ids a prompt and nothing else: {_said(error)}; patched "
+            "generation is for models that read text; nothing was changed"
+        ) from error
+
+
+def _failure(model: Any, ids: Tensor, mask: Tensor, tokens: int, error: Exception) -> BadInput:
+    """What to say of an error in ``model.generate``: the options are to blame where it works without them."""
+    name, settings = type(model).__name__, {"attention_mask": mask, "pad_token_id": _padding(model, {})}
+    try:
+        with torch.inference_mode():
+            model.generate(ids, max_new_tokens=2, do_sample=False, **settings)
+    except Exception as plain:  # as above
+        return BadInput(
+            f"transformers' own generate() fails on this {name}, without any patch: {_said(plain)}; nothing was changed"
+        )
+    return BadInput(
+        f"{name} cannot generate with these options, after {tokens} tokens: {_said(error)}; nothing was changed"
+    )
+
+
+def _said(error: Exception) -> str:
+    """Type and words of another library's error, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _padding(model: nn.Module, options: Mapping[str, Any]) -> int:

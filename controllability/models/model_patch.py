@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-import architectures
 from controllability.errors import BadInput, PatchError
+from controllability.interfaces import Together
 from controllability.models.applying import Applier, Entry, refuse_other_tokens
 from controllability.models.correcting import solved_again
 from controllability.models.devices import refuse_offloaded
@@ -32,6 +32,7 @@ from controllability.models.hooks import (
 )
 from controllability.models.merging import refuse_quantised, refuse_shared, restore, write
 from controllability.models.pairing import Rows, main_input
+from controllability.models.reading_check import known_reading
 from controllability.models.report import Report
 from controllability.models.rounding import MergedError, Rounding, merged_error
 from controllability.models.watch import Watch
@@ -60,6 +61,7 @@ class ModelPatch:
     made_under: tuple[str, ...] = ()
     fingerprint: str | None = None
     model_name: str = ""
+    together: Together | None = None
     forms: dict[str, Form] = field(default_factory=dict, repr=False)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
@@ -98,7 +100,7 @@ class ModelPatch:
                 raise PatchError("patches were left out of order: this one and those applied after it were all undone")
 
     def _install(self, model: nn.Module, installation: Installation) -> None:
-        reading = architectures.read(model)
+        reading = known_reading(model)
         rows = self.rows if self.scope == "each" else None
         name = main_input(self.inputs["source"]) or ""
         if rows and name.endswith("input_ids") and name in inspect.signature(model.forward).parameters:
@@ -159,6 +161,8 @@ class ModelPatch:
                 f"they cannot be {done}; use applied()"
             )
         count = len(self.rows.sample)
+        if self.scope == "all":
+            return
         if count > 1:
             per = "position" if self.scope == "each" else "sample"
             raise PatchError(
@@ -288,7 +292,5 @@ def _refuse_copy(_: Any) -> Any:
 
 def refuse_scope(scope: str) -> None:
     """Raise ``BadInput`` unless the scope is one that exists."""
-    if scope == "all":
-        raise BadInput("scope 'all' (one patch for many tokens) is not built yet: use 'each' or 'last'")
-    if scope not in ("each", "last"):
-        raise BadInput(f"unknown scope {scope!r}: choose each or last")
+    if scope not in ("each", "last", "all"):
+        raise BadInput(f"unknown scope {scope!r}: choose each, last or all")

@@ -166,6 +166,9 @@ def pair(
             if bool((given < 0).any() or (given >= length).any()):
                 raise BadInput(f"positions: {which} positions must lie in 0 … {length - 1}")
         sample = torch.arange(here.shape[0])[:, None].expand_as(s)
+        if scope == "all":  # padding reproduces nothing
+            kept = here.gather(1, s.long())
+            sample, s, t = sample[kept], s[kept], t[kept]
     else:
         sample, s, t = _from_the_end(here, there)
     if scope == "last":

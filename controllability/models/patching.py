@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from controllability.errors import BadInput
+from controllability.interfaces import Together
 from controllability.models.applying import Entry, own
 from controllability.models.fingerprints import state_of
 from controllability.models.hooks import carried, load_of, uncompiled
@@ -39,14 +40,19 @@ def patch_model(
     route: str = "auto",
     positions: tuple[Any, Any] | None = None,
     progress: Progress = _silent,
+    ridge: float = 0.0,
+    rank: int | None = None,
+    keep_rms: bool = False,
 ) -> ModelPatch:
     """The patch with which the model at ``source`` gives what it gave at ``target``.
 
     ``target`` and ``source`` are keyword arguments of the model's own forward (``input_ids`` (B, T),
     ``attention_mask``, ``position_ids``, …).  Source positions correspond to the last positions of
     the target unless ``positions=(source, target)`` says otherwise.  Scope "each" gives every source
-    position its own patch, "last" one patch that is exact at the last position.  The model is left
-    as it was.  Raises ``BadInput``, ``ReadingError``, ``NotControllable`` or ``SideConditionFailed``.
+    position its own patch, "last" one patch that is exact at the last position, "all" one patch that is exact at every
+    source position of every sample.  ``keep_rms`` lets scope "all" refuse, with a certificate, rather than move the RMS before a
+    norm; ``ridge`` > 0 (a weight on ‖ΔW‖² beside each token's relative error) and ``rank`` (of every ΔW) make it a fit that
+    promises no target.  The model is left as it was.  Raises ``BadInput``, ``ReadingError``, ``NotControllable`` or ``SideConditionFailed``.
     Source: [G, Thm 2, Alg. 1].
 
     >>> import torch
@@ -63,6 +69,7 @@ def patch_model(
     True
     """
     refuse_scope(scope)
+    together = together_of(scope, ridge, rank, keep_rms)
     for name, value in (("via", via), ("route", route)):
         if not isinstance(value, str):
             raise BadInput(f"{name} must be a name, got {type(value).__name__}")
@@ -71,7 +78,7 @@ def patch_model(
     model = uncompiled(model)
     # what is kept must not be made inside torch.inference_mode: autograd would refuse it later
     with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
-        return _patch(model, target, source, scope, via, route, positions, progress)
+        return _patch(model, target, source, scope, via, route, positions, progress, together)
 
 
 def _patch(
@@ -83,6 +90,7 @@ def _patch(
     route: str,
     positions: tuple[Any, Any] | None,
     progress: Progress,
+    together: Together,
 ) -> ModelPatch:
     started = time.perf_counter()
     for role, inputs in (("target", target), ("source", source)):
@@ -95,17 +103,19 @@ def _patch(
     if (books := codebooks_of(checked)) > 1:
         shown = source_rows.repeated(books), target_rows.repeated(books)
     if (streams := streams_of(checked)) > 1:
-        if scope != "each":
+        if scope == "last":
             raise BadInput(
                 f"scope {scope!r} is one patch for each sample, and {checked.reading.architecture.name} keeps {streams} "
                 "states a position, each of which needs its own: use scope='each'"
             )
         source_rows, target_rows = source_rows.streamed(streams), target_rows.streamed(streams)
-    proofs = checked.proofs(via, route)
+    proofs = checked.proofs(via, route, scope == "all")
     reading = checked.reading
     with LayerHooks(model, reading) as hooks, torch.inference_mode():  # small operations cost less there
         targets, target_output = observe_target(hooks, without_cache(model, target), target_rows, progress)
-        solvers, output = sweep(hooks, proofs, targets, without_cache(model, source), source_rows, scope, progress)
+        solvers, output = sweep(
+            hooks, proofs, targets, without_cache(model, source), source_rows, scope, progress, together
+        )
     entries = tuple(
         Entry(param, own(delta), solver.layer.index, targets[solver.layer.index].index(solver.target))
         for solver in solvers
@@ -116,7 +126,8 @@ def _patch(
     check_finite(logits, "source", last, "of the logits after")
     records = [record(s) for s in solvers]
     paired = paired_logits(wanted, shown[1], logits, shown[0]).clone()
-    _refuse_unverified(solvers, logits, shown[0], wanted, shown[1])
+    if together.exact:
+        _refuse_unverified(solvers, logits, shown[0], wanted, shown[1])
     report = Report(
         scope, via, route, str(logits.dtype).removeprefix("torch."), len(source_rows.sample),
         sum(e.delta.numbers for e in entries), sum(e.delta.dense_numbers for e in entries),
@@ -125,10 +136,23 @@ def _patch(
     kept = {"target": dict(target), "source": dict(source), "positions": positions}
     source_rows = replace(source_rows, before=solvers[0].before)
     mp = ModelPatch(
-        entries, scope, source_rows, report, kept, logits, paired, carried(model), _model=weakref.ref(model),
+        entries, scope, source_rows, report, kept, logits, paired, carried(model), together=together,
+        _model=weakref.ref(model),
     )  # fmt: skip
     mp._seen.update(state_of(model))
     return mp
+
+
+def together_of(scope: str, ridge: float, rank: int | None, keep_rms: bool) -> Together:
+    """How many tokens are solved for at once.  Raises ``BadInput`` for options that make no sense."""
+    number = isinstance(ridge, int | float) and not isinstance(ridge, bool)
+    if not number or not 0 <= ridge < float("inf"):
+        raise BadInput(f"ridge must be a finite number from 0 on, got {ridge!r}")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise BadInput(f"rank must be a whole number from 1 on, or None, got {rank!r}")
+    if scope != "all" and (ridge or rank is not None or keep_rms):
+        raise BadInput(f"ridge, rank and keep_rms belong to scope 'all' (one patch for many tokens), not to {scope!r}")
+    return Together(float(ridge), rank, bool(keep_rms))
 
 
 def _refuse_unverified(

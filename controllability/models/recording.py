@@ -99,9 +99,9 @@ class LayerRecord:
             if not bool(alive.any()):
                 return [None] * count
             ratio = (leaf.delta.value / leaf.scale.where(alive, leaf.scale + 1)).abs().masked_fill(~alive, 0)
-            return ratio.reshape(count, -1).amax(-1).double().tolist()
+            return _each(ratio.amax(-1), count).double().tolist()
         norm = norms.get(leaf.parameter)
-        return [v / norm for v in leaf.delta.norms().double().reshape(count).tolist()] if norm else [None] * count
+        return [v / norm for v in _each(leaf.delta.norms(), count).double().tolist()] if norm else [None] * count
 
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -149,14 +149,20 @@ def _leaf(run: PatchedRun, path: Path, parameter: str, delta: Delta) -> LeafReco
         own = total - delta.value
     if own is None or total is None:
         return LeafRecord(parameter, delta)
+    own_token = run.together is None  # one delta a token, made for its one input
     one_input = isinstance(delta, Shift) or (delta.left.shape[-2] == 1 and not isinstance(delta, ExpertLowRank))
-    added = None if one_input else _largest(total - own)
+    added = None if own_token and one_input else _largest(total - own)
     return LeafRecord(parameter, delta, _largest(own), _largest(total), added)
 
 
 def _added(delta: Delta) -> Tensor:
     """What a delta adds to the output of the token it was solved for."""
     return delta.value if isinstance(delta, Shift) else delta.left.sum(-2)
+
+
+def _each(values: Tensor, count: int) -> Tensor:
+    """One number a pair, (N,), also of a delta that serves them all."""
+    return values.reshape(-1).expand(count) if values.numel() == 1 else values.reshape(count)
 
 
 def _largest(x: Tensor) -> Tensor:

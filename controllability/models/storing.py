@@ -85,7 +85,7 @@ def written(directory: Path) -> Iterator[Path]:
 
     Raises ``PatchError`` where the file system refuses.
     """
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    temporary = directory.parent / f".{directory.name}.unfinished-{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
         yield temporary

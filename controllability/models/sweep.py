@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from controllability.arrays import arithmetic
 from controllability.components.mixture import CHOSEN, SHARES
 from controllability.deltas import Delta
 from controllability.errors import BadInput, PatchError, SideConditionFailed
-from controllability.interfaces import Param
+from controllability.interfaces import Param, Together
 from controllability.models.effects import effect_on, patched
 from controllability.models.pairing import Rows
 from controllability.models.watch import LayerHooks
@@ -124,8 +124,18 @@ def parameters_at(layer: Layer, tap: Tap) -> tuple[Param, ...]:
 class LayerSweep:
     """One call of one layer in the source run: solves each delta the moment its module's input is known."""
 
-    def __init__(self, layer: Layer, proof: Proof, choice: int, target: LayerTarget, rows: Rows, scope: str) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        proof: Proof,
+        choice: int,
+        target: LayerTarget,
+        rows: Rows,
+        scope: str,
+        together: Together | None = None,
+    ) -> None:
         self.layer, self.proof, self.choice, self.target = layer, proof, choice, target
+        self.together = together
         self.rows = rows
         self.each = scope == "each"
         self.states: list[Tensor | None] = [None] * len(layer.inputs)
@@ -139,7 +149,7 @@ class LayerSweep:
         """The patched run of the block; it starts when the first input of the block is known."""
         if self._run is None:
             self._run = self.proof.patched_run(
-                self.layer.params, as_state(self.states), self.target.trace(), self.choice
+                self.layer.params, as_state(self.states), self.target.trace(), self.choice, self.together
             )
         return self._run
 
@@ -238,6 +248,7 @@ def sweep(
     rows: Rows,
     scope: str,
     progress: Progress,
+    together: Together | None = None,
 ) -> tuple[list[LayerSweep], Any]:
     """Run the source once, solving on the way.  Where a side condition fails, the layer's next derivation is tried.
 
@@ -248,7 +259,10 @@ def sweep(
     first: dict[int, SideConditionFailed] = {}
     while True:
         solvers = [
-            [LayerSweep(layer, proof, choice, call, rows, scope) for call in calls]
+            [
+                LayerSweep(layer, proof, choice, call, rows, scope, together_at(together, layer is layers[-1]))
+                for call in calls
+            ]
             for layer, proof, choice, calls in zip(layers, proofs, choices, targets, strict=True)
         ]
         sweepers = []
@@ -277,6 +291,13 @@ def sweep(
                     "source run: calls are paired one to one"
                 )
         return done, output
+
+
+def together_at(together: Together | None, last: bool) -> Together | None:
+    """What every layer but the last one may leave to those behind it."""
+    return (
+        None if together is None else replace(together, made_good=together.exact and not together.keep_rms and not last)
+    )
 
 
 def residual_of(output: Tensor, target: Tensor) -> float:

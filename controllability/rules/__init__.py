@@ -10,6 +10,7 @@ from controllability.rules.base import Side as Side
 from controllability.rules.base import Step as Step
 from controllability.rules.base import construct as construct
 from controllability.rules.input_side import InputAfter, InputBefore, InputCombine, InputConstant
+from controllability.rules.jointly import JointMixture, JointNormalised, JointThroughMixture
 from controllability.rules.leaves import LEAF_RULES
 from controllability.rules.mixture import InputMixture, OutputMixture, ThroughMixture
 from controllability.rules.normalised import OutputNormalised
@@ -29,4 +30,5 @@ RULES: tuple[Rule, ...] = (
     OutputAfterFixed(), OutputThroughBijection(), OutputTimes(), OutputNormalised(), OutputSum(), OutputFactor(),
     OutputMixture(), ThroughSplit(), ThroughBefore(), ThroughSum(), ThroughMixture(),
     OutputThroughBijection("through"), OutputTimes("through"), OutputNormalised("through"),
+    JointNormalised(), JointMixture(), JointThroughMixture(), JointNormalised("through"),
 )  # fmt: skip

@@ -27,6 +27,7 @@ class Search(Protocol):
 
     via: str
     route: str
+    jointly: bool
     normalised: frozenset[Path]
     crowded: frozenset[Path]
 
@@ -54,6 +55,7 @@ class Step:
     cost: int = 0
     note: str = ""
     steering: Steering | None = field(default=None, compare=False)
+    most: int | str | None = None  # tokens in general position that the rule itself serves with one patch
 
     def walk(self) -> Iterator[Step]:
         """This step and every step below it."""
@@ -92,6 +94,7 @@ class Rule(ABC):
     when: str
     patch: str
     source: str
+    jointly: bool | None = None  # whether it serves many tokens with one patch, or each with its own; None for both
 
     @abstractmethod
     def derive(self, place: Place, prover: Search) -> Attempt:

@@ -15,14 +15,16 @@ OTHER_ROUTES = "take route='auto' or 'uniform': they do not divide by the activa
 class LeafRule(Rule):
     """A component's own rule: the table entry for what the component file states."""
 
-    def __init__(self, name: str, side: Side, statement: str, when: str, patch: str, source: str, cost: int) -> None:
+    def __init__(
+        self, name: str, side: Side, statement: str, when: str, patch: str, source: str, cost: int, jointly: bool = False
+    ) -> None:  # fmt: skip
         self.name, self.side, self.statement, self.when = name, side, statement, when
-        self.patch, self.source, self.cost = patch, source, cost
+        self.patch, self.source, self.cost, self.jointly = patch, source, cost, jointly
 
     def derive(self, place: Place, prover: Search) -> Attempt:
         found = Attempt()
         for steering in self._ways(place):
-            if self.name == "O-scale" and place.path in prover.normalised and prover.route not in ("auto", "scale"):
+            if self._scales() and place.path in prover.normalised and prover.route not in ("auto", "scale"):
                 reason = f"the scale of a normalised output may move alone on route scale only, not on {prover.route}"
                 found.failures.append(Failure(place, self.name, reason, "ask for route='auto' or 'scale'", weight=1))
                 continue
@@ -36,10 +38,15 @@ class LeafRule(Rule):
             if self.name == "O-scale" and place.path in prover.normalised and prover.route == "scale":
                 conditions = tuple(replace(c, hint=OTHER_ROUTES) for c in steering.conditions)
                 steering = replace(steering, conditions=conditions)
+            way = steering.jointly if self.jointly else None
+            conditions, most = (way.conditions, way.most) if way else (steering.conditions, None)
             found.steps.append(
-                Step(self, place, (), frozenset({steering.param}), steering.conditions, self.cost, "", steering)
+                Step(self, place, (), frozenset({steering.param}), conditions, self.cost, "", steering, most)
             )
         return found
+
+    def _scales(self) -> bool:
+        return self.name.startswith("O-scale")
 
     def _ways(self, place: Place) -> list[Steering]:
         """The ways that the component states under this rule's name."""
@@ -49,6 +56,8 @@ class LeafRule(Rule):
             steerings = leaf.input_steerings()
         if self.side == "output" and isinstance(leaf, OutputControllable):
             steerings = leaf.output_steerings()
+        if self.jointly:
+            return [s for s in steerings if s.jointly is not None and s.jointly.rule == self.name]
         return [steering for steering in steerings if steering.rule == self.name]
 
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
@@ -70,4 +79,11 @@ LEAF_RULES = (
     LeafRule("O-linear", "output", "y ↦ W y (+ b)", "y ≠ 0", "ΔW = δ yᵀ/‖y‖²", "[G] lem:output_weight", 0),
     LeafRule("O-bias", "output", "y ↦ … + b", "always", "Δb = δ", "[G] lem:output_bias", 1),
     LeafRule("O-scale", "output", "y ↦ m∘y", "no y_i is 0 where δ_i ≠ 0", "Δm = δ/y", "[G] lem:output_elem_multiply", 2),
+    LeafRule("I-linear jointly", "input", "z_t ↦ W z_t (+ b)", "dependent z_t have dependent W(z'_t−z_t): T ≤ d", "ΔW = W(Z'−Z)Z⁺", "theory 5 (new)", 0, True),
+    LeafRule("I-bias jointly", "input", "z_t ↦ f(z_t) + b", "all f(z'_t) − f(z_t) are equal", "Δb = f(z'_t) − f(z_t)", "theory 5 (new)", 1, True),
+    LeafRule("I-scale jointly", "input", "z_t ↦ m∘z_t", "all m∘(z'_t−z_t)/z_t are equal", "Δm = m∘(z'_t−z_t)/z_t", "theory 5 (new)", 2, True),
+    LeafRule("I-experts jointly", "input", "z_t,j ↦ W_e z_t,j, e the j-th chosen expert", "I-linear jointly for each expert's own tokens", "ΔW_e = W_e(Z'_e−Z_e)Z_e⁺", "theory 5 (new)", 0, True),
+    LeafRule("O-linear jointly", "output", "y_t ↦ W y_t (+ b)", "dependent y_t have dependent δ_t: T ≤ h", "ΔW = D Y⁺", "theory 5 (new)", 0, True),
+    LeafRule("O-bias jointly", "output", "y_t ↦ … + b", "all δ_t are equal", "Δb = δ_t", "theory 5 (new)", 1, True),
+    LeafRule("O-scale jointly", "output", "y_t ↦ m∘y_t", "all δ_t/y_t are equal", "Δm = δ_t/y_t", "theory 5 (new)", 2, True),
 )  # fmt: skip

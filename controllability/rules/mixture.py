@@ -41,6 +41,7 @@ class OutputMixture(Rule):
     when = "some active j has s_j ≠ 0 and y_j ≠ 0"
     patch = "ΔW_j = s_j δ y_jᵀ / Σ_k s_k²‖y_k‖²"
     source = "theory 2 (new); [G] adds δ/S to every expert"
+    jointly: bool | None = False
 
     def derive(self, place: Place, prover: Search) -> Attempt:
         if not isinstance(place.component, Mixture):
@@ -70,7 +71,9 @@ class OutputMixture(Rule):
         if elsewhere:
             return Attempt(failures=[shared(place, self.name, elsewhere)])
         statement = "some active expert has a share and an activation that are not zero"
-        condition = Condition(statement, place.describe(), lambda x, gap: x, NO_EXPERT)
+        if self.jointly:
+            statement = "tokens whose stacked activations (s_j y_j)_j depend on each other have changes that depend in the same way"
+        condition = Condition(statement, place.describe(), None if self.jointly else lambda x, gap: x, NO_EXPERT)
         steering = last.component.output_steerings()[0]
         moved = frozenset({weight}).union(*(p.moved for p in premises or ()))
         cost = sum(p.cost for p in premises or ())
@@ -97,7 +100,7 @@ class OutputMixture(Rule):
             y, raw, goal = run.input(path), run.raw(path), wanted()
             xp = arithmetic(y, raw, goal)
             y, raw, goal = xp.lift(y), xp.lift(raw), xp.lift(goal)
-            share = _shares(mixture, run.params_at(path), y)
+            share = shares_of(mixture, run.params_at(path), y)
             missing = goal - (raw * share).sum(-2)
             part = share * y  # (..., k, h)
             room = dot(part, part).sum(-2) if xp.exact else xp.max(xp.largest(part)[..., 0])
@@ -114,7 +117,8 @@ def _part(name: str, controlled: bool, rows: tuple[str, ...], out: int | str) ->
     return (Assumed if controlled else Unknown)(name, rows, out)
 
 
-def _shares(mixture: Mixture, params: Params, y: Array) -> Array:
+def shares_of(mixture: Mixture, params: Params, y: Array) -> Array:
+    """The share of each row of ``y`` (..., k, h), as (..., k, 1); 1 where the mixture adds its experts as they are."""
     xp = arithmetic(y)
     one = xp.zeros_like(y[..., :1]) + 1
     return xp.lift(params[SHARES])[..., None] * one if mixture.weighted else one

@@ -31,6 +31,7 @@ class OutputNormalised(Rule):
     when = "g is output-controllable; the route's own condition (theory 4)"
     patch = "m' by the route (auto, secular, uniform, ball); g reaches y* = u·√(r²+ε), u = G/m'"
     source = "[G, App. B]; uniform, ball and auto new"
+    jointly: bool | None = False
 
     def __init__(self, side: Side = "output") -> None:
         self.side = side  # "through": the same with g controllable through

@@ -1,0 +1,1 @@
+"""One patch for many tokens: the mathematics of the joint rules."""

@@ -1,0 +1,147 @@
+"""Certificates of impossibility, checked in exact arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linprog
+
+from controllability.errors import ControllabilityError
+
+NAMED = 6  # tokens that a message names
+
+
+@dataclass(frozen=True, eq=False)
+class Farkas:
+    """λ (T,) with Aᵀλ ≥ 0 and qᵀλ ≤ 0, not both zero: no s > 0 has A s = q.
+
+    ``coefficients`` (T, d) is A and ``right`` (T,) is q: floats, taken as the exact numbers they are, or
+    Fractions.  ``weights`` is λ, rational.  Source: Farkas' lemma, strict form (theory: one patch for many tokens).
+
+    >>> Farkas([[1, 4], [2, 5]], [3, 2], (-1, 1)).holds()  # the second row exceeds the first, its right side does not
+    True
+    """
+
+    coefficients: Any
+    right: Any
+    weights: tuple[Fraction | int, ...]
+
+    def holds(self) -> bool:
+        """Whether λ proves it, in exact arithmetic, without a tolerance."""
+        columns, right = self._combination()
+        return min(columns) >= 0 and right <= 0 and (right < 0 or max(columns) > 0)
+
+    def _combination(self) -> tuple[list[int], int]:
+        """(Aᵀλ, qᵀλ) up to positive factors, in whole numbers."""
+        chosen = [t for t, weight in enumerate(self.weights) if weight]
+        if not chosen:
+            return [0] * len(self.coefficients[0]), 0
+        weights = _whole([self.weights[t] for t in chosen])
+        width = len(self.coefficients[0])
+        flat = _whole([value for t in chosen for value in _plain(self.coefficients[t])])
+        rows = np.array(flat, dtype=object).reshape(len(chosen), width)
+        columns = np.array(weights, dtype=object) @ rows
+        right = _whole([_plain(self.right)[t] for t in chosen])
+        return list(columns), sum(a * b for a, b in zip(weights, right, strict=True))
+
+    def __str__(self) -> str:
+        T = len(self.weights)
+        order = sorted((t for t in range(T) if self.weights[t]), key=lambda t: -abs(self.weights[t]))
+        terms = ", ".join(f"{float(self.weights[t]):+.3g} at token {t}" for t in order[:NAMED])
+        more = f" and {len(order) - NAMED} smaller ones" if len(order) > NAMED else ""
+        columns, right = self._combination()
+        exact = self.holds()
+        side = "a negative right side" if right < 0 or not exact else "the right side 0"
+        checked = "checked in exact arithmetic" if exact else "to rounding: not confirmed in exact arithmetic"
+        return (
+            f"no scale gives all {T} tokens their RMS: the combination λ ({terms}{more}) of the equations "
+            f"has only non-negative coefficients and {side} ({checked})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """λ as 'numerator/denominator' strings, and what was found; JSON-ready."""
+        return {"kind": "farkas", "weights": [str(Fraction(w)) for w in self.weights], "exact": self.holds()}
+
+
+class Infeasible(ControllabilityError):
+    """No scale gives every token its RMS; ``certificate`` says why (None where none was found)."""
+
+    def __init__(self, certificate: Farkas | None) -> None:
+        self.certificate = certificate
+        super().__init__(str(certificate) if certificate else "no scale was found that gives all tokens their RMS")
+
+
+def find_farkas(coefficients: Any, right: Any, guess: np.ndarray | None = None) -> Farkas | None:
+    """A certificate that no s > 0 has A s = q; one that ``holds()`` where one was found, None where none is near.
+
+    ``guess`` (T,) is tried first.  Otherwise a linear program takes λ as far inside its inequalities as
+    they allow (so that a rounded λ still satisfies them), and where there is no inside, any λ at all.
+    """
+    A = np.array([[float(value) for value in row] for row in coefficients])
+    q = np.array([float(value) for value in right])
+    doubtful: Farkas | None = None
+    for weights in _proposals(A, q, guess):
+        for rounded in _roundings(weights):
+            certificate = Farkas(coefficients, right, rounded)
+            doubtful = doubtful or certificate
+            if _plausible(A, q, np.array([float(w) for w in rounded])) and certificate.holds():
+                return certificate
+    return doubtful
+
+
+def _proposals(A: np.ndarray, q: np.ndarray, guess: np.ndarray | None):  # noqa: ANN202
+    if guess is not None and guess.any():
+        yield guess / np.abs(guess).max()
+    live = A.any(1)
+    A, q = A[live], q[live]
+    size = A.sum(1)
+    rows, right = A / size[:, None], q / size
+    rows, right = rows / np.maximum(rows.max(0), 1e-300), right / right.max()
+    T, d = rows.shape
+
+    def whole(weights: np.ndarray) -> np.ndarray:
+        full = np.zeros(len(live))
+        full[live] = weights / size
+        return full / np.abs(full).max() if full.any() else full
+
+    # most inside: Aᵀλ ≥ δ, qᵀλ ≤ −δ, |λ| ≤ 1, δ as large as possible
+    system = np.block([[-rows.T, np.ones((d, 1))], [right[None], np.ones((1, 1))]])
+    best = linprog(
+        np.append(np.zeros(T), -1), A_ub=system, b_ub=np.zeros(d + 1), bounds=[(-1, 1)] * T + [(0, 1)], method="highs"
+    )
+    if best.status == 0 and best.x[-1] > 0:
+        yield whole(best.x[:-1])
+    # any: the sum of what is not zero, as large as possible
+    best = linprog(
+        right - rows.sum(1), A_ub=system[:, :-1], b_ub=np.zeros(d + 1), bounds=[(-1, 1)] * T, method="highs"
+    )
+    if best.status == 0 and best.fun < -1e-6:
+        yield whole(best.x)
+
+
+def _roundings(weights: np.ndarray) -> list[tuple[Fraction, ...]]:
+    """λ with simple fractions first, then with the floats as they are."""
+    simple = [tuple(Fraction(w).limit_denominator(n) for w in weights.tolist()) for n in (12, 10**3, 10**6, 10**10)]
+    return [*simple, tuple(Fraction(w) for w in weights.tolist())]
+
+
+def _plausible(A: np.ndarray, q: np.ndarray, weights: np.ndarray) -> bool:
+    """Whether an exact check is worth its time: the inequalities hold to rounding."""
+    slack = 1e-13 * (np.abs(weights) @ np.abs(A))
+    return bool((weights @ A >= -slack).all() and weights @ q <= 1e-13 * (np.abs(weights) @ np.abs(q)))
+
+
+def _plain(values: Any) -> list[Any]:
+    return values.tolist() if isinstance(values, np.ndarray) else list(values)
+
+
+def _whole(values: Sequence[Any]) -> list[int]:
+    """The values times their common denominator: whole numbers with the same ratios."""
+    ratios = [value.as_integer_ratio() for value in values]
+    common = math.lcm(*{denominator for _, denominator in ratios})
+    return [numerator * (common // denominator) for numerator, denominator in ratios]

@@ -1,0 +1,115 @@
+"""The certificate that no one matrix serves all tokens: inputs that depend on each other, targets that do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+NAMED = 0.01  # weights below this part of the largest are not named
+
+
+@dataclass(frozen=True, eq=False)
+class Dependent:
+    """Weights λ (T,) with Σ λ_t x_t = 0 and Σ λ_t gap_t ≠ 0: whatever ΔW is, it maps the first sum to 0.
+
+    ``inputs`` is max |Σ λ_t x_t| and ``targets`` max |Σ λ_t gap_t|, both over the largest |λ_t|‖·_t‖∞.  ``exact`` says that the first
+    is exactly 0 in the numbers given (fractions), not to rounding.
+    """
+
+    where: str
+    weights: np.ndarray
+    inputs: float
+    targets: float
+    exact: bool
+
+    @staticmethod
+    def of(where: str, x: np.ndarray, gap: np.ndarray, worst: int) -> Dependent:
+        """The dependency that token ``worst`` takes part in.  ``x`` (T, n), ``gap`` (T, m), floats or fractions."""
+        weights = _weights(x, worst)
+        exact = x.dtype == object
+        combined, missing = weights @ x, weights @ gap
+        sizes = [abs(w) * max(map(abs, row)) for w, row in zip(weights, x, strict=True)]
+        wanted = [abs(w) * max(map(abs, row)) for w, row in zip(weights, gap, strict=True)]
+        held = bool(exact and all(v == 0 for v in combined))
+        return Dependent(where, weights, _ratio(combined, sizes), _ratio(missing, wanted), held)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens that depend on each other, the heaviest first."""
+        size = np.array([abs(float(w)) for w in self.weights])
+        order = np.argsort(-size, kind="stable")
+        return tuple(int(t) for t in order if size[t] > NAMED * size.max())
+
+    def holds(self) -> bool:
+        """Whether the inputs' combination vanishes exactly and the targets' does not."""
+        return self.exact and self.targets > 0
+
+    def __str__(self) -> str:
+        named = ", ".join(map(str, self.tokens[:6])) + (" …" if len(self.tokens) > 6 else "")
+        how = "exactly" if self.exact else f"to {self.inputs:.1g} of their size"
+        return (
+            f"tokens {named} depend on each other at {self.where} ({how}) and their targets do not "
+            f"(they differ by {self.targets:.2g} of their size): no one patch gives them all"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return {
+            "kind": "dependent tokens", "where": self.where, "tokens": list(self.tokens),
+            "weights": [float(self.weights[t]) for t in self.tokens],
+            "inputs": self.inputs, "targets": self.targets, "exact": self.exact,
+        }  # fmt: skip
+
+
+def _ratio(combined: np.ndarray, sizes: list[Any]) -> float:
+    largest = max(map(float, sizes), default=0.0)
+    return max((abs(float(v)) for v in combined), default=0.0) / (largest or 1.0)
+
+
+def _weights(x: np.ndarray, worst: int) -> np.ndarray:
+    """λ with λ_worst = 1 and Σ λ_t x_t as small as it gets; one other token where one is enough."""
+    others = [t for t in range(len(x)) if t != worst]
+    if x.dtype == object:
+        return _exact_weights(x, worst, others)
+    weights = np.zeros(len(x))
+    weights[worst] = 1.0
+    sizes = (x[others] ** 2).sum(-1)
+    usable = [t for t, size in zip(others, sizes, strict=True) if size]
+    if not usable:
+        return weights
+    single = {t: float(x[t] @ x[worst]) / float(x[t] @ x[t]) for t in usable}
+    nearest = min(usable, key=lambda t: float(np.abs(x[worst] - single[t] * x[t]).max()))
+    fitted, *_ = np.linalg.lstsq(x[usable].T, x[worst], rcond=1e-10)
+    alone = np.abs(x[worst] - single[nearest] * x[nearest]).max()
+    if alone <= 4 * np.abs(x[worst] - fitted @ x[usable]).max() + 1e-6 * np.abs(x[worst]).max():
+        weights[nearest] = -single[nearest]
+    else:
+        weights[usable] = -fitted
+    return weights
+
+
+def _exact_weights(x: np.ndarray, worst: int, others: list[int]) -> np.ndarray:
+    """The same by elimination of fractions; all 0 but λ_worst where it is independent."""
+    zero, one = x.flat[0] * 0, x.flat[0] * 0 + 1
+    kept: list[tuple[np.ndarray, np.ndarray]] = []  # (reduced row, which combination of tokens it is)
+
+    def reduced(row: np.ndarray, mix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        for base, from_ in kept:
+            at = next(i for i, v in enumerate(base) if v != 0)
+            share = row[at] / base[at]
+            row, mix = row - share * base, mix - share * from_
+        return row, mix
+
+    def unit(t: int) -> np.ndarray:
+        mix = np.array([zero] * len(x), dtype=object)
+        mix[t] = one
+        return mix
+
+    for t in others:
+        row, mix = reduced(x[t], unit(t))
+        if any(v != 0 for v in row):
+            kept.append((row, mix))
+    row, mix = reduced(x[worst], unit(worst))
+    return mix if all(v == 0 for v in row) else unit(worst)

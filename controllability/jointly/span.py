@@ -1,0 +1,151 @@
+"""The row space of many tokens: what one matrix must do for all of them, solved with the least norm.
+
+Rows are tokens, X (T, n) and gaps (T, m).  ΔW x_t = gap_t for every t is solvable exactly when every dependency among
+the rows of X is one among those of the gaps; the least-norm solution is Σ_k left_k right_kᵀ with ``right`` spanning the rows.
+Floats are solved in float64 by a singular value decomposition; fractions, symbols and many-digit numbers by elimination.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from controllability.arrays import Array, arithmetic
+
+UNIT_ROUNDINGS = 100  # machine epsilons below which a direction of the unit rows counts as rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """X = coordinates · basis.  ``basis`` (r, n) has orthogonal rows; ``coordinates`` are (T, r).
+
+    ``right`` (r, n) are the basis' rows over their squared lengths, so that right · x_t is row t of the coordinates.  ``tolerance``
+    is the numerical rank's: directions in which unit rows reach no further are dropped.  NumPy arrays throughout.
+
+    >>> import numpy as np
+    >>> span = Span.of(np.array([[1.0, 0.0], [1.0, 1.0], [2.0, 1.0]]))
+    >>> span.rank, span.solve(np.array([[1.0], [2.0], [3.0]]))[1].max() < 1e-12
+    (2, True)
+    """
+
+    basis: np.ndarray
+    coordinates: np.ndarray
+    tolerance: float
+
+    @staticmethod
+    def of(x: Array, tolerance: float | None = None) -> Span:
+        """The span of the rows of ``x`` (T, n).  The default tolerance is 100 machine epsilons of the numbers given."""
+        xp = arithmetic(x)
+        if tolerance is None:
+            tolerance = UNIT_ROUNDINGS * xp.machine_epsilon(xp.lift(x))
+        rows = xp.numbers(x)
+        if rows.dtype == object:
+            return _eliminated(rows, xp, tolerance)
+        sizes = _sizes(rows)
+        _, singular, basis = np.linalg.svd(rows / sizes, full_matrices=False)
+        basis = basis[singular > tolerance]
+        return Span(basis, rows @ basis.T, tolerance)
+
+    @property
+    def rank(self) -> int:
+        """How many directions there are."""
+        return len(self.basis)
+
+    @property
+    def right(self) -> np.ndarray:
+        """What the patch reads: (r, n), right · x_t = coordinates of x_t."""
+        if self.basis.dtype != object:
+            return self.basis
+        return self.basis / (self.basis * self.basis).sum(-1, keepdims=True)
+
+    def solve(self, gap: np.ndarray, ridge: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """(left (r, m), what is left over (T, m)): least squares in units of each token's size, exact where it can be.
+
+        ``ridge`` > 0 minimises Σ_t ‖ΔW x_t − gap_t‖²/‖x_t‖² + ridge·‖ΔW‖² instead (theory 5).
+        """
+        if self.basis.dtype == object:
+            return _substituted(self.coordinates, gap)
+        sizes = _sizes(self.coordinates)
+        scaled, wanted = self.coordinates / sizes, gap / sizes
+        if not self.rank:
+            return np.zeros((0, gap.shape[1])), gap
+        u, s, v = np.linalg.svd(scaled, full_matrices=False)
+        s = np.maximum(s, np.finfo(float).tiny)
+        left = v.T @ ((s / (s * s + ridge))[:, None] * (u.T @ wanted))
+        if not ridge:  # one step of refinement: what rounding left of the equations
+            left = left + v.T @ ((u.T @ (wanted - scaled @ left)) / s[:, None])
+        return left, gap - self.coordinates @ left
+
+    def extended(self, x: np.ndarray) -> tuple[Span, np.ndarray | None]:
+        """The span with one more token ``x`` (n,), and the new direction (n,) if it has one.  Costs O(r · n).
+
+        The earlier tokens' coordinates in it are 0: a change along it does not move what they give.
+        """
+        size = float(np.linalg.norm(x)) or 1.0
+        inside = self.basis @ x
+        outside = x - inside @ self.basis
+        again = self.basis @ outside  # orthogonal to rounding: once is not enough
+        inside, outside = inside + again, outside - again @ self.basis
+        length = float(np.linalg.norm(outside))
+        if length <= self.tolerance * size:
+            return replace(self, coordinates=np.vstack([self.coordinates, inside])), None
+        direction = outside / length
+        grown = np.pad(self.coordinates, ((0, 1), (0, 1)))
+        grown[-1] = [*inside, length]
+        return Span(np.vstack([self.basis, direction]), grown, self.tolerance), direction
+
+    def condition(self) -> float:
+        """Largest ÷ smallest singular value of the unit rows within the span: how much rounding is magnified."""
+        if self.basis.dtype == object or not self.rank:
+            return 1.0
+        s = np.linalg.svd(self.coordinates / _sizes(self.coordinates), compute_uv=False)
+        return float(s[0] / s[-1]) if s[-1] else float("inf")
+
+
+def _sizes(rows: np.ndarray) -> np.ndarray:
+    """Length of each row, (T, 1); 1 for a row of zeros."""
+    sizes = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return np.where(sizes == 0, 1.0, sizes)
+
+
+def _eliminated(rows: np.ndarray, xp: Any, tolerance: float) -> Span:
+    """Gram-Schmidt without roots: the basis of fractions is of fractions, that of symbols of symbols."""
+    basis: list[np.ndarray] = []
+    table: list[list[Any]] = []
+    for row in rows:
+        rest, found = row, []
+        for direction in basis:
+            share = xp.tidy(np.array([(direction * row).sum() / (direction * direction).sum()]))[0]
+            found.append(share)
+            rest = rest - share * direction
+        rest = xp.tidy(rest)
+        if not _vanishes(rest, row, xp, tolerance):
+            basis.append(rest)
+            found.append(xp.number(1))
+        table.append(found)
+    coordinates = np.empty((len(rows), len(basis)), dtype=object)
+    for t, found in enumerate(table):
+        coordinates[t] = [*found, *[xp.number(0)] * (len(basis) - len(found))]
+    return Span(np.array(basis, dtype=object).reshape(len(basis), rows.shape[1]), coordinates, tolerance)
+
+
+def _vanishes(rest: np.ndarray, row: np.ndarray, xp: Any, tolerance: float) -> bool:
+    if xp.exact:
+        return bool(xp.is_zero(rest).all())
+    return max(map(abs, rest)) <= tolerance * max(map(abs, row))
+
+
+def _substituted(coordinates: np.ndarray, gap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Forward substitution along the tokens that brought a new direction; the others are checked by what is left."""
+    xp = arithmetic(gap)
+    left: list[np.ndarray] = []
+    for t in range(len(coordinates)):
+        known = len(left)
+        if known < coordinates.shape[1] and coordinates[t, known] == 1:
+            done = sum((coordinates[t, k] * left[k] for k in range(known)), start=gap[t] * 0)
+            left.append(xp.tidy(gap[t] - done))
+    found = np.array(left, dtype=object).reshape(len(left), gap.shape[1])
+    rest = gap - coordinates @ found if len(left) else gap
+    return found, xp.tidy(rest)

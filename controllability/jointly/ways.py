@@ -1,0 +1,205 @@
+"""The leaves' joint rules: one matrix, one vector or one set of experts that serves all tokens.  (theory 5; new)
+
+Every array has the tokens on axis 0.  What is promised is checked here: a token that is not reached is a refusal with a
+certificate, unless least squares were asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from controllability.arrays import Arithmetic, Array, arithmetic
+from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
+from controllability.interfaces import Condition, Jointly, Param, Params, Solved, Together
+from controllability.jointly.dependent import Dependent
+from controllability.jointly.span import UNIT_ROUNDINGS, Span
+
+TOO_MANY = "drop one of these tokens or give it more context, ask for via='output' (its bound is wider), or for a fit (ridge=, rank=)"
+ONE_VECTOR = "one vector for all tokens: let a matrix move"
+
+
+def one_matrix(rule: str, weight: Param, where: str, width: int | str | None, transposed: bool) -> Jointly:
+    """ΔW X = gaps, the least norm of all solutions; rank at most T."""
+    condition = Condition(
+        f"tokens whose inputs of {weight} depend on each other have targets that depend in the same way"
+        + (f" (T ≤ {width} in general position)" if width else ""), where, hint=TOO_MANY,
+    )  # fmt: skip
+
+    def solve(together: Together, params: Params, x: Array, gap: Array, raw: Array) -> Solved:
+        xp = arithmetic(x, gap)
+        left, right, room = fitted(condition, together, xp, xp.numbers(x), xp.numbers(gap), xp.numbers(raw), x)
+        delta = LowRank(xp.array(left, like=x), xp.array(right, like=x), transposed)
+        return Solved(delta, xp.array(room, like=x))
+
+    return Jointly(f"{rule} jointly", (condition,), solve, width or "n")
+
+
+def one_vector(
+    rule: str,
+    param: Param,
+    where: str,
+    reads: Callable[[np.ndarray], np.ndarray],
+    stored: Callable[[Params, Array], Delta],
+    what: str,
+) -> Jointly:
+    """Δ ∘ reads(x_t) = gap_t for all tokens, entry by entry: a bias reads 1, a scale its input."""
+    condition = Condition(f"all tokens ask for the same change of {param} ({what})", where, hint=ONE_VECTOR)
+
+    def solve(together: Together, params: Params, x: Array, gap: Array, raw: Array) -> Solved:
+        xp = arithmetic(x, gap)
+        wanted = xp.numbers(gap)
+        read = reads(xp.numbers(x)) + wanted * 0
+        size = (read * read).sum(0) + together.ridge * (read * read).mean(0)
+        size = np.where(size == 0, size + 1, size)
+        value = (read * wanted).sum(0) / size
+        rest = xp.tidy(wanted - read * value) if xp.exact else wanted - read * value
+        room = np.ones((len(wanted), 1))
+        if together.exact:
+            room = reached(
+                condition, xp, rest, xp.numbers(raw), wanted, x, lambda bad, i: (read[:, [i]], wanted[:, [i]])
+            )
+        return Solved(stored(params, xp.array(value, like=gap)), xp.array(room, like=gap))
+
+    return Jointly(f"{rule} jointly", (condition,), solve, 1)
+
+
+def one_bias(rule: str, bias: Param, where: str) -> Jointly:
+    """Δb = gap_t for all tokens."""
+    return one_vector(rule, bias, where, lambda x: x[..., :1] * 0 + 1, lambda params, value: Shift(value), "equal δ_t")
+
+
+def one_set_of_experts(
+    rule: str, weight: Param, where: str, width: int | str | None, transposed: bool, index_of: Callable[[Params], Array],
+    count: Callable[[Params], int],
+) -> Jointly:  # fmt: skip
+    """The same as one matrix, expert by expert, each over the tokens that are routed to it."""
+    condition = Condition(
+        f"tokens that one expert of {weight} serves and whose inputs depend on each other have targets that depend in the same way"
+        + (f" (at most {width} tokens an expert in general position)" if width else ""), where, hint=TOO_MANY,
+    )  # fmt: skip
+
+    def solve(together: Together, params: Params, x: Array, gap: Array, raw: Array) -> Solved:
+        xp = arithmetic(x, gap)
+        index = np.asarray(_plain(index_of(params)))  # (T, k)
+        rows, wanted, own = (np.broadcast_to(xp.numbers(a), (*index.shape, a.shape[-1])) for a in (x, gap, raw))
+        room = np.ones((*index.shape, 1))
+        used = np.unique(index)
+        factors = []
+        for expert in used:  # of different sizes: how many tokens each serves
+            at = index == expert
+            left, right, found = fitted(condition, together, xp, rows[at], wanted[at], own[at], x)
+            room[at] = found
+            factors.append((left, right))
+        delta = _stacked_experts(xp, factors, x, transposed, used, count(params))
+        return Solved(delta, xp.array(room.min(axis=1), like=x))
+
+    return Jointly(f"{rule} jointly", (condition,), solve, width or "n")
+
+
+def one_sum_of_experts(
+    condition: Condition, together: Together, x: Array, shares: Array, index: Array, gap: Array, raw: Array,
+    transposed: bool, experts: int,
+) -> Solved:  # fmt: skip
+    """Σ_j s_tj ΔW_e(t,j) y_tj = gap_t: one matrix for the stacked vectors (s_tj y_tj)_j, so T ≤ (experts used) · h.
+
+    ``x`` (T, k, h) what the experts' last matrices read, ``shares`` (T, k, 1), ``index`` (T, k), ``gap`` (T, d).
+    """
+    xp = arithmetic(x, gap)
+    chosen, rows = np.asarray(_plain(index)), xp.numbers(x) * xp.numbers(shares)
+    used, where = np.unique(chosen, return_inverse=True)
+    where = where.reshape(chosen.shape)
+    stacked = np.zeros((len(rows), len(used), rows.shape[-1]), dtype=rows.dtype)
+    if rows.dtype == object:
+        stacked[...] = rows.flat[0] * 0
+    tokens = np.arange(len(rows))
+    for slot in range(chosen.shape[1]):
+        stacked[tokens, where[:, slot]] += rows[:, slot]
+    flat = stacked.reshape(len(rows), -1)
+    left, right, room = fitted(condition, together, xp, flat, xp.numbers(gap), xp.numbers(raw), x)
+    planes = right.reshape(len(right), len(used), rows.shape[-1]).swapaxes(0, 1)
+    spread = np.broadcast_to(left, (len(used), *left.shape)).copy()
+    delta = ExpertLowRank(
+        xp.array(spread, like=x), xp.array(planes.copy(), like=x), transposed, _places(used, x), experts
+    )
+    return Solved(delta, xp.array(room, like=x))
+
+
+def fitted(
+    condition: Condition, together: Together, xp: Arithmetic, rows: np.ndarray, gap: np.ndarray, raw: np.ndarray, like: Array
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """(left (r, m), right (r, n), room (T, 1)) of the least-norm ΔW with ΔW x_t = gap_t; or of the fit that was asked for."""
+    span = Span.of(rows, None if xp.exact else UNIT_ROUNDINGS * xp.machine_epsilon(xp.lift(like)))
+    left, rest = span.solve(gap, together.ridge)
+    if together.exact:
+        return left, span.right, reached(condition, xp, rest, raw, gap, like, lambda bad, i: (rows, gap))
+    right = span.right
+    if together.rank is not None and together.rank < span.rank:
+        sizes = np.linalg.norm(span.coordinates, axis=-1, keepdims=True)
+        shown = span.coordinates / np.where(sizes == 0, 1.0, sizes) @ left
+        kept = np.linalg.svd(shown, full_matrices=False)[2][: together.rank]
+        left, right = kept, kept @ left.T @ right
+    return left, right, np.ones((len(rows), 1))
+
+
+def reached(
+    condition: Condition,
+    xp: Arithmetic,
+    rest: np.ndarray,
+    raw: np.ndarray,
+    gap: np.ndarray,
+    like: Array,
+    evidence: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+) -> np.ndarray:
+    """1 − what is left over ÷ what rounding explains, (T, 1); positive where the target is reached.
+
+    Raises ``SideConditionFailed`` with the certificate of the worst token.
+    """
+    if xp.exact:
+        missed = ~np.asarray(xp.is_zero(rest)).reshape(len(rest), -1).all(-1)
+        room = np.where(missed, -1.0, 1.0)
+    else:
+        allowed = UNIT_ROUNDINGS * xp.machine_epsilon(xp.lift(like))
+        size = np.maximum(_largest(raw), _largest(gap))
+        room = 1.0 - _largest(rest) / (allowed * np.where(size == 0, 1.0, size))
+        missed = ~(room > 0)  # NaN is missed too
+    if missed.any():
+        bad = int(np.argmin(room))
+        entry = 0 if xp.exact else int(np.abs(rest[bad].astype(float)).argmax())
+        failed = condition.failed(None if xp.exact else float(room[bad]), bad)
+        failed.certificate = Dependent.of(condition.where, *evidence(bad, entry), bad)
+        raise failed
+    return room[:, None]
+
+
+def _largest(rows: np.ndarray) -> np.ndarray:
+    return np.abs(rows.astype(float)).reshape(len(rows), -1).max(-1)
+
+
+def _plain(index: Any) -> Any:
+    return index.cpu().numpy() if hasattr(index, "cpu") else index
+
+
+def _stacked_experts(
+    xp: Arithmetic, factors: list[tuple[np.ndarray, np.ndarray]], like: Array, transposed: bool, used: np.ndarray, experts: int
+) -> ExpertLowRank:  # fmt: skip
+    """Factors of different ranks in one delta: zeros fill up the shorter ones."""
+    most = max(len(left) for left, _ in factors)
+    zero = xp.number(0) if factors[0][0].dtype == object else 0.0
+
+    def filled(rows: np.ndarray) -> np.ndarray:
+        whole = np.full((most, rows.shape[1]), zero, dtype=rows.dtype)
+        whole[: len(rows)] = rows
+        return whole
+
+    left, right = (np.stack([filled(pair[side]) for pair in factors]) for side in (0, 1))
+    return ExpertLowRank(
+        xp.array(left, like=like), xp.array(right, like=like), transposed, _places(used, like), experts
+    )
+
+
+def _places(used: np.ndarray, like: Any) -> Any:
+    """Numbers of experts, as an index of the arithmetic of ``like``."""
+    return like.new_tensor(used.tolist()).long() if hasattr(like, "new_tensor") else used
