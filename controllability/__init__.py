@@ -28,6 +28,7 @@ _HOME = {
     "verify": "verification",
     "sample": "sampling",
     "ModelPatch": "models",
+    "compile_context": "compiling",
     "diff": "models",
     "exact_mode": "models",
     "generate": "models",
@@ -53,6 +54,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from controllability.compiling import compile_context as compile_context
     from controllability.errors import BadInput as BadInput
     from controllability.errors import ControllabilityError as ControllabilityError
     from controllability.errors import NotControllable as NotControllable

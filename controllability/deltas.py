@@ -24,6 +24,8 @@ class LowRank:
         """``ΔW x`` without building ΔW: (..., in) -> (..., out)."""
         xp = arithmetic(self.right, x)
         if self.right.ndim == 2:
+            if xp.symbolic and self.right.shape[0] != 1:  # short names, before they meet anything large
+                return xp.matmul(xp.name(xp.matmul(xp.name(x), self.right.swapaxes(-1, -2))), self.left)
             return xp.matmul(xp.matmul(x, self.right.swapaxes(-1, -2)), self.left)
         if self.right.shape[-2] == 1:
             return xp.sum(self.right[..., 0, :] * x) * self.left[..., 0, :]
@@ -85,8 +87,8 @@ class ExpertLowRank(LowRank):
         inner = xp.matmul(x, self.right.reshape(experts * rank, width).swapaxes(-1, -2))
         inner = inner.reshape(*x.shape[:-1], experts, rank)
         same = (index[..., None] == self.index)[..., None]
-        inner = xp.where(same, inner, xp.zeros_like(inner)).reshape(*x.shape[:-1], experts * rank)
-        return xp.matmul(inner, self.left.reshape(experts * rank, -1))
+        inner = xp.where(same, inner, xp.zeros_like(inner))  # x may be one row for all slots
+        return xp.matmul(inner.reshape(*inner.shape[:-2], experts * rank), self.left.reshape(experts * rank, -1))
 
     def dense(self) -> Array:
         """ΔW as stored: (..., experts, out, in), or (..., experts, in, out) when transposed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -39,10 +40,19 @@ class NotControllable(ControllabilityError):
 
 
 class Certificate(Protocol):
-    """Why no one patch serves all tokens, in a form that can be checked."""
+    """Why no one patch serves all tokens, in a form that can be checked; ``weights`` has one number a token."""
+
+    @property
+    def weights(self) -> Any:
+        """λ."""
+        ...
 
     def holds(self) -> bool:
         """Whether it holds in exact arithmetic."""
+        ...
+
+    def named(self, names: Sequence[str]) -> Certificate:
+        """The same with a name for each token, which the text and the data then use."""
         ...
 
     def to_dict(self) -> dict[str, Any]:

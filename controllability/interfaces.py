@@ -17,6 +17,7 @@ from controllability.errors import BadInput, SideConditionFailed
 
 if TYPE_CHECKING:
     from controllability.components.combinators import Product, Sequence, Sum
+    from controllability.jointly.known import Known
 
 Params = Mapping[str, Array | PatchedMatrix]
 
@@ -121,24 +122,28 @@ class Together:
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """One delta for all tokens, and how much room each had, (T, 1): positive where its target is reached."""
+    """One delta for all tokens, and how much room each had, (T, 1): positive where its target is reached.
+
+    ``known`` is what the solver must be given again to add tokens to these.
+    """
 
     delta: Delta
     room: Array
+    known: Known | None = None
 
 
 @dataclass(frozen=True)
 class Jointly:
     """The same way for many tokens, one delta for all of them; axis 0 of every array runs over the tokens.
 
-    ``solve(together, params, x, gap, raw)`` finds the delta that adds ``gap`` (T, out) to ``raw`` (T, out), the outputs as they
-    are at ``x`` (T, in).  It raises ``SideConditionFailed`` with a certificate where no delta does.  ``most`` names how many tokens
+    ``solve(together, params, x, gap, raw, known)`` finds the delta that adds ``gap`` (T, out) to ``raw`` (T, out), the outputs as
+    they are at ``x`` (T, in), and serves the tokens ``known`` from before as well.  It raises ``SideConditionFailed`` with a certificate where no delta does.  ``most`` names how many tokens
     in general position it serves.
     """
 
     rule: str
     conditions: tuple[Condition, ...]
-    solve: Callable[[Together, Params, Array, Array, Array], Solved]
+    solve: Callable[[Together, Params, Array, Array, Array, Known | None], Solved]
     most: int | str
 
 

@@ -87,10 +87,9 @@ class Definitions:
         return self._names.get(expression, expression)
 
     def value(self, expression: Any, seed: int = 0) -> Any:
-        """The expression at a random point, to 30 digits; unknown functions become one fixed function."""
+        """The expression at a random point, to 30 digits, the same for all expressions; unknown functions become one fixed function."""
         import sympy
 
-        rng = random.Random(seed)
         numbers: dict[Any, Any] = {}
 
         def at(e: Any) -> Any:
@@ -98,7 +97,7 @@ class Definitions:
                 if symbol in numbers:
                     continue  # drawn meanwhile, inside another name's meaning
                 meaning = self.meaning.get(symbol)
-                numbers[symbol] = sympy.Float(rng.uniform(0.5, 1.5), 30) if meaning is None else at(meaning)
+                numbers[symbol] = sympy.Float(random.Random(f"{seed} {symbol}").uniform(0.5, 1.5), 30) if meaning is None else at(meaning)
             known = e.replace(lambda x: isinstance(x, sympy.core.function.AppliedUndef), lambda x: sympy.sin(x.args[0]))
             return known.evalf(30, subs=numbers)
 

@@ -16,6 +16,7 @@ from controllability.components.mixture import CHOSEN, SHARES, Mixture
 from controllability.deltas import Delta, ExpertLowRank, Shift, added
 from controllability.errors import SideConditionFailed
 from controllability.interfaces import Component, Condition, Param, Params, Steering, Together, measure
+from controllability.jointly.known import Known
 
 Path = tuple[int, ...]
 ONE_NUMBER = "one number serves all features here: steer after it, by a map or a bias with a number for each feature"
@@ -216,6 +217,7 @@ class Journal:
 
     margins: list[Margin] = field(default_factory=list)
     routes: list[RouteTaken] = field(default_factory=list)
+    scale_seconds: float = 0.0  # spent on one scale for many tokens
 
 
 class PatchedRun(Trace):
@@ -242,6 +244,9 @@ class PatchedRun(Trace):
         self.same_choice: dict[Path, tuple[Condition, Condition]] = {}
         self.journal = Journal()
         self.together = together
+        self.known: Mapping[Path, Known] = {}  # tokens that the patch serves already
+        self.learned: dict[Path, Known] = {}  # those and these
+        self.moved: dict[Path, Array] = {}  # what the known tokens' outputs must give more, (T, ·)
 
     def steer(self, path: Path, goal: Goal) -> None:
         """Announce that the leaf at ``path`` will be patched."""
@@ -355,10 +360,17 @@ class PatchedRun(Trace):
         way, params = goal.steering.jointly, self.params_at(path)
         assert way is not None and self.together is not None
         raw = arithmetic(gap).lift(self.raw(path))
-        solved = way.solve(self.together, params, x, gap, raw)
+        solved = way.solve(self.together, params, x, gap, raw, self.known_at(path))
+        if solved.known is not None:
+            self.learned[path] = solved.known
         if self.together.exact:
             self.journal.margins.append(Margin(way.conditions[0], solved.room))
         return solved.delta
+
+    def known_at(self, path: Path) -> Known | None:
+        """The tokens that the leaf at ``path`` serves already, with the targets that they have now."""
+        known = self.known.get(path)
+        return known if known is None or path not in self.moved else known.moved(self.moved[path])
 
     def _same_size(self, path: Path, change: Array, changed: Array) -> None:
         """One number cannot serve several features, though they broadcast."""

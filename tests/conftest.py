@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import tiny_gemma
+from helpers import runs, tiny_gemma
+
+import controllability as ct
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,6 +18,13 @@ def two_threads():
 def gemma():
     """A fresh two-layer model in float32: tests may break it."""
     return tiny_gemma(layers=2)
+
+
+@pytest.fixture
+def patched(gemma):
+    """(model, patch, target, source) of scope "each", four positions."""
+    target, source = runs(context=9, query=4)
+    return gemma, ct.patch_model(gemma, target, source), target, source
 
 
 @pytest.fixture(scope="session")

@@ -203,7 +203,7 @@ def output_mixture(weigh: Callable[..., Any], missing: Callable[..., Any]) -> Ca
 
         def gap() -> Any:
             y, raw, goal = run.input(path), run.raw(path), wanted()
-            share = mixture._shares(step.place.component, run.params_at(path), y)
+            share = mixture.shares_of(step.place.component, run.params_at(path), y)
             return weigh(share, y) * missing(goal, raw, share)[..., None, :]
 
         run.steer(path, mixture.Goal(step.steering, gap=gap))

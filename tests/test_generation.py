@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,11 @@ from helpers import exactly, hook_count, snapshot, tiny_gemma, unchanged
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
+import architectures
 import controllability as ct
 from controllability.models.generation import left_padded
 from controllability.models.hooks import carried
+from controllability.models.random_input import input_embedding
 
 NEVER = {"eos_token_id": None}
 
@@ -190,6 +194,7 @@ def test_half_precision(dtype, route):
     assert done.max_logit_error_unpatched > 10 * done.max_logit_error
 
 
+UNPADDED = ("prophetnet",)  # whose own mask of padding overflows in float64
 FAMILIES = ("llama", "gpt2", "gptj", "mixtral", "olmo2", "falcon", "phi", "qwen3_moe", "gpt_oss", "bloom", "jamba")
 
 
@@ -197,10 +202,10 @@ def generates(name):
     """Three tokens of two prompts in the exact mode: (agreement, patched error, unpatched error)."""
     with default_dtype(name), exactly(torch.float64):
         model = build(name)
-        vocab = int(model.get_input_embeddings().weight.shape[0])
+        vocab = len(input_embedding(model))
         ids = torch.randint(5, vocab, (2, 7), generator=torch.Generator().manual_seed(0))
         mask = torch.ones_like(ids)
-        mask[1, 4:] = 0
+        mask[1, 4:] = name in UNPADDED
         done = ct.generate(model, ids, mask, max_new_tokens=3, **NEVER)
     return done.agreement, done.relative_error, done.max_logit_error_unpatched
 
@@ -347,19 +352,35 @@ def test_the_padding_moves_to_the_left_and_tokens_keep_their_order():
     assert kept.tolist() == [[0, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
 
 
+NO_TEXT = "cannot be run on one row of token ids a prompt and nothing else"
+NO_CURRENT_TOKEN = "does not decode its last token"
+CANNOT = {
+    "blt": "generate.. fails on this BltForCausalLM, without any patch: .*no attribute 'num_hidden_layers'",
+    "gemma4_assistant": NO_TEXT, "gemma4_unified_assistant": NO_TEXT, "musicgen": NO_TEXT, "musicgen_melody": NO_TEXT,
+    "xlm": NO_CURRENT_TOKEN, "xlnet": NO_CURRENT_TOKEN,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_families_that_can_be_patched_and_not_generate(name):
+    with pytest.raises(ct.BadInput, match=CANNOT[name]):
+        generates(name)
+
+
 def decoders():
-    """Every causal-LM family that can generate with a cache and is not refused."""
-    return [
-        name for name in RECIPES if "Causal" in RECIPES[name]["model_class"] or "LMHead" in RECIPES[name]["model_class"]
-    ]
+    """Every other causal-LM family."""
+    found = [name for name, recipe in RECIPES.items() if re.search("Causal|LMHead", recipe["model_class"])]
+    return [name for name in found if name not in CANNOT]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", decoders())
 def test_every_family(name):
-    try:
-        agreement, error, unpatched = generates(name)
-    except (ct.BadInput, ct.NotControllable, ct.ReadingError, ct.SideConditionFailed) as refused:
-        pytest.skip(f"{type(refused).__name__}: {str(refused)[:150]}")
+    """A family generates, unless it is refused by name."""
+    if architectures.find(name).refusal is not None:
+        with pytest.raises(ct.NotControllable):
+            generates(name)
+        return
+    agreement, error, unpatched = generates(name)
     assert agreement == 1.0
     assert error < 1e-9 < unpatched

@@ -72,7 +72,7 @@ def test_a_replaced_module_is_read_anew(patched, reads):
 
 
 def test_an_exchanged_parameter_is_read_anew(patched, reads):
-    model, mp, source = patched
+    model, mp, _ = patched
     norm = model.model.layers[1].post_feedforward_layernorm
     norm.weight = nn.Parameter(norm.weight.detach().clone())
     with pytest.raises(ct.PatchError, match="changed since this patch was made"), mp.applied(model):
@@ -83,7 +83,7 @@ def test_an_exchanged_parameter_is_read_anew(patched, reads):
 
 
 def test_a_family_that_is_registered_anew_is_read_anew(patched, reads):
-    model, mp, source = patched
+    model, _, _ = patched
     family = architectures.find("gemma3_text")
     architectures.unregister(family.name)
     try:

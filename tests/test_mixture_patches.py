@@ -342,8 +342,8 @@ def test_the_levels_of_proof_hold(name):
 def test_a_wrong_mixture_rule_fails_its_checks(monkeypatch, level):
     from controllability.rules import mixture
 
-    plain = mixture._shares
-    monkeypatch.setattr(mixture, "_shares", lambda *given: plain(*given) + 1)
+    plain = mixture.shares_of
+    monkeypatch.setattr(mixture, "shares_of", lambda *given: plain(*given) + 1)
     linear = Mixture(Linear(Param("R", ("E", "d"))), Routing(2), experts("U", "h", "d"), experts("V", "d", "h"))
     checks = ct.prove(residual(linear)).check(level)
     failed = {c["rule"] for c in checks if c["status"] == "failed"}

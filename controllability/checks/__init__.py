@@ -42,6 +42,7 @@ def check(proof: Proof, level: str, seed: int = 0) -> list[dict[str, Any]]:
     from controllability.checks.generic import whole_block
     from controllability.checks.numeric import numeric
     from controllability.checks.rules import rule_checks
+    from controllability.checks.together import whole_block as joint_block
     from controllability.sampling import sample
 
     sample(proof.block, "indexed")  # a shape that is not known is told in the user's own names
@@ -49,7 +50,7 @@ def check(proof: Proof, level: str, seed: int = 0) -> list[dict[str, Any]]:
     started = time.perf_counter()
     try:
         if level == "symbolic":
-            status, method = whole_block(proof)
+            status, method = (joint_block if proof.jointly else whole_block)(proof)
         else:
             status, method = (exact if level == "exact" else numeric)(proof, seed)
     except (NotExact, SideConditionFailed) as reason:

@@ -14,7 +14,7 @@ from controllability.components.glu import XIELU, Glu, Swish
 from controllability.components.mixture import Mixture
 from controllability.components.routing import Routing
 from controllability.errors import NotExact
-from controllability.interfaces import Component, Param, Params
+from controllability.interfaces import Component, Param, Params, Together
 from controllability.rules import Step
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DERIVED = {"2h": "h", "E+1": "E"}  # sizes that follow from others
 SMALL = {"d": 2, "h": 3, "one": 1}
 RATIONAL_ACTIVATIONS = ("identity", "relu", "relu2")
+MANY = 2  # tokens of one patch, in symbols and fractions
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,21 @@ def replace_block(proof: Proof, block: Component, names: Mapping[str, str] | Non
     names = names or {}
     known = {name for p in block.parameters() for name in (p.name, str(p))}  # a learned activation may be gone
     frozen = {_named_as(name, names) for name in proof.frozen} & known
-    found = prove(block, proof.via, proof.route, frozen)  # type: ignore[arg-type]
+    found = prove(block, proof.via, proof.route, frozen, proof.jointly)  # type: ignore[arg-type]
     for root in (found.root, *found.alternatives):
         if _signature(root) == _signature(proof.root, names):
             return replace(found, root=root, alternatives=())
     raise NotExact("the derivation is not found again on the instance that is to be checked")
+
+
+def tokens_of(proof: Proof, many: int = MANY) -> tuple[int, ...]:
+    """The axes of the states on which a proof is executed: none, or ``many`` tokens with one patch."""
+    return (many,) if proof.jointly else ()
+
+
+def together_of(proof: Proof) -> Together | None:
+    """How a run solves for its tokens: exactly, with one patch, where the proof is a joint one."""
+    return Together() if proof.jointly else None
 
 
 def _named_as(name: str, names: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from controllability.rules import RULES
 
 ROOMS = tuple(
     f"controllability.{room}"
-    for room in ("arrays", "components", "deltas", "interfaces", "patch", "routes", "rules", "trace")
+    for room in ("arrays", "components", "deltas", "interfaces", "jointly", "patch", "routes", "rules", "trace")
 )
 
 

@@ -82,7 +82,9 @@ def residuals_of(proof: Proof, seed: int) -> tuple[dict[str, float], dict[str, f
 
 
 def _as_stored(proof: Proof, patch: Patch, params: dict[str, Any], v: Any) -> Array:
-    """The block's output with each token's patch added to the stored parameters, the tokens stacked."""
+    """The block's output with each token's patch added to the stored parameters, the tokens stacked; or with one for all."""
+    if proof.jointly:
+        return proof.block(patch.merged_into(params), v)
     rows = []
     for t in range(TOKENS):
         alone = Patch({param: delta.row(t) for param, delta in patch.deltas.items()})

@@ -59,6 +59,10 @@ def rule_check(step: Step) -> tuple[str, str]:
 
     A component that does not run in index notation is reduced at small explicit sizes, and the method says so.
     """
+    if step.rule.jointly:
+        from controllability.checks.together import joint_check
+
+        return joint_check(step)
     names: dict[str, str] = {}
     component = plain_component(step.place.component, names)
     steering = step.steering and replace(step.steering, param=renamed(step.steering.param, names))

@@ -54,7 +54,7 @@ def _patch(parser: ArgumentParser) -> None:
         "--scope",
         choices=("each", "last", "all"),
         default="each",
-        help="a patch for each position (default), or one for the last",
+        help="a patch for each position (default), one for the last, or one for all of them",
     )
     _solving(parser)
     parser.add_argument(
@@ -91,8 +91,53 @@ def _generate(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="S", help="with --sample: which tokens are drawn (default 0)")
 
 
+def _compile(parser: ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("--context", required=True, metavar="TEXT")
+    parser.add_argument(
+        "--queries", required=True, metavar="FILE", help='one query a line, or .jsonl: {"query": TEXT, "weight": N}'
+    )
+    parser.add_argument("--heldout", metavar="FILE", help="queries that the weights are judged on and not made for")
+    parser.add_argument(
+        "--unrelated", metavar="FILE", help="texts on which nothing should change (default: some of ours)"
+    )
+    parser.add_argument(
+        "--answer-tokens", type=int, default=0, metavar="N", help="add N tokens of the contextual model's own answers"
+    )
+    parser.add_argument("--rank", type=int, metavar="R", help="largest rank of a ΔW (default: as many as it takes)")
+    parser.add_argument(
+        "--ridge",
+        type=_ridge,
+        metavar="L",
+        help="λ of a least-squares fit, or auto: chosen by cross-validation; 0: exact or refused (default: exact, or else auto)",
+    )
+    parser.add_argument(
+        "--keep-rms", action="store_true", help="exact, without moving the RMS before a norm, or refused"
+    )
+    parser.add_argument(
+        "--via", choices=VIA, help="default: output, or input-output where that is not exact, and for least squares"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32; float64 computes exactly")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--peft", action="store_true", help="write a PEFT adapter (default: a patch)")
+    kind.add_argument("--merge", action="store_true", help="write whole weights that plain transformers loads")
+    parser.add_argument(
+        "--picture", action="store_true", help="agreement and drift against rank (drawn with --heldout anyway)"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="must not exist")
+
+
+def _ridge(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+_ridge.__name__ = "number"  # what argparse calls it
+
+
 def _export(parser: ArgumentParser) -> None:
-    parser.add_argument("patch", metavar="PATCH_DIR", help="written by controllability patch --scope last --out")
+    parser.add_argument(
+        "patch", metavar="PATCH_DIR", help="written by controllability patch --scope last (or all) --out"
+    )
     parser.add_argument("--peft", required=True, metavar="DIR", help="write the adapter here; must be new or empty")
     parser.add_argument(
         "--model", metavar="MODEL", help="the model it was made for (default: the directory that the patch remembers)"
@@ -146,6 +191,12 @@ COMMANDS = {
         "Generate with the context, and token for token without it from patched weights.",
         'controllability generate embedded --prompt "Mia lives in Oslo . Where does Mia live ?" --tokens 8',
         _generate,
+    ),
+    "compile": Command(
+        "One set of weights that answers many queries without their context.",
+        "printf 'Where does Mia live ?\\nWhere does Leo live ?\\n' > queries.txt\n"
+        '  controllability compile embedded --context "Mia lives in Oslo . Leo lives in Rome ." --queries queries.txt --out compiled',
+        _compile,
     ),
     "export": Command(
         "Write a saved patch as an adapter that peft loads, and check it there.",

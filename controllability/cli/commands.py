@@ -142,6 +142,13 @@ def generate(args: argparse.Namespace, output: Output) -> int:
     return generating.generate(args, output)
 
 
+def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
+    """Turn a context into one set of weights, measure it, write it and load it again."""
+    from controllability.cli import compiling
+
+    return compiling.compile(args, output)
+
+
 def export(args: argparse.Namespace, output: Output) -> int:
     """Write a saved patch as a PEFT adapter."""
     from controllability.cli import exporting

@@ -48,7 +48,8 @@ class Output:
         if isinstance(error, NotControllable):
             self.result({"verdict": "refused", "culprit": error.culprit, "reason": error.reason, "hint": error.hint})
         else:
-            self.result({
+            proof = {"certificate": error.certificate.to_dict()} if error.certificate is not None else {}
+            self.result(proof | {
                 "verdict": "condition failed", "culprit": error.where, "reason": error.statement, "hint": error.hint,
                 "layer": error.layer, "position": error.position, "margin": _finite(error.margin),
             })  # fmt: skip

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -21,7 +21,8 @@ class Farkas:
     """λ (T,) with Aᵀλ ≥ 0 and qᵀλ ≤ 0, not both zero: no s > 0 has A s = q.
 
     ``coefficients`` (T, d) is A and ``right`` (T,) is q: floats, taken as the exact numbers they are, or
-    Fractions.  ``weights`` is λ, rational.  Source: Farkas' lemma, strict form (theory: one patch for many tokens).
+    Fractions.  ``weights`` is λ, rational; ``names`` (T,) say where each token stands, if anywhere.
+    Source: Farkas' lemma, strict form (theory: one patch for many tokens).
 
     >>> Farkas([[1, 4], [2, 5]], [3, 2], (-1, 1)).holds()  # the second row exceeds the first, its right side does not
     True
@@ -30,11 +31,16 @@ class Farkas:
     coefficients: Any
     right: Any
     weights: tuple[Fraction | int, ...]
+    names: tuple[str, ...] = ()
 
     def holds(self) -> bool:
         """Whether λ proves it, in exact arithmetic, without a tolerance."""
         columns, right = self._combination()
         return min(columns) >= 0 and right <= 0 and (right < 0 or max(columns) > 0)
+
+    def named(self, names: Sequence[str]) -> Farkas:
+        """The same with a name for each token."""
+        return replace(self, names=tuple(names))
 
     def _combination(self) -> tuple[list[int], int]:
         """(Aᵀλ, qᵀλ) up to positive factors, in whole numbers."""
@@ -52,9 +58,10 @@ class Farkas:
     def __str__(self) -> str:
         T = len(self.weights)
         order = sorted((t for t in range(T) if self.weights[t]), key=lambda t: -abs(self.weights[t]))
-        terms = ", ".join(f"{float(self.weights[t]):+.3g} at token {t}" for t in order[:NAMED])
+        names = self.names or [f"token {t}" for t in range(T)]
+        terms = "; ".join(f"{float(self.weights[t]):+.3g} at {names[t]}" for t in order[:NAMED])
         more = f" and {len(order) - NAMED} smaller ones" if len(order) > NAMED else ""
-        columns, right = self._combination()
+        _, right = self._combination()
         exact = self.holds()
         side = "a negative right side" if right < 0 or not exact else "the right side 0"
         checked = "checked in exact arithmetic" if exact else "to rounding: not confirmed in exact arithmetic"
@@ -65,7 +72,8 @@ class Farkas:
 
     def to_dict(self) -> dict[str, Any]:
         """λ as 'numerator/denominator' strings, and what was found; JSON-ready."""
-        return {"kind": "farkas", "weights": [str(Fraction(w)) for w in self.weights], "exact": self.holds()}
+        found = {"kind": "farkas", "weights": [str(Fraction(w)) for w in self.weights], "exact": self.holds()}
+        return found | ({"names": list(self.names)} if self.names else {})
 
 
 class Infeasible(ControllabilityError):
@@ -77,27 +85,30 @@ class Infeasible(ControllabilityError):
 
 
 def find_farkas(coefficients: Any, right: Any, guess: np.ndarray | None = None) -> Farkas | None:
-    """A certificate that no s > 0 has A s = q; one that ``holds()`` where one was found, None where none is near.
+    """A certificate that no s > 0 has A s = q; None where there is none.
 
     ``guess`` (T,) is tried first.  Otherwise a linear program takes λ as far inside its inequalities as
     they allow (so that a rounded λ still satisfies them), and where there is no inside, any λ at all.
+    One that holds to rounding only is the answer where nothing better is found.
     """
     A = np.array([[float(value) for value in row] for row in coefficients])
     q = np.array([float(value) for value in right])
     doubtful: Farkas | None = None
     for weights in _proposals(A, q, guess):
         for rounded in _roundings(weights):
-            certificate = Farkas(coefficients, right, rounded)
-            doubtful = doubtful or certificate
-            if _plausible(A, q, np.array([float(w) for w in rounded])) and certificate.holds():
+            certificate, floats = Farkas(coefficients, right, rounded), np.array([float(w) for w in rounded])
+            if _plausible(A, q, floats, 1e-13) and certificate.holds():
                 return certificate
+            if doubtful is None and _plausible(A, q, floats, 1e-8):
+                doubtful = certificate
     return doubtful
 
 
-def _proposals(A: np.ndarray, q: np.ndarray, guess: np.ndarray | None):  # noqa: ANN202
+def _proposals(A: np.ndarray, q: np.ndarray, guess: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Vectors λ with max |λ| = 1 that may prove it."""
     if guess is not None and guess.any():
         yield guess / np.abs(guess).max()
-    live = A.any(1)
+    live = np.asarray(A.any(1))
     A, q = A[live], q[live]
     size = A.sum(1)
     rows, right = A / size[:, None], q / size
@@ -117,9 +128,7 @@ def _proposals(A: np.ndarray, q: np.ndarray, guess: np.ndarray | None):  # noqa:
     if best.status == 0 and best.x[-1] > 0:
         yield whole(best.x[:-1])
     # any: the sum of what is not zero, as large as possible
-    best = linprog(
-        right - rows.sum(1), A_ub=system[:, :-1], b_ub=np.zeros(d + 1), bounds=[(-1, 1)] * T, method="highs"
-    )
+    best = linprog(right - rows.sum(1), A_ub=system[:, :-1], b_ub=np.zeros(d + 1), bounds=[(-1, 1)] * T, method="highs")
     if best.status == 0 and best.fun < -1e-6:
         yield whole(best.x)
 
@@ -130,10 +139,10 @@ def _roundings(weights: np.ndarray) -> list[tuple[Fraction, ...]]:
     return [*simple, tuple(Fraction(w) for w in weights.tolist())]
 
 
-def _plausible(A: np.ndarray, q: np.ndarray, weights: np.ndarray) -> bool:
-    """Whether an exact check is worth its time: the inequalities hold to rounding."""
-    slack = 1e-13 * (np.abs(weights) @ np.abs(A))
-    return bool((weights @ A >= -slack).all() and weights @ q <= 1e-13 * (np.abs(weights) @ np.abs(q)))
+def _plausible(A: np.ndarray, q: np.ndarray, weights: np.ndarray, tolerance: float) -> bool:
+    """Whether the inequalities hold to rounding: an exact check is worth its time."""
+    slack = tolerance * (np.abs(weights) @ np.abs(A))
+    return bool((weights @ A >= -slack).all() and weights @ q <= tolerance * (np.abs(weights) @ np.abs(q)))
 
 
 def _plain(values: Any) -> list[Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from controllability.arrays import arithmetic
 
 NAMED = 0.01  # weights below this part of the largest are not named
 
@@ -15,7 +18,7 @@ class Dependent:
     """Weights λ (T,) with Σ λ_t x_t = 0 and Σ λ_t gap_t ≠ 0: whatever ΔW is, it maps the first sum to 0.
 
     ``inputs`` is max |Σ λ_t x_t| and ``targets`` max |Σ λ_t gap_t|, both over the largest |λ_t|‖·_t‖∞.  ``exact`` says that the first
-    is exactly 0 in the numbers given (fractions), not to rounding.
+    is exactly 0 in the numbers given (fractions), not to rounding.  ``names`` (T,) say where each token stands, if anywhere.
     """
 
     where: str
@@ -23,10 +26,12 @@ class Dependent:
     inputs: float
     targets: float
     exact: bool
+    names: tuple[str, ...] = ()
 
     @staticmethod
     def of(where: str, x: np.ndarray, gap: np.ndarray, worst: int) -> Dependent:
         """The dependency that token ``worst`` takes part in.  ``x`` (T, n), ``gap`` (T, m), floats or fractions."""
+        x, gap = (a if _exact(a) else a.astype(float) for a in (x, gap))  # many digits: as floats
         weights = _weights(x, worst)
         exact = x.dtype == object
         combined, missing = weights @ x, weights @ gap
@@ -42,12 +47,23 @@ class Dependent:
         order = np.argsort(-size, kind="stable")
         return tuple(int(t) for t in order if size[t] > NAMED * size.max())
 
+    def among(self, tokens: np.ndarray, count: int) -> Dependent:
+        """The same for ``count`` tokens, of which those of this certificate are ``tokens`` (T,)."""
+        weights = np.zeros(count, dtype=self.weights.dtype)
+        weights[tokens] = self.weights
+        return replace(self, weights=weights)
+
+    def named(self, names: Sequence[str]) -> Dependent:
+        """The same with a name for each token."""
+        return replace(self, names=tuple(names))
+
     def holds(self) -> bool:
         """Whether the inputs' combination vanishes exactly and the targets' does not."""
         return self.exact and self.targets > 0
 
     def __str__(self) -> str:
-        named = ", ".join(map(str, self.tokens[:6])) + (" …" if len(self.tokens) > 6 else "")
+        named = "; ".join(self.names[t] for t in self.tokens[:6]) if self.names else ", ".join(map(str, self.tokens[:6]))
+        named += " …" if len(self.tokens) > 6 else ""
         how = "exactly" if self.exact else f"to {self.inputs:.1g} of their size"
         return (
             f"tokens {named} depend on each other at {self.where} ({how}) and their targets do not "
@@ -60,7 +76,11 @@ class Dependent:
             "kind": "dependent tokens", "where": self.where, "tokens": list(self.tokens),
             "weights": [float(self.weights[t]) for t in self.tokens],
             "inputs": self.inputs, "targets": self.targets, "exact": self.exact,
-        }  # fmt: skip
+        } | ({"names": [self.names[t] for t in self.tokens]} if self.names else {})  # fmt: skip
+
+
+def _exact(numbers: np.ndarray) -> bool:
+    return numbers.dtype == object and arithmetic(numbers).exact
 
 
 def _ratio(combined: np.ndarray, sizes: list[Any]) -> float:

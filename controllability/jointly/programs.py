@@ -14,64 +14,101 @@ import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
 Vector = np.ndarray
-LARGEST = 1e6  # a change of the scale beyond this counts as none
-CLOSE = 0.04  # relative precision of κ² − 1 and of the shrinkage²
+CLOSE, ROUGH = 0.04, 0.2  # relative precision of κ² − 1, and of the shrinkage²
+CONSISTENT = 1e-9  # equations whose left sides agree must agree this well on the right
 HURRY = 2.0  # growth of the weight per stage; at 3 and above Newton's method is caught at the curved boundary
 LOST = float("inf")
 
 
-def positive_solution(A: Vector) -> tuple[Vector | None, Vector]:
-    """(σ > 0 with A σ = 1, λ), or (None, λ with Aᵀλ ≥ 0 and Σλ < 0, or what is nearest to it).
+@dataclass(frozen=True, eq=False)
+class Equations:
+    """A σ = 1 without the equations that repeat others: rows·σ = right with rows orthonormal in σ/usual.
 
-    σ = c/(1 − Aᵀμ), where μ minimises −Σ log(1 − Aᵀμ) − Σ μ (rows scaled, c the usual size of σ), is the solution
-    of least Σ (σ/c − log σ).  The minimum is attained exactly when a positive solution exists;
+    ``size`` (T,) are the sums of A's rows and ``usual`` (d,) is a σ in which every channel counts as much as any;
+    ``lift`` maps weights of ``rows`` to weights of A's rows over their size; ``apart`` (T,) is what the
+    right sides of equal equations disagree by, zero where there is a solution.
+    """
+
+    A: Vector
+    size: Vector
+    usual: Vector
+    rows: Vector
+    right: Vector
+    lift: Vector
+    apart: Vector
+
+    @classmethod
+    def of(cls, A: Vector, cutoff: float) -> Equations:
+        """Directions in which A (rows of sum 1) is below ``cutoff`` of its largest are left out."""
+        size = A.sum(1)
+        share = (A / size[:, None]).mean(0)
+        usual = np.where(share > 0, 1 / np.where(share > 0, share, 1), 1) / A.shape[1]
+        usual = usual / np.median(A @ usual)
+        U, S, rows = np.linalg.svd(A / size[:, None] * usual, full_matrices=False)
+        kept = cutoff * S[0] < S
+        U, lift = U[:, kept], U[:, kept] / S[kept]
+        right = 1 / size
+        return cls(A, size, usual, rows[kept] / usual, right @ lift, lift, right - U @ (right @ U))
+
+    def certificate(self, weights: Vector) -> Vector | None:
+        """λ (T,) with Aᵀλ > 0 and Σλ < 0, from weights (T,) of A's rows over their size; None if they do not give it.
+
+        From the weights as much is taken of every row as makes Aᵀ·weights < 0; Σ must stay positive.
+        """
+        unit = self.A / self.size[:, None]
+        needed = ((weights @ unit) / np.maximum(unit.sum(0), 1e-300)).max()
+        affordable = weights @ (1 / self.size) / (1 / self.size).sum()
+        return ((needed + affordable) / 2 - weights) / self.size if needed < affordable else None
+
+
+def positive_solution(equations: Equations) -> tuple[Vector | None, Vector | None]:
+    """(σ > 0 with A σ = 1, None), or (None, λ with Aᵀλ > 0 and Σλ < 0); (None, None) where neither is found.
+
+    σ/usual = 1/(1 − rowsᵀμ), where μ minimises −Σ log(1 − rowsᵀμ) − right·μ, is the solution of least
+    Σ (σ/usual − log σ).  The minimum is attained exactly when a positive solution exists;
     otherwise μ runs off until −μ is a certificate of impossibility.
     """
-    usual = 1 / np.median(A.sum(1))
-    size = usual * A.sum(1)
-    rows, right = usual * A / size[:, None], 1 / size
-    mu, total = np.zeros(len(A)), np.maximum(rows.sum(0), 1e-300)
+    if np.abs(equations.apart * equations.size).max() > CONSISTENT:
+        return None, equations.certificate(equations.apart)
+    rows, right = equations.rows * equations.usual, equations.right
+    mu = np.zeros(len(rows))
 
     def value(mu: Vector) -> float:
         room = 1 - mu @ rows
         return LOST if room.min() <= 0 else -float(np.log(room).sum() + mu @ right)
 
-    best: Vector | None = None
-    error = 1e-6  # solutions worse than this are none
     for _ in range(500):
-        reach = mu @ rows
-        needed, affordable = (reach / total).max(), mu @ right / right.sum()
-        if needed < affordable:  # μ less as much of every row has Aᵀμ < 0 and Σ μ > 0
-            return None, ((needed + affordable) / 2 - mu) / size
-        sigma = 1 / (1 - reach)
+        sigma = 1 / (1 - mu @ rows)
         gap = right - rows @ sigma
-        now = np.abs(gap / right).max()
-        if now < error:
-            best, error = sigma, now
-        if now < 1e-10 or max(sigma.max(), 1 / sigma.min()) > LARGEST**2:
-            break
+        if np.abs(equations.A @ (equations.usual * sigma) - 1).max() < CONSISTENT:
+            return equations.usual * sigma, None
+        certificate = equations.certificate(equations.lift @ mu)
+        if certificate is not None:
+            return None, certificate
         step = _solve((rows * sigma**2) @ rows.T, gap)
         length = _length(value, mu, step, -float(gap @ step))
         if not length:  # rounding: as good as it gets
             break
         mu = mu + length * step
-    return (None if best is None else usual * best), -mu / size
+    return None, None
 
 
 def _length(value: Callable[[Vector], float], x: Vector, step: Vector, slope: float) -> float:
     """How much of a Newton step to take for the value to fall enough; 0 where it does not."""
     before, length = value(x), 1.0
-    while value(x + length * step) > before + 0.1 * length * slope:
+    if -slope < 1e-8 and value(x + step) < LOST:  # the end: the value itself is only rounding
+        return 1.0 if -slope > 1e-22 else 0.0
+    while not value(x + length * step) <= before + 0.1 * length * slope:
         length /= 2
         if length < 1e-8:
             return 0.0
     return length
 
 
-def least_spread(A: Vector, sigma: Vector) -> Vector:
-    """σ with A σ = 1 whose max(σ, 1/σ) is least, to a few per cent of its distance from 1; starts at a solution."""
+def least_spread(equations: Equations, sigma: Vector) -> Vector:
+    """σ with rows·σ = right whose max(σ, 1/σ) is least, to a few per cent of its distance from 1; starts at a solution."""
     bound = 1.1 * max(sigma.max(), 1 / sigma.min())
-    x = _Spread(A).follow(np.append(sigma, bound), goal=lambda x: x[-1] - 1)
+    x = _Spread(equations).follow(np.append(sigma, bound), lambda x: x[-1] - 1, CLOSE)
     better = x[:-1]
     return better if _spread(better) < _spread(sigma) else sigma
 
@@ -86,7 +123,8 @@ def least_shrinkage(A: Vector, w: Vector, margin: Vector, factor: float) -> Vect
     sigma = np.full(A.shape[1], uniform)
     room = 1 - A @ sigma
     h = 1.5 * (room / w).max()
-    x = _Shrinkage(A, w, margin, limit).follow(np.concatenate([sigma, h * w - room, [h]]), goal=lambda x: x[-1] if x[-1] > 1 else LOST)
+    start = np.concatenate([sigma, h * w - room, [h]])
+    x = _Shrinkage(A, w, margin, limit).follow(start, lambda x: x[-1] if x[-1] > 1 else LOST, ROUGH)
     sigma = x[: A.shape[1]]
     return sigma if np.isfinite(sigma).all() and (sigma > 0).all() else None
 
@@ -122,43 +160,56 @@ def _solve(matrix: Vector, right: Vector) -> Vector:
     size = np.sqrt(np.maximum(np.diag(matrix), 1e-300))
     unit = matrix / size / size[:, None]
     right = (right.T / size).T
+    if not (np.isfinite(unit).all() and np.isfinite(right).all()):
+        return np.full_like(right, np.nan)
     for shift in (1e-14, 1e-12, 1e-10, 1e-8):
         try:
             factor = cho_factor(unit + shift * np.eye(len(unit)))
-        except (LinAlgError, ValueError):
+        except LinAlgError:
             continue
         return (cho_solve(factor, right).T / size).T
     return (np.linalg.lstsq(unit, right, rcond=1e-8)[0].T / size).T
 
 
 class _Path(ABC):
-    """Minimise the last unknown z over a convex set of (x, z) with rows·x + v·z = 1, along the central path.
+    """Minimise the last unknown z over a convex set of (x, z) with rows·x + v·z = right, along the central path.
 
     The barrier's Hessian is an arrow: diagonal in x, coupled to z.  z is eliminated by hand, since near the
     boundary what is left of its corner cannot be found by subtracting.
     """
 
     rows: Vector  # (T, n)
+    right: Vector  # (T,)
     v: Vector  # (T,)
     degree: float  # the barrier's parameter: the gap at weight t is degree / t
 
     @abstractmethod
-    def barrier(self, x: Vector) -> float:
-        """The barrier at (x, z); infinite outside."""
+    def slacks(self, x: Vector) -> Vector:
+        """What must stay positive at (x, z), z too; the barrier is minus the sum of the logarithms."""
 
     @abstractmethod
     def arrow(self, x: Vector) -> _Arrow:
         """The barrier's derivatives at (x, z)."""
 
-    def follow(self, x: Vector, goal: Callable[[Vector], float]) -> Vector:
-        """The (x, z) at which the gap is below ``CLOSE`` of the goal (or rounding stops the way)."""
+    def follow(self, x: Vector, goal: Callable[[Vector], float], close: float) -> Vector:
+        """The (x, z) at which the gap is below ``close`` of the goal (or rounding stops the way)."""
         t = self.degree / max(goal(x), 1e-300)
         for _ in range(100):
-            x, centred = self._centre(x, t)
-            if not centred or self.degree / t <= CLOSE * goal(x):
+            ahead, centred = self._centre(x, t)
+            if np.abs(self._missing(ahead)).max() > 0.1 * self.slacks(ahead).min():
+                break  # what rounding leaves of the equations is no longer small beside what is left to gain
+            x = ahead
+            if not centred or self.degree / t <= close * goal(x):
                 break
             t *= HURRY
         return x
+
+    def _missing(self, x: Vector) -> Vector:
+        return self.right - self.rows @ x[:-1] - self.v * x[-1]
+
+    def _value(self, x: Vector, t: float) -> float:
+        slacks = self.slacks(x)
+        return LOST if min(slacks.min(), x[-1]) <= 0 else float(t * x[-1] - np.log(slacks).sum())
 
     def _centre(self, x: Vector, t: float) -> tuple[Vector, bool]:
         for _ in range(60):
@@ -167,7 +218,7 @@ class _Path(ABC):
                 return x, False
             if -slope < 0.2:
                 return x, True
-            length = _length(lambda x: t * x[-1] + self.barrier(x), x, step, slope)
+            length = _length(lambda x: self._value(x, t), x, step, slope)
             if not length:
                 return x, False
             x = x + length * step
@@ -177,9 +228,8 @@ class _Path(ABC):
         """(Newton step of t·z + barrier within the equations, its slope)."""
         rows, at = self.rows, self.arrow(x)
         weighted = rows / at.diagonal
-        missing = 1 - rows @ x[:-1] - self.v * x[-1]
         across = self.v - weighted @ at.mixed
-        nu = _solve(weighted @ rows.T, np.stack([-weighted @ at.gradient - missing, across], 1))
+        nu = _solve(weighted @ rows.T, np.stack([-weighted @ at.gradient - self._missing(x), across], 1))
         dz = -(t + at.last_left + across @ nu[:, 0]) / (at.corner_left + across @ nu[:, 1])
         dx = -(at.gradient + at.mixed * dz + (nu[:, 0] + dz * nu[:, 1]) @ rows) / at.diagonal
         return np.append(dx, dz), float(at.gradient @ dx + (t + at.last) * dz)
@@ -202,15 +252,14 @@ class _Arrow:
 
 
 class _Spread(_Path):
-    """(σ, K) with A σ = 1, σ ≤ K and σ ≥ 1/K."""
+    """(σ, K) with rows·σ = right, σ ≤ K and σ ≥ 1/K."""
 
-    def __init__(self, A: Vector) -> None:
-        self.rows, self.v, self.degree = A, np.zeros(len(A)), 3.0 * A.shape[1]
+    def __init__(self, equations: Equations) -> None:
+        self.rows, self.right, self.v = equations.rows, equations.right, 0 * equations.right
+        self.degree = 3.0 * self.rows.shape[1]
 
-    def barrier(self, x: Vector) -> float:
-        sigma, K = x[:-1], x[-1]
-        slacks = np.concatenate([K - sigma, sigma * K - 1])
-        return LOST if min(slacks.min(), sigma.min()) <= 0 else -float(np.log(slacks).sum())
+    def slacks(self, x: Vector) -> Vector:
+        return np.concatenate([x[-1] - x[:-1], x[:-1] * x[-1] - 1])
 
     def arrow(self, x: Vector) -> _Arrow:
         sigma, K = x[:-1], x[-1]
@@ -226,7 +275,8 @@ class _Shrinkage(_Path):
     """((σ, b), h) with A σ + h·w = 1 + b, 0 ≤ b ≤ h·w − margin and 1/limit ≤ σ ≤ limit."""
 
     def __init__(self, A: Vector, w: Vector, margin: Vector, limit: float) -> None:
-        self.rows, self.v, self.degree = np.hstack([A, -np.eye(len(A))]), w, 2.0 * sum(A.shape)
+        self.rows, self.right, self.v = np.hstack([A, -np.eye(len(A))]), np.ones(len(A)), w
+        self.degree = 2.0 * sum(A.shape)
         self.margin, self.limit = margin, limit
 
     def _slacks(self, x: Vector) -> tuple[Vector, Vector, Vector, Vector]:
@@ -234,9 +284,8 @@ class _Shrinkage(_Path):
         sigma, below = x[:d], x[d:-1]
         return sigma - 1 / self.limit, self.limit - sigma, below, x[-1] * self.v - self.margin - below
 
-    def barrier(self, x: Vector) -> float:
-        slacks = np.concatenate(self._slacks(x))
-        return LOST if slacks.min() <= 0 else -float(np.log(slacks).sum())
+    def slacks(self, x: Vector) -> Vector:
+        return np.concatenate(self._slacks(x))
 
     def arrow(self, x: Vector) -> _Arrow:
         low, high, below, above = self._slacks(x)

@@ -18,8 +18,11 @@ from controllability.jointly.certificates import Farkas, Infeasible, find_farkas
 Vector = np.ndarray
 ROUNDING = 32 * np.finfo(float).eps  # differences of mean(u²) from q that count as none
 ACCEPTED = 1e-9  # relative error of mean(u²) that nearly equal tokens may leave in "kept rms"
+CUTOFFS = (1e-10, 1e-13)  # equations that differ by less are taken for one, unless that breaks them
+TINY = 1e-6  # entries of m below this part of the mean |m| count as this large
+NOTHING = 1e-12  # mean(y²) below this part of ε is no RMS to keep
 GROWTH = 2.0  # "moved rms": no token's pre-norm target grows by more than this factor
-FACTORS = (1.5, 5.0, 30.0)  # "moved rms": changes that are tried, in units of the uniform one
+FACTORS = (1.5, 6.0)  # "moved rms": changes that are tried, in units of the uniform one
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +32,9 @@ class JointScale:
     ``scale`` (d,) is m' as the parameter holds it; ``unit`` (T, d) u_t = G_t/m'; ``before`` (T, d)
     y*_t = u_t·√(r_t²+ε) with mean(u_t²) = r_t²/(r_t²+ε), so that m'∘n(y*_t) = G_t.  ``resort`` says
     which order of resort it took, ``change`` is max over channels of m'/m and m/m' (1: unchanged),
-    ``shrinkage`` the largest factor by which a token's √(r_t²+ε) fell (1: kept), ``residual`` the
-    largest relative error that rounding m' leaves in m'∘n(y*_t), and ``certificate`` proves "kept rms"
-    impossible where another resort was taken.
+    ``shrinkage`` the largest factor by which a token's √(r_t²+ε) fell (1: kept), ``residual`` is
+    max |m'∘n(y*_t) − G_t| / max |G_t| of the worst token (rounding, and what rounding m' leaves), and
+    ``certificate`` proves "kept rms" impossible where another resort was taken.
     """
 
     scale: Vector
@@ -54,8 +57,8 @@ def joint_scale(
 ) -> JointScale:
     """One scale m' (d,) that lets all T tokens reach G (T, d) behind the normalisation, by the first resort open.
 
-    ``m`` (d,) is the effective scale, ``r2`` (T,) mean(y_t²) of what enters the normalisation now (below ε
-    it counts as ε: too small to keep), ``stored`` rounds a scale to what the parameter can hold.
+    ``m`` (d,) is the effective scale, ``r2`` (T,) mean(y_t²) of what enters the normalisation now (where
+    it is next to nothing it counts as ε: there is no RMS to keep), ``stored`` rounds a scale to what the parameter can hold.
     Orders of resort: "kept rms" with the least change, "moved rms" with the best conditioning,
     "enlarged" (m' = c·m).  The last two need ε > 0.
 
@@ -93,7 +96,7 @@ class _Task:
     m: Vector
     eps: float
     stored: Callable[[Vector], Vector]
-    usual: Vector  # |m|, with the mean |m| where m_i = 0 but some G_ti is not
+    usual: Vector  # |m|, with the mean |m| where m_i = 0
     wanted: Vector  # (T,) √(r_t²+ε)
     q: Vector
     A: Vector
@@ -109,11 +112,16 @@ class _Task:
         finite = np.isfinite(A).all() and np.isfinite(m).all() and np.isfinite(r2).all() and np.isfinite(eps)
         if not finite or (r2 < 0).any() or eps < 0:
             raise BadInput("joint_scale: G², m, r2 ≥ 0 and eps ≥ 0 must be finite")
-        r2 = np.where(r2 < eps, eps, r2) if eps > 0 else np.where(r2 < 1e-30, 1.0, r2)
+        r2 = np.where(r2 <= NOTHING * eps, eps, r2) if eps > 0 else np.where(r2 < 1e-30, 1.0, r2)
         size = np.abs(m)
         typical = size[size > 0].mean() if size.any() else 1.0
-        usual = np.where(size > 0, size, typical)
-        return cls(G, m, float(eps), stored, usual, np.sqrt(r2 + eps), r2 / (r2 + eps), A, G.any(1))
+        usual = np.where(size > 0, np.maximum(size, TINY * typical), typical)
+        spread = np.sqrt(np.mean((G / usual) ** 2, -1).max())
+        if spread > 0 and not TINY < spread < 1 / TINY:  # so far from now that the change is counted from c·m
+            usual = usual * spread
+        return cls(
+            G, m, float(eps), stored, usual, np.sqrt(r2 + eps), r2 / (r2 + eps), A, np.any(A, axis=1).astype(bool)
+        )
 
     @property
     def d(self) -> int:
@@ -140,20 +148,24 @@ class _Task:
     def finished(self, sigma: Vector, resort: str, certificate: Farkas | None) -> JointScale:
         """The answer of σ: u of the scale as stored, and the RMS that belongs to it."""
         scale = self.hold(sigma)
-        unit = np.divide(self.G, scale, out=np.zeros_like(self.G), where=self.G != 0)
-        p = np.mean(unit * unit, -1)
-        root = self._roots(p, resort == "kept rms")
-        live = self.live
-        room = np.abs(1 - p - self.eps / root**2)[live]
-        room = np.where((np.abs(p - self.q)[live] <= ROUNDING) & (root == self.wanted)[live], 0, room)
+        unit = np.divide(self.G, scale, out=np.zeros_like(self.G), where=scale != 0)
+        root = self._roots(np.mean(unit * unit, -1), resort == "kept rms")
+        before = unit * root[:, None]
         alive = (self.m != 0) & (scale != 0)
         ratio = np.abs(scale[alive] / self.m[alive])
         return JointScale(
-            scale, unit, unit * root[:, None], resort,
+            scale, unit, before, resort,
             change=float(max(ratio.max(), 1 / ratio.min())) if ratio.size else 1.0,
-            shrinkage=float(max(1.0, (self.wanted / root)[live].max(initial=0))),
-            residual=float(room.max(initial=0) / 2), certificate=certificate,
+            shrinkage=float((self.wanted / root)[self.live].max(initial=1)),
+            residual=self._residual(scale, before), certificate=certificate,
         )  # fmt: skip
+
+    def _residual(self, scale: Vector, before: Vector) -> float:
+        """max |m'∘n(y*_t) − G_t| / max |G_t|, worst token."""
+        G, y = self.G[self.live], before[self.live]
+        reached = scale * y / np.sqrt(np.mean(y * y, -1, keepdims=True) + self.eps)
+        error = np.abs(reached - G).max(1, initial=0) / np.abs(G).max(1, initial=0)
+        return float(error.max(initial=0))
 
     def _roots(self, p: Vector, kept: bool) -> Vector:
         """√(r_t²+ε) with p_t = r_t²/(r_t²+ε): ε/(1 − p_t), except where that is only rounding.
@@ -177,15 +189,25 @@ def _keeping(task: _Task) -> tuple[JointScale | None, Vector | None]:
     if np.abs(rows.sum(1) - 1).max() > ROUNDING:
         if len(rows) == 1:
             return task.finished(sigma / rows.sum(), "kept rms", None), None  # route uniform: no scale changes less
-        sigma, direction = programs.positive_solution(rows)
+        sigma, weights = _solution(rows)
         if sigma is None:
-            obstacle = np.zeros(len(task.q))
-            obstacle[task.live] = direction / q
-            return None, obstacle
-        sigma = programs.polished(rows, programs.least_spread(rows, sigma))
-        if np.abs(rows @ sigma - 1).max() > ACCEPTED:
-            return None, None
+            hopeless = np.zeros(len(task.q))
+            hopeless[task.live] = 0 if weights is None else weights / q
+            return None, hopeless
     return task.finished(sigma, "kept rms", None), None
+
+
+def _solution(rows: Vector) -> tuple[Vector | None, Vector | None]:
+    """(σ > 0 with rows·σ = 1 and the least spread, None), or (None, weights of the rows that exclude it, if found)."""
+    for cutoff in CUTOFFS:
+        equations = programs.Equations.of(rows, cutoff)
+        sigma, weights = programs.positive_solution(equations)
+        if sigma is None:
+            return None, weights
+        sigma = programs.polished(rows, programs.least_spread(equations, sigma))
+        if np.abs(rows @ sigma - 1).max() <= ACCEPTED:
+            return sigma, None
+    return None, None
 
 
 def _moved(task: _Task, certificate: Farkas | None) -> Iterator[JointScale]:

@@ -35,14 +35,17 @@ class Span:
     tolerance: float
 
     @staticmethod
-    def of(x: Array, tolerance: float | None = None) -> Span:
-        """The span of the rows of ``x`` (T, n).  The default tolerance is 100 machine epsilons of the numbers given."""
+    def of(x: Array, tolerance: float | None = None, named: bool = False) -> Span:
+        """The span of the rows of ``x`` (T, n).  The default tolerance is 100 machine epsilons of the numbers given.
+
+        With ``named`` rows and coordinates of symbols go by short names.
+        """
         xp = arithmetic(x)
         if tolerance is None:
             tolerance = UNIT_ROUNDINGS * xp.machine_epsilon(xp.lift(x))
         rows = xp.numbers(x)
         if rows.dtype == object:
-            return _eliminated(rows, xp, tolerance)
+            return _eliminated(rows, xp, tolerance, named)
         sizes = _sizes(rows)
         _, singular, basis = np.linalg.svd(rows / sizes, full_matrices=False)
         basis = basis[singular > tolerance]
@@ -110,15 +113,17 @@ def _sizes(rows: np.ndarray) -> np.ndarray:
     return np.where(sizes == 0, 1.0, sizes)
 
 
-def _eliminated(rows: np.ndarray, xp: Any, tolerance: float) -> Span:
+def _eliminated(rows: np.ndarray, xp: Any, tolerance: float, named: bool) -> Span:
     """Gram-Schmidt without roots: the basis of fractions is of fractions, that of symbols of symbols."""
     basis: list[np.ndarray] = []
     table: list[list[Any]] = []
+    if named and xp.symbolic and _independent_somewhere(rows):  # a name would hide that rows depend on each other
+        rows = xp.name(rows)
     for row in rows:
         rest, found = row, []
         for direction in basis:
             share = xp.tidy(np.array([(direction * row).sum() / (direction * direction).sum()]))[0]
-            found.append(share)
+            found.append(xp.name(np.array([share]))[0] if named else share)
             rest = rest - share * direction
         rest = xp.tidy(rest)
         if not _vanishes(rest, row, xp, tolerance):
@@ -129,6 +134,15 @@ def _eliminated(rows: np.ndarray, xp: Any, tolerance: float) -> Span:
     for t, found in enumerate(table):
         coordinates[t] = [*found, *[xp.number(0)] * (len(basis) - len(found))]
     return Span(np.array(basis, dtype=object).reshape(len(basis), rows.shape[1]), coordinates, tolerance)
+
+
+def _independent_somewhere(rows: np.ndarray) -> bool:
+    """Whether rows of symbols are independent at a random point: then they are so in general."""
+    from controllability.symbols import Definitions, kept
+
+    table = kept() or Definitions()
+    numbers = np.array([float(table.value(entry)) for entry in rows.flat]).reshape(rows.shape)
+    return np.linalg.svd(numbers / _sizes(numbers), compute_uv=False)[-1] > 1e-6 and len(rows) <= rows.shape[1]
 
 
 def _vanishes(rest: np.ndarray, row: np.ndarray, xp: Any, tolerance: float) -> bool:

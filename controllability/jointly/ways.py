@@ -7,14 +7,17 @@ certificate, unless least squares were asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from controllability.arrays import Arithmetic, Array, arithmetic
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
+from controllability.errors import SideConditionFailed
 from controllability.interfaces import Condition, Jointly, Param, Params, Solved, Together
 from controllability.jointly.dependent import Dependent
+from controllability.jointly.known import Known, among, continued
 from controllability.jointly.span import UNIT_ROUNDINGS, Span
 
 TOO_MANY = "drop one of these tokens or give it more context, ask for via='output' (its bound is wider), or for a fit (ridge=, rank=)"
@@ -28,11 +31,14 @@ def one_matrix(rule: str, weight: Param, where: str, width: int | str | None, tr
         + (f" (T ≤ {width} in general position)" if width else ""), where, hint=TOO_MANY,
     )  # fmt: skip
 
-    def solve(together: Together, params: Params, x: Array, gap: Array, raw: Array) -> Solved:
+    def solve(
+        together: Together, params: Params, x: Array, gap: Array, raw: Array, known: Known | None = None
+    ) -> Solved:
         xp = arithmetic(x, gap)
-        left, right, room = fitted(condition, together, xp, xp.numbers(x), xp.numbers(gap), xp.numbers(raw), x)
-        delta = LowRank(xp.array(left, like=x), xp.array(right, like=x), transposed)
-        return Solved(delta, xp.array(room, like=x))
+        tokens = Known(xp.numbers(x), xp.numbers(gap), xp.numbers(raw))
+        fit = fitted(condition, together, xp, tokens, x, known, named=True)
+        delta = LowRank(xp.array(fit.left, like=x), xp.array(fit.right, like=x), transposed)
+        return Solved(delta, xp.array(fit.room, like=x), fit.known)
 
     return Jointly(f"{rule} jointly", (condition,), solve, width or "n")
 
@@ -48,10 +54,13 @@ def one_vector(
     """Δ ∘ reads(x_t) = gap_t for all tokens, entry by entry: a bias reads 1, a scale its input."""
     condition = Condition(f"all tokens ask for the same change of {param} ({what})", where, hint=ONE_VECTOR)
 
-    def solve(together: Together, params: Params, x: Array, gap: Array, raw: Array) -> Solved:
+    def solve(
+        together: Together, params: Params, x: Array, gap: Array, raw: Array, known: Known | None = None
+    ) -> Solved:
         xp = arithmetic(x, gap)
-        wanted = xp.numbers(gap)
-        read = reads(xp.numbers(x)) + wanted * 0
+        new = Known(reads(xp.numbers(x)) + xp.numbers(gap) * 0, xp.numbers(gap), xp.numbers(raw))
+        tokens = Known.joined(known, new)
+        read, wanted = tokens.x, tokens.gap
         size = (read * read).sum(0) + together.ridge * (read * read).mean(0)
         size = np.where(size == 0, size + 1, size)
         value = (read * wanted).sum(0) / size
@@ -59,9 +68,10 @@ def one_vector(
         room = np.ones((len(wanted), 1))
         if together.exact:
             room = reached(
-                condition, xp, rest, xp.numbers(raw), wanted, x, lambda bad, i: (read[:, [i]], wanted[:, [i]])
+                condition, xp, rest, tokens.raw, wanted, x, lambda bad, i: (read[:, [i]], wanted[:, [i]]), len(new.x)
             )
-        return Solved(stored(params, xp.array(value, like=gap)), xp.array(room, like=gap))
+        moved = stored(params, xp.array(value, like=gap))
+        return Solved(moved, xp.array(room[-len(new.x) :], like=gap), tokens)
 
     return Jointly(f"{rule} jointly", (condition,), solve, 1)
 
@@ -81,67 +91,102 @@ def one_set_of_experts(
         + (f" (at most {width} tokens an expert in general position)" if width else ""), where, hint=TOO_MANY,
     )  # fmt: skip
 
-    def solve(together: Together, params: Params, x: Array, gap: Array, raw: Array) -> Solved:
+    def solve(
+        together: Together, params: Params, x: Array, gap: Array, raw: Array, known: Known | None = None
+    ) -> Solved:
         xp = arithmetic(x, gap)
         index = np.asarray(_plain(index_of(params)))  # (T, k)
         rows, wanted, own = (np.broadcast_to(xp.numbers(a), (*index.shape, a.shape[-1])) for a in (x, gap, raw))
-        room = np.ones((*index.shape, 1))
-        used = np.unique(index)
-        factors = []
-        for expert in used:  # of different sizes: how many tokens each serves
-            at = index == expert
-            left, right, found = fitted(condition, together, xp, rows[at], wanted[at], own[at], x)
-            room[at] = found
-            factors.append((left, right))
-        delta = _stacked_experts(xp, factors, x, transposed, used, count(params))
-        return Solved(delta, xp.array(room.min(axis=1), like=x))
+        room, before = np.ones((*index.shape, 1)), 0 if known is None else len(known.x)
+        parts: dict[int, Known] = {} if known is None else dict(known.parts)
+        factors = {e: (p.left, p.span.right) for e, p in parts.items() if p.span is not None and p.left is not None}
+        for expert in np.unique(index).tolist():  # of different sizes: how many tokens each serves
+            at, part = index == expert, parts.get(expert)
+            numbers = before + at.nonzero()[0]
+            numbers = numbers if part is None or part.index is None else np.concatenate([part.index, numbers])
+            try:
+                fit = fitted(condition, together, xp, Known(rows[at], wanted[at], own[at]), x, part)
+            except SideConditionFailed as failed:
+                _renumbered(failed, numbers, int(at.sum()), before, before + len(index))
+                raise
+            room[at], factors[expert] = fit.room, (fit.left, fit.right)
+            if fit.known is not None:
+                parts[expert] = replace(fit.known, index=numbers)
+        used = np.array(sorted(factors))
+        delta = _stacked_experts(xp, [factors[e] for e in used.tolist()], x, transposed, used, count(params))
+        tokens = replace(Known.joined(known, Known(rows, wanted, own, index)), parts=parts)
+        return Solved(delta, xp.array(room.min(axis=1), like=x), tokens)
 
     return Jointly(f"{rule} jointly", (condition,), solve, width or "n")
 
 
 def one_sum_of_experts(
     condition: Condition, together: Together, x: Array, shares: Array, index: Array, gap: Array, raw: Array,
-    transposed: bool, experts: int,
+    transposed: bool, experts: int, known: Known | None = None,
 ) -> Solved:  # fmt: skip
     """Σ_j s_tj ΔW_e(t,j) y_tj = gap_t: one matrix for the stacked vectors (s_tj y_tj)_j, so T ≤ (experts used) · h.
 
     ``x`` (T, k, h) what the experts' last matrices read, ``shares`` (T, k, 1), ``index`` (T, k), ``gap`` (T, d).
     """
     xp = arithmetic(x, gap)
-    chosen, rows = np.asarray(_plain(index)), xp.numbers(x) * xp.numbers(shares)
-    used, where = np.unique(chosen, return_inverse=True)
-    where = where.reshape(chosen.shape)
+    new = Known(xp.numbers(x) * xp.numbers(shares), xp.numbers(gap), xp.numbers(raw), np.asarray(_plain(index)))
+    rows, chosen = new.x, new.index
+    assert chosen is not None
+    used = np.unique(chosen) if known is None or known.used is None else np.union1d(chosen, known.used)
+    where = np.searchsorted(used, chosen)
     stacked = np.zeros((len(rows), len(used), rows.shape[-1]), dtype=rows.dtype)
     if rows.dtype == object:
         stacked[...] = rows.flat[0] * 0
-    tokens = np.arange(len(rows))
+    each = np.arange(len(rows))
     for slot in range(chosen.shape[1]):
-        stacked[tokens, where[:, slot]] += rows[:, slot]
-    flat = stacked.reshape(len(rows), -1)
-    left, right, room = fitted(condition, together, xp, flat, xp.numbers(gap), xp.numbers(raw), x)
-    planes = right.reshape(len(right), len(used), rows.shape[-1]).swapaxes(0, 1)
-    spread = np.broadcast_to(left, (len(used), *left.shape)).copy()
+        stacked[each, where[:, slot]] += rows[:, slot]
+    flat = Known(stacked.reshape(len(rows), -1), new.gap, new.raw)
+    fit = fitted(condition, together, xp, flat, x, None if known is None else among(known, used))
+    planes = fit.right.reshape(len(fit.right), len(used), rows.shape[-1]).swapaxes(0, 1)
+    spread = np.broadcast_to(xp.name(fit.left), (len(used), *fit.left.shape)).copy()
     delta = ExpertLowRank(
         xp.array(spread, like=x), xp.array(planes.copy(), like=x), transposed, _places(used, x), experts
     )
-    return Solved(delta, xp.array(room, like=x))
+    tokens = None if fit.known is None else replace(fit.known, used=used)
+    return Solved(delta, xp.array(fit.room, like=x), tokens)
+
+
+class Fit(NamedTuple):
+    """ΔW = leftᵀ · right, how much room every new token had, and what there is to remember."""
+
+    left: np.ndarray  # (r, m)
+    right: np.ndarray  # (r, n)
+    room: np.ndarray  # (N, 1)
+    known: Known | None = None
 
 
 def fitted(
-    condition: Condition, together: Together, xp: Arithmetic, rows: np.ndarray, gap: np.ndarray, raw: np.ndarray, like: Array
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """(left (r, m), right (r, n), room (T, 1)) of the least-norm ΔW with ΔW x_t = gap_t; or of the fit that was asked for."""
-    span = Span.of(rows, None if xp.exact else UNIT_ROUNDINGS * xp.machine_epsilon(xp.lift(like)))
-    left, rest = span.solve(gap, together.ridge)
+    condition: Condition, together: Together, xp: Arithmetic, tokens: Known, like: Array, known: Known | None = None,
+    named: bool = False,
+) -> Fit:  # fmt: skip
+    """The least-norm ΔW with ΔW x_t = gap_t for these tokens and those ``known``; or the fit that was asked for."""
+    count = len(tokens.x)
+    if known is not None and known.span is not None and known.span.basis.dtype != object and together.exact:
+        both, rest = continued(known, tokens.x, tokens.gap, tokens.raw)
+        assert both.span is not None and both.left is not None
+        rest = np.concatenate([np.zeros_like(known.gap), rest])
+        room = reached(condition, xp, rest, both.raw, both.gap, like, lambda bad, i: (both.x, both.gap), count)
+        return Fit(both.left, both.span.right, room[-count:], both)
+    tokens = Known.joined(known, tokens)
+    tolerance = None if xp.exact else UNIT_ROUNDINGS * xp.machine_epsilon(xp.lift(like))
+    span = Span.of(tokens.x, tolerance, named)
+    left, rest = span.solve(tokens.gap, together.ridge)
     if together.exact:
-        return left, span.right, reached(condition, xp, rest, raw, gap, like, lambda bad, i: (rows, gap))
+        evidence = lambda bad, i: (tokens.x, tokens.gap)  # noqa: E731
+        room = reached(condition, xp, rest, tokens.raw, tokens.gap, like, evidence, count)
+        return Fit(left, span.right, room[-count:], replace(tokens, span=span, left=left))
     right = span.right
     if together.rank is not None and together.rank < span.rank:
         sizes = np.linalg.norm(span.coordinates, axis=-1, keepdims=True)
         shown = span.coordinates / np.where(sizes == 0, 1.0, sizes) @ left
         kept = np.linalg.svd(shown, full_matrices=False)[2][: together.rank]
         left, right = kept, kept @ left.T @ right
-    return left, right, np.ones((len(rows), 1))
+    return Fit(left, right, np.ones((count, 1)))
 
 
 def reached(
@@ -152,10 +197,11 @@ def reached(
     gap: np.ndarray,
     like: Array,
     evidence: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+    new: int,
 ) -> np.ndarray:
     """1 − what is left over ÷ what rounding explains, (T, 1); positive where the target is reached.
 
-    Raises ``SideConditionFailed`` with the certificate of the worst token.
+    The last ``new`` tokens are those that are solved for now.  Raises ``SideConditionFailed`` with the certificate of the worst.
     """
     if xp.exact:
         missed = ~np.asarray(xp.is_zero(rest)).reshape(len(rest), -1).all(-1)
@@ -168,10 +214,20 @@ def reached(
     if missed.any():
         bad = int(np.argmin(room))
         entry = 0 if xp.exact else int(np.abs(rest[bad].astype(float)).argmax())
-        failed = condition.failed(None if xp.exact else float(room[bad]), bad)
-        failed.certificate = Dependent.of(condition.where, *evidence(bad, entry), bad)
+        own = bad - (len(rest) - new)
+        failed = condition.failed(None if xp.exact else float(room[bad]), own if own >= 0 else None)
+        if not xp.symbolic:
+            failed.certificate = Dependent.of(condition.where, *evidence(bad, entry), bad)
         raise failed
     return room[:, None]
+
+
+def _renumbered(failed: SideConditionFailed, numbers: np.ndarray, new: int, before: int, count: int) -> None:
+    """One expert's tokens by their ``numbers`` among all ``count``: its last ``new`` are new, as are those from ``before`` on."""
+    assert isinstance(failed.certificate, Dependent)
+    if isinstance(failed.position, int):
+        failed.position = int(numbers[failed.position + len(numbers) - new]) - before
+    failed.certificate = failed.certificate.among(numbers, count)
 
 
 def _largest(rows: np.ndarray) -> np.ndarray:

@@ -93,7 +93,7 @@ class Difference:
 def diff(a: ModelPatch, b: ModelPatch) -> Difference:
     """How two patches of one model differ: ‖ΔA‖, ‖ΔB‖, ‖ΔA − ΔB‖ and their cosine for each parameter, in float64.
 
-    Patches of the same source positions are compared row by row; a single one (scope "last") with each of the other's.
+    Patches of the same source positions are compared row by row; a single one (scope "last" or "all") with each of the other's.
     Raises ``PatchError`` for patches of different weights, ``BadInput`` for what is no patch of a model.
 
     >>> # print(ct.diff(ct.load_patch("monday"), ct.load_patch("tuesday")))
@@ -129,7 +129,7 @@ def _refuse_other_models(a: ModelPatch, b: ModelPatch) -> None:
 
 def _pairing(a: ModelPatch, b: ModelPatch) -> tuple[str, str]:
     """Which rows are compared, and a line that says so."""
-    counts = len(a.rows.sample), len(b.rows.sample)
+    counts = [1 if patch.scope == "all" else len(patch.rows.sample) for patch in (a, b)]
     same = counts[0] == counts[1] and all(
         torch.equal(getattr(a.rows, n), getattr(b.rows, n)) for n in ("sample", "position")
     )

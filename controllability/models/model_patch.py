@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from controllability.models.rounding import MergedError, Rounding, merged_error
 from controllability.models.watch import Watch
 
 if TYPE_CHECKING:
+    from controllability.models.streaming import Extension, Stream
     from controllability.models.adapters.exporting import Exported
     from controllability.models.adapters.forms import Form
 
@@ -62,6 +63,8 @@ class ModelPatch:
     fingerprint: str | None = None
     model_name: str = ""
     together: Together | None = None
+    stream: Stream | None = field(default=None, repr=False)
+    extensions: list[Extension] = field(default_factory=list, repr=False)
     forms: dict[str, Form] = field(default_factory=dict, repr=False)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
@@ -135,6 +138,23 @@ class ModelPatch:
         now = state_of(model)
         if changed := [name for name, seen in self._seen.items() if now.get(name) != seen]:
             raise PatchError(f"{changed[0]} changed since this patch was made: make it again")
+
+    def extend(
+        self, model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any = None
+    ) -> Extension:
+        """Add one sequence of token ids to a patch of scope "all", or the tokens by which a known one has grown.
+
+        The block outputs of the earlier tokens do not move, and for a sequence that grows the cost is that of its new
+        tokens (a cached step of each run, O(rank · width) a map); what a new joint scale costs is timed apart.  Returns an
+        ``Extension``; the patch is changed in place, or left as it was.  Raises ``SideConditionFailed`` with a
+        certificate where the new tokens contradict the earlier ones, ``PatchError`` while the patch is on a model.
+        Source: theory 5, streaming (new).
+
+        >>> # mp.extend(model, target={"input_ids": context_and_more}, source={"input_ids": more})
+        """
+        from controllability.models.streaming import extend
+
+        return extend(self, model, target, source, positions)
 
     # ------------------------------------------------------------------------------------- merging
 

@@ -23,6 +23,7 @@ from controllability.models.random_input import input_embedding, refuse_ids, tak
 from controllability.models.reading_check import Checked, checked_reading
 from controllability.models.recording import record
 from controllability.models.report import Layers, Report
+from controllability.models.streaming import Stream
 from controllability.models.sweep import LayerSweep, Progress, check_finite, observe_target, sweep
 from controllability.models.watch import LayerHooks
 
@@ -132,6 +133,7 @@ def _patch(
         scope, via, route, str(logits.dtype).removeprefix("torch."), len(source_rows.sample),
         sum(e.delta.numbers for e in entries), sum(e.delta.dense_numbers for e in entries),
         time.perf_counter() - started, Layers(records, checked.norms), source_rows.named(),
+        fit=None if together.exact else {"ridge": together.ridge, "rank": together.rank},
     )  # fmt: skip
     kept = {"target": dict(target), "source": dict(source), "positions": positions}
     source_rows = replace(source_rows, before=solvers[0].before)
@@ -140,6 +142,10 @@ def _patch(
         _model=weakref.ref(model),
     )  # fmt: skip
     mp._seen.update(state_of(model))
+    if scope == "all" and together.exact:
+        calls = [(s.layer.index, targets[s.layer.index].index(s.target)) for s in solvers]
+        stream = Stream.of(solvers, calls, kept, [source_rows, target_rows])
+        mp.stream = stream if stream.sequences else None
     return mp
 
 

@@ -7,7 +7,7 @@ sweep held of the layer can go.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,6 +134,29 @@ def record(solver: LayerSweep) -> LayerRecord:
     )  # fmt: skip
 
 
+def joined(earlier: LayerRecord, later: LayerRecord) -> LayerRecord:
+    """One record of the tokens of both; the deltas, which serve them all, are the later's."""
+
+    def both(a: Any, b: Any) -> Any:
+        return None if a is None or b is None else torch.cat([a.reshape(-1), b.reshape(-1)])
+
+    leaves = {
+        name: replace(
+            leaf, own=both(old.own, leaf.own), total=both(old.total, leaf.total), added=both(old.added, leaf.added)
+        )
+        for name, leaf in later.leaves.items()
+        if (old := earlier.leaves[name])
+    }
+    known = {(statement, where): values for statement, where, values in earlier.margins}
+    margins = [(s, w, both(known.get((s, w)), values)) for s, w, values in later.margins]
+    routes = [
+        replace(new, amplification=both(old.amplification, new.amplification))
+        for old, new in zip(earlier.routes, later.routes, strict=False)
+    ]
+    error, size = both(earlier.error, later.error), both(earlier.size, later.size)
+    return replace(later, error=error, size=size, leaves=leaves, margins=margins, routes=routes)
+
+
 def _leaf(run: PatchedRun, path: Path, parameter: str, delta: Delta) -> LeafRecord:
     leaf, total = node(run.block, path), run.known_output(path)
     if isinstance(leaf, Scale) and isinstance(delta, Shift):
@@ -142,7 +165,8 @@ def _leaf(run: PatchedRun, path: Path, parameter: str, delta: Delta) -> LeafReco
         if total is None or before is None:
             return LeafRecord(parameter, delta, scale=scale)
         return LeafRecord(
-            parameter, delta, _largest(scale + delta.value) * _largest(before), _largest(total), scale=scale
+            parameter, delta, _largest(torch.atleast_2d(scale + delta.value)) * _largest(before), _largest(total),
+            scale=scale,
         )
     own = run.raw_outputs.get(path)
     if own is None and total is not None and isinstance(delta, Shift):

@@ -63,18 +63,18 @@ class Layers(Sequence[LayerReport]):
     """
 
     def __init__(self, records: Iterable[LayerRecord], norms: dict[str, float]) -> None:
-        self._records, self._norms = list(records), norms
+        self.records, self._norms = list(records), norms
         self._written: dict[int, LayerReport] = {}
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         if index not in self._written:
-            self._written[index] = layer_report(self._records[index], self._norms)
+            self._written[index] = layer_report(self.records[index], self._norms)
         return self._written[index]
 
     def __iter__(self) -> Iterator[LayerReport]:
@@ -89,7 +89,8 @@ class Report:
     """A whole patch: options, layers, sizes.  ``residual`` is the largest of the layers'.
 
     ``pairs`` are (sample, position) of the source, one for each entry of the layers' tokens.  ``rounding`` says what
-    the last ``merge`` into the weights cost, parameter by parameter.
+    the last ``merge`` into the weights cost, parameter by parameter.  ``fit`` is None where every layer's target is
+    promised, else {"ridge": λ, "rank": the largest rank of a ΔW, or None}: least squares, which promise no target.
     """
 
     scope: str
@@ -103,6 +104,7 @@ class Report:
     layers: Sequence[LayerReport]
     pairs: list[list[int]] = field(default_factory=list)
     rounding: list[Rounding] = field(default_factory=list)
+    fit: dict[str, Any] | None = None
 
     @property
     def residual(self) -> float:
@@ -124,14 +126,14 @@ class Report:
         return cls(**known)
 
     def __str__(self) -> str:
-        """The layers as a table: the worst token of each."""
+        """The layers as a table: the worst token of each.  A fit says so below."""
         rows = [
             [str(x.index), _short(x.residual), x.route, _short(x.amplification), _short(x.condition),
              _short(min((m["margin"] for m in x.margins if m["margin"] is not None), default=None)),
              _short(largest(x.relative_changes.values()))]
             for x in self.layers
         ]  # fmt: skip
-        return _aligned([["layer", *_COLUMNS], *rows])
+        return _aligned([["layer", *_COLUMNS], *rows]) + self._fitted()
 
     def table(self) -> str:
         """Every layer and token as a table for people; ``layers[i].tokens`` has the numbers."""
@@ -144,7 +146,16 @@ class Report:
                 numbers = [seen.amplification[i], largest(v[i] for v in seen.condition.values())]
                 numbers += [min(margins, default=None), largest(v[i] for v in seen.changes.values())]
                 rows.append([str(layer.index), pair, _short(residual), seen.route[i], *map(_short, numbers)])
-        return _aligned([["layer", "sample:position", *_COLUMNS], *rows])
+        return _aligned([["layer", "sample:position", *_COLUMNS], *rows]) + self._fitted()
+
+    def _fitted(self) -> str:
+        if self.fit is None:
+            return ""
+        asked = [f"{name} {value:g}" for name, value in self.fit.items() if value]
+        return (
+            f"\na fit by least squares ({', '.join(asked)}), not exact: a layer's output misses its target by up to "
+            f"{_short(self.residual)} of the largest target"
+        )
 
 
 _COLUMNS = ["residual", "route", "amplification", "condition", "smallest margin", "largest change"]

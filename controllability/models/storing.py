@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import controllability
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.errors import PatchError
-from controllability.interfaces import Param
+from controllability.interfaces import Param, Together
 from controllability.models.adapters.forms import Form, forms_of
 from controllability.models.applying import Entry
 from controllability.models.fingerprints import known_fingerprint
@@ -28,7 +28,7 @@ from controllability.models.model_patch import ModelPatch
 from controllability.models.pairing import Rows
 from controllability.models.report import Report
 
-FORMAT, VERSION = "controllability-patch", 3
+FORMAT, VERSION = "controllability-patch", 4
 TENSORS, DESCRIPTION = "patch.safetensors", "patch.json"
 
 
@@ -169,6 +169,7 @@ def _description(patch: ModelPatch, mark: str, model_type: str) -> dict[str, Any
         "scope": patch.scope,
         "via": patch.report.via,
         "route": patch.report.route,
+        "together": dataclasses.asdict(patch.together) if patch.together is not None else None,
         "valid_for": {"token_ids": ids, "options": plain},
         "rows_shape": list(patch.rows.shape),
         "rows_before": patch.rows.before,
@@ -255,5 +256,6 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> ModelPatc
         inputs,
         fingerprint=description["fingerprint"],
         model_name=str(description["model"]),
+        together=Together(**description["together"]) if description["together"] is not None else None,
         forms={name: Form.from_dict(form) for name, form in description["forms"].items()},
     )

@@ -6,7 +6,7 @@ instead of accumulated, and the run's own logits are the patched ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +20,7 @@ from controllability.components.mixture import CHOSEN, SHARES
 from controllability.deltas import Delta
 from controllability.errors import BadInput, PatchError, SideConditionFailed
 from controllability.interfaces import Param, Together
+from controllability.jointly.known import Known
 from controllability.models.effects import effect_on, patched
 from controllability.models.pairing import Rows
 from controllability.models.watch import LayerHooks
@@ -133,9 +134,10 @@ class LayerSweep:
         rows: Rows,
         scope: str,
         together: Together | None = None,
+        known: Mapping[Path, Known] | None = None,
     ) -> None:
         self.layer, self.proof, self.choice, self.target = layer, proof, choice, target
-        self.together = together
+        self.together, self.known = together, known or {}
         self.rows = rows
         self.each = scope == "each"
         self.states: list[Tensor | None] = [None] * len(layer.inputs)
@@ -151,6 +153,7 @@ class LayerSweep:
             self._run = self.proof.patched_run(
                 self.layer.params, as_state(self.states), self.target.trace(), self.choice, self.together
             )
+            self._run.known = self.known
         return self._run
 
     def entering(self, index: int, value: Tensor) -> None:
@@ -199,6 +202,9 @@ class LayerSweep:
             failed.layer = self.layer.index
             if isinstance(failed.position, int):
                 failed.position = self.rows.name(failed.position)
+            proof, count = failed.certificate, len(self.rows.sample)
+            if proof is not None and len(proof.weights) == count:
+                failed.certificate = proof.named([self.rows.name(row) for row in range(count)])
             raise
 
     def deltas(self) -> dict[Param, Delta]:
@@ -249,19 +255,32 @@ def sweep(
     scope: str,
     progress: Progress,
     together: Together | None = None,
+    known: Mapping[tuple[int, int], Mapping[Path, Known]] | None = None,
+    derivations: Sequence[int] | None = None,
 ) -> tuple[list[LayerSweep], Any]:
     """Run the source once, solving on the way.  Where a side condition fails, the layer's next derivation is tried.
+
+    ``known`` are tokens, by (layer, call) and leaf, that the patch serves already: they are kept, with these ``derivations``.
 
     Raises ``SideConditionFailed`` with layer, position and component when none is left.
     """
     layers = hooks.reading.layers
-    choices = [0] * len(layers)
+    choices = list(derivations or [0] * len(layers))
     first: dict[int, SideConditionFailed] = {}
     while True:
         solvers = [
             [
-                LayerSweep(layer, proof, choice, call, rows, scope, together_at(together, layer is layers[-1]))
-                for call in calls
+                LayerSweep(
+                    layer,
+                    proof,
+                    choice,
+                    call,
+                    rows,
+                    scope,
+                    together_at(together, layer is layers[-1]),
+                    None if known is None else known[layer.index, i],
+                )  # fmt: skip
+                for i, call in enumerate(calls)
             ]
             for layer, proof, choice, calls in zip(layers, proofs, choices, targets, strict=True)
         ]
@@ -274,7 +293,7 @@ def sweep(
             output = hooks.run(sweepers, inputs)
         except SideConditionFailed as failed:
             assert failed.layer is not None
-            if failed.final:
+            if failed.final or known is not None:
                 raise
             first.setdefault(failed.layer, failed)
             choices[failed.layer] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from controllability.components.normalisation import Normalize
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, Shift
 from controllability.interfaces import Condition
+from controllability.jointly.known import Known
 from controllability.jointly.ways import one_sum_of_experts
 from controllability.rules.base import Attempt, Search, Step, Wanted, construct, target_output
 from controllability.rules.mixture import OutputMixture, ThroughMixture, shares_of, watch_choice
@@ -28,6 +30,10 @@ MAGNIFIED = (
 )
 NEAREST = "nearest, made good later"
 KEEP = "let the RMS before the norm move (leave keep_rms out), or patch fewer tokens at once"
+
+
+class NotContinued(Exception):
+    """Tokens cannot be added to this patch one by one: it has to be solved anew."""
 
 
 class JointNormalised(OutputNormalised):
@@ -89,7 +95,7 @@ class _OneScale:
             G, y = self.wanted(), run.target.output(inner.outlet) if through else run.raw_of(inner)
             xp = arithmetic(G, y)
             G, y = xp.lift(G), xp.lift(y)
-            self._answer = self._enlarged(G) if xp.exact else self._programmed(G, y)
+            self._answer = self._enlarged(G) if G.dtype == object else self._programmed(G, y)
         return self._answer
 
     def _enlarged(self, G: Array) -> tuple[Array, Array]:
@@ -111,11 +117,15 @@ class _OneScale:
 
         run, xp = self.run, arithmetic(G, y)
         m = self.scale.effective(run.params)
-        square = xp.numbers(xp.mean(y * y))[:, 0]
+        new = Known(xp.numbers(xp.mean(y * y)), xp.numbers(G), xp.numbers(G) * 0)
+        known = run.known.get(self.place.path)
+        tokens = Known.joined(known, new)
+        square = tokens.x[:, 0]
         assert run.together is not None
+        started = time.perf_counter()
         try:
             answer = joint_scale(
-                xp.numbers(G), xp.numbers(m), square, float(self.eps), self._rounding(m), run.together.keep_rms
+                tokens.gap, xp.numbers(m), square, float(self.eps), self._rounding(m), run.together.keep_rms
             )
         except Infeasible as refused:
             failed = self.step.conditions[0].failed(None)
@@ -124,10 +134,23 @@ class _OneScale:
         if answer.resort != "kept rms" and self._better_later(
             answer, xp.machine_epsilon(run.params_of(self.scale.weight))
         ):
-            answer = _nearest(answer, xp.numbers(G), square, self._rounding(m))
+            answer = _nearest(answer, tokens.gap, square, self._rounding(m))
         run.journal.margins.append(Margin(self.step.conditions[0], None))
-        run.journal.routes.append(self._taken(answer, xp.array(_shrunk(answer, square, float(self.eps)), like=G)))
-        return xp.array(answer.scale, like=G), xp.array(answer.before, like=G)
+        run.journal.scale_seconds += time.perf_counter() - started
+        count = len(new.x)
+        spread = _shrunk(answer, square, float(self.eps))[-count:]
+        run.journal.routes.append(self._taken(answer, xp.array(spread, like=G)))
+        if known is not None:
+            self._move(known, answer.before[:-count])
+        run.learned[self.place.path] = replace(tokens, raw=answer.before)
+        return xp.array(answer.scale, like=G), xp.array(answer.before[-count:], like=G)
+
+    def _move(self, known: Known, before: np.ndarray) -> None:
+        """A new scale moves what the known tokens must give before the norm, too."""
+        leaf = self.step.premises[0].place.outlet
+        if leaf not in self.run.known:
+            raise NotContinued(f"what stands before {self.place.describe()} is more than one map")
+        self.run.moved[leaf] = before - known.raw
 
     def _better_later(self, answer: JointScale, eps: float) -> bool:
         together = self.run.together
@@ -220,8 +243,10 @@ def steer_stacked(step: Step, run: PatchedRun, wanted: Wanted) -> None:
         assert run.together is not None
         solved = one_sum_of_experts(
             step.conditions[0], run.together, y, share, params[CHOSEN], xp.tidy(goal - now), now,
-            last.layout == "in_out", last.count(params),
+            last.layout == "in_out", last.count(params), run.known_at(path),
         )  # fmt: skip
+        if solved.known is not None:
+            run.learned[path] = solved.known
         if run.together.exact:
             run.journal.margins.append(Margin(step.conditions[0], solved.room))
         return solved.delta

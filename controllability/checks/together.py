@@ -1,0 +1,314 @@
+"""Level symbolic for joint proofs: two tokens with one patch, symbolic entries at small explicit sizes.
+
+What one patch for many tokens does has no entry that could be written for any size (it solves a system of the tokens' inputs), so
+joint rules are executed on two tokens of explicit sizes, by elimination.  Rules that compose others act token by token: their own
+checks, with every size a symbol, are those of any proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from controllability.arrays import ARITHMETICS, Array
+from controllability.checks.exact import reduced_residual
+from controllability.checks.generic import Names
+from controllability.checks.instances import MANY, mixtures, rebuilt, replace_block, small_sizes, transcendental
+from controllability.checks.memory import Memory
+from controllability.components.activation import Activation
+from controllability.components.bias import Bias
+from controllability.components.combinators import Sequence
+from controllability.components.linear import Linear
+from controllability.components.mixture import CHOSEN, ExpertLinear, Mixture
+from controllability.components.normalisation import Normalize
+from controllability.components.routing import Routing
+from controllability.components.scale import Scale
+from controllability.errors import SideConditionFailed
+from controllability.interfaces import Component, Condition, Jointly, Param, Params, Solved, Steering, Together
+from controllability.jointly.known import Known
+from controllability.patch import Patch
+from controllability.rules import Side, Step, construct
+from controllability.rules.jointly import JointNormalised
+from controllability.rules.schema import Assumption, Schema, SchemaRun
+from controllability.sampling import sample
+from controllability.symbols import definitions
+from controllability.trace import Place, Trace
+
+if TYPE_CHECKING:
+    from controllability.proof import Proof
+
+SYMPY = ARITHMETICS["sympy"]
+EXPERTS, D, H, ONE = 3, 2, 3, 1  # experts, width, hidden width; that of experts in a mixture
+CHOICE = np.array([[0, 1], [1, 2]])  # of the two tokens: one expert serves both, two serve one of them
+RANK = f"{MANY} tokens, symbolic entries at size"
+_MEMORY = Memory()
+
+
+@dataclass(frozen=True)
+class Given(Component):
+    """y_t = F(x_t) + b_t with F undefined; b_t is each token's own: a premise says that any outputs can be reached."""
+
+    name: str
+    out: int
+    rows: tuple[int, ...] = ()
+    controlled: bool = False
+
+    def own_parameters(self) -> tuple[Param, ...]:
+        return (Param(f"parameters of {self.name}", (MANY, *self.rows, self.out)),) if self.controlled else ()
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        import sympy
+
+        value = np.empty((MANY, *self.rows, self.out), dtype=object)
+        for place in np.ndindex(*value.shape):
+            name = "_".join(map(str, (self.name, *place[1:])))
+            value[place] = sympy.Function(name, real=True)(*x[place[0]].reshape(-1))
+        value = SYMPY.name(value)
+        return value + self.own_parameters()[0].value(params) if self.controlled else value
+
+    def describe(self) -> str:
+        return self.name
+
+    @property
+    def width(self) -> int:
+        return D
+
+    def premise(self, place: Place, side: Side) -> Step:
+        """The premise: a patch with which this function gives these tokens whatever is wanted."""
+        (param,) = self.own_parameters()
+        any_ = Jointly("assumed", (Condition("assumed", self.name),), _shift_all, "any")
+        steering = Steering("assumed", param, (), lambda p, x, gap: Patch({}), lambda x, delta: delta.dense(), any_)
+        return Step(Assumption(side), place, (), frozenset({param}), steering=steering)
+
+
+def _shift_all(
+    together: Together, params: Params, x: Array, gap: Array, raw: Array, known: Known | None = None
+) -> Solved:
+    from controllability.deltas import Shift
+
+    return Solved(Shift(gap), SYMPY.zeros_like(gap[..., :1]) + 1)
+
+
+@dataclass(frozen=True)
+class GivenRouting(Routing):
+    """Shares as undefined functions of the logits; ``choice`` says which experts a token has."""
+
+    top_k: int = 2
+    choice: tuple[tuple[int, ...], ...] = ()
+    name: str = ""
+    read: tuple[Param, ...] = ()
+
+    def __call__(self, params: Params, logits: Array) -> tuple[Array, Array]:
+        import sympy
+
+        tokens = logits.reshape(-1, logits.shape[-1])
+        chosen = np.array(self.choice) if self.choice else np.tile(np.arange(self.top_k), (len(tokens), 1))
+        read = [e for p in self.read for e in np.asarray(p.value(params)).reshape(-1)]
+        shares = np.empty(chosen.shape, dtype=object)
+        for t, j in np.ndindex(*shares.shape):
+            shares[t, j] = sympy.Function(f"share{self.name}_{j}", real=True)(*tokens[t], *read)
+        shape = (*logits.shape[:-1], self.top_k)
+        return chosen.reshape(shape), SYMPY.name(shares).reshape(shape)
+
+    def margin(self, params: Params, logits: Array) -> Array:
+        return SYMPY.zeros_like(logits[..., :1]) + 1
+
+    def parameters(self) -> tuple[Param, ...]:
+        return self.read
+
+    def describe(self) -> str:
+        return "any routing"
+
+
+# ----------------------------------------------------------------------------------------------- one rule
+
+
+def joint_check(step: Step) -> tuple[str, str]:
+    """(status, method) of a joint rule, executed on its own statement for two tokens."""
+    schema = explicit_schema(step)
+    try:
+        params, x, _ = _instance(schema.component)
+        schema.component(params, x)
+    except Exception as failed:  # a component of somebody's own may fail in any way
+        return "skipped", f"it runs on no symbols ({type(failed).__name__}: {failed})"
+    shapes = tuple(sorted((str(p), str(p.shape)) for p in schema.component.parameters()))
+    way = schema.steering.jointly if schema.steering is not None else None
+    key = (type(step.rule).construct, step.rule.name, step.rule.side, schema.component, shapes, way and way.solve.__code__)
+    try:
+        wrong = _MEMORY.recall(key, schema.component, lambda: list(claims(step, schema)))
+    except Exception as failed:
+        return "failed", f"its construction cannot be executed on its own statement ({type(failed).__name__}: {failed})"
+    if wrong:
+        return "failed", "; ".join(wrong)
+    return "passed", _told(step, schema)
+
+
+def _told(step: Step, schema: Schema) -> str:
+    sizes = ", ".join(dict.fromkeys("×".join(map(str, p.shape)) for p in schema.component.parameters()))
+    if isinstance(step.rule, JointNormalised):
+        return f"any wanted output − patched output reduced to 0 with m' = c·m; {RANK} {sizes}; scales found by linear programming: level numeric"
+    reach = f"{one_or_many(schema)} with any targets, and dependent ones with targets that depend in the same way"
+    return f"patched output − output − δ reduced to 0 for {reach}; other targets of dependent tokens are refused; {RANK} {sizes}"
+
+
+def one_or_many(schema: Schema) -> str:
+    return f"{MANY} tokens" if _tokens_served(schema) == MANY else "one token"
+
+
+def _tokens_served(schema: Schema) -> int:
+    """Tokens in general position that the rule serves at these sizes, at most two."""
+    if isinstance(schema.component, Mixture | Sequence):
+        return MANY
+    assert schema.steering is not None and schema.steering.jointly is not None
+    return 1 if schema.steering.jointly.most == 1 else MANY
+
+
+def claims(step: Step, schema: Schema) -> Iterator[str]:
+    """What is wrong with the rule: nothing, if it keeps its promise and refuses what no patch does."""
+    params, x, x_target = _instance(schema.component)
+    served = _tokens_served(schema)
+    wanted = _symbols("w", schema.component(params, x).shape)
+    yield from _left(step, schema, params, x[:served], x_target[:served], wanted[:served])
+    if isinstance(schema.component, Mixture | Sequence):
+        return
+    if served > 1:
+        x = _dependent(x, params)
+    moved = _moved_somehow(schema, params)
+    yield from _left(step, schema, params, x, x_target, schema.component(moved, x))
+    try:
+        found = [*_left(step, schema, params, x, x_target, wanted)]
+    except SideConditionFailed:
+        return
+    yield f"targets that no patch gives are not refused ({found or 'and are said to be reached'})"
+
+
+def _left(step: Step, schema: Schema, params: Params, x: Array, x_target: Array, wanted: Array) -> Iterator[str]:
+    """What is left of each claim, where it is not 0."""
+    component = schema.component
+    composed = isinstance(component, Mixture | Sequence)
+    # a name for an output would hide that outputs depend on each other: a leaf is written out
+    with definitions() if composed else nullcontext() as table:
+        target = Trace(component, params, x_target)
+        run = SchemaRun(component, params, x, target, Together())
+        construct(schema.step(step), run, lambda: wanted)
+        output = run.output(())
+        left = {"the conclusion": output - wanted}
+        for premise, asked in run.asked:
+            if premise.rule.side == "input":
+                left[f"what {premise.place.describe()} is asked for"] = asked() - target.output(premise.place.path)
+        left["the patched parameters"] = component(Patch(run.deltas()).merged_into(params), x) - output
+        for claim, rows in left.items():
+            entries = [table.reduced(e) if table else e for e in SYMPY.tidy(rows).reshape(-1)]
+            if any(e != 0 for e in entries):
+                yield f"{claim} leaves {next(e for e in entries if e != 0)}"
+
+
+def _moved_somehow(schema: Schema, params: Params) -> Params:
+    """The parameters with some other value of the steered one: what it gives can be reached."""
+    assert schema.steering is not None
+    name = str(schema.steering.param)
+    value = np.asarray(params[name])
+    return {**params, name: value + _symbols("c", value.shape)}
+
+
+def _dependent(x: Array, params: Params) -> Array:
+    """The second token twice the first; for experts, where one expert serves both."""
+    x = x.copy()
+    if CHOSEN in params:
+        x[1, 0] = 2 * x[0, 1]
+    else:
+        x[1] = 2 * x[0]
+    return x
+
+
+def _instance(component: Component) -> tuple[dict[str, Array], Array, Array]:
+    params, x, x_target = sample(component, "sympy", tokens=(MANY,), **small_sizes(component))
+    own = {str(p) for part in (component, *component.children()) if isinstance(part, Given) for p in part.own_parameters()}
+    params |= {name: SYMPY.zeros_like(params[name]) for name in own}
+    if isinstance(component, ExpertLinear):
+        params |= {CHOSEN: CHOICE}
+        x, x_target = (_symbols(name, (MANY, CHOICE.shape[1], x.shape[-1])) for name in ("x", "y"))
+    return params, x, x_target
+
+
+def _symbols(name: str, shape: tuple[int, ...]) -> Array:
+    places = [f"{name}_{'_'.join(map(str, place))}" for place in np.ndindex(*shape)]
+    return SYMPY.array(places).reshape(shape)
+
+
+def explicit_schema(step: Step) -> Schema:
+    """The rule's own shape at explicit sizes."""
+    given, side = step.place.component, step.rule.side
+    if isinstance(step.rule, JointNormalised):
+        import sympy
+
+        inner = Given("g", D, controlled=True)
+        norm = Normalize("rms", sympy.Symbol("epsilon", positive=True))
+        scale = given.children()[-1]
+        assert isinstance(scale, Scale)
+        block = Sequence.of(inner, norm, Scale(Param("m", (D,)), scale.offset))
+        return Schema(block, (inner.premise(Place(inner, (0,)), side),))
+    if isinstance(given, Mixture):
+        assert isinstance(given.last, ExpertLinear)
+        controlled = bool(step.premises)
+        router, inner = Given("router", EXPERTS, (), controlled), Given("inner", ONE, (CHOICE.shape[1],), controlled)
+        last = _small(given.last, ONE)
+        assert isinstance(last, ExpertLinear)
+        routing = GivenRouting(choice=tuple(map(tuple, CHOICE.tolist())))
+        block = Mixture(router, routing, inner, last, given.weighted)
+        parts = ((router, (0,)), (inner, (1,))) if controlled else ()
+        premises = tuple(part.premise(Place(part, path), "input") for part, path in parts)
+        return Schema(block, premises, last.output_steerings()[0])
+    assert step.steering is not None
+    leaf, own = _small(given), [str(p) for p in given.own_parameters()]
+    param = leaf.own_parameters()[own.index(str(step.steering.param))]
+    ways = leaf.input_steerings() if side == "input" else leaf.output_steerings()  # type: ignore[attr-defined]
+    return Schema(leaf, steering=next(w for w in ways if w.param == param and w.jointly and w.jointly.rule == step.rule.name))
+
+
+def _small(leaf: Component, hidden: int = H) -> Component:
+    """The same leaf with plain names and small sizes."""
+    if isinstance(leaf, Linear | ExpertLinear):
+        rows = (D, hidden) if leaf.layout == "out_in" else (hidden, D)
+        shape: tuple[int, ...] = rows if isinstance(leaf, Linear) else (EXPERTS, *rows)
+        stacked: dict[str, Any] = {}
+        if isinstance(leaf, ExpertLinear) and leaf.stacked is not None:
+            shape, stacked = (EXPERTS * rows[0], rows[1]), {"stacked": EXPERTS}
+        out = (D,) if isinstance(leaf, Linear) else (EXPERTS, D)
+        return replace(leaf, weight=Param("W", shape), bias=leaf.bias and Param("b", out), **stacked)
+    if isinstance(leaf, Scale):
+        return replace(leaf, weight=Param("m", (D,)))
+    return replace(leaf, bias=Param("b", (D,))) if isinstance(leaf, Bias) else leaf
+
+
+# ----------------------------------------------------------------------------------------- the whole block
+
+
+def whole_block(proof: Proof) -> tuple[str, str]:
+    """(status, method): patched(v_t) − original(v'_t) for two tokens of symbols, at small sizes."""
+    import sympy
+
+    name_of, routing_name = Names(), Names()
+
+    def change(leaf: Component) -> Component:
+        if isinstance(leaf, Normalize):
+            return replace(leaf, eps=sympy.Symbol(name_of("epsilon", leaf.eps), positive=True))
+        name = transcendental(leaf)
+        return Activation(f"phi_{name_of(name, leaf)}", symbol=True) if name else leaf
+
+    def route(routing: Routing) -> Routing:
+        return GivenRouting(top_k=routing.top_k, name=routing_name("", routing), read=routing.parameters())
+
+    block = rebuilt(proof.block, change, route)
+    same, sizes = replace_block(proof, block), small_sizes(block)
+    params, v, v_target = sample(block, "sympy", tokens=(MANY,), **sizes)
+    left = reduced_residual(same, params, v, v_target)
+    if any(e != 0 for e in left):
+        return "failed", f"residual left: {left}"
+    shown = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name != "one")
+    routing = ", any routing" if mixtures(block) else ""
+    return "passed", f"residual reduced to 0 for {MANY} tokens with one patch, at {shown}: every entry, ε{routing} and activation a symbol"

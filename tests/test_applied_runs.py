@@ -1,0 +1,115 @@
+"""What is run while a patch is applied: every mode of autograd, generation, other lengths and other tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import error, hook_count, runs, snapshot, unchanged
+
+import controllability as ct
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("made_in", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_every_mode_of_autograd(gemma, mode, made_in):
+    target, source = runs(context=9, query=4)
+    before = snapshot(gemma)
+    with made_in():
+        mp = ct.patch_model(gemma, target, source)
+    with mode():
+        plain = gemma(**source).logits
+        with mp.applied(gemma):
+            patched = gemma(**source).logits
+        assert error(patched, mp.target_logits) < 5e-6 < error(plain, mp.target_logits)
+        assert torch.equal(gemma(**source).logits, plain)
+    assert unchanged(gemma, before)
+
+
+def test_a_whole_generation_with_one_patch(gemma):
+    """Scope "last": every token of ``model.generate`` is computed with the patch, from a cache as without one."""
+    target, source = runs(context=9, query=4, seed=2)
+    before = snapshot(gemma)
+    mp = ct.patch_model(gemma, target, {"input_ids": source["input_ids"]}, scope="last")
+    ids = source["input_ids"]
+    with torch.no_grad():
+        plain = gemma.generate(ids, max_new_tokens=6, do_sample=False)
+        with mp.applied(gemma):
+            cached = gemma.generate(ids, max_new_tokens=6, do_sample=False)
+            by_hand = ids
+            for _ in range(6):
+                by_hand = torch.cat([by_hand, gemma(by_hand, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(cached, by_hand)
+        assert not torch.equal(cached, plain)
+        assert int(cached[0, 4]) == int(mp.target_logits.reshape(-1, 60)[-1].argmax())
+        assert torch.equal(gemma.generate(ids, max_new_tokens=6, do_sample=False), plain)
+    assert unchanged(gemma, before)
+
+
+def test_generating_with_a_patch_for_each_position_is_refused(patched):
+    """After the first step the model gets one token, and the patch has one for each of four."""
+    model, mp, _, source = patched
+    before = snapshot(model)
+    with pytest.raises(ct.PatchError, match=r"\(1, 4\) \(B, T\), the model got \(1, 1\): .* use scope 'last'"):
+        generate_with(mp, model, source["input_ids"])
+    assert unchanged(model, before)
+    assert hook_count(model) == 0
+
+
+def generate_with(mp, model, ids):
+    with mp.applied(model):
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+
+
+def test_gradient_checkpointing_changes_nothing(gemma):
+    """It acts in training mode only, and models are patched in evaluation mode."""
+    target, source = runs(context=9, query=4)
+    gemma.activation_checkpointing_enable()
+    mp = ct.patch_model(gemma, target, source)
+    with mp.applied(gemma):
+        assert error(gemma(**source).logits, mp.target_logits) < 5e-6
+
+
+def test_a_patch_of_each_refuses_other_shapes(patched):
+    model, mp, target, _ = patched
+    with (
+        pytest.raises(ct.PatchError, match=r"for inputs of shape \(1, 4\) \(B, T\), the model got \(1, 13\)"),
+        mp.applied(model),
+    ):
+        model(**target)
+    assert hook_count(model) == 0
+
+
+def test_a_patch_made_in_inference_mode_works_with_gradients(gemma):
+    target, source = runs(context=9, query=4)
+    with torch.inference_mode():
+        mp = ct.patch_model(gemma, target, source)
+    with mp.applied(gemma):
+        gemma(**source).logits.sum().backward()
+    assert gemma.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_scope_last_serves_longer_inputs(gemma):
+    target, source = runs(context=9, query=4)
+    mp = ct.patch_model(gemma, target, source, scope="last")
+    with torch.no_grad(), mp.applied(gemma):
+        longer = gemma(input_ids=torch.randint(3, 60, (3, 7))).logits
+    assert torch.isfinite(longer).all()
+
+
+def test_a_patch_of_each_refuses_other_tokens(patched, tmp_path):
+    """A saved one too: the token ids it is valid for are in the file.  Scope "last" is one patch for any input."""
+    model, mp, target, source = patched
+    other = {**source, "input_ids": source["input_ids"].clone()}
+    other["input_ids"][0, 2] = (other["input_ids"][0, 2] + 1) % 60
+    mp.save(tmp_path / "patch")
+    for patch in (mp, ct.load_patch(tmp_path / "patch")):
+        with (
+            torch.no_grad(),
+            patch.applied(model),
+            pytest.raises(ct.PatchError, match=r"at sample 0, position 2 it is token \d+, the model got \d+"),
+        ):
+            model(**other)
+    assert hook_count(model) == 0
+    last = ct.patch_model(model, target, source, scope="last")
+    with torch.no_grad(), last.applied(model):
+        assert torch.isfinite(model(**other).logits).all()

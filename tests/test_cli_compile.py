@@ -1,0 +1,330 @@
+"""``controllability compile``: what it writes, that it was loaded again, what a killed run leaves, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from controllability.cli import compiling
+from controllability.cli.main import main
+from controllability.compiling import writing
+from controllability.errors import BadInput
+from controllability.models import load_patch
+from controllability.models.loading import embedded_directory, load_model
+
+CONTEXT = "Jan orders some tea . Abe orders some juice . Ned orders some lemonade ."
+QUERIES = "What does Abe order ?\nWhich drink does Jan want ?\nWhich drink does Ned want ?\n"
+HELDOUT = "Which drink does Abe want ?\nWhat does Jan order ?\n"
+RIGHT = ["juice", "tea", "lemonade"]
+
+cached = functools.cache(load_model)
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch):
+    monkeypatch.setattr(compiling, "load_model", cached)
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "queries.txt").write_text(QUERIES)
+    (tmp_path / "heldout.txt").write_text(HELDOUT)
+    return tmp_path
+
+
+def run(capsys, files, *options, context=CONTEXT, queries="queries.txt", out="out", json_=True):
+    """(exit status, JSON or None, stderr)."""
+    paths = ["--queries", files / queries, "--out", files / out if out else ""]
+    arguments = ["compile", "embedded", "--context", context, *paths, *options, *(["--json"] if json_ else [])]
+    try:
+        status = main([*map(str, arguments)])
+    except SystemExit as left:
+        status = int(left.code or 0)
+    captured = capsys.readouterr()
+    return status, json.loads(captured.out) if captured.out.startswith("{") else captured.out, captured.err
+
+
+def untouched(files):
+    """Whether only what was there before is there."""
+    return sorted(path.name for path in files.iterdir()) == ["heldout.txt", "queries.txt"]
+
+
+def state():
+    return {k: v.clone() for k, v in cached("embedded", "float32", False)[0].state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------ what it writes
+
+
+def test_a_patch(capsys, files):
+    status, data, err = run(capsys, files)
+    assert (status, err) == (0, "")
+    assert {"tokens", "rank", "exact", "certificate", "queries", "heldout", "unrelated", "out", "seconds"} <= set(data)
+    assert (data["exact"], data["certificate"], data["heldout"], data["kind"]) == (True, None, None, "patch")
+    assert data["queries"]["max_logit_error"] < 1e-3 < 5 < data["queries"]["unpatched"]["max_logit_error"]
+    assert data["queries"]["top1_agreement"] == 1 > data["queries"]["unpatched"]["top1_agreement"]
+    assert [row["patched"] for row in data["answers"]] == RIGHT
+    assert data["verified"]["passed"] is True
+    assert data["verified"]["max_logit_error"] < 1e-3
+    out = Path(data["out"])
+    assert (
+        sorted(path.name for path in out.iterdir())
+        == data["files"]
+        == ["compile.json", "patch.json", "patch.safetensors"]
+    )
+    saved = json.loads((out / "compile.json").read_text())
+    assert saved["queries"] == data["queries"]
+    assert "picture" not in data
+    # another command reads it
+    assert main(["verify", "embedded", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["max_logit_error"] < 1e-3
+    model, tokenizer = load_model("embedded")
+    ids = tokenizer(QUERIES.splitlines()[1], return_tensors="pt")["input_ids"]
+    with torch.no_grad(), load_patch(out).applied(model):
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == "tea"
+    assert tokenizer.decode(model(ids).logits[0, -1].argmax()) != "tea"
+
+
+def test_held_out_queries_and_the_picture(capsys, files):
+    status, data, err = run(capsys, files, "--heldout", files / "heldout.txt", "--rank", 8, "--ridge", "auto")
+    assert (status, err, data["exact"]) == (0, "", False)
+    assert data["rank"] <= 8
+    assert data["ridge_choice"]["judged_on"] == "held-out queries"
+    assert data["ridge"] in [row["ridge"] for row in data["ridge_choice"]["tried"]]
+    assert data["heldout"]["texts"] == 2
+    assert [row["rank"] for row in data["by_rank"]][-1] == data["rank"]
+    assert (files / "out" / "compile.png").read_bytes().startswith(b"\x89PNG")
+    assert data["picture"] == str(files / "out" / "compile.png")
+
+
+def test_merged_weights_for_plain_transformers(capsys, files):
+    before = state()
+    status, data, err = run(capsys, files, "--merge")
+    assert (status, err, data["kind"]) == (0, "", "merged")
+    assert all(torch.equal(value, before[name]) for name, value in state().items())  # unmerged again
+    assert data["verified"]["max_logit_error"] < 1e-3
+    assert "plain transformers in a process of its own" in data["verified"]["how"]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(files / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(files / "out")
+    for text, answer in zip(QUERIES.splitlines(), RIGHT, strict=True):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == answer
+    assert not torch.equal(
+        model.state_dict()["model.layers.0.mlp.down_proj.weight"], before["model.layers.0.mlp.down_proj.weight"]
+    )
+
+
+def test_an_adapter_for_peft(capsys, files):
+    peft = pytest.importorskip("peft")
+    status, data, err = run(capsys, files, "--peft")
+    assert (status, err, data["kind"]) == (0, "", "peft")
+    assert data["verified"]["passed"] is True
+    assert "loaded by peft" in data["verified"]["how"]
+    model, tokenizer = load_model("embedded")
+    adapted = peft.PeftModel.from_pretrained(model, str(files / "out")).eval()
+    ids = tokenizer(QUERIES.splitlines()[0], return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(adapted(input_ids=ids).logits[0, -1].argmax()) == "juice"
+
+
+@pytest.mark.parametrize("options", [("--answer-tokens", 2), ("--via", "input-output"), ("--dtype", "float64")])
+def test_options(capsys, files, options):
+    status, data, err = run(capsys, files, *options)
+    assert (status, err, data["exact"]) == (0, "", True)
+    assert data["queries"]["max_logit_error"] < (1e-10 if "float64" in options else 1e-3)
+    assert data["answer_tokens"] == (2 if "--answer-tokens" in options else 0)
+    assert data["via"] == ("input-output" if "--via" in options else "output")
+
+
+def test_the_text_says_what_generalises(capsys, files):
+    status, text, err = run(capsys, files, "--picture", json_=False)
+    assert (status, err) == (0, "")
+    for part in (
+        "queries, against", "unrelated text", "unpatched", "exact:", "tokens in one set of weights, rank",
+        "Exactness holds on the set of queries; the held-out queries tell what generalises.",
+        "verified: the patch, read from its files", "compile.png", "lemonade",
+    ):  # fmt: skip
+        assert part in " ".join(text.split()), part
+
+
+def test_a_repeated_query_is_a_warning(capsys, files):
+    (files / "queries.txt").write_text(QUERIES + "\n" + QUERIES.splitlines()[0] + "\n")
+    status, data, err = run(capsys, files)
+    assert status == 0
+    assert err == "controllability: the queries hold 'What does Abe order ?' 2 times: it is taken once\n"
+    assert data["queries"]["texts"] == 3
+
+
+# ------------------------------------------------------------------------------------ what fails
+
+
+def test_a_refusal_has_its_certificate(capsys, files):
+    context = (
+        "Jan orders some water . Ned orders some lemonade . Gus orders some milk . Ola orders some cider . "
+        "Liv orders some milk . Ana orders some tea . Yan orders some cider . Mia orders some lemonade ."
+    )
+    names = ("Gus", "Liv", "Mia", "Ola", "Jan", "Ned", "Yan", "Ana")
+    (files / "queries.txt").write_text(
+        "".join(f"What does {name} order ?\nWhich drink does {name} want ?\n" for name in names)
+    )
+    status, data, err = run(capsys, files, "--keep-rms", context=context)
+    assert (status, data["verdict"]) == (1, "condition failed")
+    assert data["certificate"]["kind"] == "farkas"
+    assert err.startswith("controllability: side condition failed at layer")
+    (files / "queries.txt").write_text(QUERIES)
+    assert untouched(files)
+
+
+@pytest.mark.parametrize("kind", ["--merge", "--peft", None])
+def test_what_does_not_come_back_as_it_was_is_not_kept(capsys, files, monkeypatch, kind):
+    before = state()
+    real = writing.agreement
+    monkeypatch.setattr(
+        writing, "agreement", lambda found, wanted: real([x + 0.1 * i for i, x in enumerate(found)], wanted)
+    )
+    if kind == "--merge":
+        monkeypatch.setattr(writing, "in_fresh_process", lambda folder, yardstick: yardstick.wanted)
+    status, data, err = run(capsys, files, *([kind] if kind else []))
+    assert (status, data) == (1, "")
+    assert "verification failed" in err
+    assert "nothing was written" in err
+    assert untouched(files)
+    assert all(torch.equal(value, before[name]) for name, value in state().items())
+
+
+def test_a_checkpoint_that_plain_transformers_cannot_load(capsys, files, monkeypatch):
+    real = writing.in_fresh_process
+
+    def spoiled(folder, yardstick):
+        (folder / "config.json").write_text("{")
+        return real(folder, yardstick)
+
+    monkeypatch.setattr(writing, "in_fresh_process", spoiled)
+    status, _, err = run(capsys, files, "--merge")
+    assert status == 1
+    assert "plain transformers cannot load and run the checkpoint" in err
+    assert untouched(files)
+
+
+def test_ctrl_c_while_writing_leaves_nothing(capsys, files, monkeypatch):
+    before = state()
+
+    def interrupted(folder, yardstick):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing, "in_fresh_process", interrupted)
+    status, data, err = run(capsys, files, "--merge")
+    assert (status, data, err) == (130, "", "controllability: interrupted; nothing was changed\n")
+    assert untouched(files)
+    assert all(torch.equal(value, before[name]) for name, value in state().items())
+
+
+def test_a_killed_run_leaves_no_directory_of_that_name(files):
+    code = (
+        "import os, signal, sys; from controllability.compiling import writing; from controllability.cli.main import main\n"
+        "writing._verified = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "main(sys.argv[1:])"
+    )
+    arguments = [
+        "compile",
+        "embedded",
+        "--context",
+        CONTEXT,
+        "--queries",
+        str(files / "queries.txt"),
+        "--out",
+        str(files / "out"),
+    ]
+    killed = subprocess.run([sys.executable, "-c", code, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL
+    assert not (files / "out").exists()
+    left = [path.name for path in files.iterdir() if path.suffix != ".txt"]
+    assert len(left) == 1
+    assert left[0].startswith(".out.unfinished-")
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+BAD = {
+    "no queries": (None, ["--queries", "none.txt"], "cannot read the queries file none.txt: No such file or directory"),
+    "empty": ("\n \n", [], "queries.txt is empty: write one text a line"),
+    "not utf-8": (b"What\xff", [], "queries.txt is not UTF-8: byte 4 is 0xff"),
+    "overlap": (QUERIES + HELDOUT, ["--heldout", "{}/heldout.txt"], "'Which drink does Abe want ?' (and 1 more) is one of the queries"),
+    "no held-out": (None, ["--heldout", "none.txt"], "cannot read the held-out queries file none.txt"),
+    "no unrelated": (None, ["--unrelated", "none.txt"], "cannot read the unrelated texts file none.txt"),
+    "rank": (None, ["--rank", "97"], "the rank 97 is above the model's width"),
+    "rank 0": (None, ["--rank", "0"], "the rank must be at least 1, got 0"),
+    "rank word": (None, ["--rank", "x"], "argument --rank: invalid int value: 'x'"),
+    "ridge": (None, ["--ridge", "-1"], "the ridge λ must be 0 or more (or auto), got -1"),
+    "ridge inf": (None, ["--ridge", "inf"], "must be 0 or more"),
+    "ridge word": (None, ["--ridge", "much"], "argument --ridge: invalid number value: 'much'"),
+    "answer tokens": (None, ["--answer-tokens", "-1"], "answer tokens must be 0 or more, got -1"),
+    "answer too long": (None, ["--answer-tokens", "999"], "and 999 answer tokens; the model has 256 positions"),
+    "both": (None, ["--peft", "--merge"], "argument --merge: not allowed with argument --peft"),
+    "via": (None, ["--via", "x"], "argument --via: invalid choice: 'x'"),
+    "keep and fit": (None, ["--keep-rms", "--ridge", "1"], "leave one of them out"),
+    "empty context": (None, ["--context", " "], "the context is empty"),
+    "no out": (None, ["--out", ""], "--out is empty"),
+    "too long": ("Mia " * 300, [], "have 316 tokens; the model has 256 positions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line_and_status_2(capsys, files, name):
+    content, options, reason = BAD[name]
+    if content is not None:
+        (files / "queries.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, data, err = run(capsys, files, *(option.format(files) for option in options))
+    assert (status, data) == (2, "")
+    assert err.startswith("controllability: ")
+    assert reason in err
+    assert err.count("\n") == 1
+    assert untouched(files)
+
+
+@pytest.mark.parametrize("what", ["full", "empty", "file", "link"])
+def test_what_exists_is_left_alone_and_nothing_is_computed(capsys, files, monkeypatch, what):
+    out = files / "out"
+    if what == "file":
+        out.write_text("mine")
+    elif what == "link":
+        out.symlink_to(files / "nowhere")
+    else:
+        out.mkdir()
+        if what == "full":
+            (out / "mine").write_text("mine")
+    monkeypatch.setattr(compiling, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    status, data, err = run(capsys, files)
+    assert (status, data) == (2, "")
+    assert f"{out} exists already" in err
+    assert what != "file" or out.read_text() == "mine"
+    assert what != "full" or (out / "mine").read_text() == "mine"
+
+
+def test_a_directory_that_cannot_be_made(capsys, files):
+    status, _, err = run(capsys, files, out="queries.txt/out")
+    assert status == 2
+    assert "is not a directory" in err
+
+
+def test_an_unknown_kind(files):
+    with pytest.raises(BadInput, match="unknown kind 'zip': choose patch, peft, merged"):
+        writing.write(None, None, None, files / "out", "zip")  # type: ignore[arg-type]
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["compile", "--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert "controllability compile embedded --context" in text
+    assert str(embedded_directory()) not in text
