@@ -84,7 +84,7 @@ class ExpertLowRank(LowRank):
         """One patch for all tokens: two products over all its experts, those that a slot does not choose masked between."""
         xp = arithmetic(self.right, x)
         experts, rank, width = self.right.shape
-        inner = xp.matmul(x, self.right.reshape(experts * rank, width).swapaxes(-1, -2))
+        inner = xp.name(xp.matmul(x, self.right.reshape(experts * rank, width).swapaxes(-1, -2)))
         inner = inner.reshape(*x.shape[:-1], experts, rank)
         same = (index[..., None] == self.index)[..., None]
         inner = xp.where(same, inner, xp.zeros_like(inner))  # x may be one row for all slots

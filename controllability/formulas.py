@@ -69,6 +69,7 @@ def closed_form(proof: Proof) -> ClosedForm:
     """The patch of a proof for any sizes: norms, activations and routings are undefined functions.
 
     A scale that no route has to choose, or the uniform route where ``auto`` would compare numbers.
+    Raises ``BadInput`` for a joint proof, whose formulas are those of its rules, in matrices.
 
     >>> from controllability.components import Linear, residual
     >>> from controllability.interfaces import Param
@@ -77,6 +78,7 @@ def closed_form(proof: Proof) -> ClosedForm:
     >>> form.deltas["W"].right.entry
     v(i_0)/Sum(v(k_1)**2, (k_1, 0, d - 1))
     """
+    _for_each(proof)
     names = written_names(proof.block)
     own = {str(replace(p, name=names[p.name])): str(p) for p in proof.block.parameters()}
     block = renamed(rebuilt(proof.block, generic(proof), any_routings()), dict(names))
@@ -89,6 +91,17 @@ def closed_form(proof: Proof) -> ClosedForm:
         construct(same.root, run, lambda: wanted)
         deltas = {own.get(str(param), str(param)): _tidy(delta) for param, delta in run.deltas().items()}
         return _numbered(ClosedForm(deltas, _needed(deltas, table.arrays)))
+
+
+def _for_each(proof: Proof) -> None:
+    """Raise ``BadInput`` for a joint proof, with its formulas in matrices: a pseudo-inverse has no entry for any number of tokens."""
+    if proof.jointly:
+        from controllability.rendering.reach import matrix_formulas
+
+        raise BadInput(
+            "one patch for many tokens solves a system of all their inputs: no formula in entries, but in matrices whose "
+            f"columns are the tokens: {'; '.join(matrix_formulas(proof))}. construct(params, source, target) gives the numbers"
+        )
 
 
 def _tidy(delta: Delta) -> Delta:
@@ -137,6 +150,7 @@ def formula(proof: Proof, expand: bool = True, **sizes: int) -> dict[str, Any]:
     """
     import sympy
 
+    _for_each(proof)
     known: dict[str, Any] = small_sizes(proof.block)
     if unknown := sorted(set(sizes) - set(known)):
         raise BadInput(f"the block has no size {', '.join(unknown)}: it has {', '.join(sorted(known)) or 'none'}")

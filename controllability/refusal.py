@@ -37,7 +37,8 @@ def refusal(
     if culprit.hint.startswith(IMPLEMENT) and found:
         hint += f"; {culprit.hint}"
     frozen = f", frozen {_listed(sorted(asked.frozen))}" if asked.frozen else ""
-    question = f"prove via {asked.via}, route {asked.route}{frozen}"
+    many = ", jointly" if asked.jointly else ""
+    question = f"prove via {asked.via}, route {asked.route}{many}{frozen}"
     return NotControllable(culprit.place.describe(), stated(culprit, asked.block), hint, question, found)
 
 
@@ -134,7 +135,7 @@ def _shrunk(failure: Failure, prover: Search) -> Failure:
 def _fails(failure: Failure, block: Component, prover: Search) -> bool:
     """Whether the place of a failure has no derivation by another rule; an expert's last map is judged in its mixture."""
     place = failure.place
-    if failure.rule in ("O-mixture", "T-mixture") and not isinstance(place.component, Mixture):
+    if failure.rule[2:].startswith("mixture") and failure.rule[0] in "OT" and not isinstance(place.component, Mixture):
         place = Place(node(block, place.path[:-1]), place.path[:-1])
     return not prover.attempt(place, failure.side or "input").steps
 
@@ -171,7 +172,7 @@ LETTERS = {
 
 def _arguments(rule: str, place: Place, failure: Failure) -> Iterator[tuple[str, str]]:
     """(letter in the rule's statement, component) for each argument."""
-    component = place.component
+    rule, component = rule.removesuffix(" jointly"), place.component
     if rule == "theorem-1":
         terms = [p.describe() for p in component.children()] if isinstance(component, Sum) else [component.describe()]
         yield from zip(("s", "g∘f") if len(terms) == 2 else ("g∘f", *"stuvw"), terms, strict=False)

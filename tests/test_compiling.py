@@ -19,6 +19,7 @@ from controllability.compiling.solving import rank_of
 from controllability.compiling.texts import read_queries
 from controllability.embedded.world import RELATIONS, draw_world, vocabulary
 from controllability.models.loading import load_model
+from controllability.models.pairing import pair
 
 load = functools.cache(lambda: load_model("embedded"))
 PAIR = "Mia lives in Oslo . Leo lives in Rome ."
@@ -335,6 +336,9 @@ def test_token_sets_pair_each_token_with_its_own():
     assert inputs["input_ids"].tolist() == [[1, 7, 8], [1, 7, 0]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert "attention_mask" not in padded(samples[:1], "target")
+    rows = [pair(padded(samples, "target"), inputs, "all", positions(samples))[i].named() for i in (0, 1)]
+    assert rows[0] == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]  # padding is no token of the set
+    assert rows[1] == [[0, 0], [0, 4], [0, 5], [1, 0], [1, 4]]
     assert len(beginnings(samples)) == 3
     assert [len(batch) for batch in batches(samples * 3, "target", room=12)] == [2, 2, 2]
 

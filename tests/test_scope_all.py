@@ -221,7 +221,7 @@ def test_tokens_that_one_expert_cannot_serve_are_counted_among_all():
 
 def test_a_repeated_token_in_a_parallel_block_is_refused_and_both_are_named(small):
     """GPT-J's first layer reads the embedding alone: one state, two targets."""
-    target, source, positions = task(12)
+    target, _, positions = task(12)
     ids = target["input_ids"].clone()
     ids[0, CONTEXT + 9] = ids[0, CONTEXT + 3]
     with pytest.raises(ct.SideConditionFailed) as caught:

@@ -83,7 +83,7 @@ def test_merged_and_unmerged_to_the_last_bit(name):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
 def test_a_corrected_merge_makes_good_what_half_precision_rounds(name):
     """bfloat16 weights: rounding adds up from layer to layer, unless each layer is solved on top of it."""
-    model, mp, source, wanted, unpatched = made(name, torch.bfloat16)
+    model, mp, _, wanted, unpatched = made(name, torch.bfloat16)
     mp.merge(model)
     plain = mp.merged_error(model).relative_error
     mp.unmerge(model)
@@ -96,7 +96,7 @@ def test_a_corrected_merge_makes_good_what_half_precision_rounds(name):
 
 def test_a_merged_model_generates_what_it_would_with_the_context():
     """The first new token follows from the last query position; afterwards merged and applied go on alike."""
-    model, mp, source, wanted, unpatched = made("llama", torch.float32)
+    model, mp, source, wanted, _ = made("llama", torch.float32)
     mark = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     plain = model.generate(**source, **mark)[0, TOKENS:]
     with mp.applied(model):
@@ -146,7 +146,7 @@ def test_a_quantised_model_is_patched_beside_its_integers():
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
 def test_saved_and_loaded(name, tmp_path):
-    model, mp, source, wanted, unpatched = made(name)
+    _, mp, source, wanted, unpatched = made(name)
     mp.save(tmp_path / "patch")
     described = json.loads((tmp_path / "patch" / "patch.json").read_text())
     assert described["scope"] == "all"

@@ -9,7 +9,7 @@ from helpers import error
 import controllability as ct
 from controllability.components import Bias, ExpertLinear, Linear, Scale
 from controllability.components.mixture import CHOSEN
-from controllability.interfaces import Param
+from controllability.interfaces import Param, Together
 from controllability.rules import RULES
 
 D, H, E = 3, 4, 5
@@ -38,13 +38,42 @@ FORMULAS = {
 }  # fmt: skip
 PARAMS = {"W": W, "b": b, "m": m, "V": V}
 
+# the same for two tokens with one patch: rows of Z are tokens
+Z, Z2, Δ, shift = rng.normal(size=(2, D)), rng.normal(size=(2, D)), rng.normal(size=(2, H)), rng.normal(size=D)
+Δm = rng.normal(size=D)
+CHOSEN_BY = np.array([[1], [3]])
+JOINT_FORMULAS = {
+    "ΔW = W(Z'−Z)Z⁺": ("I-linear", LINEAR, Z, (Z2 - Z) @ W.T, lambda: W @ (Z2 - Z).T @ np.linalg.pinv(Z.T)),
+    "Δb = f(z'_t) − f(z_t)": ("I-bias", Bias(Param("m", (D,))), Z, np.stack([shift, shift]), lambda: shift),
+    "Δm = m∘(z'_t−z_t)/z_t": ("I-scale", Scale(Param("m", (D,))), Z, Δm * Z, lambda: Δm),
+    "ΔW_e = W_e(Z'_e−Z_e)Z_e⁺": (
+        "I-experts", ExpertLinear(Param("V", (E, H, D))), Z[:, None], Δ[:, None],
+        lambda: np.stack([
+            sum((np.outer(Δ[t], Z[t]) / (Z[t] @ Z[t]) for t in range(2) if CHOSEN_BY[t, 0] == e), np.zeros((H, D))) for e in range(E)
+        ]),
+    ),
+    "ΔW = D Y⁺": ("O-linear", LINEAR, Z, Δ, lambda: Δ.T @ np.linalg.pinv(Z.T)),
+    "Δb = δ_t": ("O-bias", Bias(Param("m", (D,))), Z, np.stack([shift, shift]), lambda: shift),
+    "Δm = δ_t/y_t": ("O-scale", Scale(Param("m", (D,))), Z, Δm * Z, lambda: Δm),
+}  # fmt: skip
+
 
 def printed() -> set[str]:
     return {rule.patch for rule in RULES if type(rule).__name__ == "LeafRule"}
 
 
 def test_every_formula_of_a_leaf_is_here():
-    assert printed() == set(FORMULAS)
+    assert printed() == set(FORMULAS) | set(JOINT_FORMULAS)
+
+
+@pytest.mark.parametrize("formula", JOINT_FORMULAS)
+def test_the_printed_joint_formula_is_what_the_component_does(formula):
+    rule, component, x, gap, by_hand = JOINT_FORMULAS[formula]
+    assert next(r.patch for r in RULES if r.name == f"{rule} jointly") == formula
+    way = next(s.jointly for s in component.steerings(rule[0]) if s.rule == rule)
+    solved = way.solve(Together(), PARAMS | {CHOSEN: CHOSEN_BY}, x, gap, gap * 0)
+    assert error(solved.delta.dense(), by_hand()) < 1e-13
+    assert (solved.room > 0).all()
 
 
 @pytest.mark.parametrize("formula", FORMULAS)

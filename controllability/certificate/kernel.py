@@ -35,13 +35,14 @@ class Given:
     frozen: frozenset[str]
     normalised: frozenset[Path]
     crowded: frozenset[Path]
+    jointly: bool = False
     premises: tuple[Step, ...] = ()
 
     @staticmethod
-    def of(block: Component, via: str, route: str, frozen: frozenset[str]) -> Given:
+    def of(block: Component, via: str, route: str, frozen: frozenset[str], jointly: bool = False) -> Given:
         """The options of a proof, with what its rules ask about the whole block."""
         crowded = crowded_leaves(block, (), False, False, 1)[0]
-        return Given(via, route, frozen, frozenset(scales_of_norms(block)), frozenset(crowded))
+        return Given(via, route, frozen, frozenset(scales_of_norms(block)), frozenset(crowded), jointly)
 
     def is_frozen(self, param: Param) -> bool:
         """Whether a parameter must not move."""
@@ -56,6 +57,9 @@ def checked(data: Any, where: str, block: Component, given: Given) -> Step:
     """The conclusion of one node, drawn again from its premises."""
     shaped(data, NODE, where)
     rule, place = _rule(data, where), _place(data, where, block)
+    if rule.jointly not in (None, given.jointly):
+        serves, asked = ("one patch for many tokens", "of a patch for each") if rule.jointly else ("each token with its own patch", "of one for many")
+        raise NotVerified(f"{where} ({rule.name} at {short(place.describe())}): it serves {serves}, and the proof is {asked}")
     below = enumerate(data["premises"])
     premises = tuple(checked(premise, f"{where}.premises[{i}]", block, given) for i, premise in below)
     found = rule.derive(place, replace(given, premises=premises))

@@ -30,6 +30,7 @@ PROOF = {
     "format": dict, "verdict": str, "via": str, "route": str, "frozen": [str], "level": str, "block": dict, "tree": dict,
     "conditions": CONDITIONS, "rules": [str], "alternatives": list,
 }  # fmt: skip
+MANY = {"jointly": bool, "most": dict}  # absent from files written before there were proofs for many tokens
 BESIDE = {"name": str, "checks": list}  # what the command line adds: no part of the proof
 
 
@@ -62,13 +63,13 @@ def _proof(data: Any, foreign: Mapping[str, type]) -> Proof:
     if data["frozen"] != sorted(known & set(data["frozen"])):
         expected = f"parameters of the block, each once and in order, out of {', '.join(sorted(known))}"
         raise wrong("frozen", expected, data["frozen"])
-    given = Given.of(block, data["via"], data["route"], frozenset(data["frozen"]))
+    given = Given.of(block, data["via"], data["route"], frozenset(data["frozen"]), data.get("jointly", False))
     root = _root(data["tree"], "tree", block, given)
     others = tuple(_root(tree, f"alternatives[{i}]", block, given) for i, tree in enumerate(data["alternatives"]))
-    proof = Proof(block, root, others, given.via, given.route, given.frozen)
+    proof = Proof(block, root, others, given.via, given.route, given.frozen, given.jointly)
     written = proof_dict(proof)
-    for key in ("conditions", "rules"):
-        if data[key] != written[key]:
+    for key in ("conditions", "rules", "most"):
+        if data.get(key, {}) != written[key]:
             raise NotVerified(f"{key}: the tree has {short(written[key])}, the file says {short(data[key])}")
     return proof
 
@@ -77,12 +78,12 @@ def _head(data: Any) -> None:
     """Is this a proof, in a format that is known, with options that there are?"""
     if isinstance(data, dict) and data.get("verdict") == "refused":
         raise wrong("verdict", "patchable (a refusal holds no proof)", "refused")
-    keys(data, "", PROOF, BESIDE)
+    keys(data, "", PROOF, MANY | BESIDE)
     keys(data["format"], "format", FORMAT)
     for key, value in FORMAT.items():
         if data["format"][key] != value or type(data["format"][key]) is not type(value):
             raise wrong(f"format.{key}", f"{value!r}, the only one that is known", data["format"][key])
-    for key, shape in (PROOF | BESIDE).items():
+    for key, shape in (PROOF | MANY | BESIDE).items():
         if key in data:
             shaped(data[key], shape, key)
     for key, known in (("verdict", ("patchable",)), ("via", get_args(Via)), ("route", ROUTES), ("level", LEVELS)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from controllability.errors import BadInput
 
-WORDS = {str: "a text", int: "an integer from 0 on", dict: "an object", list: "a list"}
+WORDS = {str: "a text", int: "an integer from 0 on", bool: "true or false", dict: "an object", list: "a list"}
 
 
 def wrong(where: str, expected: str, got: Any) -> BadInput:

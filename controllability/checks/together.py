@@ -99,26 +99,18 @@ class GivenRouting(Routing):
 
     top_k: int = 2
     choice: tuple[tuple[int, ...], ...] = ()
-    name: str = ""
-    read: tuple[Param, ...] = ()
 
     def __call__(self, params: Params, logits: Array) -> tuple[Array, Array]:
         import sympy
 
-        tokens = logits.reshape(-1, logits.shape[-1])
-        chosen = np.array(self.choice) if self.choice else np.tile(np.arange(self.top_k), (len(tokens), 1))
-        read = [e for p in self.read for e in np.asarray(p.value(params)).reshape(-1)]
+        chosen = np.array(self.choice)
         shares = np.empty(chosen.shape, dtype=object)
         for t, j in np.ndindex(*shares.shape):
-            shares[t, j] = sympy.Function(f"share{self.name}_{j}", real=True)(*tokens[t], *read)
-        shape = (*logits.shape[:-1], self.top_k)
-        return chosen.reshape(shape), SYMPY.name(shares).reshape(shape)
+            shares[t, j] = sympy.Function(f"share_{j}", real=True)(*logits[t])
+        return chosen, SYMPY.name(shares)
 
     def margin(self, params: Params, logits: Array) -> Array:
         return SYMPY.zeros_like(logits[..., :1]) + 1
-
-    def parameters(self) -> tuple[Param, ...]:
-        return self.read
 
     def describe(self) -> str:
         return "any routing"
@@ -292,7 +284,9 @@ def whole_block(proof: Proof) -> tuple[str, str]:
     """(status, method): patched(v_t) − original(v'_t) for two tokens of symbols, at small sizes."""
     import sympy
 
-    name_of, routing_name = Names(), Names()
+    if mixtures(proof.block):
+        return "skipped", "not run: experts and two tokens of symbols do not reduce in reasonable time; level exact runs it in fractions"
+    name_of = Names()
 
     def change(leaf: Component) -> Component:
         if isinstance(leaf, Normalize):
@@ -300,15 +294,11 @@ def whole_block(proof: Proof) -> tuple[str, str]:
         name = transcendental(leaf)
         return Activation(f"phi_{name_of(name, leaf)}", symbol=True) if name else leaf
 
-    def route(routing: Routing) -> Routing:
-        return GivenRouting(top_k=routing.top_k, name=routing_name("", routing), read=routing.parameters())
-
-    block = rebuilt(proof.block, change, route)
+    block = rebuilt(proof.block, change)
     same, sizes = replace_block(proof, block), small_sizes(block)
     params, v, v_target = sample(block, "sympy", tokens=(MANY,), **sizes)
     left = reduced_residual(same, params, v, v_target)
     if any(e != 0 for e in left):
         return "failed", f"residual left: {left}"
     shown = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name != "one")
-    routing = ", any routing" if mixtures(block) else ""
-    return "passed", f"residual reduced to 0 for {MANY} tokens with one patch, at {shown}: every entry, ε{routing} and activation a symbol"
+    return "passed", f"residual reduced to 0 for {MANY} tokens with one patch, at {shown}: every entry, ε and activation a symbol"

@@ -37,6 +37,7 @@ def _prove(parser: ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="an architecture or a model type; see controllability list")
     parser.add_argument("--via", choices=VIA, default="input-output", help="Theorem 1 (default) or 1b")
     parser.add_argument("--route", choices=ROUTES, default="auto", help="what a normalised output does (default auto)")
+    parser.add_argument("--jointly", action="store_true", help="one patch for many tokens at once, not one for each")
     parser.add_argument("--level", choices=LEVELS, default="derived", help="what to run (default derived: nothing)")
     parser.add_argument("--format", choices=FORMATS, default="text")
 

@@ -37,7 +37,7 @@ def prove(args: argparse.Namespace, output: Output) -> int:
     block = None  # a family that is refused by its declaration has none
     try:
         block = architectures.block(args.name)
-        proof = prove_block(block, args.via, args.route)
+        proof = prove_block(block, args.via, args.route, jointly=args.jointly)
     except NotControllable as refused:
         if args.format == "html" and not output.as_json:
             from controllability.rendering.html import refusal_html
@@ -90,7 +90,7 @@ def recheck(args: argparse.Namespace, output: Output) -> int:
     moved = sorted(map(str, proof.root.moved))
     output.result({
         "name": name, "file": args.file, "verdict": "patchable", "nodes": nodes, "via": proof.via, "route": proof.route,
-        "frozen": sorted(proof.frozen), "moved": moved, "rules": [*proof.rules],
+        "frozen": sorted(proof.frozen), "jointly": proof.jointly, "most": proof.most, "moved": moved, "rules": [*proof.rules],
         "level": _reached(args.level, checks), "checks": checks,
     })  # fmt: skip
     from controllability.rendering.text import printable

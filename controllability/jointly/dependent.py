@@ -62,7 +62,7 @@ class Dependent:
         return self.exact and self.targets > 0
 
     def __str__(self) -> str:
-        named = "; ".join(self.names[t] for t in self.tokens[:6]) if self.names else ", ".join(map(str, self.tokens[:6]))
+        named = "; ".join(self.names[t] if self.names else str(t) for t in self.tokens[:6])
         named += " …" if len(self.tokens) > 6 else ""
         how = "exactly" if self.exact else f"to {self.inputs:.1g} of their size"
         return (

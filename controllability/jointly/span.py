@@ -26,7 +26,7 @@ class Span:
 
     >>> import numpy as np
     >>> span = Span.of(np.array([[1.0, 0.0], [1.0, 1.0], [2.0, 1.0]]))
-    >>> span.rank, span.solve(np.array([[1.0], [2.0], [3.0]]))[1].max() < 1e-12
+    >>> span.rank, bool(np.abs(span.solve(np.array([[1.0], [2.0], [3.0]]))[1]).max() < 1e-12)
     (2, True)
     """
 

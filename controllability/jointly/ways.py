@@ -224,10 +224,10 @@ def reached(
 
 def _renumbered(failed: SideConditionFailed, numbers: np.ndarray, new: int, before: int, count: int) -> None:
     """One expert's tokens by their ``numbers`` among all ``count``: its last ``new`` are new, as are those from ``before`` on."""
-    assert isinstance(failed.certificate, Dependent)
     if isinstance(failed.position, int):
         failed.position = int(numbers[failed.position + len(numbers) - new]) - before
-    failed.certificate = failed.certificate.among(numbers, count)
+    if isinstance(failed.certificate, Dependent):  # symbols have none
+        failed.certificate = failed.certificate.among(numbers, count)
 
 
 def _largest(rows: np.ndarray) -> np.ndarray:

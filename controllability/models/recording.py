@@ -164,10 +164,8 @@ def _leaf(run: PatchedRun, path: Path, parameter: str, delta: Delta) -> LeafReco
         before = run.known_output((*path[:-1], path[-1] - 1)) if path else None
         if total is None or before is None:
             return LeafRecord(parameter, delta, scale=scale)
-        return LeafRecord(
-            parameter, delta, _largest(torch.atleast_2d(scale + delta.value)) * _largest(before), _largest(total),
-            scale=scale,
-        )
+        size = _largest(torch.atleast_2d(scale + delta.value)) * _largest(before)
+        return LeafRecord(parameter, delta, size, _largest(total), scale=scale)
     own = run.raw_outputs.get(path)
     if own is None and total is not None and isinstance(delta, Shift):
         own = total - delta.value

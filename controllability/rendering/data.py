@@ -62,6 +62,8 @@ def proof_dict(proof: Proof) -> dict[str, Any]:
         "via": proof.via,
         "route": proof.route,
         "frozen": sorted(proof.frozen),
+        "jointly": proof.jointly,
+        "most": proof.most,
         "level": "derived",
         "block": encode(proof.block),
         "tree": step_dict(proof.root),

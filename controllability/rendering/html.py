@@ -15,6 +15,7 @@ from controllability.errors import BadInput, NotControllable
 from controllability.interfaces import Component, InputControllable, OutputControllable, Param
 from controllability.proof import Proof
 from controllability.rendering.graph import graph_svg
+from controllability.rendering.reach import reach
 from controllability.rendering.roles import WORDS, Roles, State, chain, refused_roles, roles
 from controllability.rendering.shapes import node_id
 from controllability.rendering.style import STYLE
@@ -61,6 +62,7 @@ def proof_html(proof: Proof, name: str, level: str = "derived", checks: Checks =
         _head(title, proof, level, checks),
         _workspace(proof.block, found, writer),
         _moves(proof, found),
+        _reach(proof),
         _conditions(proof),
         _checks(checks),
         '<section id="derivation"><h2>Derivation</h2><p>Every step rests on those inside it. Click a line to fold it.</p>'
@@ -195,11 +197,22 @@ def _head(title: str, proof: Proof, level: str, checks: Checks) -> str:
         f" If a condition fails on the numbers, {_counted(spare, 'other derivation')} can be tried." if spare else ""
     )
     frozen = f" Asked to stay: {', '.join(sorted(proof.frozen))}." if proof.frozen else ""
+    if proof.jointly:
+        lead = (
+            "Let <var>v</var><sub>1</sub> … <var>v</var><sub>T</sub> be what enters this block without the context, for many tokens, and "
+            "<var>v'</var><sub>1</sub> … <var>v'</var><sub>T</sub> what enters it with the context. Wherever the side conditions hold, "
+            f"one change of {_counted(count, 'parameter')}, the same for all of them, makes the block give at each <var>v</var><sub>t</sub> "
+            "what it gave at <var>v'</var><sub>t</sub>, exactly."
+        )
+    else:
+        lead = (
+            "Let <var>v</var> be what enters this block without the context and <var>v'</var> what enters it "
+            f"with the context. Wherever the side conditions hold, a change of {_counted(count, 'parameter')} makes the block give at "
+            "<var>v</var> what it gave at <var>v'</var>, exactly."
+        )
     return (
         f"<header><h1>{escape(title)}</h1>{warning}"
-        f'<p class="lead">Let <var>v</var> be what enters this block without the context and <var>v\'</var> what enters it '
-        f"with the context. Wherever the side conditions hold, a change of {_counted(count, 'parameter')} makes the block give at "
-        f"<var>v</var> what it gave at <var>v'</var>, exactly.</p>"
+        f'<p class="lead">{lead}</p>'
         f"<p>{escape(THEOREM[proof.via])}. Route of a normalised output: {escape(proof.route)}.{others}{escape(frozen)}</p>"
         f'<p class="level">{escape(SAID[level] + rest)}</p></header>'
     )
@@ -258,6 +271,13 @@ def _conditions(proof: Proof) -> str:
     )
     listed = f"<p>Tested on the numbers whenever a patch is made:</p><ul>{rows}</ul>" if rows else "<p>None.</p>"
     return f"<section><h2>Side conditions</h2>{listed}</section>"
+
+
+def _reach(proof: Proof) -> str:
+    """How many tokens one patch serves, for a joint proof."""
+    rows = "".join(f"<li>{escape(one)}</li>" for one in reach(proof))
+    head = "<h2>One patch for T tokens</h2><p>Tokens in general position that it serves:</p>"
+    return f"<section>{head}<ul>{rows}</ul></section>" if rows else ""
 
 
 def _checks(checks: Checks) -> str:

@@ -11,6 +11,7 @@ from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
 from controllability.errors import BadInput, ControllabilityError
 from controllability.formulas import ClosedForm, closed_form, written_names
 from controllability.proof import Proof
+from controllability.rendering.reach import matrix_formulas, reach
 from controllability.rendering.tex import IndexPrinter, escape
 from controllability.rendering.text import printable
 from controllability.rules import Step
@@ -38,12 +39,11 @@ def proof_latex(proof: Proof, level: str = "derived", name: str = "") -> str:
         PREAMBLE + title,
         r"\begin{theorem}",
         rf"Let $B$ be the block \[ \text{{\parbox{{0.9\textwidth}}{{\small {escape(proof.block.describe())}}}}} \]",
-        "with parameters $\\theta$. For all states $v$ (without the context) and $v'$ (with it) that fulfil the side",
-        f"conditions below there is a change $\\Delta$ of {moved} with \\[ B(v;\\,\\theta+\\Delta) = B(v';\\,\\theta). \\]",
+        *_promise(proof, moved),
         r"\end{theorem}",
         f"Level of proof that was run: {level}.",
         *_conditions(proof),
-        *_patch(proof),
+        *(_matrices(proof) if proof.jointly else _patch(proof)),
         rf"\begin{{proof}}[Derivation, via {escape(THEOREMS[proof.via])}, route {proof.route}]\leavevmode",
         *_items(proof.root),
         r"\end{proof}",
@@ -51,6 +51,30 @@ def proof_latex(proof: Proof, level: str = "derived", name: str = "") -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _promise(proof: Proof, moved: str) -> list[str]:
+    if proof.jointly:
+        return [
+            "with parameters $\\theta$. For all states $v_1, \\dots, v_T$ (without the context) and $v'_1, \\dots, v'_T$ (with it) that",
+            f"fulfil the side conditions below there is one change $\\Delta$ of {moved}, the same for all $t$, with",
+            "\\[ B(v_t;\\,\\theta+\\Delta) = B(v'_t;\\,\\theta) \\qquad (t = 1, \\dots, T). \\]",
+        ]
+    return [
+        "with parameters $\\theta$. For all states $v$ (without the context) and $v'$ (with it) that fulfil the side",
+        f"conditions below there is a change $\\Delta$ of {moved} with \\[ B(v;\\,\\theta+\\Delta) = B(v';\\,\\theta). \\]",
+    ]
+
+
+def _matrices(proof: Proof) -> list[str]:
+    """How many tokens one patch serves, and its change of each parameter in matrices whose columns are the tokens."""
+    served = [rf"\item {escape(one)}" for one in reach(proof)]
+    changes = [rf"\item {escape(one)}" for one in matrix_formulas(proof)]
+    return [
+        r"\paragraph{Tokens in general position that one patch serves.}", r"\begin{itemize}\small", *served, r"\end{itemize}",
+        r"\paragraph{The patch.} The tokens' vectors are the columns of $Z$, $Z'$ and $Y$, the wanted changes those of $D$; $A^{+}$ is the pseudo-inverse.",
+        r"\begin{itemize}\small", *changes, r"\end{itemize}",
+    ]  # fmt: skip
 
 
 def _conditions(proof: Proof) -> list[str]:

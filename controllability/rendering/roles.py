@@ -12,6 +12,7 @@ from controllability.components.scale import Scale
 from controllability.interfaces import Component, InputControllable, OutputControllable, overlap
 from controllability.proof import Proof
 from controllability.rules import Step
+from controllability.rules.normalised import OutputNormalised
 from controllability.trace import Path, Place, leaves
 
 State = Literal["input", "output", "undone", "shared", "own", "fixed", "culprit"]
@@ -117,7 +118,7 @@ def _decided(step: Step) -> Iterator[tuple[Path, State]]:
     if step.steering is not None:
         side: State = "input" if step.rule.side == "input" else "output"
         yield (parts[2].path if isinstance(step.place.component, Mixture) else step.place.path), side
-    elif step.rule.name == "O-normalised":
+    elif isinstance(step.rule, OutputNormalised):
         last = parts[-1]
         below = step.premises[0].moved
         scaled = isinstance(last.component, Scale)
@@ -132,7 +133,7 @@ def _decided(step: Step) -> Iterator[tuple[Path, State]]:
 def _through(step: Step) -> Span | None:
     """The frame around a part whose inner functions and output are both steered."""
     place = step.place
-    if step.rule.name not in ("T-split", "T-sum", "T-mixture"):
+    if step.rule.name not in ("T-split", "T-sum", "T-mixture", "T-mixture jointly"):
         return None
     if isinstance(place.component, Sequence):
         return Span(place.path, "through", "through", place.start, place.start + len(place.component.parts))

@@ -10,7 +10,7 @@ from sympy.printing.latex import LatexPrinter
 SYMBOLS = {
     "θ": r"\theta", "φ": r"\varphi", "δ": r"\delta", "Δ": r"\Delta", "∘": r"\circ", "ᵀ": r"^{\top}", "σ": r"\sigma",
     "²": r"^{2}", "‖": r"\|", "√": r"\surd", "ε": r"\varepsilon", "≠": r"\neq", "↦": r"\mapsto", "→": r"\to",
-    "−": "-", "⁻": r"^{-}", "¹": r"^{1}", "₁": r"_{1}", "₂": r"_{2}", "…": r"\dots", "μ": r"\mu", "·": r"\cdot",
+    "−": "-", "⁻": r"^{-}", "⁺": r"^{+}", "¹": r"^{1}", "₁": r"_{1}", "₂": r"_{2}", "…": r"\dots", "μ": r"\mu", "·": r"\cdot",
     "'": r"'", "*": "*", "<": "<", ">": ">", "≤": r"\leq", "≥": r"\geq", "|": "|", "+": "+", "=": "=", "Σ": r"\Sigma",
     "ᵢ": "_{i}", "α": r"\alpha", "β": r"\beta", "∈": r"\in", "×": r"\times", "ρ": r"\rho", "∞": r"\infty", "ₖ": "_{k}",
     "Π": r"\Pi", "λ": r"\lambda", "π": r"\pi", "∥": r"\|", "ʸ": r"^{y}", "ⱼ": "_{j}", "≈": r"\approx", "≫": r"\gg",

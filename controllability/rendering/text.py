@@ -8,6 +8,7 @@ import textwrap
 from typing import TextIO
 
 from controllability.proof import Proof
+from controllability.rendering.reach import reach
 from controllability.rules import Step
 
 WIDTH, NARROWEST = 100, 20  # columns of a line: also on wider, and on narrower terminals
@@ -30,9 +31,13 @@ def proof_text(proof: Proof, width: int | None = None) -> str:
     """
     width = terminal_width() if width is None else max(width, NARROWEST)
     theorem = {"input-output": "Theorem 1", "output": "Theorem 1b"}[proof.via]
-    lines = wrapped(f"patchable (derived), via {proof.via} ({theorem}), route {proof.route}", width)
+    many = ", one patch for T tokens" if proof.jointly else ""
+    lines = wrapped(f"patchable (derived), via {proof.via} ({theorem}), route {proof.route}{many}", width)
     lines += _tree(proof.root, "", "", width)
     lines += wrapped("moves: " + ", ".join(sorted(map(str, proof.root.moved))), width, "", "       ")
+    served = reach(proof)
+    lines += wrapped("tokens in general position that one patch serves:", width) if served else []
+    lines += [line for one in served for line in wrapped(f"- {one}", width, "", "  ")]
     conditions = list(dict.fromkeys(f"{c.statement}  [{c.where}]" for c in proof.conditions))
     lines += wrapped("side conditions, tested on the numbers:" if conditions else "no side conditions", width)
     lines += [line for c in conditions for line in wrapped(f"- {c}", width, "", "  ")]

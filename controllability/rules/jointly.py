@@ -14,10 +14,12 @@ from controllability.components.mixture import CHOSEN, ExpertLinear, Mixture
 from controllability.components.normalisation import Normalize
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, Shift
+from controllability.errors import NotExact
 from controllability.interfaces import Condition
 from controllability.jointly.known import Known
+from controllability.jointly.span import UNIT_ROUNDINGS
 from controllability.jointly.ways import one_sum_of_experts
-from controllability.rules.base import Attempt, Search, Step, Wanted, construct, target_output
+from controllability.rules.base import Attempt, Failure, Search, Step, Wanted, construct, target_output
 from controllability.rules.mixture import OutputMixture, ThroughMixture, shares_of, watch_choice
 from controllability.rules.normalised import OutputNormalised
 from controllability.trace import Goal, Margin, PatchedRun, Place, RouteTaken
@@ -52,11 +54,11 @@ class JointNormalised(OutputNormalised):
         condition = Condition(
             "one scale serves all tokens: Σ_i G_ti² s_i/d = q_t with s_i = 1/m'_i² > 0", where, hint=KEEP
         )
-        found.steps = [
-            replace(step, conditions=(condition,), note="one scale for all tokens")
-            for step in found.steps
-            if step.note != "route ball"
-        ]
+        steps = [step for step in found.steps if step.note != "route ball"]
+        if found.steps and not steps:
+            reason = "one patch for many tokens moves the scale after the normalisation, and there is none that may move"
+            found.failures.append(Failure(place, self.name, reason, "let a scale after the norm move", weight=1))
+        found.steps = [replace(step, conditions=(condition,), note="one scale for all tokens") for step in steps]
         return found
 
     def variants(self, step: Step) -> dict[str, Step]:
@@ -99,15 +101,20 @@ class _OneScale:
         return self._answer
 
     def _enlarged(self, G: Array) -> tuple[Array, Array]:
-        """Exact arithmetics: m' = c·m with a rational c ≥ every RMS(G_t/m)."""
+        """Fractions, symbols, many digits: m' = c·m (c alone where m is 0) with a rational c ≥ every RMS(G_t/m)."""
         xp = arithmetic(G)
-        m = self.scale.effective(self.run.params)
+        assert self.run.together is not None
+        if self.run.together.keep_rms:
+            raise NotExact("keep_rms is decided by linear programming, in floating-point numbers only")
+        if self.eps == 0:
+            raise self.step.conditions[0].failed(None)
+        m = xp.or_one(self.scale.effective(self.run.params))
         ratio = G / m
         c = xp.mean(ratio * ratio).sum() + 1
         u = xp.name(ratio / c)
         eps = xp.number(self.eps)
         self.run.journal.routes.append(
-            RouteTaken(self.place.describe(), "enlarged", lambda: "exact arithmetic: closed form")
+            RouteTaken(self.place.describe(), "enlarged", lambda: "not in floating-point numbers: closed form")
         )
         return c * m, xp.name(u * xp.sqrt(eps / (1 - xp.mean(u * u))))
 
@@ -124,9 +131,12 @@ class _OneScale:
         assert run.together is not None
         started = time.perf_counter()
         try:
+            tolerance = UNIT_ROUNDINGS * xp.machine_epsilon(G)
+            kept, like = distinct(np.column_stack([tokens.gap, np.sqrt(square)]), tolerance)
             answer = joint_scale(
-                tokens.gap, xp.numbers(m), square, float(self.eps), self._rounding(m), run.together.keep_rms
+                tokens.gap[kept], xp.numbers(m), square[kept], float(self.eps), self._rounding(m), run.together.keep_rms
             )
+            answer = _for_all(answer, tokens.gap, like)
         except Infeasible as refused:
             failed = self.step.conditions[0].failed(None)
             failed.certificate, failed.final = refused.certificate, run.together.keep_rms
@@ -173,6 +183,33 @@ class _OneScale:
         return RouteTaken(self.place.describe(), answer.resort, lambda: why, amplification=amplified)
 
 
+def distinct(rows: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens that differ, (K,); which of them each token repeats but for rounding, (T,)).
+
+    A prefix that several sequences share is computed several times, and rounded differently: it is one equation, not many.
+    """
+    kept: list[int] = []
+    like = np.zeros(len(rows), dtype=int)
+    sizes = np.abs(rows).max(-1)
+    for t, row in enumerate(rows):
+        apart = np.abs(rows[kept] - row).max(-1) if kept else np.zeros(0)
+        near = np.flatnonzero(apart <= tolerance * sizes[t])
+        like[t] = near[0] if len(near) else len(kept)
+        if not len(near):
+            kept.append(t)
+    return np.array(kept), like
+
+
+def _for_all(answer: JointScale, G: np.ndarray, like: np.ndarray) -> JointScale:
+    """The answer for distinct tokens as one for all: who repeats another enters the norm with the same RMS."""
+    if len(G) == len(answer.unit):
+        return answer
+    unit = np.divide(G, answer.scale, out=np.zeros_like(G), where=G != 0)
+    p, root = (unit**2).mean(-1), np.sqrt((answer.before**2).mean(-1))[like]
+    before = unit * (root / np.sqrt(np.where(p == 0, 1.0, p)))[:, None]
+    return replace(answer, unit=unit, before=before)
+
+
 def _nearest(
     answer: JointScale, G: np.ndarray, square: np.ndarray, stored: Callable[[np.ndarray], np.ndarray]
 ) -> JointScale:  # fmt: skip
@@ -204,6 +241,9 @@ class JointMixture(OutputMixture):
     source = "theory 5 (new)"
     jointly = True
 
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        return counted(super().derive(place, prover))
+
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         steer_stacked(step, run, wanted)
 
@@ -219,11 +259,23 @@ class JointThroughMixture(ThroughMixture):
     source = "theory 5 (new)"
     jointly = True
 
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        return counted(super().derive(place, prover))
+
     def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
         watch_choice(step.place, run)
         for premise in step.premises:
             construct(premise, run, target_output(premise, run))
         steer_stacked(step, run, wanted)
+
+
+def counted(found: Attempt) -> Attempt:
+    """How many tokens the stacked vectors serve: as many as they are long."""
+    for i, step in enumerate(found.steps):
+        mixture = step.place.component
+        assert isinstance(mixture, Mixture)
+        found.steps[i] = replace(step, most=f"(experts used)·{mixture.last.width or 'h'}")
+    return found
 
 
 def steer_stacked(step: Step, run: PatchedRun, wanted: Wanted) -> None:

@@ -1,0 +1,41 @@
+"""How many tokens one patch serves, in words: what a joint proof says beside its tree."""
+
+from __future__ import annotations
+
+from controllability.proof import Proof
+
+NORMALISED, EXPERTS = "O-normalised jointly", "I-experts jointly"
+
+
+def reach(proof: Proof) -> list[str]:
+    """For how many tokens in general position each steered parameter serves; [] for a proof of a patch for each token.
+
+    >>> from controllability import prove
+    >>> from controllability.components import Linear, residual
+    >>> from controllability.interfaces import Param
+    >>> reach(prove(residual(Linear(Param("W", ("d", "h")))), via="output", jointly=True))
+    ['W serves T ≤ h']
+    """
+    if not proof.jointly:
+        return []
+    lines = []
+    for step in proof.root.walk():
+        if step.most is not None and step.steering is not None:
+            lines.append(f"{step.steering.param} serves {_tokens(step.most)}" + " an expert" * (step.rule.name == EXPERTS))
+        if step.rule.name == NORMALISED:
+            where = step.place.parts()[-1].describe()
+            lines.append(f"{where} serves T ≤ about d/2 with every RMS kept, and any T when ε > 0 and the RMS may move")
+    return list(dict.fromkeys(lines))
+
+
+def _tokens(most: int | str) -> str:
+    return "tokens that ask for the same change (T = 1)" if most == 1 else f"T ≤ {most}"
+
+
+def matrix_formulas(proof: Proof) -> list[str]:
+    """'parameter: its change' for each rule that moves one, with the tokens' vectors as columns of Z, Y and D."""
+    found = [f"{s.steering.param}: {s.rule.patch}" for s in proof.root.walk() if s.steering is not None]
+    for step in proof.root.walk():
+        if step.rule.name == NORMALISED:
+            found.append(f"{step.place.parts()[-1].describe()}: {step.rule.patch}")
+    return list(dict.fromkeys(found))
