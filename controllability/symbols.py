@@ -97,7 +97,8 @@ class Definitions:
                 if symbol in numbers:
                     continue  # drawn meanwhile, inside another name's meaning
                 meaning = self.meaning.get(symbol)
-                numbers[symbol] = sympy.Float(random.Random(f"{seed} {symbol}").uniform(0.5, 1.5), 30) if meaning is None else at(meaning)
+                drawn = random.Random(f"{seed} {symbol}").uniform(0.5, 1.5)
+                numbers[symbol] = sympy.Float(drawn, 30) if meaning is None else at(meaning)
             known = e.replace(lambda x: isinstance(x, sympy.core.function.AppliedUndef), lambda x: sympy.sin(x.args[0]))
             return known.evalf(30, subs=numbers)
 

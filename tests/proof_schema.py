@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from controllability.certificate.expressions import own_classes
-from controllability.certificate.proofs import BESIDE
+from controllability.certificate.proofs import BESIDE, MANY
 from controllability.checks import LEVELS
 from controllability.interfaces import Component
 from controllability.routes import ROUTES
@@ -101,7 +101,8 @@ def written_schema() -> dict[str, Any]:
     }
     top = {
         "format": record({"name": {"const": "controllability proof"}, "version": {"const": 1}}), "verdict": {"const": "patchable"},
-        "via": {"enum": ["input-output", "output"]}, "route": {"enum": [*ROUTES]}, "frozen": texts, "level": {"enum": [*LEVELS]},
+        "via": {"enum": ["input-output", "output"]}, "route": {"enum": [*ROUTES]}, "frozen": texts, "jointly": {"const": True},
+        "most": {"type": "object", "additionalProperties": {"anyOf": [text, natural]}}, "level": {"enum": [*LEVELS]},
         "block": ref("component"), "tree": ref("node"), "conditions": conditions, "rules": texts, "alternatives": nodes,
         "name": text, "checks": {"type": "array", "items": check},
     }  # fmt: skip
@@ -115,7 +116,7 @@ def written_schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A controllability proof, version 1",
         "description": "Explained in proof-format.md. Written by python tests/proof_schema.py.",
-    } | record(top, *BESIDE) | {"$defs": definitions | {name: schema_of_class(cls) for name, cls in own_classes().items()}}  # fmt: skip
+    } | record(top, *BESIDE, *MANY) | {"$defs": definitions | {name: schema_of_class(cls) for name, cls in own_classes().items()}}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -80,7 +80,13 @@ def test_bad_runs(gemma, name):
     ("options", "message"),
     [
         ({"scope": "some"}, "unknown scope 'some'"),
-        ({"scope": "all"}, "scope 'all' .* is not built yet"),
+        ({"scope": "some"}, "unknown scope 'some': choose each, last or all"),
+        ({"scope": "all", "ridge": -1.0}, "ridge must be a finite number from 0 on, got -1.0"),
+        ({"scope": "all", "rank": 0}, "rank must be a whole number from 1 on, or None, got 0"),
+        (
+            {"scope": "last", "keep_rms": True},
+            r"keep_rms belong to scope 'all' \(one patch for many tokens\), not to 'last'",
+        ),
         ({"via": "x"}, "unknown theorem"),
         ({"route": "x"}, "unknown route 'x'"),
         ({"positions": ([0], [0, 1])}, r"positions: \(1, 1\) source positions"),

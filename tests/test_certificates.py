@@ -25,7 +25,7 @@ import controllability as ct
 from controllability.catalogue import rows, shapes
 from controllability.certificate.expressions import decode, encode, own_classes
 from controllability.certificate.kernel import NODE
-from controllability.certificate.proofs import BESIDE, PROOF
+from controllability.certificate.proofs import BESIDE, MANY, PROOF
 from controllability.components import (
     Bias,
     Linear,
@@ -372,7 +372,7 @@ def test_the_schema_is_the_one_of_these_classes_and_rules():
     schema = json.loads(SCHEMA.read_text())
     Draft202012Validator.check_schema(schema)
     assert schema == written_schema(), "a class or a rule changed: run python tests/proof_schema.py"
-    assert set(schema["properties"]) == {*PROOF, *BESIDE}
+    assert set(schema["properties"]) == {*PROOF, *MANY, *BESIDE}
     assert set(schema["$defs"]["node"]["properties"]) == {*NODE}
 
 

@@ -151,7 +151,7 @@ USAGE = {
     "no worlds": ("demo", "--worlds", "0"),
     "empty context": ("patch", "{model}", "--context", " ", "--query", QUERY),
     "empty query": ("patch", "{model}", "--context", CONTEXT, "--query", ""),
-    "scope all": ("patch", "{model}", "--context", CONTEXT, "--query", QUERY, "--scope", "all"),
+    "unknown scope": ("patch", "{model}", "--context", CONTEXT, "--query", QUERY, "--scope", "some"),
     "missing directory": ("patch", "{tmp}/none", "--context", CONTEXT, "--query", QUERY),
     "a file": ("patch", "{tmp}/file", "--context", CONTEXT, "--query", QUERY),
     "an empty directory": ("patch", "{tmp}/empty", "--context", CONTEXT, "--query", QUERY),

@@ -90,7 +90,8 @@ def judged_refusal(case: Case, proof: ct.Proof) -> str:
     still = [str(p) for p in case.block.parameters() - moved if not overlap(frozenset({p}), moved)]
     only = Case(case.seed, case.block, case.values, sorted(still), case.options, case.states)
     judged = Affine.of(only)
-    if judged is None or len(moved) > 1 or any(used_twice(only, p) for p in moved):
+    inner = any(step.rule.side == "input" for step in [*proof.root.walk()][1:])  # asks for more than it must
+    if judged is None or inner or len(moved) > 1 or any(used_twice(only, p) for p in moved):
         return "condition failed, not judged"
     if certificate is None:
         return "condition failed, no certificate"
@@ -106,13 +107,15 @@ def reachable(judged: Affine) -> bool:
         gap = case.block(stored, case.state(1, numbers.array)) - case.block(stored, case.state(0, numbers.array))
         columns = [c.reshape(gap.size, -1) for c in judged.columns.values()]
         jacobian = np.concatenate(columns, -1)
-        return oracles.rank(np.concatenate([jacobian, gap.reshape(-1, 1)], -1), numbers) == oracles.rank(jacobian, numbers)
+        return oracles.rank(np.concatenate([jacobian, gap.reshape(-1, 1)], -1), numbers) == oracles.rank(
+            jacobian, numbers
+        )
 
 
 def test_random_trees_with_one_patch_for_many_tokens(capsys):
     counts = Counter(judge(grown(seed)) for seed in SEEDS)
     with capsys.disabled():
         print("\n" + "\n".join(f"{n:7}  {kind}" for kind, n in sorted(counts.items())))
-    assert sum(n for kind, n in counts.items() if "one patch" in kind) >= 60
+    assert sum(n for kind, n in counts.items() if "one patch" in kind) >= 50
     assert all(counts[f"{tokens} tokens, one patch"] >= 5 for tokens in (1, 2, 3))
     assert counts["condition failed, the rank says no as well"] >= 5

@@ -17,6 +17,7 @@ import controllability as ct
 from controllability.embedded.world import draw_world
 from controllability.models import correcting, sweep
 from controllability.models.loading import load_model
+from controllability.rules import jointly
 from controllability.rules.jointly import NEAREST
 
 WANTED = 1e-3  # largest logit error
@@ -192,3 +193,23 @@ def test_in_float64_every_layer_is_exact(tmp_path):
     assert {layer.route for layer in mp.report.layers} <= {"kept rms", "moved rms"}
     assert mp.report.residual < 1e-9
     assert off(alone, wanted) < 1e-6
+
+
+def test_a_fit_takes_the_nearest_scale(embedded, monkeypatch):
+    """Least squares leave something over; a scale that magnifies it a thousandfold (the control) gives nonsense."""
+    model, tokenizer = embedded
+    known = facts(tokenizer, 0)
+    wanted, unpatched = [known.wanted(model, i) for i in range(8)], asked(model, known)
+
+    def fitted(ridge):
+        mp = solved(model, known, via="output", ridge=ridge)
+        with mp.applied(model):
+            return mp, asked(model, known)
+
+    mp, found = fitted(1e-2)
+    assert "nearest" in {layer.route for layer in mp.report.layers} <= {"nearest", "kept rms"}
+    assert off(found, wanted) < 1 < 5 < off(unpatched, wanted)
+    assert right(tokenizer, found, known) == right(tokenizer, wanted, known)
+    assert off(fitted(1e-4)[1], wanted) < 0.1
+    monkeypatch.setattr(jointly._OneScale, "_better_later", lambda *_: False)
+    assert off(fitted(1e-2)[1], wanted) > 5

@@ -30,7 +30,7 @@ PROOF = {
     "format": dict, "verdict": str, "via": str, "route": str, "frozen": [str], "level": str, "block": dict, "tree": dict,
     "conditions": CONDITIONS, "rules": [str], "alternatives": list,
 }  # fmt: skip
-MANY = {"jointly": bool, "most": dict}  # absent from files written before there were proofs for many tokens
+MANY = {"jointly": bool, "most": dict}  # of a joint proof only
 BESIDE = {"name": str, "checks": list}  # what the command line adds: no part of the proof
 
 
@@ -69,8 +69,8 @@ def _proof(data: Any, foreign: Mapping[str, type]) -> Proof:
     proof = Proof(block, root, others, given.via, given.route, given.frozen, given.jointly)
     written = proof_dict(proof)
     for key in ("conditions", "rules", "most"):
-        if data.get(key, {}) != written[key]:
-            raise NotVerified(f"{key}: the tree has {short(written[key])}, the file says {short(data[key])}")
+        if data.get(key) != written.get(key):
+            raise NotVerified(f"{key}: the tree has {short(written.get(key))}, the file says {short(data.get(key))}")
     return proof
 
 
@@ -86,6 +86,8 @@ def _head(data: Any) -> None:
     for key, shape in (PROOF | MANY | BESIDE).items():
         if key in data:
             shaped(data[key], shape, key)
+    if not data.get("jointly", True):
+        raise wrong("jointly", "true, or to be left out", False)
     for key, known in (("verdict", ("patchable",)), ("via", get_args(Via)), ("route", ROUTES), ("level", LEVELS)):
         one_of(data[key], known, key)
 

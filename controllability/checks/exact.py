@@ -53,7 +53,9 @@ def exact(proof: Proof, seed: int) -> tuple[str, str]:
     same, sizes = replace_block(proof, block), small_sizes(block)
     if fractions:
         left = _in_fractions(same, seed, sizes)
-        method = "residual exactly 0 in fractions on a random instance, with factors and as stored; norms without their root"
+        method = (
+            "residual exactly 0 in fractions on a random instance, with factors and as stored; norms without their root"
+        )
         return _told(block, left, method + _scores(block) + _many(proof))
     tokens = tokens_of(proof)
     params, v, v_target = sample(block, "rational", _admissible(same, sizes, seed), tokens, **sizes)

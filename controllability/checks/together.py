@@ -27,6 +27,7 @@ from controllability.components.mixture import CHOSEN, ExpertLinear, Mixture
 from controllability.components.normalisation import Normalize
 from controllability.components.routing import Routing
 from controllability.components.scale import Scale
+from controllability.deltas import Shift
 from controllability.errors import SideConditionFailed
 from controllability.interfaces import Component, Condition, Jointly, Param, Params, Solved, Steering, Together
 from controllability.jointly.known import Known
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from controllability.proof import Proof
 
 SYMPY = ARITHMETICS["sympy"]
-EXPERTS, D, H, ONE = 3, 2, 3, 1  # experts, width, hidden width; that of experts in a mixture
+EXPERTS, D, H, ONE = 3, 2, 2, 1  # experts, width, hidden width; that of experts in a mixture
 CHOICE = np.array([[0, 1], [1, 2]])  # of the two tokens: one expert serves both, two serve one of them
 RANK = f"{MANY} tokens, symbolic entries at size"
 _MEMORY = Memory()
@@ -81,15 +82,13 @@ class Given(Component):
         """The premise: a patch with which this function gives these tokens whatever is wanted."""
         (param,) = self.own_parameters()
         any_ = Jointly("assumed", (Condition("assumed", self.name),), _shift_all, "any")
-        steering = Steering("assumed", param, (), lambda p, x, gap: Patch({}), lambda x, delta: delta.dense(), any_)
+        steering = Steering("assumed", param, (), lambda p, x, gap: Shift(gap), lambda x, delta: delta.dense(), any_)
         return Step(Assumption(side), place, (), frozenset({param}), steering=steering)
 
 
 def _shift_all(
     together: Together, params: Params, x: Array, gap: Array, raw: Array, known: Known | None = None
 ) -> Solved:
-    from controllability.deltas import Shift
-
     return Solved(Shift(gap), SYMPY.zeros_like(gap[..., :1]) + 1)
 
 
@@ -129,7 +128,14 @@ def joint_check(step: Step) -> tuple[str, str]:
         return "skipped", f"it runs on no symbols ({type(failed).__name__}: {failed})"
     shapes = tuple(sorted((str(p), str(p.shape)) for p in schema.component.parameters()))
     way = schema.steering.jointly if schema.steering is not None else None
-    key = (type(step.rule).construct, step.rule.name, step.rule.side, schema.component, shapes, way and way.solve.__code__)
+    key = (
+        type(step.rule).construct,
+        step.rule.name,
+        step.rule.side,
+        schema.component,
+        shapes,
+        way and way.solve.__code__,
+    )
     try:
         wrong = _MEMORY.recall(key, schema.component, lambda: list(claims(step, schema)))
     except Exception as failed:
@@ -143,11 +149,11 @@ def _told(step: Step, schema: Schema) -> str:
     sizes = ", ".join(dict.fromkeys("×".join(map(str, p.shape)) for p in schema.component.parameters()))
     if isinstance(step.rule, JointNormalised):
         return f"any wanted output − patched output reduced to 0 with m' = c·m; {RANK} {sizes}; scales found by linear programming: level numeric"
-    reach = f"{one_or_many(schema)} with any targets, and dependent ones with targets that depend in the same way"
+    reach = f"{_one_or_many(schema)} with any targets, and dependent ones with targets that depend in the same way"
     return f"patched output − output − δ reduced to 0 for {reach}; other targets of dependent tokens are refused; {RANK} {sizes}"
 
 
-def one_or_many(schema: Schema) -> str:
+def _one_or_many(schema: Schema) -> str:
     return f"{MANY} tokens" if _tokens_served(schema) == MANY else "one token"
 
 
@@ -219,7 +225,9 @@ def _dependent(x: Array, params: Params) -> Array:
 
 def _instance(component: Component) -> tuple[dict[str, Array], Array, Array]:
     params, x, x_target = sample(component, "sympy", tokens=(MANY,), **small_sizes(component))
-    own = {str(p) for part in (component, *component.children()) if isinstance(part, Given) for p in part.own_parameters()}
+    own = {
+        str(p) for part in (component, *component.children()) if isinstance(part, Given) for p in part.own_parameters()
+    }
     params |= {name: SYMPY.zeros_like(params[name]) for name in own}
     if isinstance(component, ExpertLinear):
         params |= {CHOSEN: CHOICE}
@@ -259,7 +267,9 @@ def explicit_schema(step: Step) -> Schema:
     leaf, own = _small(given), [str(p) for p in given.own_parameters()]
     param = leaf.own_parameters()[own.index(str(step.steering.param))]
     ways = leaf.input_steerings() if side == "input" else leaf.output_steerings()  # type: ignore[attr-defined]
-    return Schema(leaf, steering=next(w for w in ways if w.param == param and w.jointly and w.jointly.rule == step.rule.name))
+    return Schema(
+        leaf, steering=next(w for w in ways if w.param == param and w.jointly and w.jointly.rule == step.rule.name)
+    )
 
 
 def _small(leaf: Component, hidden: int = H) -> Component:
@@ -285,7 +295,10 @@ def whole_block(proof: Proof) -> tuple[str, str]:
     import sympy
 
     if mixtures(proof.block):
-        return "skipped", "not run: experts and two tokens of symbols do not reduce in reasonable time; level exact runs it in fractions"
+        return (
+            "skipped",
+            "not run: experts and two tokens of symbols do not reduce in reasonable time; level exact runs it in fractions",
+        )
     name_of = Names()
 
     def change(leaf: Component) -> Component:
@@ -301,4 +314,7 @@ def whole_block(proof: Proof) -> tuple[str, str]:
     if any(e != 0 for e in left):
         return "failed", f"residual left: {left}"
     shown = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name != "one")
-    return "passed", f"residual reduced to 0 for {MANY} tokens with one patch, at {shown}: every entry, ε and activation a symbol"
+    return (
+        "passed",
+        f"residual reduced to 0 for {MANY} tokens with one patch, at {shown}: every entry, ε and activation a symbol",
+    )

@@ -12,7 +12,7 @@ from controllability.errors import ControllabilityError, NotControllable, NotVer
 from controllability.models.model_patch import ModelPatch
 from controllability.models.sweep import Progress
 
-GRID = (1e-6, 1e-4, 1e-2, 0.1, 1.0, 3.0, 10.0)
+GRID = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
 FOLDS = 3
 
 Solve = Callable[[Sequence[Sample], float], ModelPatch]

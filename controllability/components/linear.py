@@ -51,7 +51,7 @@ class Linear(Component, Steerable):
 
     @property
     def width(self) -> int | str | None:
-        if not self.weight.shape:
+        if len(self.weight.shape) != 2:
             return None
         return self.weight.shape[1 if self.layout == "out_in" else 0]
 

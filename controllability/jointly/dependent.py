@@ -10,6 +10,7 @@ import numpy as np
 
 from controllability.arrays import arithmetic
 
+ROUNDING = 1e-12  # part of the targets below which their combination counts as 0
 NAMED = 0.01  # weights below this part of the largest are not named
 
 
@@ -32,7 +33,7 @@ class Dependent:
     def of(where: str, x: np.ndarray, gap: np.ndarray, worst: int) -> Dependent:
         """The dependency that token ``worst`` takes part in.  ``x`` (T, n), ``gap`` (T, m), floats or fractions."""
         x, gap = (a if _exact(a) else a.astype(float) for a in (x, gap))  # many digits: as floats
-        weights = _weights(x, worst)
+        weights = _weights(x, gap, worst)
         exact = x.dtype == object
         combined, missing = weights @ x, weights @ gap
         sizes = [abs(w) * max(map(abs, row)) for w, row in zip(weights, x, strict=True)]
@@ -64,6 +65,8 @@ class Dependent:
     def __str__(self) -> str:
         named = "; ".join(self.names[t] if self.names else str(t) for t in self.tokens[:6])
         named += " …" if len(self.tokens) > 6 else ""
+        if len(self.tokens) == 1 and not self.inputs:
+            return f"token {named} brings nothing but 0 to {self.where} and has to change there: no one patch does that"
         how = "exactly" if self.exact else f"to {self.inputs:.1g} of their size"
         return (
             f"tokens {named} depend on each other at {self.where} ({how}) and their targets do not "
@@ -88,11 +91,30 @@ def _ratio(combined: np.ndarray, sizes: list[Any]) -> float:
     return max((abs(float(v)) for v in combined), default=0.0) / (largest or 1.0)
 
 
-def _weights(x: np.ndarray, worst: int) -> np.ndarray:
+def _weights(x: np.ndarray, gap: np.ndarray, worst: int) -> np.ndarray:
     """λ with λ_worst = 1 and Σ λ_t x_t as small as it gets; one other token where one is enough."""
     others = [t for t in range(len(x)) if t != worst]
     if x.dtype == object:
-        return _exact_weights(x, worst, others)
+        return _exact_weights(x, gap, worst, others)
+    weights = _nearest_weights(x, worst, others)
+    if np.abs(weights @ gap).max() > ROUNDING * (np.abs(weights) @ np.abs(gap)).max():
+        return weights
+    return _null_weights(x, gap)  # a token whose target depends in the same way, and others that do not
+
+
+def _null_weights(x: np.ndarray, gap: np.ndarray) -> np.ndarray:
+    """λ with Σ λ_t x_t = 0, of all those the one that tells most of a gap apart."""
+    sizes = np.linalg.norm(x, axis=-1, keepdims=True)
+    sizes = np.where(sizes == 0, 1.0, sizes)
+    u, s, _ = np.linalg.svd(x / sizes)
+    null = u[:, int((s > 1e-10).sum()) :]
+    left = null.T @ (gap / sizes)
+    worst = int((left**2).sum(0).argmax())
+    weights = (null @ left[:, worst]) / sizes[:, 0]
+    return weights / (np.abs(weights).max() or 1.0)
+
+
+def _nearest_weights(x: np.ndarray, worst: int, others: list[int]) -> np.ndarray:
     weights = np.zeros(len(x))
     weights[worst] = 1.0
     sizes = (x[others] ** 2).sum(-1)
@@ -110,8 +132,8 @@ def _weights(x: np.ndarray, worst: int) -> np.ndarray:
     return weights
 
 
-def _exact_weights(x: np.ndarray, worst: int, others: list[int]) -> np.ndarray:
-    """The same by elimination of fractions; all 0 but λ_worst where it is independent."""
+def _exact_weights(x: np.ndarray, gap: np.ndarray, worst: int, others: list[int]) -> np.ndarray:
+    """The same by elimination of fractions, the first one found that Σ λ_t gap_t = 0 does not hold for."""
     zero, one = x.flat[0] * 0, x.flat[0] * 0 + 1
     kept: list[tuple[np.ndarray, np.ndarray]] = []  # (reduced row, which combination of tokens it is)
 
@@ -127,9 +149,10 @@ def _exact_weights(x: np.ndarray, worst: int, others: list[int]) -> np.ndarray:
         mix[t] = one
         return mix
 
-    for t in others:
+    for t in (*others, worst):
         row, mix = reduced(x[t], unit(t))
         if any(v != 0 for v in row):
             kept.append((row, mix))
-    row, mix = reduced(x[worst], unit(worst))
-    return mix if all(v == 0 for v in row) else unit(worst)
+        elif any(v != 0 for v in mix @ gap):
+            return mix
+    return unit(worst)

@@ -20,7 +20,8 @@ from controllability.jointly.dependent import Dependent
 from controllability.jointly.known import Known, among, continued
 from controllability.jointly.span import UNIT_ROUNDINGS, Span
 
-TOO_MANY = "drop one of these tokens or give it more context, ask for via='output' (its bound is wider), or for a fit (ridge=, rank=)"
+TOO_MANY = "drop one of these tokens or give it more context, ask for via='output' where there are too many (its bound is wider), or for a fit (ridge=, rank=)"
+SHOWN = 1e-6  # parts of their size: a certificate's inputs add up to less, its targets to more
 ONE_VECTOR = "one vector for all tokens: let a matrix move"
 
 
@@ -34,6 +35,7 @@ def one_matrix(rule: str, weight: Param, where: str, width: int | str | None, tr
     def solve(
         together: Together, params: Params, x: Array, gap: Array, raw: Array, known: Known | None = None
     ) -> Solved:
+        x, gap, raw = map(_rows, (x, gap, raw))
         xp = arithmetic(x, gap)
         tokens = Known(xp.numbers(x), xp.numbers(gap), xp.numbers(raw))
         fit = fitted(condition, together, xp, tokens, x, known, named=True)
@@ -57,6 +59,7 @@ def one_vector(
     def solve(
         together: Together, params: Params, x: Array, gap: Array, raw: Array, known: Known | None = None
     ) -> Solved:
+        x, gap, raw = map(_rows, (x, gap, raw))
         xp = arithmetic(x, gap)
         new = Known(reads(xp.numbers(x)) + xp.numbers(gap) * 0, xp.numbers(gap), xp.numbers(raw))
         tokens = Known.joined(known, new)
@@ -97,6 +100,7 @@ def one_set_of_experts(
         xp = arithmetic(x, gap)
         index = np.asarray(_plain(index_of(params)))  # (T, k)
         rows, wanted, own = (np.broadcast_to(xp.numbers(a), (*index.shape, a.shape[-1])) for a in (x, gap, raw))
+        index, rows, wanted, own = _rows(index), *(_rows(a, 2) for a in (rows, wanted, own))
         room, before = np.ones((*index.shape, 1)), 0 if known is None else len(known.x)
         parts: dict[int, Known] = {} if known is None else dict(known.parts)
         factors = {e: (p.left, p.span.right) for e, p in parts.items() if p.span is not None and p.left is not None}
@@ -128,6 +132,7 @@ def one_sum_of_experts(
 
     ``x`` (T, k, h) what the experts' last matrices read, ``shares`` (T, k, 1), ``index`` (T, k), ``gap`` (T, d).
     """
+    x, shares, index, gap, raw = _rows(x, 2), _rows(shares, 2), _rows(index), _rows(gap), _rows(raw)
     xp = arithmetic(x, gap)
     new = Known(xp.numbers(x) * xp.numbers(shares), xp.numbers(gap), xp.numbers(raw), np.asarray(_plain(index)))
     rows, chosen = new.x, new.index
@@ -179,7 +184,10 @@ def fitted(
     if together.exact:
         evidence = lambda bad, i: (tokens.x, tokens.gap)  # noqa: E731
         room = reached(condition, xp, rest, tokens.raw, tokens.gap, like, evidence, count)
-        return Fit(left, span.right, room[-count:], replace(tokens, span=span, left=left))
+        known = replace(tokens, span=span, left=left)
+        if tokens.x.dtype == object and not span.rank:  # an empty array of objects would not say of what kind
+            return Fit(tokens.gap[:1] * 0, tokens.x[:1] * 0, room[-count:], known)
+        return Fit(left, span.right, room[-count:], known)
     right = span.right
     if together.rank is not None and together.rank < span.rank:
         sizes = np.linalg.norm(span.coordinates, axis=-1, keepdims=True)
@@ -217,7 +225,8 @@ def reached(
         own = bad - (len(rest) - new)
         failed = condition.failed(None if xp.exact else float(room[bad]), own if own >= 0 else None)
         if not xp.symbolic:
-            failed.certificate = Dependent.of(condition.where, *evidence(bad, entry), bad)
+            found = Dependent.of(condition.where, *evidence(bad, entry), bad)
+            failed.certificate = found if found.inputs < SHOWN < found.targets else None  # else rounding, magnified
         raise failed
     return room[:, None]
 
@@ -228,6 +237,11 @@ def _renumbered(failed: SideConditionFailed, numbers: np.ndarray, new: int, befo
         failed.position = int(numbers[failed.position + len(numbers) - new]) - before
     if isinstance(failed.certificate, Dependent):  # symbols have none
         failed.certificate = failed.certificate.among(numbers, count)
+
+
+def _rows(x: Any, last: int = 1) -> Any:
+    """The tokens on axis 0, whatever axes stand before the ``last`` ones: inside a mixture a token is a row of its own."""
+    return x.reshape(-1, *x.shape[x.ndim - last :])
 
 
 def _largest(rows: np.ndarray) -> np.ndarray:

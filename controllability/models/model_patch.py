@@ -38,9 +38,9 @@ from controllability.models.rounding import MergedError, Rounding, merged_error
 from controllability.models.watch import Watch
 
 if TYPE_CHECKING:
-    from controllability.models.streaming import Extension, Stream
     from controllability.models.adapters.exporting import Exported
     from controllability.models.adapters.forms import Form
+    from controllability.models.streaming import Extension, Stream
 
 
 @dataclass(eq=False)

@@ -298,7 +298,7 @@ def together(sequences: list[Sequence]) -> tuple[dict[str, Any], Rows]:
     length = batch["source"]["input_ids"].shape[1]
     chosen = []
     for s in sequences:
-        free = [p for p in range(len(s.source), length)]  # padding: pairs of it count for nothing
+        free = list(range(len(s.source), length))  # padding: pairs of it count for nothing
         if len(s.pairs) + len(free) < most:
             raise BadInput(
                 "sequences that leave positions out cannot be put into one batch: pair every position, or all but the first"
@@ -319,6 +319,8 @@ def _sequences(inputs: Mapping[str, Any], rows: Rows, wanted: Rows) -> list[Sequ
         ids = given.get("input_ids")
         if not isinstance(ids, Tensor) or set(given) - {*PLAIN, "logits_to_keep"}:
             return []
+        if ids.shape[1] != (rows if role == "source" else wanted).shape[1]:
+            return []  # several states a position
         mask = given.get("attention_mask")
         kept[role] = [(m != 0).nonzero()[:, 0] for m in (torch.ones_like(ids) if mask is None else mask).cpu()]
     for b in range(len(kept["source"])):

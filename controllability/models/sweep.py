@@ -279,7 +279,7 @@ def sweep(
                     scope,
                     together_at(together, layer is layers[-1]),
                     None if known is None else known[layer.index, i],
-                )  # fmt: skip
+                )
                 for i, call in enumerate(calls)
             ]
             for layer, proof, choice, calls in zip(layers, proofs, choices, targets, strict=True)

@@ -21,7 +21,9 @@ def reach(proof: Proof) -> list[str]:
     lines = []
     for step in proof.root.walk():
         if step.most is not None and step.steering is not None:
-            lines.append(f"{step.steering.param} serves {_tokens(step.most)}" + " an expert" * (step.rule.name == EXPERTS))
+            lines.append(
+                f"{step.steering.param} serves {_tokens(step.most)}" + " an expert" * (step.rule.name == EXPERTS)
+            )
         if step.rule.name == NORMALISED:
             where = step.place.parts()[-1].describe()
             lines.append(f"{where} serves T ≤ about d/2 with every RMS kept, and any T when ε > 0 and the RMS may move")

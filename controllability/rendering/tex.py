@@ -31,9 +31,8 @@ def escape(text: str) -> str:
 
 
 def _math(signs: str) -> str:
-    return f"${''.join(SYMBOLS[c] + ('{}' if SYMBOLS[c][0] == '^' else ' ') for c in signs).strip()}$".replace(
-        "$^", "${}^"
-    )
+    written = "".join(SYMBOLS[c] + ("{}" if SYMBOLS[c][0] == "^" else " ") for c in signs).strip()
+    return f"${written}$".replace("$^", "${}^").replace("' ^", "'{}^")
 
 
 def _numbered(number: str) -> str:

@@ -56,7 +56,7 @@ class JointNormalised(OutputNormalised):
         )
         steps = [step for step in found.steps if step.note != "route ball"]
         if found.steps and not steps:
-            reason = "one patch for many tokens moves the scale after the normalisation, and there is none that may move"
+            reason = "one patch for many tokens moves the scale after the normalisation, and none may move"
             found.failures.append(Failure(place, self.name, reason, "let a scale after the norm move", weight=1))
         found.steps = [replace(step, conditions=(condition,), note="one scale for all tokens") for step in steps]
         return found
@@ -96,8 +96,10 @@ class _OneScale:
             through = self.step.rule.side == "through"
             G, y = self.wanted(), run.target.output(inner.outlet) if through else run.raw_of(inner)
             xp = arithmetic(G, y)
-            G, y = xp.lift(G), xp.lift(y)
-            self._answer = self._enlarged(G) if G.dtype == object else self._programmed(G, y)
+            shape, rows = G.shape, (-1, G.shape[-1])  # inside a mixture a token is a row of its own
+            G, y = xp.lift(G).reshape(rows), xp.lift(y).reshape(rows)
+            scale, before = self._enlarged(G) if G.dtype == object else self._programmed(G, y)
+            self._answer = scale, before.reshape(shape)
         return self._answer
 
     def _enlarged(self, G: Array) -> tuple[Array, Array]:
@@ -139,12 +141,16 @@ class _OneScale:
             answer = _for_all(answer, tokens.gap, like)
         except Infeasible as refused:
             failed = self.step.conditions[0].failed(None)
-            failed.certificate, failed.final = refused.certificate, run.together.keep_rms
+            proof = refused.certificate
+            failed.certificate = proof.among(kept, like) if proof is not None else None
+            failed.final = run.together.keep_rms
             raise failed from None
         if answer.resort != "kept rms" and self._better_later(
             answer, xp.machine_epsilon(run.params_of(self.scale.weight))
         ):
             answer = _nearest(answer, tokens.gap, square, self._rounding(m))
+            if not run.together.exact:
+                answer = replace(answer, resort="nearest")
         run.journal.margins.append(Margin(self.step.conditions[0], None))
         run.journal.scale_seconds += time.perf_counter() - started
         count = len(new.x)
@@ -165,6 +171,8 @@ class _OneScale:
     def _better_later(self, answer: JointScale, eps: float) -> bool:
         together = self.run.together
         assert together is not None
+        if not together.exact:  # what is left over by least squares would be magnified as rounding is
+            return True
         return together.made_good and answer.shrinkage * eps > MAGNIFIED
 
     def _rounding(self, m: Array) -> Callable[[np.ndarray], np.ndarray]:

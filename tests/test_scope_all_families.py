@@ -1,0 +1,55 @@
+"""One patch for a batch on every causal-LM family of transformers.  One on demand: ``pytest -m "" -k "scope_all and gemma2"``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from family_models import build, default_dtype, inputs, logits_of
+from helpers import hook_count, snapshot, unchanged
+from test_families import PATCHED, SEVERAL, quiet, relative
+
+import controllability as ct
+
+# one of each topology, and those that differ: several states a position, experts of other layouts, calls in turn
+FAST = ("gemma2", "gpt2", "falcon", "phi3", "llama4_text", "qwen2_moe", "prophetnet", "hrm_text")
+NO_EXPERT = {"zaya"}  # a router may choose none: what such a token reads there is 0
+
+
+def distinct(name, model):
+    """(target, source) in which no token stands twice: layer 0 of a parallel block sees the token alone."""
+    target, source = inputs(name, model)
+    if "input_ids" not in target:
+        return target, source
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    ids, query = target["input_ids"], source["input_ids"].shape[1]
+    new = torch.randperm(config.vocab_size - 7, generator=torch.Generator().manual_seed(0))[: ids.numel()] + 5
+    new = new.reshape(ids.shape)
+    return target | {"input_ids": new}, source | {"input_ids": new[:, -query:]}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in PATCHED])
+def test_one_patch_for_a_batch(name):
+    """Two samples of four tokens, by both theorems, exact float64: applied, merged and taken out to the last bit."""
+    with quiet(), default_dtype(name), ct.exact_mode():
+        model = build(name)
+        target, source = distinct(name, model)
+        unpatched, before = logits_of(model, source), snapshot(model)
+        for via in ("input-output", "output"):
+            if name in NO_EXPERT:
+                with pytest.raises(ct.SideConditionFailed, match="brings nothing but 0 to mixture"):
+                    ct.patch_model(model, target=target, source=source, scope="all", via=via)
+                continue
+            mp = ct.patch_model(model, target=target, source=source, scope="all", via=via)
+            wanted = mp.target_logits
+            with mp.applied(model):
+                assert relative(logits_of(model, source), wanted) <= 1e-9
+            assert relative(unpatched, wanted) > 1e-3
+            if name in SEVERAL:
+                with pytest.raises(ct.PatchError, match=SEVERAL[name]):
+                    mp.merge(model)
+                continue
+            mp.merge(model)
+            assert relative(logits_of(model, source), wanted) <= 1e-9
+            mp.unmerge(model)
+        assert unchanged(model, before)
+        assert hook_count(model) == 0
