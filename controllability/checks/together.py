@@ -149,6 +149,8 @@ def _told(step: Step, schema: Schema) -> str:
     sizes = ", ".join(dict.fromkeys("×".join(map(str, p.shape)) for p in schema.component.parameters()))
     if isinstance(step.rule, JointNormalised):
         return f"any wanted output − patched output reduced to 0 with m' = c·m; {RANK} {sizes}; scales found by linear programming: level numeric"
+    if isinstance(schema.component, Mixture):
+        return f"patched output − output − δ reduced to 0 for {MANY} tokens with any targets (dependent ones are not tried at this level); {RANK} {sizes}"
     reach = f"{_one_or_many(schema)} with any targets, and dependent ones with targets that depend in the same way"
     return f"patched output − output − δ reduced to 0 for {reach}; other targets of dependent tokens are refused; {RANK} {sizes}"
 
