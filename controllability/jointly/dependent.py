@@ -63,7 +63,7 @@ class Dependent:
         return self.exact and self.targets > 0
 
     def __str__(self) -> str:
-        named = "; ".join(self.names[t] if self.names else str(t) for t in self.tokens[:6])
+        named = ("; " if self.names else ", ").join(self.names[t] if self.names else str(t) for t in self.tokens[:6])
         named += " …" if len(self.tokens) > 6 else ""
         if len(self.tokens) == 1 and not self.inputs:
             return f"token {named} brings nothing but 0 to {self.where} and has to change there: no one patch does that"

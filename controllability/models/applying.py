@@ -91,7 +91,8 @@ class Applier:
         effect = self._effect(tap, y)
         chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
         if self.rows is None or self.whole:
-            return effect(x, y, chosen).to(y.dtype)
+            changed = effect(x, y, chosen)
+            return changed if changed.dtype == y.dtype else changed.to(y.dtype)
         index = self.rows.of(chosen) if chosen is not None else None
         return self.rows.put(y, effect(self.rows.of(x), self.rows.of(y), index).to(y.dtype))
 

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from architectures.reading import Layer, Tap
 from controllability.arrays import arithmetic
+from controllability.components.scale import Scale
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift, added
-from controllability.interfaces import OutputControllable, Param, Steering
+from controllability.interfaces import Component, OutputControllable, Param, Steering
 from controllability.trace import node
 
 Move = tuple[Steering, Delta]  # how a leaf is steered, and what is added to its parameter
+HALF = (torch.float16, torch.bfloat16)
 Effect = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, y, chosen experts) -> y with the deltas' effects
 
 
@@ -46,8 +48,9 @@ def ready(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
     adds = [_adding(steering, delta) for steering, delta in moves]
 
     def effect(x: Tensor, y: Tensor, chosen: Tensor | None) -> Tensor:
-        xp = arithmetic(y)
-        x, y = xp.lift(x), xp.lift(y)
+        if x.dtype in HALF or y.dtype in HALF:
+            xp = arithmetic(y)
+            x, y = xp.lift(x), xp.lift(y)
         for add in adds:
             y = add(x, y, chosen)
         return y
@@ -58,15 +61,23 @@ def ready(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
 def _formula(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
     """A norm by its own formula, with the patched vectors."""
     params = patched_params(layer, tap, moves)
-    leaves = [node(layer.block, path) for path in tap.paths]
+    parts = [_part(node(layer.block, path), params) for path in tap.paths]
 
     def effect(x: Tensor, y: Tensor, _: Tensor | None) -> Tensor:
         x = arithmetic(x).lift(x)
-        for leaf in leaves:
-            x = leaf(params, x)
+        for part in parts:
+            x = part(x)
         return x
 
     return effect
+
+
+def _part(leaf: Component, params: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """One leaf of a norm at these parameters; its scale is computed once."""
+    if isinstance(leaf, Scale):
+        scale = leaf.effective(params)
+        return lambda x: scale * x
+    return lambda x: leaf(params, x)
 
 
 def _adding(steering: Steering, delta: Delta) -> Effect:

@@ -34,7 +34,10 @@ def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n
 
 def on_its_device(module: nn.Module, value: Any) -> Any:
     """A module's input as the module gets it: accelerate moves it to the module's device, but after torch's hooks."""
-    device = getattr(vars(module).get("_hf_hook"), "execution_device", None)
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return value
+    device = getattr(hook, "execution_device", None)
     return value if device is None or not isinstance(value, Tensor) else value.to(device)
 
 
