@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from controllability.arrays import Array, arithmetic
 from controllability.deltas import Delta, PatchedMatrix, added
@@ -104,20 +104,26 @@ class Together:
     """How many tokens are solved for at once: exactly, or by least squares.
 
     ``ridge`` > 0 weighs ‖ΔW‖² against the tokens' errors, ``rank`` bounds the rank of every ΔW; either makes the patch a fit, and
-    no target is promised.  ``keep_rms`` refuses to let the RMS before a norm move.  ``made_good`` says that a later block
-    reaches its own target whatever this one gives (theory 1b: the last one decides): where only a scale that magnifies rounding
-    is exact here, the nearest one that does not is taken.
+    no target is promised.  ``keep_rms`` refuses to let the RMS before a norm move.  ``behind`` says who reads the block's output:
+    a later block that reaches its own target whatever this one gives (theory 1b: the last one decides), so that
+    where only a scale that magnifies rounding is exact, the nearest one is taken; or a norm alone, to which a token's size
+    does not count.  ``short``: before such a block, targets that cannot all be reached are reached as nearly as can be.
     """
 
     ridge: float = 0.0
     rank: int | None = None
     keep_rms: bool = False
-    made_good: bool = False
+    behind: Literal["anyone", "block", "norm"] = "anyone"
+    short: bool = False
 
     @property
     def exact(self) -> bool:
         """Whether every token's target is to be reached."""
         return not self.ridge and self.rank is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was asked for, JSON-ready."""
+        return {"ridge": self.ridge, "rank": self.rank, "keep_rms": self.keep_rms}
 
 
 @dataclass(frozen=True, eq=False)

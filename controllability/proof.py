@@ -68,7 +68,7 @@ class Proof:
         together = (together or Together()) if self.jointly else None
         run = PatchedRun(self.block, params, source, target, together)
         root = (self.root, *self.alternatives)[choice]
-        construct(root, run, lambda: run.target.output(()))
+        construct(root, run, run.wanted)
         return run
 
     def construct(

@@ -19,6 +19,9 @@ from controllability.interfaces import Component, Condition, Param, Params, Stee
 from controllability.jointly.known import Known
 
 Path = tuple[int, ...]
+NEAREST = "nearest, made good later"  # routes of a block whose rest a later one makes good: one scale that is near,
+SHORT = "least squares, made good later"  # and targets that cannot all be reached
+SIZED = "kept rms, sizes free"  # and of one whose sizes do not count behind it
 ONE_NUMBER = "one number serves all features here: steer after it, by a map or a bias with a number for each feature"
 
 
@@ -247,6 +250,12 @@ class PatchedRun(Trace):
         self.known: Mapping[Path, Known] = {}  # tokens that the patch serves already
         self.learned: dict[Path, Known] = {}  # those and these
         self.moved: dict[Path, Array] = {}  # what the known tokens' outputs must give more, (T, ·)
+        self.sizes: Array | None = None  # by which factors the block's outputs may differ from the target's, (T, 1)
+
+    def wanted(self) -> Array:
+        """What the block must give: the target's output, in the size that serves where sizes do not count."""
+        output = self.target.output(())
+        return output if self.sizes is None else arithmetic(output).lift(output) * self.sizes
 
     def steer(self, path: Path, goal: Goal) -> None:
         """Announce that the leaf at ``path`` will be patched."""
@@ -363,9 +372,19 @@ class PatchedRun(Trace):
         solved = way.solve(self.together, params, x, gap, raw, self.known_at(path))
         if solved.known is not None:
             self.learned[path] = solved.known
-        if self.together.exact:
-            self.journal.margins.append(Margin(way.conditions[0], solved.room))
+        self.fell_short(path, way.conditions[0], solved.room)
         return solved.delta
+
+    def fell_short(self, path: Path, condition: Condition, room: Array) -> None:
+        """Note how much room the tokens of a joint solution had, (T, 1), or that some of their targets are not reached."""
+        assert self.together is not None
+        if not self.together.exact:
+            return
+        if self.together.short and not arithmetic(room).all(room > 0):
+            where = node(self.block, path).describe()
+            self.journal.routes.append(RouteTaken(where, SHORT, lambda: f"not all targets can be reached: {condition}"))
+        else:
+            self.journal.margins.append(Margin(condition, room))
 
     def known_at(self, path: Path) -> Known | None:
         """The tokens that the leaf at ``path`` serves already, with the targets that they have now."""

@@ -37,6 +37,10 @@ BAD_RUNS = {
         {"input_ids": ids(1, 9), "attention_mask": torch.ones(1, 8)}, {"input_ids": ids(1, 3)},
         r"target: attention_mask must have the shape of the input, \(1, 9\)",
     ),
+    "mask with NaN": (
+        {"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "attention_mask": torch.tensor([[1.0, float("nan"), 1.0]])},
+        "source: attention_mask has NaN in it",
+    ),
     "only padding": (
         {"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "attention_mask": torch.zeros(1, 3)},
         "source: sample 0 has no token that is not padding",

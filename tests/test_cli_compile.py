@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import snapshot, unchanged
 
 from controllability.cli import compiling
 from controllability.cli.main import main
@@ -24,6 +25,7 @@ CONTEXT = "Jan orders some tea . Abe orders some juice . Ned orders some lemonad
 QUERIES = "What does Abe order ?\nWhich drink does Jan want ?\nWhich drink does Ned want ?\n"
 HELDOUT = "Which drink does Abe want ?\nWhat does Jan order ?\n"
 RIGHT = ["juice", "tea", "lemonade"]
+DOWN = "model.layers.0.mlp.down_proj.weight"
 
 cached = functools.cache(load_model)
 
@@ -40,12 +42,16 @@ def files(tmp_path):
     return tmp_path
 
 
-def run(capsys, files, *options, context=CONTEXT, queries="queries.txt", out="out", json_=True):
-    """(exit status, JSON or None, stderr)."""
-    paths = ["--queries", files / queries, "--out", files / out if out else ""]
-    arguments = ["compile", "embedded", "--context", context, *paths, *options, *(["--json"] if json_ else [])]
+def command(files, *options, context=CONTEXT, out="out"):
+    """The command line; of an option that stands there twice, the last one counts."""
+    paths = ["--queries", files / "queries.txt", "--out", files / out]
+    return [*map(str, ["compile", "embedded", "--context", context, *paths, *options])]
+
+
+def run(capsys, files, *options, json_=True, **more):
+    """(exit status, JSON or text, stderr)."""
     try:
-        status = main([*map(str, arguments)])
+        status = main([*command(files, *options, **more), *(["--json"] if json_ else [])])
     except SystemExit as left:
         status = int(left.code or 0)
     captured = capsys.readouterr()
@@ -57,8 +63,20 @@ def untouched(files):
     return sorted(path.name for path in files.iterdir()) == ["heldout.txt", "queries.txt"]
 
 
-def state():
-    return {k: v.clone() for k, v in cached("embedded", "float32", False)[0].state_dict().items()}
+@pytest.fixture
+def the_model_is_kept():
+    """Yields the weights of the model that the command loads; afterwards every bit of it is what it was."""
+    model = cached("embedded", "float32", False)[0]
+    before = snapshot(model)
+    yield before
+    assert unchanged(model, before)
+
+
+@torch.no_grad()
+def said(model, tokenizer, text):
+    """The likeliest next token."""
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    return tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax())
 
 
 # ------------------------------------------------------------------------------------ what it writes
@@ -87,10 +105,9 @@ def test_a_patch(capsys, files):
     assert main(["verify", "embedded", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["max_logit_error"] < 1e-3
     model, tokenizer = load_model("embedded")
-    ids = tokenizer(QUERIES.splitlines()[1], return_tensors="pt")["input_ids"]
-    with torch.no_grad(), load_patch(out).applied(model):
-        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == "tea"
-    assert tokenizer.decode(model(ids).logits[0, -1].argmax()) != "tea"
+    with load_patch(out).applied(model):
+        assert [said(model, tokenizer, text) for text in QUERIES.splitlines()] == RIGHT
+    assert said(model, tokenizer, QUERIES.splitlines()[1]) != RIGHT[1]
 
 
 def test_held_out_queries_and_the_picture(capsys, files):
@@ -105,23 +122,17 @@ def test_held_out_queries_and_the_picture(capsys, files):
     assert data["picture"] == str(files / "out" / "compile.png")
 
 
-def test_merged_weights_for_plain_transformers(capsys, files):
-    before = state()
+def test_merged_weights_for_plain_transformers(capsys, files, the_model_is_kept):
     status, data, err = run(capsys, files, "--merge")
     assert (status, err, data["kind"]) == (0, "", "merged")
-    assert all(torch.equal(value, before[name]) for name, value in state().items())  # unmerged again
     assert data["verified"]["max_logit_error"] < 1e-3
     assert "plain transformers in a process of its own" in data["verified"]["how"]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(files / "out").eval()
     tokenizer = AutoTokenizer.from_pretrained(files / "out")
-    for text, answer in zip(QUERIES.splitlines(), RIGHT, strict=True):
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == answer
-    assert not torch.equal(
-        model.state_dict()["model.layers.0.mlp.down_proj.weight"], before["model.layers.0.mlp.down_proj.weight"]
-    )
+    assert [said(model, tokenizer, text) for text in QUERIES.splitlines()] == RIGHT
+    assert not torch.equal(model.get_parameter(DOWN), the_model_is_kept[DOWN])
 
 
 def test_an_adapter_for_peft(capsys, files):
@@ -132,8 +143,7 @@ def test_an_adapter_for_peft(capsys, files):
     assert "loaded by peft" in data["verified"]["how"]
     model, tokenizer = load_model("embedded")
     adapted = peft.PeftModel.from_pretrained(model, str(files / "out")).eval()
-    ids = tokenizer(QUERIES.splitlines()[0], return_tensors="pt")["input_ids"]
-    assert tokenizer.decode(adapted(input_ids=ids).logits[0, -1].argmax()) == "juice"
+    assert [said(adapted, tokenizer, text) for text in QUERIES.splitlines()] == RIGHT
 
 
 @pytest.mark.parametrize("options", [("--answer-tokens", 2), ("--via", "input-output"), ("--dtype", "float64")])
@@ -180,13 +190,11 @@ def test_a_refusal_has_its_certificate(capsys, files):
     assert (status, data["verdict"]) == (1, "condition failed")
     assert data["certificate"]["kind"] == "farkas"
     assert err.startswith("controllability: side condition failed at layer")
-    (files / "queries.txt").write_text(QUERIES)
     assert untouched(files)
 
 
 @pytest.mark.parametrize("kind", ["--merge", "--peft", None])
-def test_what_does_not_come_back_as_it_was_is_not_kept(capsys, files, monkeypatch, kind):
-    before = state()
+def test_what_does_not_come_back_as_it_was_is_not_kept(capsys, files, monkeypatch, the_model_is_kept, kind):
     real = writing.agreement
     monkeypatch.setattr(
         writing, "agreement", lambda found, wanted: real([x + 0.1 * i for i, x in enumerate(found)], wanted)
@@ -198,7 +206,6 @@ def test_what_does_not_come_back_as_it_was_is_not_kept(capsys, files, monkeypatc
     assert "verification failed" in err
     assert "nothing was written" in err
     assert untouched(files)
-    assert all(torch.equal(value, before[name]) for name, value in state().items())
 
 
 def test_a_checkpoint_that_plain_transformers_cannot_load(capsys, files, monkeypatch):
@@ -215,9 +222,7 @@ def test_a_checkpoint_that_plain_transformers_cannot_load(capsys, files, monkeyp
     assert untouched(files)
 
 
-def test_ctrl_c_while_writing_leaves_nothing(capsys, files, monkeypatch):
-    before = state()
-
+def test_ctrl_c_while_writing_leaves_nothing(capsys, files, monkeypatch, the_model_is_kept):
     def interrupted(folder, yardstick):
         raise KeyboardInterrupt
 
@@ -225,7 +230,6 @@ def test_ctrl_c_while_writing_leaves_nothing(capsys, files, monkeypatch):
     status, data, err = run(capsys, files, "--merge")
     assert (status, data, err) == (130, "", "controllability: interrupted; nothing was changed\n")
     assert untouched(files)
-    assert all(torch.equal(value, before[name]) for name, value in state().items())
 
 
 def test_a_killed_run_leaves_no_directory_of_that_name(files):
@@ -234,17 +238,7 @@ def test_a_killed_run_leaves_no_directory_of_that_name(files):
         "writing._verified = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "main(sys.argv[1:])"
     )
-    arguments = [
-        "compile",
-        "embedded",
-        "--context",
-        CONTEXT,
-        "--queries",
-        str(files / "queries.txt"),
-        "--out",
-        str(files / "out"),
-    ]
-    killed = subprocess.run([sys.executable, "-c", code, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    killed = subprocess.run([sys.executable, "-c", code, *command(files)], env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert killed.returncode == -signal.SIGKILL
     assert not (files / "out").exists()
     left = [path.name for path in files.iterdir() if path.suffix != ".txt"]
@@ -273,6 +267,7 @@ BAD = {
     "via": (None, ["--via", "x"], "argument --via: invalid choice: 'x'"),
     "keep and fit": (None, ["--keep-rms", "--ridge", "1"], "leave one of them out"),
     "empty context": (None, ["--context", " "], "the context is empty"),
+    "half a character": (None, ["--context", "Mia \udcff"], r"the context cannot be written as UTF-8: character 4 is '\udcff'"),
     "no out": (None, ["--out", ""], "--out is empty"),
     "too long": ("Mia " * 300, [], "have 316 tokens; the model has 256 positions"),
 }  # fmt: skip
@@ -314,6 +309,7 @@ def test_a_directory_that_cannot_be_made(capsys, files):
     status, _, err = run(capsys, files, out="queries.txt/out")
     assert status == 2
     assert "is not a directory" in err
+    assert untouched(files)
 
 
 def test_an_unknown_kind(files):

@@ -44,17 +44,20 @@ def test_what_is_wanted_is_what_the_model_says_with_the_context(embedded, task):
             assert int(wanted[-1].argmax()) == answer, "the contextual model is right"
             words = tokenizer.decode(sample.source).split()
             assert words[0] == "<bos>"
-            assert len(wanted) == len(words) - (name != "unrelated") or name in HELD_OUT
+            if name not in HELD_OUT:  # those: the next test
+                assert len(wanted) == len(words) - (name != "unrelated")
 
 
 def test_held_out_positions_are_no_beginnings_of_queries(task):
+    left_out = 0
     known = {sample.source[: i + 1] for sample in task.queries for i in range(len(sample.source))}
     for name in HELD_OUT:
         yardstick = task.sets[name].yardstick
         for sample, wanted in zip(yardstick.samples, yardstick.wanted, strict=True):
             new = [i for i in range(1, len(sample.source)) if sample.source[: i + 1] not in known]
             assert len(new) == len(wanted) > 0
-    assert any(len(s.source) - 1 > len(w) for s, w in zip(yardstick.samples, yardstick.wanted, strict=True))
+            left_out += len(sample.source) - 1 - len(wanted)
+    assert left_out > 0
     assert task.tokens == len(known)
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -138,7 +139,7 @@ def test_in_float64():
     with ct.exact_mode():
         found = compile_context(model, load()[1], PAIR, ASKED)
     assert found.exact
-    assert found.results["queries"].max_logit_error < 1e-11
+    assert found.results["queries"].max_logit_error < 1e-12 < 5 < found.sets["queries"].unpatched.max_logit_error
 
 
 # ------------------------------------------------------------------------------------ least squares
@@ -192,7 +193,7 @@ def test_a_weight_draws_the_fit_to_its_query():
 
     light, heavy = errors(1), errors(30)
     assert heavy[0] < light[0]
-    assert heavy[1] > light[1]
+    assert heavy[0] / heavy[1] < 0.5 * light[0] / light[1]
 
 
 def test_smaller_ranks_are_measured_and_the_compiled_one_is_the_last(monkeypatch):
@@ -249,7 +250,16 @@ BAD = {
     "a number": ((PAIR, [3]), {}, "must be a text or a Query, got int"),
     "a weight": ((PAIR, [Query("a", 0)]), {}, "a whole number from 1 to 100, got 0"),
     "empty context": (("  ", ASKED), {}, "the context is empty"),
-    "a context of one token": (("", ASKED), {}, "the context is empty"),
+    "no context": (("", ASKED), {}, "the context is empty"),
+    "a list for a context": (([PAIR], ASKED), {}, "the context must be a text, got list"),
+    "half a character": ((PAIR + " \udcff", ASKED), {}, r"the context cannot be written as UTF-8: character 40 is '.udcff'"),
+    "half a query": ((PAIR, ["Wo \ud800 ?"]), {}, r"queries\[0\] cannot be written as UTF-8: character 3 is '.ud800'"),
+    "no list": ((PAIR, None), {}, "queries: give a list of texts, got NoneType"),
+    "queries with weights in a dict": ((PAIR, {ASKED[0]: 2}), {}, "queries: give a list of texts, got dict"),
+    "a query without a text": ((PAIR, [Query(None)]), {}, r"queries\[0\] must be a text, got NoneType"),
+    "a weight that is NaN": ((PAIR, [Query("a", float("nan"))]), {}, "a whole number from 1 to 100, got nan"),
+    "a weight that is true": ((PAIR, [Query("a", True)]), {}, "a whole number from 1 to 100, got True"),
+    "a huge weight": ((PAIR, [Query("a", 10**400)]), {}, "a whole number from 1 to 100, got 1000"),
     "overlap": ((PAIR, ASKED, [" " + ASKED[1]]), {}, "'Where does Leo live [?]' is one of the queries"),
     "same tokens": ((PAIR, ASKED, ["Where  does Leo live ?"]), {}, "has the tokens with which the query"),
     "a beginning": ((PAIR, ASKED, ["Where does"]), {}, "'Where does' has the tokens with which"),
@@ -257,8 +267,13 @@ BAD = {
     "answer too long": ((PAIR, ASKED), {"answer_tokens": 300}, "and 300 answer tokens; the model has 256 positions"),
     "ridge": ((PAIR, ASKED), {"ridge": -1.0}, "ridge λ must be 0 or more .or auto., got -1"),
     "ridge nan": ((PAIR, ASKED), {"ridge": float("nan")}, "must be 0 or more"),
+    "ridge true": ((PAIR, ASKED), {"ridge": True}, "must be 0 or more .or auto., got True"),
+    "ridge array": ((PAIR, ASKED), {"ridge": np.array([1.0, 2.0])}, r"must be 0 or more .or auto., got array\(\[1"),
+    "ridge beyond all floats": ((PAIR, ASKED), {"ridge": 10**400}, "must be 0 or more .or auto., got 1000"),
     "ridge word": ((PAIR, ASKED), {"ridge": "much"}, "must be 0 or more"),
     "rank 0": ((PAIR, ASKED), {"rank": 0}, "the rank must be at least 1"),
+    "rank of another type": ((PAIR, ASKED), {"rank": 2.0}, "the rank must be a Python int, got 2.0"),
+    "keep_rms a word": ((PAIR, ASKED), {"keep_rms": "no"}, "keep_rms must be True or False, got 'no'"),
     "rank above the width": ((PAIR, ASKED), {"rank": 97}, "rank 97 is above the model's width: .* more than 96"),
     "answer tokens": ((PAIR, ASKED), {"answer_tokens": -1}, "answer tokens must be 0 or more, got -1"),
     "via": ((PAIR, ASKED), {"via": "input"}, "unknown via 'input'"),
@@ -272,6 +287,26 @@ def test_bad_input(name):
     arguments, options, reason = BAD[name]
     with pytest.raises(ct.BadInput, match=reason):
         compile_context(*load(), *arguments, **options)
+
+
+def test_a_tokenizer_that_is_none_or_another_models():
+    model, tokenizer = load()
+    for wrong, given in (((model, None), "got Gemma3ForCausalLM and NoneType"), ((tokenizer, model), "got Tokenizer")):
+        with pytest.raises(ct.BadInput, match=f"give a model of transformers and its tokenizer, {given}"):
+            compile_context(*wrong, PAIR, ASKED)
+
+    class Larger(Plain):
+        def __call__(self, text, add_special_tokens=False):
+            return {"input_ids": [token + 100 for token in self.own(text)["input_ids"]]}
+
+    with pytest.raises(ct.BadInput, match=r"gives token 1\d\d, and the model knows 107: is it another model's"):
+        compile_context(model, Larger(), PAIR, ASKED)
+
+
+@pytest.mark.parametrize("weight", [2.0, np.int64(2)])
+def test_a_whole_number_of_another_type_is_a_weight(weight):
+    found = compile_context(*load(), PAIR, [Query(ASKED[0], weight), ASKED[1]], ridge=3.0)
+    assert [(type(s.weight), s.weight) for s in found.sets["queries"].samples] == [(int, 2), (int, 1)]
 
 
 def test_a_context_that_every_query_keeps_is_nothing_to_compile():
@@ -302,6 +337,7 @@ JSONL = {
     "weight": ('{"query": "a", "weight": -1}', "weight must be a whole number from 1 to 100, got -1"),
     "half": ('{"query": "a", "weight": 0.5}', "got 0.5"),
     "nan": ('{"query": "a", "weight": NaN}', "got nan"),
+    "half a character": ('{"query": "a\\ud800"}', "line 1: the query cannot be written as UTF-8"),
     "field": ('{"query": "a", "wieght": 2}', "unknown field 'wieght'"),
 }  # fmt: skip
 
@@ -347,7 +383,7 @@ def test_padding_changes_no_logit():
     context = Context.of(tokenizer, PAIR)
     samples = [context.sample(text) for text in (*ASKED, "In which city does Mia stay ?")]
     for together, alone in zip(logits_of(model, samples), logits_of(model, samples, alone=True), strict=True):
-        assert torch.allclose(together, alone, atol=1e-4)
+        assert torch.allclose(together, alone, rtol=0, atol=2e-5)
 
 
 def test_agreement_can_fail():

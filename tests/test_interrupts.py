@@ -1,8 +1,9 @@
-"""Ctrl-C in any module of a forward pass, and at any line that puts hooks on or takes them off."""
+"""Ctrl-C in any module of a forward pass, at any line that puts hooks on or takes them off, and while NumPy is imported."""
 
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 
 import pytest
@@ -105,3 +106,31 @@ def test_ctrl_c_while_hooks_are_put_on_or_taken_off():
         lines += 1
     assert lines > 100
     assert unchanged(model, before)
+
+
+PRESSED = """
+import sys
+
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Press())
+from controllability.cli.main import main
+status = main(["patch", "embedded", "--context", "Mia lives in Oslo .", "--query", "Where does Mia live ?"])
+assert not any(isinstance(finder, Press) for finder in sys.meta_path)
+raise SystemExit(status)
+"""
+
+
+@pytest.mark.parametrize("module", ["numpy._core._exceptions", "numpy._core.numeric", "torch.overrides", "datetime"])
+def test_ctrl_c_while_libraries_are_imported(module):
+    """NumPy makes an ImportError of one in its C code, torch hides one in NumPy: still one line and no traceback."""
+    done = subprocess.run([sys.executable, "-c", PRESSED, module], capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1), done.stderr
+    assert done.stderr.startswith("controllability: ")
+    if module != "datetime":  # that one NumPy has forgotten
+        assert (done.returncode, done.stderr) == (130, "controllability: interrupted; nothing was changed\n")
+    assert done.returncode != 0

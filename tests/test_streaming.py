@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import error
@@ -19,6 +22,12 @@ from transformers import (
 )
 
 import controllability as ct
+from controllability.jointly.known import Known, continued
+from controllability.jointly.span import Span
+from controllability.trace import SHORT, SIZED
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from scope_all import random_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 120,
@@ -184,3 +193,116 @@ def test_float32_models_that_leave_layers_to_later_ones_are_solved_anew_when_the
         mp.extend(model, target=talk.target(count), source=talk.source(count))
     patched, unpatched = talk.errors(model, mp, 29)
     assert patched < 1e-3 < 1e-2 < unpatched
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "gptj"])
+def test_both_runs_are_one_pass_where_the_model_masks_its_past(family: str) -> None:
+    model, talk = built(family), Talk(8)
+    with ct.exact_mode():
+        mp = talk.patch(model, 4)
+        mp.extend(model, talk.target(5), talk.source(5))  # its caches are filled by whole runs
+        passes: list[int] = []
+        hook = model.register_forward_pre_hook(lambda m, a, k: passes.append(len(k["input_ids"])), with_kwargs=True)
+        mp.extend(model, talk.target(6), talk.source(6))
+        mp.extend(model, talk.target(9), talk.source(9))  # three tokens at once
+        hook.remove()
+        assert passes == [2, 2]
+        assert talk.errors(model, mp, 9)[0] < 1e-9
+
+
+def test_a_model_that_ignores_masks_is_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, talk = built("llama"), Talk(9)
+    with ct.exact_mode():
+        mp = talk.patch(model, 4)
+        plain, passes = model.model.forward, []
+
+        def careless(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+            passes.append(len(kwargs["input_ids"]))
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(model.model, "forward", careless)
+        mp.extend(model, talk.target(5), talk.source(5))
+        passes.clear()
+        mp.extend(model, talk.target(6), talk.source(6))
+        assert passes == [1, 1]
+        monkeypatch.undo()
+        assert talk.errors(model, mp, 6)[0] < 1e-9
+
+
+def test_what_changed_behind_a_stream_is_noticed() -> None:
+    model, talk = built("llama"), Talk(10)
+    mp = talk.patch(model, 3)
+    mp.extend(model, talk.target(4), talk.source(4))
+    model.train()
+    with pytest.raises(ct.BadInput, match="training mode"):
+        mp.extend(model, talk.target(5), talk.source(5))
+    model.eval()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] += 1
+    with pytest.raises(ct.PatchError, match="changed since this patch was made"):
+        mp.extend(model, talk.target(5), talk.source(5))
+
+
+def test_targets_that_move_for_tokens_that_depend_on_each_other_are_solved_anew() -> None:
+    rng = np.random.default_rng(0)
+    x, gap = rng.normal(size=(5, 4)), rng.normal(size=(5, 3))
+    x[4], gap[4] = x[0] + x[1], gap[0] + gap[1]
+    span = Span.of(x[:3])
+    known = Known(x[:3], gap[:3], gap[:3], span=span, left=span.solve(gap[:3])[0])
+    known, rest = continued(known, x[3:], gap[3:], gap[3:])
+    assert np.abs(rest).max() < 1e-12
+    assert known.left is not None and known.span is not None
+    assert np.abs(known.span.coordinates @ known.left - gap).max() < 1e-12
+    change = rng.normal(size=(5, 3))
+    assert known.moved(change).span is None, "nothing to go on from"
+    change[4] = change[0] + change[1]
+    moved = known.moved(change)
+    assert moved.span is not None and moved.left is not None
+    assert np.abs(x @ (moved.left.T @ moved.span.right).T - gap - change).max() < 1e-12
+
+
+class Repeating(Talk):
+    """A conversation in which words come again: in a parallel block they have one state in layer 0."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.words = self.words[:5].repeat(4)
+
+
+@pytest.mark.parametrize("via", ["input-output", "output"])
+def test_a_word_that_comes_again_in_a_parallel_block(via: str) -> None:
+    """Layer 0 falls short of the second target and moves nothing that it serves; the last layer serves both."""
+    model, talk = built("gptj"), Repeating()
+    with ct.exact_mode():
+        mp = talk.patch(model, 2, via=via)
+        for count in range(3, 15):
+            done = mp.extend(model, target=talk.target(count), source=talk.source(count))
+            assert (done.tokens, done.anew) == (1, False)
+        streamed, unpatched = talk.errors(model, mp, 14)
+    first, last = mp.report.layers
+    assert SHORT in first.route and first.residual > 1e-3
+    assert last.residual < 1e-9
+    assert streamed < 1e-9 < 1e-2 < unpatched
+
+
+def test_in_float32_the_last_layers_sizes_stay_free() -> None:
+    """So many tokens that no scale keeps every RMS: what a new one changes in sizes is solved anew."""
+    model, talk = random_model("gemma3", 32, 48, 2).float(), Talk(5)
+    mp = talk.patch(model, 29)
+    assert mp.report.layers[-1].route == SIZED
+    done = mp.extend(model, target=talk.target(30), source=talk.source(30))
+    assert done.anew
+    assert mp.report.layers[-1].route == SIZED
+    streamed, unpatched = talk.errors(model, mp, 30)
+    assert streamed < 1e-4 < 1e-2 < unpatched
+
+
+def test_ids_that_the_model_does_not_know_are_refused() -> None:
+    model, talk = built("llama"), Talk(6)
+    mp = talk.patch(model, 3)
+    target, source = ({"input_ids": run["input_ids"].clone()} for run in (talk.target(4), talk.source(4)))
+    target["input_ids"][0, -1] = source["input_ids"][0, -1] = 120
+    with pytest.raises(ct.BadInput, match="target"):
+        mp.extend(model, target, source)
+    assert mp.report.tokens == 4
+    assert mp.extend(model, talk.target(4), talk.source(4)).tokens == 1

@@ -33,7 +33,7 @@ from controllability.interfaces import Component, Condition, Jointly, Param, Par
 from controllability.jointly.known import Known
 from controllability.patch import Patch
 from controllability.rules import Side, Step, construct
-from controllability.rules.jointly import JointNormalised
+from controllability.rules.joint_normalised import JointNormalised
 from controllability.rules.schema import Assumption, Schema, SchemaRun
 from controllability.sampling import sample
 from controllability.symbols import definitions

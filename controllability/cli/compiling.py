@@ -15,7 +15,7 @@ from controllability.compiling import Compiled, compile_context
 from controllability.compiling.compiling import refuse_wish
 from controllability.compiling.picture import measure_by_rank
 from controllability.compiling.solving import Wish
-from controllability.compiling.texts import Query, read_queries, refuse_overlap
+from controllability.compiling.texts import Query, read_queries, refuse_no_text, refuse_overlap
 from controllability.compiling.writing import Written, refuse_existing, write
 from controllability.errors import BadInput
 from controllability.models import exact_mode
@@ -56,8 +56,7 @@ def _checked(args: argparse.Namespace) -> tuple[Path, dict[str, list[Query]]]:
     """The directory and the texts.  Raises ``BadInput`` before anything is loaded or computed."""
     if not args.out:
         raise BadInput("--out is empty: give a directory")
-    if not args.context.strip():
-        raise BadInput("the context is empty")
+    refuse_no_text(args.context, "the context")
     out = Path(args.out)
     refuse_existing(out)
     refuse_unusable(out)

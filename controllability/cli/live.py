@@ -17,7 +17,7 @@ from controllability.models import ModelPatch, exact_mode, load_patch, patch_mod
 from controllability.models.last_defence import VERIFIED
 from controllability.models.loading import DTYPES, encode, load_model
 from controllability.models.pairing import pair
-from controllability.models.patching import without_cache
+from controllability.models.running import without_cache
 from controllability.models.storing import refuse_occupied
 
 

@@ -62,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign gets its code, not a traceback
             stream.reconfigure(errors="backslashreplace")
-    from controllability.cli import commands
-
     try:
+        import numpy  # noqa: F401 (before torch, which would take a Ctrl-C in here for a missing NumPy)
+
+        from controllability.cli import commands
+
         status = int(getattr(commands, args.command)(args, output))
         sys.stdout.flush()
         return status
@@ -95,8 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception | str, status: int) -> int:
-    from controllability.rendering.text import printable
-
+    try:
+        from controllability.rendering.text import printable
+    except ImportError:  # what failed may be NumPy, which is imported once or never
+        printable = ascii
     print(f"controllability: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
     return status
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from controllability.compiling.sets import Sample, batches, padded
-from controllability.models.patching import result_of, without_cache
+from controllability.models.running import result_of, without_cache
 from controllability.models.sweep import Progress
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,11 +14,12 @@ from torch import nn
 from controllability.compiling.answers import end_tokens, with_answers
 from controllability.compiling.compiled import Compiled
 from controllability.compiling.evaluation import Yardstick, agreement
-from controllability.compiling.sets import Context, beginnings, position_limit, refuse_known
+from controllability.compiling.sets import Context, beginnings, position_limit, refuse_foreign, refuse_known
 from controllability.compiling.solving import AUTO, EXACTLY, Wish, solve
 from controllability.compiling.texts import Query, as_queries, refuse_overlap, without_repeats
 from controllability.compiling.unrelated import unrelated_samples
 from controllability.errors import BadInput
+from controllability.models.reading_check import checked_reading
 from controllability.models.sweep import Progress
 
 
@@ -60,6 +61,9 @@ def compile_context(
     (True, ['Oslo', 'Rome'])
     """
     started = time.perf_counter()
+    if not isinstance(model, nn.Module) or not hasattr(model, "config") or not callable(tokenizer):
+        given = f"{type(model).__name__} and {type(tokenizer).__name__}"
+        raise BadInput(f"give a model of transformers and its tokenizer, got {given}")
     asked, left_out = _queries(queries, "queries"), _queries(heldout, "held-out queries")
     elsewhere = [query.text for query in as_queries(unrelated, "unrelated texts")]
     if not asked:
@@ -67,16 +71,19 @@ def compile_context(
     refuse_overlap(asked, left_out)
     wish = Wish(via, rank, ridge, keep_rms)
     refuse_wish(wish, answer_tokens, _width(model))
+    checked_reading(model)  # refuses what cannot be patched before anything is run
     limit = position_limit(model)
     before = Context.of(tokenizer, context, limit)
     with torch.inference_mode(False), torch.no_grad():
         samples = [before.sample(query.text, query.weight, answer_tokens) for query in asked]
+        refuse_foreign(samples, model)
         if answer_tokens:
             samples = with_answers(model, samples, answer_tokens, end_tokens(model, tokenizer), progress)
         known = beginnings(samples)
         others = [before.sample(query.text) for query in left_out]
         refuse_known(others, known)
         strangers = unrelated_samples(tokenizer, elsewhere, context, [q.text for q in (*asked, *left_out)], limit)
+        refuse_foreign([*others, *strangers], model)
         sets = {"queries": Yardstick.of(model, samples)}
         if others:
             sets["heldout"] = Yardstick.of(model, others, known)
@@ -94,15 +101,22 @@ def refuse_wish(wish: Wish, answer_tokens: int, width: int | None = None) -> Non
     if wish.via not in (None, *EXACTLY):
         raise BadInput(f"unknown via {wish.via!r}: choose {' or '.join(EXACTLY)}")
     if isinstance(answer_tokens, bool) or not isinstance(answer_tokens, int) or answer_tokens < 0:
-        raise BadInput(f"answer tokens must be 0 or more, got {answer_tokens}")
-    number = isinstance(wish.ridge, int | float) and not isinstance(wish.ridge, bool)
-    if wish.ridge not in (None, AUTO) and not (number and 0 <= float(wish.ridge) < math.inf):
-        raise BadInput(f"the ridge λ must be 0 or more (or {AUTO}), got {wish.ridge}")
+        raise BadInput(f"answer tokens must be 0 or more, got {answer_tokens!r}")
+    if not isinstance(wish.keep_rms, bool):
+        raise BadInput(f"keep_rms must be True or False, got {wish.keep_rms!r}")
+    if isinstance(wish.ridge, int | float) and not isinstance(wish.ridge, bool):
+        usable = 0 <= wish.ridge <= sys.float_info.max
+    else:
+        usable = wish.ridge is None or (isinstance(wish.ridge, str) and wish.ridge == AUTO)
+    if not usable:
+        raise BadInput(f"the ridge λ must be 0 or more (or {AUTO}), got {wish.ridge!r:.80}")
     if wish.keep_rms and wish.ridge:
         raise BadInput("keep_rms asks for an exact patch and ridge for a fit: leave one of them out")
     if wish.rank is None:
         return
-    if isinstance(wish.rank, bool) or not isinstance(wish.rank, int) or wish.rank < 1:
+    if isinstance(wish.rank, bool) or not isinstance(wish.rank, int):
+        raise BadInput(f"the rank must be a Python int, got {wish.rank!r:.80}")
+    if wish.rank < 1:
         raise BadInput(f"the rank must be at least 1, got {wish.rank}")
     if width is not None and wish.rank > width:
         raise BadInput(

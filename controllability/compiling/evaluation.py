@@ -12,7 +12,7 @@ from torch import Tensor
 
 from controllability.compiling.sets import Prefix, Sample, Side, batches, padded
 from controllability.errors import BadInput, NotVerified
-from controllability.models.patching import result_of, without_cache
+from controllability.models.running import result_of, without_cache
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from controllability.compiling.sets import repeated
 from controllability.compiling.solving import patch_of, rank_of
 from controllability.errors import NotControllable, NotVerified, SideConditionFailed
 from controllability.models.sweep import Progress
+from controllability.rendering.picture import drawn, two_plots
 
 MOST = 6  # ranks that are tried
 
@@ -66,13 +66,8 @@ def measure_by_rank(compiled: Compiled, model: Any, progress: Progress) -> list[
 
 def rank_picture(compiled: Compiled, rows: list[RankRow], path: Path) -> Path:
     """Draw the rows to ``path`` (PNG, written atomically)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     ranks = [row.rank for row in rows]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = two_plots()
     for name, label, colour in (("queries", "queries", "#2a6fbb"), ("heldout", "held-out queries", "#bb5a2a")):
         if name in compiled.sets:
             left.plot(ranks, [row.results[name].top1_agreement for row in rows], "o-", label=label, color=colour)
@@ -87,11 +82,4 @@ def rank_picture(compiled: Compiled, rows: list[RankRow], path: Path) -> Path:
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
         axes.minorticks_off()
     left.legend(fontsize="small")
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        pyplot.close(figure)
-    return path
+    return drawn(figure, path)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controllability.compiling.texts import refuse_no_text
 from controllability.errors import BadInput
 
 Side = str  # "source" or "target"
@@ -60,8 +61,7 @@ class Context:
     @staticmethod
     def of(tokenizer: Any, text: str, limit: int | None = None) -> Context:
         """Raises ``BadInput`` for a context without tokens, or one that is only what every query keeps."""
-        if not isinstance(text, str) or not text.strip():
-            raise BadInput("the context is empty")
+        refuse_no_text(text, "the context")
         tokens, special = _encoded(tokenizer, text), set(tokenizer.all_special_ids)
         first = next((i for i, token in enumerate(tokens) if token not in special), len(tokens))
         anchored = first == 0
@@ -127,6 +127,18 @@ def refuse_known(heldout: Sequence[Sample], known: Mapping[Prefix, str]) -> None
             raise BadInput(
                 f"the held-out query {sample.text!r} has the tokens with which the query {known[sample.source]!r} begins: leave "
                 "it out of one of the two"
+            )
+
+
+def refuse_foreign(samples: Sequence[Sample], model: Any) -> None:
+    """Raise ``BadInput`` for a token that the model does not know: the tokenizer is another model's."""
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if not isinstance(known, int):
+        return
+    for sample in samples:
+        if unknown := [token for token in sample.target if not 0 <= token < known]:
+            raise BadInput(
+                f"in {sample.text!r} the tokenizer gives token {unknown[0]}, and the model knows {known}: is it another model's?"
             )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from controllability.errors import BadInput
 
@@ -46,18 +48,30 @@ def read_queries(path: str | Path, what: str = "queries") -> tuple[list[Query], 
     return without_repeats(found, what)
 
 
+def refuse_no_text(text: Any, what: str) -> None:
+    """Raise ``BadInput`` for what is no text, an empty one, or one with half of a surrogate pair, which no tokenizer takes."""
+    if not isinstance(text, str):
+        raise BadInput(f"{what} must be a text, got {type(text).__name__}")
+    if not text.strip():
+        raise BadInput(f"{what} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{what} cannot be written as UTF-8: character {error.start} is {text[error.start]!a}") from None
+
+
 def as_queries(items: Iterable[str | Query], what: str = "queries") -> list[Query]:
     """Queries given from Python.  Raises ``BadInput`` for what is neither a text nor a ``Query``, and for empty texts."""
     if isinstance(items, str):
         raise BadInput(f"{what}: give a list of texts, got a single text")
+    if isinstance(items, Mapping) or not isinstance(items, Iterable):
+        raise BadInput(f"{what}: give a list of texts, got {type(items).__name__}")
     found = [Query(item) if isinstance(item, str) else item for item in items]
     for i, query in enumerate(found):
         if not isinstance(query, Query):
             raise BadInput(f"{what}[{i}] must be a text or a Query, got {type(query).__name__}")
-        if not query.text.strip():
-            raise BadInput(f"{what}[{i}] is empty")
-        _weight(query.weight, f"{what}[{i}]")
-    return found
+        refuse_no_text(query.text, f"{what}[{i}]")
+    return [replace(query, weight=_weight(query.weight, f"{what}[{i}]")) for i, query in enumerate(found)]
 
 
 def without_repeats(queries: Sequence[Query], what: str = "queries") -> tuple[list[Query], list[str]]:
@@ -91,10 +105,12 @@ def _from_json(line: str, where: str) -> Query:
         raise BadInput(f'{where} has no query: write {{"query": "…"}}')
     if unknown := sorted(set(data) - {"query", "weight"}):
         raise BadInput(f"{where} has an unknown field {unknown[0]!r}: the fields are query and weight")
+    refuse_no_text(data["query"], f"{where}: the query")
     return Query(data["query"], _weight(data.get("weight", 1), where))
 
 
 def _weight(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= LARGEST_WEIGHT or value % 1:
+    number = isinstance(value, int | float | np.integer) and not isinstance(value, bool)
+    if not number or not 1 <= value <= LARGEST_WEIGHT or value % 1:
         raise BadInput(f"{where}: a weight must be a whole number from 1 to {LARGEST_WEIGHT}, got {value!r}")
     return int(value)

@@ -6,7 +6,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from controllability.jointly.growing import Memory
 from controllability.jointly.span import Span
+
+
+class NotContinued(Exception):
+    """Tokens cannot be added to this patch one by one: it has to be solved anew."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +30,21 @@ class Known:
     left: np.ndarray | None = None
     parts: dict[int, Known] = field(default_factory=dict)  # expert by expert; their ``index`` are numbers of tokens
     used: np.ndarray | None = None  # the experts whose stacked inputs the span is of, ascending
+    memory: Memory = field(default_factory=Memory, repr=False)
 
     def moved(self, change: np.ndarray) -> Known:
-        """The same tokens with other targets: ``change`` (T, m) is added to the gaps; the left factor alone is solved anew."""
+        """The same tokens with other targets: ``change`` (T, m) is added to the gaps; the left factor alone is solved anew.
+
+        Where tokens depend on each other and their new targets do not, there is no solution to go on from.
+        """
         gap = self.gap + change
-        left = None if self.span is None else self.span.solve(gap)[0]
+        if self.span is None:
+            return replace(self, gap=gap)
+        left, rest = self.span.solve(gap)
+        if self.span.rank < len(gap):
+            size = np.maximum(np.abs(self.raw).max(-1), np.abs(gap).max(-1))
+            if not bool((np.abs(rest).max(-1) <= self.span.tolerance * np.where(size == 0, 1.0, size)).all()):
+                return replace(self, gap=gap, span=None, left=None)
         return replace(self, gap=gap, left=left)
 
     @staticmethod
@@ -37,11 +52,16 @@ class Known:
         """The tokens of both, the earlier first; the solution is the later's."""
         if earlier is None:
             return later
-        x, gap, raw = (np.concatenate([getattr(k, n) for k in (earlier, later)]) for n in ("x", "gap", "raw"))
-        index = None
-        if earlier.index is not None and later.index is not None:
-            index = np.concatenate([earlier.index, later.index])
-        return Known(x, gap, raw, index, later.span, later.left)
+        memory = earlier.memory
+
+        def both(name: str) -> np.ndarray:
+            rows, more = getattr(earlier, name), getattr(later, name)
+            if rows.dtype == object or rows.ndim != 2:  # an empty place would not say of what kind its number is
+                return np.concatenate([rows, more])
+            return memory.grown(name, rows, more)
+
+        index = both("index") if earlier.index is not None and later.index is not None else None
+        return Known(both("x"), both("gap"), both("raw"), index, later.span, later.left, memory=memory)
 
 
 def among(known: Known, used: np.ndarray) -> Known:
@@ -74,5 +94,5 @@ def continued(known: Known, x: np.ndarray, gap: np.ndarray, raw: np.ndarray) -> 
         if direction is None:
             rest[i] = wanted - place @ left
         else:
-            left = np.vstack([left, (wanted - place[:-1] @ left) / place[-1]])
+            left = known.memory.grown("left", left, ((wanted - place[:-1] @ left) / place[-1])[None])
     return Known.joined(known, Known(x, gap, raw, None, span, left)), rest

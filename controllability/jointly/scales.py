@@ -14,13 +14,13 @@ import numpy as np
 from controllability.errors import BadInput
 from controllability.jointly import programs
 from controllability.jointly.certificates import Farkas, Infeasible, find_farkas
+from controllability.jointly.nearest import to_keep
 
 Vector = np.ndarray
 ROUNDING = 32 * np.finfo(float).eps  # differences of mean(u²) from q that count as none
 ACCEPTED = 1e-9  # relative error of mean(u²) that nearly equal tokens may leave in "kept rms"
 CUTOFFS = (1e-10, 1e-13)  # equations that differ by less are taken for one, unless that breaks them
 TINY = 1e-6  # entries of m below this part of the mean |m| count as this large
-NOTHING = 1e-12  # mean(y²) below this part of ε is no RMS to keep
 GROWTH = 2.0  # "moved rms": no token's pre-norm target grows by more than this factor
 FACTORS = (1.5, 6.0)  # "moved rms": changes that are tried, in units of the uniform one
 
@@ -112,7 +112,7 @@ class _Task:
         finite = np.isfinite(A).all() and np.isfinite(m).all() and np.isfinite(r2).all() and np.isfinite(eps)
         if not finite or (r2 < 0).any() or eps < 0:
             raise BadInput("joint_scale: G², m, r2 ≥ 0 and eps ≥ 0 must be finite")
-        r2 = np.where(r2 <= NOTHING * eps, eps, r2) if eps > 0 else np.where(r2 < 1e-30, 1.0, r2)
+        r2 = to_keep(r2, eps)
         size = np.abs(m)
         typical = size[size > 0].mean() if size.any() else 1.0
         usual = np.where(size > 0, np.maximum(size, TINY * typical), typical)

@@ -7,14 +7,43 @@ Floats are solved in float64 by a singular value decomposition; fractions, symbo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from controllability.arrays import Array, arithmetic
+from controllability.jointly.growing import Memory
 
 UNIT_ROUNDINGS = 100  # machine epsilons below which a direction of the unit rows counts as rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Equations coordinates · left = gap of tokens that came at once, (T, r) floats; they are decomposed once."""
+
+    coordinates: np.ndarray
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Length of each row, (T, 1)."""
+        return _sizes(self.coordinates)
+
+    @cached_property
+    def factors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The singular value decomposition of the unit rows."""
+        u, s, v = np.linalg.svd(self.coordinates / self.sizes, full_matrices=False)
+        return u, np.maximum(s, np.finfo(float).tiny), v
+
+    def solve(self, gap: np.ndarray, ridge: float = 0.0) -> np.ndarray:
+        """Least squares in units of each token's size, (r, m)."""
+        u, s, v = self.factors
+        wanted = gap / self.sizes
+        left = v.T @ ((s / (s * s + ridge))[:, None] * (u.T @ wanted))
+        if not ridge:  # one step of refinement: what rounding left of the equations
+            left = left + v.T @ ((u.T @ (wanted - self.coordinates / self.sizes @ left)) / s[:, None])
+        return left
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +52,7 @@ class Span:
 
     ``right`` (r, n) are the basis' rows over their squared lengths, so that right · x_t is row t of the coordinates.  ``tolerance``
     is the numerical rank's: directions in which unit rows reach no further are dropped.  NumPy arrays throughout.
+    ``begun`` are the tokens before those that came one by one, if any did.
 
     >>> import numpy as np
     >>> span = Span.of(np.array([[1.0, 0.0], [1.0, 1.0], [2.0, 1.0]]))
@@ -33,6 +63,8 @@ class Span:
     basis: np.ndarray
     coordinates: np.ndarray
     tolerance: float
+    begun: Block | None = None
+    memory: Memory = field(default_factory=Memory, repr=False)
 
     @staticmethod
     def of(x: Array, tolerance: float | None = None, named: bool = False) -> Span:
@@ -70,16 +102,27 @@ class Span:
         """
         if self.basis.dtype == object:
             return _substituted(self.coordinates, gap)
-        sizes = _sizes(self.coordinates)
-        scaled, wanted = self.coordinates / sizes, gap / sizes
         if not self.rank:
             return np.zeros((0, gap.shape[1])), gap
-        u, s, v = np.linalg.svd(scaled, full_matrices=False)
-        s = np.maximum(s, np.finfo(float).tiny)
-        left = v.T @ ((s / (s * s + ridge))[:, None] * (u.T @ wanted))
-        if not ridge:  # one step of refinement: what rounding left of the equations
-            left = left + v.T @ ((u.T @ (wanted - scaled @ left)) / s[:, None])
+        if self.begun is not None and not ridge:
+            left = self._one_by_one(self.begun, gap)
+        else:
+            left = Block(self.coordinates).solve(gap, ridge)
         return left, gap - self.coordinates @ left
+
+    def _one_by_one(self, begun: Block, gap: np.ndarray) -> np.ndarray:
+        """Left factor (r, m): that of the first tokens, then a row for each later token that brought a direction.
+
+        Their coordinates are lower triangular: forward substitution, O(T² m), decomposes nothing.
+        """
+        from scipy.linalg import solve_triangular
+
+        count, known = begun.coordinates.shape
+        first = begun.solve(gap[:count]) if known else np.zeros((0, gap.shape[1]))
+        brought = (self.coordinates[:, known:] != 0).argmax(0)  # the token that a direction came with
+        rows = self.coordinates[brought]
+        later = solve_triangular(rows[:, known:], gap[brought] - rows[:, :known] @ first, lower=True)
+        return np.concatenate([first, later])
 
     def extended(self, x: np.ndarray) -> tuple[Span, np.ndarray | None]:
         """The span with one more token ``x`` (n,), and the new direction (n,) if it has one.  Costs O(r · n).
@@ -92,12 +135,15 @@ class Span:
         again = self.basis @ outside  # orthogonal to rounding: once is not enough
         inside, outside = inside + again, outside - again @ self.basis
         length = float(np.linalg.norm(outside))
+        begun = self.begun or Block(self.coordinates)
         if length <= self.tolerance * size:
-            return replace(self, coordinates=np.vstack([self.coordinates, inside])), None
+            coordinates = self.memory.grown("coordinates", self.coordinates, inside[None])
+            return replace(self, coordinates=coordinates, begun=begun), None
         direction = outside / length
-        grown = np.pad(self.coordinates, ((0, 1), (0, 1)))
-        grown[-1] = [*inside, length]
-        return Span(np.vstack([self.basis, direction]), grown, self.tolerance), direction
+        place = np.append(inside, length)[None]
+        coordinates = self.memory.grown("coordinates", self.coordinates, place, self.rank + 1)
+        basis = self.memory.grown("basis", self.basis, direction[None])
+        return replace(self, basis=basis, coordinates=coordinates, begun=begun), direction
 
     def condition(self) -> float:
         """Largest ÷ smallest singular value of the unit rows within the span: how much rounding is magnified."""

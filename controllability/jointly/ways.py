@@ -71,7 +71,15 @@ def one_vector(
         room = np.ones((len(wanted), 1))
         if together.exact:
             room = reached(
-                condition, xp, rest, tokens.raw, wanted, x, lambda bad, i: (read[:, [i]], wanted[:, [i]]), len(new.x)
+                condition,
+                together,
+                xp,
+                rest,
+                tokens.raw,
+                wanted,
+                x,
+                lambda bad, i: (read[:, [i]], wanted[:, [i]]),
+                len(new.x),
             )
         moved = stored(params, xp.array(value, like=gap))
         return Solved(moved, xp.array(room[-len(new.x) :], like=gap), tokens)
@@ -174,16 +182,27 @@ def fitted(
     if known is not None and known.span is not None and known.span.basis.dtype != object and together.exact:
         both, rest = continued(known, tokens.x, tokens.gap, tokens.raw)
         assert both.span is not None and both.left is not None
-        rest = np.concatenate([np.zeros_like(known.gap), rest])
-        room = reached(condition, xp, rest, both.raw, both.gap, like, lambda bad, i: (both.x, both.gap), count)
-        return Fit(both.left, both.span.right, room[-count:], both)
+        before = len(known.x)  # what they give does not move: the new ones alone are looked at
+        room = reached(
+            condition,
+            together,
+            xp,
+            rest,
+            tokens.raw,
+            tokens.gap,
+            like,
+            lambda bad, i: (both.x, both.gap),
+            count,
+            before,
+        )
+        return Fit(both.left, both.span.right, room, both)
     tokens = Known.joined(known, tokens)
     tolerance = None if xp.exact else UNIT_ROUNDINGS * xp.machine_epsilon(xp.lift(like))
     span = Span.of(tokens.x, tolerance, named)
     left, rest = span.solve(tokens.gap, together.ridge)
     if together.exact:
         evidence = lambda bad, i: (tokens.x, tokens.gap)  # noqa: E731
-        room = reached(condition, xp, rest, tokens.raw, tokens.gap, like, evidence, count)
+        room = reached(condition, together, xp, rest, tokens.raw, tokens.gap, like, evidence, count)
         known = replace(tokens, span=span, left=left)
         if tokens.x.dtype == object and not span.rank:  # an empty array of objects would not say of what kind
             return Fit(tokens.gap[:1] * 0, tokens.x[:1] * 0, room[-count:], known)
@@ -199,6 +218,7 @@ def fitted(
 
 def reached(
     condition: Condition,
+    together: Together,
     xp: Arithmetic,
     rest: np.ndarray,
     raw: np.ndarray,
@@ -206,10 +226,12 @@ def reached(
     like: Array,
     evidence: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
     new: int,
+    before: int = 0,
 ) -> np.ndarray:
     """1 − what is left over ÷ what rounding explains, (T, 1); positive where the target is reached.
 
-    The last ``new`` tokens are those that are solved for now.  Raises ``SideConditionFailed`` with the certificate of the worst.
+    The last ``new`` tokens are those that are solved for now, behind ``before`` others that the evidence has.  Raises ``SideConditionFailed`` with the certificate of the worst,
+    unless the block may fall short.
     """
     if xp.exact:
         missed = ~np.asarray(xp.is_zero(rest)).reshape(len(rest), -1).all(-1)
@@ -219,13 +241,13 @@ def reached(
         size = np.maximum(_largest(raw), _largest(gap))
         room = 1.0 - _largest(rest) / (allowed * np.where(size == 0, 1.0, size))
         missed = ~(room > 0)  # NaN is missed too
-    if missed.any():
+    if missed.any() and not together.short:
         bad = int(np.argmin(room))
         entry = 0 if xp.exact else int(np.abs(rest[bad].astype(float)).argmax())
         own = bad - (len(rest) - new)
         failed = condition.failed(None if xp.exact else float(room[bad]), own if own >= 0 else None)
         if not xp.symbolic:
-            found = Dependent.of(condition.where, *evidence(bad, entry), bad)
+            found = Dependent.of(condition.where, *evidence(bad, entry), before + bad)
             failed.certificate = found if found.inputs < SHOWN < found.targets else None  # else rounding, magnified
         raise failed
     return room[:, None]
@@ -245,7 +267,7 @@ def _rows(x: Any, last: int = 1) -> Any:
 
 
 def _largest(rows: np.ndarray) -> np.ndarray:
-    return np.abs(rows.astype(float)).reshape(len(rows), -1).max(-1)
+    return np.abs(rows.astype(float, copy=False)).reshape(len(rows), -1).max(-1)
 
 
 def _plain(index: Any) -> Any:

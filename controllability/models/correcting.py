@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from controllability.models.applying import Entry
+from controllability.models.behind import standing_last
 from controllability.models.hooks import Installation
 from controllability.models.pairing import pair
 from controllability.models.reading_check import checked_reading
+from controllability.models.running import without_cache
 from controllability.models.sweep import LayerSweep, Sweeper, observe_target, together_at
 from controllability.models.watch import LayerHooks, Watch
 
@@ -29,7 +31,7 @@ def solved_again(patch: ModelPatch, model: nn.Module) -> Iterator[Entry]:
     Whoever writes them into ``model`` before asking for more gets patches that know of the rounding so far.  Costs one
     target run, and one source run a layer.  Raises ``SideConditionFailed`` where a layer's numbers changed too much.
     """
-    from controllability.models.patching import codebooks_of, without_cache
+    from controllability.models.patching import codebooks_of
 
     inputs = patch.inputs
     checked = checked_reading(model, inputs["target"])
@@ -38,6 +40,9 @@ def solved_again(patch: ModelPatch, model: nn.Module) -> Iterator[Entry]:
     source_rows, target_rows = pair(
         inputs["target"], inputs["source"], patch.scope, inputs["positions"], codebooks_of(checked), checked.length
     )
+    together = patch.together
+    if together is not None and jointly:
+        together = standing_last(together, model, checked, inputs["target"])
     with LayerHooks(model, reading) as hooks:
         targets, _ = observe_target(hooks, without_cache(model, inputs["target"]), target_rows, lambda *_: None)
     source = without_cache(model, inputs["source"])
@@ -52,7 +57,7 @@ def solved_again(patch: ModelPatch, model: nn.Module) -> Iterator[Entry]:
             calls[0],
             source_rows,
             patch.scope,
-            together_at(patch.together, layer is reading.layers[-1]),
+            together_at(together, layer is reading.layers[-1], True),
         )
         sweeper, installation = Sweeper(layer, [solver], lambda: None), Installation()
         try:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from controllability.errors import BadInput
+from controllability.models.walking import modules_of
 
 
-def refuse_offloaded(model: nn.Module) -> None:
+def refuse_offloaded(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> None:
     """Raise ``BadInput`` for a model of which ``accelerate`` keeps weights elsewhere between their uses.
 
     Between two forward passes such a weight is on the meta device: there is nothing to compare, to merge into or to
-    take a fingerprint of.  Weights that stay on several devices are no obstacle.
+    take a fingerprint of.  Weights that stay on several devices are no obstacle.  ``modules`` are the model's by name,
+    for who has listed them already.
 
     >>> refuse_offloaded(nn.Linear(2, 2))
     """
-    for name, module in model.named_modules():
+    for name, module in modules_of(model) if modules is None else modules:
         for hook in _hooks(getattr(module, "_hf_hook", None)):
             if not getattr(hook, "offload", False):
                 continue

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+_CONVERTING = frozenset((*_CASTS, torch.Tensor.to, torch.Tensor.type))  # by their first arguments, not by ``dtype=``
 
 
 class exact_mode(TorchFunctionMode):  # noqa: N801 (used like the context managers of torch)
@@ -32,6 +33,8 @@ class exact_mode(TorchFunctionMode):  # noqa: N801 (used like the context manage
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if not kwargs and func not in _CONVERTING:  # nearly everything, down to each look at a shape
+            return func(*args)
         kwargs = dict(kwargs or {})
         if func in _CASTS and args[0].is_floating_point():
             return torch.Tensor.double(args[0])

@@ -14,18 +14,20 @@ from torch import Tensor, nn
 import architectures
 from architectures import quantised
 from controllability.errors import ControllabilityError
+from controllability.models.walking import modules_of
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
-def stored(model: nn.Module, exchanged: bool = True) -> Iterator[tuple[str, Tensor]]:
+def stored(model: nn.Module, exchanged: bool = True, parameters: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer by name, once; a quantised one as the plain tensors that it consists of.
 
-    ``exchanged`` says whether what an applied patch holds in place of a parameter counts too.
+    ``exchanged`` says whether what an applied patch holds in place of a parameter counts too; without ``parameters``
+    buffers alone are listed.
     """
     seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for held in (module._parameters, module._buffers):
+    for prefix, module in modules_of(model):
+        for held in (module._parameters, module._buffers) if parameters else (module._buffers,):
             for attribute, value in held.items():
                 if value is None or id(value) in seen:
                     continue
@@ -67,24 +69,28 @@ def _spread(value: Tensor) -> Tensor:
     return value.reshape(-1)[::step]
 
 
+looking = torch._C.DisableTorchFunction  # a context for many looks at tensors: modes like ``exact_mode`` would see each
+
 State = dict[str, tuple[int, int, float]]  # name -> storage, version, sample
 
 # versions of parameters at which their bits are those of an earlier version: after a merge was undone
 _SAME_AGAIN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, int], int]] = weakref.WeakKeyDictionary()
 
 
-def state_of(model: nn.Module) -> State:
+def state_of(model: nn.Module, parameters: bool = True) -> State:
     """A cheap state of every parameter and buffer: torch counts in-place changes, so any of them shows.
 
     Changes behind torch's back (``p.data[...] = …``) show only if one of the 64 sampled entries changes.
-    Vectors exchanged by an applied patch are left out: which patches are on the model is tracked by id.
+    Vectors exchanged by an applied patch are left out: which patches are on the model is tracked by id.  Without
+    ``parameters`` it is that of the buffers alone.
     """
     aliases = _SAME_AGAIN.get(model, {})
-    held = dict(stored(model, exchanged=False))
+    held = dict(stored(model, False, parameters))
     state: State = {}
-    for (name, value), sample in zip(held.items(), sampled(list(held.values())), strict=True):
-        version = 0 if value.is_inference() else value._version
-        state[name] = (value.data_ptr(), aliases.get((name, version), version), sample)
+    with looking():
+        for (name, value), sample in zip(held.items(), sampled(list(held.values())), strict=True):
+            version = 0 if value.is_inference() else value._version
+            state[name] = (value.data_ptr(), aliases.get((name, version), version), sample)
     return state
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from controllability.arrays import arithmetic
 from controllability.errors import NotVerified
 from controllability.models.sweep import LayerSweep
-from controllability.rules.jointly import NEAREST
+from controllability.trace import NEAREST, SHORT
 
 # relative error at which a patched row is nowhere near its target: far above what rounding explains
 UNREACHED = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.25}
@@ -26,13 +26,13 @@ AFTER_THE_LAST_LAYER = (
 
 def refuse_unreached(solvers: list[LayerSweep]) -> float:
     """Raise ``NotVerified`` where a layer, patched, misses its target; else the largest relative error of a row."""
-    rows = [_row_errors(_output(s), s.target.outputs[()]) for s in solvers]
+    rows = [_row_errors(_output(s), s.wanted()) for s in solvers]
     held: list[float] = []
     worst = torch.stack([errors.max().double().cpu() for errors in rows]).tolist()
     for solver, errors, error in zip(solvers, rows, worst, strict=True):
         if solver.proof.route in ("ball", "scale"):
             continue  # asked for, and known to amplify rounding
-        if any(taken.route == NEAREST for taken in solver.run.journal.routes):
+        if any(taken.route in (NEAREST, SHORT) for taken in solver.run.journal.routes):
             continue  # a later layer makes good, and is held to its target
         dtypes = {_output(solver).dtype, *solver.layer.params.dtypes} & set(UNREACHED)
         held.append(error)

@@ -25,7 +25,7 @@ class Rows:
     def of(self, states: Tensor) -> Tensor:
         """(B, T, …) -> (N, …).  States with positions before the input's (prompts, class tokens) skip those."""
         if self.complete and states.shape[1] == self.shape[1]:
-            return states.reshape(-1, *states.shape[2:])
+            return states.flatten(0, 1)
         return states[self._index(states)]
 
     def taken(self, states: Tensor) -> Tensor:

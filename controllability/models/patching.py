@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import weakref
 from collections.abc import Mapping
@@ -14,15 +15,16 @@ from torch import nn
 from controllability.errors import BadInput
 from controllability.interfaces import Together
 from controllability.models.applying import Entry, own
+from controllability.models.behind import standing_last
 from controllability.models.fingerprints import state_of
 from controllability.models.hooks import carried, load_of, uncompiled
 from controllability.models.last_defence import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
 from controllability.models.model_patch import ModelPatch, refuse_scope
-from controllability.models.pairing import Rows, input_shape, pair
-from controllability.models.random_input import input_embedding, refuse_ids, takes_cache
+from controllability.models.pairing import Rows, pair
 from controllability.models.reading_check import Checked, checked_reading
 from controllability.models.recording import record
 from controllability.models.report import Layers, Report
+from controllability.models.running import refuse_bad_inputs, refuse_malformed, result_of, without_cache
 from controllability.models.streaming import Stream
 from controllability.models.sweep import LayerSweep, Progress, check_finite, observe_target, sweep
 from controllability.models.watch import LayerHooks
@@ -95,10 +97,10 @@ def _patch(
 ) -> ModelPatch:
     started = time.perf_counter()
     for role, inputs in (("target", target), ("source", source)):
-        _refuse_malformed(inputs, role)
+        refuse_malformed(inputs, role)
     checked = checked_reading(model, target)
     for role, inputs in (("target", target), ("source", source)):
-        _refuse_bad_inputs(model, checked, inputs, role)
+        refuse_bad_inputs(model, checked, inputs, role)
     source_rows, target_rows = pair(target, source, scope, positions, codebooks_of(checked), checked.length)
     shown = source_rows, target_rows  # where the logits are, one row of ids after the other
     if (books := codebooks_of(checked)) > 1:
@@ -113,9 +115,10 @@ def _patch(
     proofs = checked.proofs(via, route, scope == "all")
     reading = checked.reading
     with LayerHooks(model, reading) as hooks, torch.inference_mode():  # small operations cost less there
+        standing = standing_last(together, model, checked, target) if scope == "all" else together
         targets, target_output = observe_target(hooks, without_cache(model, target), target_rows, progress)
         solvers, output = sweep(
-            hooks, proofs, targets, without_cache(model, source), source_rows, scope, progress, together
+            hooks, proofs, targets, without_cache(model, source), source_rows, scope, progress, standing
         )
     entries = tuple(
         Entry(param, own(delta), solver.layer.index, targets[solver.layer.index].index(solver.target))
@@ -152,13 +155,15 @@ def _patch(
 def together_of(scope: str, ridge: float, rank: int | None, keep_rms: bool) -> Together:
     """How many tokens are solved for at once.  Raises ``BadInput`` for options that make no sense."""
     number = isinstance(ridge, int | float) and not isinstance(ridge, bool)
-    if not number or not 0 <= ridge < float("inf"):
+    if not number or not 0 <= ridge <= sys.float_info.max:
         raise BadInput(f"ridge must be a finite number from 0 on, got {ridge!r}")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise BadInput(f"rank must be a whole number from 1 on, or None, got {rank!r}")
+    if not isinstance(keep_rms, bool):
+        raise BadInput(f"keep_rms must be True or False, got {keep_rms!r}")
     if scope != "all" and (ridge or rank is not None or keep_rms):
         raise BadInput(f"ridge, rank and keep_rms belong to scope 'all' (one patch for many tokens), not to {scope!r}")
-    return Together(float(ridge), rank, bool(keep_rms))
+    return Together(float(ridge), rank, keep_rms)
 
 
 def _refuse_unverified(
@@ -198,74 +203,3 @@ def paired_logits(target: torch.Tensor, rows: Rows, logits: torch.Tensor, source
     picked = rows.of(target)
     whole = source_rows.complete and logits.shape[:2] == source_rows.shape
     return picked.reshape(logits.shape) if whole else picked
-
-
-def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a run without a cache, for a model that knows of one."""
-    return ({"use_cache": False} if takes_cache(model) else {}) | dict(inputs)
-
-
-def result_of(output: Any) -> torch.Tensor:
-    """The logits of a run, or its last hidden states: by name, or the tensor itself, or the first of a tuple."""
-    found = output[0] if isinstance(output, tuple | list) and output else output
-    for name in ("logits", "last_hidden_state"):
-        held = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(held, torch.Tensor):
-            return held
-    if isinstance(found, torch.Tensor):
-        return found
-    raise BadInput(
-        f"the model returned a {type(output).__name__} without logits: its forward must return a tensor (B, T, n), "
-        "or an object with .logits or .last_hidden_state"
-    )
-
-
-def _refuse_malformed(inputs: Mapping[str, Any], role: str) -> None:
-    input_shape(inputs, role)
-    for name, value in inputs.items():
-        cache = name == "past_key_values" and value is not None
-        if cache or not _is_plain(value):
-            why = "both runs are done without a cache" if cache else "it could not be saved or repeated"
-            raise BadInput(f"{role}: {name} is a {type(value).__name__}; give tensors and plain values only ({why})")
-    if inputs.get("return_dict") is False:
-        raise BadInput(f"{role}: return_dict=False is not supported")
-    if inputs.get("use_cache"):
-        raise BadInput(f"{role}: use_cache=True is not supported: both runs are done without a cache")
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a tensor, a plain value, or a dict, list or tuple of such."""
-    if isinstance(value, dict | list | tuple):
-        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, torch.Tensor | bool | int | float | str | None)
-
-
-def _refuse_bad_inputs(model: nn.Module, checked: Checked, inputs: Mapping[str, Any], role: str) -> None:
-    batch, length = input_shape(inputs, role, checked.length)
-    embedding = input_embedding(model)
-    if embedding is None and isinstance(checked.embedding, nn.Embedding):
-        embedding = checked.embedding.weight
-    limit = getattr(checked.reading.config, "max_position_embeddings", None)
-    limit = limit if isinstance(limit, int) and limit > 0 else None
-    positions = inputs.get("position_ids")
-    if positions is not None and (
-        not isinstance(positions, torch.Tensor) or positions.shape not in ((batch, length), (1, length))
-    ):
-        raise BadInput(f"{role}: position_ids must be a tensor of shape {(batch, length)}")
-    if positions is not None and (positions.dtype not in (torch.int64, torch.int32) or int(positions.min()) < 0):
-        raise BadInput(
-            f"{role}: position_ids must be integers from 0 on, got {positions.dtype} from {positions.min().item()}"
-        )
-    reach = length if positions is None else int(positions.max()) + 1
-    if limit is not None and reach > limit:
-        raise BadInput(f"{role}: position {reach - 1} lies beyond the model's limit of {limit} positions")
-    if embedding is None:
-        return
-    embeds = inputs.get("inputs_embeds")
-    own = checked.reading.architecture.embeds
-    width = own(model.config) if own else int(embedding.shape[1])
-    if embeds is not None and (embeds.shape[-1] != width or embeds.dtype != embedding.dtype):
-        wanted = f"{embedding.dtype} of width {width}"
-        raise BadInput(f"{role}: inputs_embeds must be {wanted}, got {embeds.dtype} of shape {tuple(embeds.shape)}")
-    if "input_ids" in inputs:
-        refuse_ids(inputs["input_ids"], int(embedding.shape[0]), role)

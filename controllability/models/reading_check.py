@@ -16,8 +16,9 @@ from architectures.reading import Layer, Reading, architecture_of
 from controllability.errors import BadInput, NotControllable
 from controllability.models.agreement import compare
 from controllability.models.devices import refuse_offloaded
-from controllability.models.fingerprints import stored
+from controllability.models.fingerprints import looking, stored
 from controllability.models.hooks import carried
+from controllability.models.walking import modules_of
 from controllability.proof import Proof
 from controllability.prover import prove
 
@@ -64,11 +65,12 @@ def checked_reading(model: nn.Module, example: Mapping[str, Any] | None = None) 
     Raises ``BadInput`` for models that cannot be patched as they are (training mode, meta device,
     quantised or non-finite parameters) and ``ReadingError`` where expression and module disagree.
     """
-    training = [name for name, module in model.named_modules() if module.training]
-    if training:
-        which = f"module {training[0]}" if training[0] else "the model"
+    modules = modules_of(model)
+    training = next((name for name, module in modules if module.training), None)
+    if training is not None:
+        which = f"module {training}" if training else "the model"
         raise BadInput(f"{which} is in training mode: call model.eval() first, dropout would make runs differ")
-    refuse_offloaded(model)
+    refuse_offloaded(model, modules)
     known = _CHECKED.get(model)
     if (
         known is not None
@@ -100,14 +102,18 @@ def known_reading(model: nn.Module) -> Reading:
 
 def _signature(model: nn.Module, reading: Reading) -> tuple[Any, ...]:
     """What is the same as long as nothing was replaced or written to: modules, parameters and their versions."""
-    found: list[Any] = list(model.modules())[1:]  # not the model itself, which could never be forgotten then
+    found: list[Any] = [module for _, module in modules_of(model)][
+        1:
+    ]  # not the model itself, which could never be forgotten then
     for layer in reading.layers:
         for name in layer.params:
             module, attribute = layer.params.holder(name)
             parameter = module._parameters.get(attribute, module._buffers.get(attribute))
-            for _, piece in quantised.pieces(name, module, parameter):
-                version = 0 if piece.is_inference() else piece._version
-                found.append((id(parameter), version, piece.data_ptr()))
+            pieces = list(quantised.pieces(name, module, parameter))
+            with looking():
+                for _, piece in pieces:
+                    version = 0 if piece.is_inference() else piece._version
+                    found.append((id(parameter), version, piece.data_ptr()))
     return tuple(found)
 
 

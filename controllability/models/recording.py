@@ -110,7 +110,7 @@ _TINY = torch.finfo(torch.float32).tiny
 def record(solver: LayerSweep) -> LayerRecord:
     """Keep of a solved layer what its report will be written from."""
     assert solver.output is not None
-    run, wanted = solver.run, solver.target.outputs[()]
+    run, wanted = solver.run, solver.wanted()
     xp = arithmetic(wanted)
     leaves = {
         str(goal.steering.param): _leaf(run, path, goal.steering.param.name, run.solved[path])
@@ -149,10 +149,9 @@ def joined(earlier: LayerRecord, later: LayerRecord) -> LayerRecord:
     }
     known = {(statement, where): values for statement, where, values in earlier.margins}
     margins = [(s, w, both(known.get((s, w)), values)) for s, w, values in later.margins]
-    routes = [
-        replace(new, amplification=both(old.amplification, new.amplification))
-        for old, new in zip(earlier.routes, later.routes, strict=False)
-    ]
+    taken = {(route.where, route.route): route for route in (*earlier.routes, *later.routes)}
+    seen = [{(route.where, route.route): route.amplification for route in half.routes} for half in (earlier, later)]
+    routes = [replace(route, amplification=both(*(half.get(key) for half in seen))) for key, route in taken.items()]
     error, size = both(earlier.error, later.error), both(earlier.size, later.size)
     return replace(later, error=error, size=size, leaves=leaves, margins=margins, routes=routes)
 

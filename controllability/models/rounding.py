@@ -90,7 +90,7 @@ def merged_error(patch: ModelPatch, model: nn.Module) -> MergedError:
     Raises ``PatchError`` when the patch is not merged into ``model``, or was loaded: the target's logits are not saved.
     """
     from controllability.models.hooks import uncompiled
-    from controllability.models.patching import result_of, without_cache
+    from controllability.models.running import result_of, without_cache
 
     if patch._merged_into is not uncompiled(model):
         raise PatchError("this patch is not merged into this model: merge it first")

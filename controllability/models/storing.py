@@ -169,7 +169,7 @@ def _description(patch: ModelPatch, mark: str, model_type: str) -> dict[str, Any
         "scope": patch.scope,
         "via": patch.report.via,
         "route": patch.report.route,
-        "together": dataclasses.asdict(patch.together) if patch.together is not None else None,
+        "together": patch.together.to_dict() if patch.together is not None else None,
         "valid_for": {"token_ids": ids, "options": plain},
         "rows_shape": list(patch.rows.shape),
         "rows_before": patch.rows.before,

@@ -15,21 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from controllability.errors import BadInput, PatchError
-from controllability.jointly.known import Known
+from controllability.errors import BadInput, PatchError, SideConditionFailed
+from controllability.jointly.known import Known, NotContinued
 from controllability.models.applying import Entry, own
+from controllability.models.behind import standing_last
 from controllability.models.fingerprints import state_of
 from controllability.models.hooks import carried, load_of, uncompiled
 from controllability.models.last_defence import refuse_unreached
 from controllability.models.pairing import Rows, pair
-from controllability.models.reading_check import checked_reading
+from controllability.models.pasts import BothPasts, keeps_cache, pasts_of, solved_in_one_pass
+from controllability.models.reading_check import Checked, checked_reading
 from controllability.models.recording import LayerRecord, joined, record
 from controllability.models.report import LayerReport, Layers
+from controllability.models.running import refuse_bad_inputs
 from controllability.models.sweep import LayerSweep, observe_target, sweep
 from controllability.models.watch import LayerHooks
-from controllability.rules.jointly import NEAREST, NotContinued
-from controllability.trace import Path
+from controllability.trace import NEAREST, Path
 
 if TYPE_CHECKING:
     from controllability.models.model_patch import ModelPatch
@@ -54,12 +57,12 @@ class Extension:
 
 @dataclass(eq=False)
 class Sequence:
-    """One sequence of the set: ids (n,) of both runs, (source, target) pairs, and the caches of both runs."""
+    """One sequence of the set: ids (n,) of both runs, pairs (k, 2) of (source, target), and the caches of both runs."""
 
     target: Tensor
     source: Tensor
-    pairs: list[tuple[int, int]]
-    caches: tuple[Any, Any] | None = None
+    pairs: Tensor
+    caches: BothPasts | tuple[Any, Any] | None = None
 
     def new_tokens(self, target: Tensor, source: Tensor) -> int:
         """How many tokens both ids have behind this sequence's; 0 where they do not go on from it alike."""
@@ -97,9 +100,17 @@ def extend(
         _refuse_inputs(inputs, role)
     with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
         patch._refuse_misuse(model)
-        step = _Step.of(stream, target, source, positions, model)
+        checked = checked_reading(model)
+        for role, inputs in (("target", target), ("source", source)):
+            refuse_bad_inputs(model, checked, inputs, role)
+        step = _Step.of(stream, target, source, positions)
         try:
-            done = _solved(patch, model, stream, step)
+            try:
+                done = _solved(patch, model, checked, stream, step, _caches(patch, model, step))
+            except SideConditionFailed:
+                if step.known.caches is None:
+                    raise
+                done = _solved(patch, model, checked, stream, step, None)  # whose attempts leave nothing in the caches
         except NotContinued:
             step.known.caches = None
             done = None
@@ -109,7 +120,7 @@ def extend(
         if done is None:
             _solve_anew(patch, model, stream, step)
         else:
-            _take(patch, model, stream, step, *done)
+            _take(patch, model, checked, stream, step, *done)
     scales = sum(s.run.journal.scale_seconds for s in done[0]) if done else 0.0
     found = Extension(step.count, time.perf_counter() - started, scales, step.grows, done is None)
     patch.extensions.append(found)
@@ -146,7 +157,7 @@ class _Step:
 
     known: Sequence  # as it was; empty for a new one
     after: Sequence
-    new: list[tuple[int, int]]
+    new: Tensor  # (k, 2)
     grows: bool
 
     @property
@@ -154,59 +165,67 @@ class _Step:
         """How many tokens are added."""
         return len(self.new)
 
+    def inputs(self, caches: Any, device: torch.device, keep: bool) -> tuple[list[dict[str, Any]], list[Rows]]:
+        """(inputs of both runs, their rows of the new tokens), the target's first; what is in ``caches`` is left out."""
+        inputs, rows = [], []
+        for side, role in ((1, "target"), (0, "source")):
+            skip = len(getattr(self.known, role)) if caches else 0
+            ids = getattr(self.after, role)[skip:]
+            past = {"past_key_values": caches[1 - side]} if caches else {}
+            inputs.append({"input_ids": ids[None].to(device)} | past | ({"use_cache": True} if keep else {}))
+            positions = self.new[:, side] - skip
+            rows.append(Rows(torch.zeros_like(positions), positions, (1, len(ids))))
+        return inputs, rows
+
+    def among(self, sequences: list[Sequence]) -> list[Sequence]:
+        """All sequences as they will be."""
+        if self.grows:
+            return [self.after if s is self.known else s for s in sequences]
+        return [*sequences, self.after]
+
     @staticmethod
-    def of(
-        stream: Stream, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any, model: nn.Module
-    ) -> _Step:
+    def of(stream: Stream, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any) -> _Step:
         there, here = target["input_ids"][0].cpu(), source["input_ids"][0].cpu()
         if positions is None:
             for known in stream.sequences:
                 if count := known.new_tokens(there, here):
-                    new = [(len(known.source) + i, len(known.target) + i) for i in range(count)]
-                    return _Step(known, Sequence(there, here, known.pairs + new), new, True)
+                    new = torch.arange(count)[:, None] + torch.tensor([len(known.source), len(known.target)])
+                    return _Step(known, Sequence(there, here, torch.cat([known.pairs, new])), new, True)
         rows, wanted = pair({"input_ids": there[None]}, {"input_ids": here[None]}, "all", positions)
-        new = list(zip(rows.position.tolist(), wanted.position.tolist(), strict=True))
-        return _Step(Sequence(there[:0], here[:0], []), Sequence(there, here, new), new, False)
+        new = torch.stack([rows.position, wanted.position], -1).long()
+        return _Step(Sequence(there[:0], here[:0], new[:0]), Sequence(there, here, new), new, False)
 
 
-def _solved(patch: ModelPatch, model: nn.Module, stream: Stream, step: _Step) -> tuple[list[LayerSweep], Learned, Any]:
-    """Both runs over the new tokens (over the whole sequence where it has no caches yet), solving for them."""
-    checked = checked_reading(model)
-    reading, proofs = checked.reading, checked.proofs(patch.report.via, patch.report.route, True)
-    caches = _caches(patch, model, step)
-    skip_source, skip_target = (len(step.known.source), len(step.known.target)) if caches else (0, 0)
-    rows = _rows([s - skip_source for s, _ in step.new], len(step.after.source) - skip_source)
-    wanted = _rows([t - skip_target for _, t in step.new], len(step.after.target) - skip_target)
-    target, source = (
-        {"input_ids": step.after.target[None, skip_target:]},
-        {"input_ids": step.after.source[None, skip_source:]},
-    )
+def _solved(
+    patch: ModelPatch, model: nn.Module, checked: Checked, stream: Stream, step: _Step, caches: Any
+) -> tuple[list[LayerSweep], Learned, Any]:
+    """Both runs over the new tokens (over the whole sequence without ``caches``), solving for them."""
+    proofs = checked.proofs(patch.report.via, patch.report.route, True)
+    derivations = [layer.derivation for layer in _each_layer(patch)]
     device = next(model.parameters()).device
-    target, source = ({k: v.to(device) for k, v in inputs.items()} for inputs in (target, source))
-    if caches:
-        target |= {"past_key_values": caches[0], "use_cache": True}
-        source |= {"past_key_values": caches[1], "use_cache": True}
-    elif _keeps_cache(model):
-        target, source = target | {"use_cache": True}, source | {"use_cache": True}
-    silent = lambda *_: None  # noqa: E731
-    with LayerHooks(model, reading) as hooks, torch.inference_mode():
-        targets, there = observe_target(hooks, target, wanted, silent)
-        derivations = [layer.derivation for layer in _each_layer(patch)]
-        solvers, here = sweep(
-            hooks, proofs, targets, source, rows, "all", silent, patch.together, stream.learned, derivations
-        )
+    assert patch.together is not None
+    wish = standing_last(patch.together, model, checked, {"input_ids": step.after.source[None].to(device)})
+    with LayerHooks(model, checked.reading) as hooks, torch.inference_mode():
+        if isinstance(caches, BothPasts):
+            ids = step.after.source[-step.count :].to(device)
+            targets, solvers = solved_in_one_pass(hooks, proofs, caches, ids, wish, stream.learned, derivations)
+            pasts: Any = caches.after(step.count)
+        else:
+            inputs, (wanted, rows) = step.inputs(caches, device, keeps_cache(model))
+            silent = lambda *_: None  # noqa: E731
+            targets, there = observe_target(hooks, inputs[0], wanted, silent)
+            solvers, here = sweep(
+                hooks, proofs, targets, inputs[1], rows, "all", silent, wish, stream.learned, derivations
+            )
+            pasts = caches  # which have grown by themselves
+    if caches is None and keeps_cache(model):
+        with torch.inference_mode():
+            pasts = pasts_of(model, there, here, (step.after.target, step.after.source))
     refuse_unreached(solvers)
     if any(taken.route == NEAREST for s in solvers for taken in s.run.journal.routes):
         raise NotContinued("a layer that later ones make good gives its earlier tokens something else now")
     learned = {(s.layer.index, targets[s.layer.index].index(s.target)): dict(s.run.learned) for s in solvers}
-    both = tuple(getattr(output, "past_key_values", None) for output in (there, here))
-    return solvers, learned, both if all(type(c).__name__ == "DynamicCache" for c in both) else None
-
-
-def _keeps_cache(model: nn.Module) -> bool:
-    """Whether a run of token ids can be gone on from: a causal model of transformers with its plain cache."""
-    decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return bool(getattr(model, "_is_stateful", True) is False and hasattr(model, "generate") and decoder)
+    return solvers, learned, pasts
 
 
 def _each_layer(patch: ModelPatch) -> list[LayerReport | LayerRecord]:
@@ -218,24 +237,24 @@ def _each_layer(patch: ModelPatch) -> list[LayerReport | LayerRecord]:
     return [found[index] for index in sorted(found)]
 
 
-def _caches(patch: ModelPatch, model: nn.Module, step: _Step) -> tuple[Any, Any] | None:
-    """The caches of the known tokens in both runs; filled once for a sequence that has none."""
-    if not step.grows:
+def _caches(patch: ModelPatch, model: nn.Module, step: _Step) -> BothPasts | tuple[Any, Any] | None:
+    """The caches of the known tokens in both runs; filled once for a sequence that has none, and side by side if that can be."""
+    known = step.known
+    if not step.grows or not keeps_cache(model):
         return None
-    if step.known.caches is None and _keeps_cache(model):
-        device = next(model.parameters()).device
-        with torch.inference_mode():
-            there = model(input_ids=step.known.target[None].to(device), use_cache=True)
+    with torch.inference_mode():
+        if known.caches is None:
+            device = next(model.parameters()).device
+            there = model(input_ids=known.target[None].to(device), use_cache=True)
             with patch.applied(model):
-                here = model(input_ids=step.known.source[None].to(device), use_cache=True)
-        found = tuple(getattr(output, "past_key_values", None) for output in (there, here))
-        if all(type(cache).__name__ == "DynamicCache" for cache in found):
-            step.known.caches = found  # type: ignore[assignment]
-    return step.known.caches
+                here = model(input_ids=known.source[None].to(device), use_cache=True)
+            known.caches = pasts_of(model, there, here, (known.target, known.source))
+    return known.caches
 
 
 def _take(
-    patch: ModelPatch, model: nn.Module, stream: Stream, step: _Step, solvers: list[LayerSweep], learned: Learned, caches: Any
+    patch: ModelPatch, model: nn.Module, checked: Checked, stream: Stream, step: _Step, solvers: list[LayerSweep],
+    learned: Learned, caches: Any,
 ) -> None:  # fmt: skip
     """Let the patch be the extended one."""
     entries = tuple(
@@ -243,35 +262,30 @@ def _take(
         for solver, at in zip(solvers, learned, strict=True)
         for param, delta in solver.deltas().items()
     )
+    sequences = step.among(stream.sequences)
+    inputs, rows = together(sequences)
     step.after.caches = caches
-    if step.grows:
-        stream.sequences[stream.sequences.index(step.known)] = step.after
-    else:
-        stream.sequences.append(step.after)
-    stream.learned = learned
+    stream.sequences, stream.learned = sequences, learned
     layers = patch.report.layers
-    norms = checked_reading(model).norms
     records = [record(s) for s in solvers]
     if isinstance(layers, Layers):
         records = [joined(a, b) for a, b in zip(layers.records, records, strict=True)]
-    inputs, rows = together(stream.sequences)
     patch.entries, patch.inputs, patch.rows, patch.logits, patch.target_logits = entries, inputs, rows, None, None
     patch.report = replace(
-        patch.report, layers=Layers(records, norms), tokens=patch.report.tokens + step.count,
+        patch.report, layers=Layers(records, checked.norms), tokens=patch.report.tokens + step.count,
         numbers=sum(e.delta.numbers for e in entries), dense_numbers=sum(e.delta.dense_numbers for e in entries),
         pairs=rows.named(),
     )  # fmt: skip
+    same = patch._model is not None and patch._model() is model  # then its parameters were looked at a moment ago
+    patch._seen.update(state_of(model, parameters=not same))
     patch._model, patch.fingerprint = weakref.ref(model), None
-    patch._seen.update(state_of(model))
 
 
 def _solve_anew(patch: ModelPatch, model: nn.Module, stream: Stream, step: _Step) -> None:
     """Every sequence at once, with the new one among them."""
     from controllability.models.patching import patch_model
 
-    sequences = [step.after if s is step.known else s for s in stream.sequences]
-    sequences += [] if step.grows else [step.after]
-    inputs, _ = together(sequences)
+    inputs, _ = together(step.among(stream.sequences))
     device = next(model.parameters()).device
     runs = [{k: v.to(device) for k, v in inputs[role].items()} for role in ("target", "source")]
     asked = patch.together
@@ -289,25 +303,25 @@ def together(sequences: list[Sequence]) -> tuple[dict[str, Any], Rows]:
     batch: dict[str, dict[str, Tensor]] = {}
     for role in ("target", "source"):
         ids = [getattr(s, role) for s in sequences]
-        whole = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
-        mask = torch.zeros_like(whole)
-        for row, each in enumerate(ids):
-            whole[row, : len(each)], mask[row, : len(each)] = each, 1
-        batch[role] = {"input_ids": whole} | ({"attention_mask": mask} if not bool(mask.all()) else {})
+        batch[role] = {"input_ids": pad_sequence(ids, batch_first=True)}
+        if len({len(each) for each in ids}) > 1:
+            mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+            batch[role] |= {"attention_mask": mask}
     most = max(len(s.pairs) for s in sequences)
     length = batch["source"]["input_ids"].shape[1]
     chosen = []
     for s in sequences:
-        free = list(range(len(s.source), length))  # padding: pairs of it count for nothing
-        if len(s.pairs) + len(free) < most:
+        missing = most - len(s.pairs)
+        if length - len(s.source) < missing:
             raise BadInput(
                 "sequences that leave positions out cannot be put into one batch: pair every position, or all but the first"
             )
-        chosen.append(s.pairs + [(p, 0) for p in free[: most - len(s.pairs)]])
-    found = torch.tensor(chosen)
-    positions = (found[..., 0], found[..., 1])
-    rows, _ = pair(batch["target"], batch["source"], "all", positions)
-    return {**batch, "positions": positions}, rows
+        padding = torch.arange(len(s.source), len(s.source) + missing)  # pairs of it count for nothing
+        chosen.append(torch.cat([s.pairs, torch.stack([padding, 0 * padding], -1)]) if missing else s.pairs)
+    found = torch.stack(chosen)
+    sample = torch.cat([torch.full((len(s.pairs),), b) for b, s in enumerate(sequences)])
+    rows = Rows(sample, torch.cat([s.pairs[:, 0] for s in sequences]), (len(sequences), length))
+    return {**batch, "positions": (found[..., 0], found[..., 1])}, rows
 
 
 def _sequences(inputs: Mapping[str, Any], rows: Rows, wanted: Rows) -> list[Sequence]:
@@ -326,11 +340,8 @@ def _sequences(inputs: Mapping[str, Any], rows: Rows, wanted: Rows) -> list[Sequ
     for b in range(len(kept["source"])):
         here, there = ({int(p): i for i, p in enumerate(kept[role][b])} for role in ("source", "target"))
         at = (rows.sample == b).nonzero()[:, 0].tolist()
-        pairs = [(here[int(rows.position[i])], there[int(wanted.position[i])]) for i in at]
+        pairs = torch.tensor([(here[int(rows.position[i])], there[int(wanted.position[i])]) for i in at])
+        pairs = pairs.reshape(-1, 2).long()  # a sample without pairs has numbers of no kind
         ids = [inputs[role]["input_ids"][b].cpu()[kept[role][b]] for role in ("target", "source")]
         found.append(Sequence(ids[0], ids[1], pairs))
     return found
-
-
-def _rows(positions: list[int], length: int) -> Rows:
-    return Rows(torch.zeros(len(positions), dtype=torch.long), torch.tensor(positions), (1, length))

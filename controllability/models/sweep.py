@@ -207,6 +207,10 @@ class LayerSweep:
                 failed.certificate = proof.named([self.rows.name(row) for row in range(count)])
             raise
 
+    def wanted(self) -> Tensor:
+        """What the layer's output is held to, (N, d): the target's, in the size that was chosen where sizes do not count."""
+        return self.run.wanted()
+
     def deltas(self) -> dict[Param, Delta]:
         """The solved patch of this layer, one row a pair."""
         return {goal.steering.param: self.run.solved[path] for path, goal in self.run.goals.items()}
@@ -265,25 +269,18 @@ def sweep(
     Raises ``SideConditionFailed`` with layer, position and component when none is left.
     """
     layers = hooks.reading.layers
-    choices = list(derivations or [0] * len(layers))
-    first: dict[int, SideConditionFailed] = {}
+    attempts = _Attempts(proofs, derivations, together if scope == "all" else None)
     while True:
         solvers = [
             [
                 LayerSweep(
-                    layer,
-                    proof,
-                    choice,
-                    call,
-                    rows,
-                    scope,
-                    together_at(together, layer is layers[-1]),
+                    layer, proof, attempts.choices[layer.index], call, rows, scope, attempts.together(layer.index),
                     None if known is None else known[layer.index, i],
                 )
                 for i, call in enumerate(calls)
             ]
-            for layer, proof, choice, calls in zip(layers, proofs, choices, targets, strict=True)
-        ]
+            for layer, proof, calls in zip(layers, proofs, targets, strict=True)
+        ]  # fmt: skip
         sweepers = []
         for layer, calls in zip(layers, solvers, strict=True):
             done = layer.index + 1
@@ -292,15 +289,7 @@ def sweep(
         try:
             output = hooks.run(sweepers, inputs)
         except SideConditionFailed as failed:
-            assert failed.layer is not None
-            if failed.final or known is not None:
-                raise
-            first.setdefault(failed.layer, failed)
-            choices[failed.layer] += 1
-            if choices[failed.layer] > len(proofs[failed.layer].alternatives):
-                original = first[failed.layer]
-                original.tried = f"{choices[failed.layer]} derivations that move different parameters"
-                raise original from None
+            attempts.after(failed)
             continue
         done = [solver for calls in solvers for solver in calls]
         for solver in done:
@@ -312,11 +301,50 @@ def sweep(
         return done, output
 
 
-def together_at(together: Together | None, last: bool) -> Together | None:
-    """What every layer but the last one may leave to those behind it."""
-    return (
-        None if together is None else replace(together, made_good=together.exact and not together.keep_rms and not last)
-    )
+class _Attempts:
+    """Which derivation every layer's patch is made by.
+
+    Where tokens are solved for together and no derivation of a layer serves them all, it and every other layer before the last
+    one may fall short of its targets: the last one makes good what is missing, or refuses.
+    """
+
+    def __init__(self, proofs: list[Proof], derivations: Sequence[int] | None, together: Together | None) -> None:
+        self.proofs, self.wish, self.fixed = proofs, together, derivations is not None
+        self.choices = list(derivations or [0] * len(proofs))
+        self.first: dict[int, SideConditionFailed] = {}
+        self.short = self.fixed  # tokens that are served already leave no other derivation
+
+    def together(self, layer: int) -> Together | None:
+        """How a layer is solved."""
+        return together_at(self.wish, layer == len(self.proofs) - 1, self.short)
+
+    def after(self, failed: SideConditionFailed) -> None:
+        """Go on to the next derivation of the layer; raises the first failure when there is none."""
+        layer = failed.layer
+        assert layer is not None
+        first = self.first.setdefault(layer, failed)
+        if failed.final:
+            raise failed
+        if not self.fixed and self.choices[layer] < len(self.proofs[layer].alternatives):
+            self.choices[layer] += 1
+            return
+        changed = together_at(self.wish, layer == len(self.proofs) - 1, True)
+        if self.short or changed is None or not changed.short:
+            if not self.fixed:
+                first.tried = f"{self.choices[layer] + 1} derivations that move different parameters"
+            raise first from None
+        self.short = True
+        self.choices[layer] = 0
+
+
+def together_at(together: Together | None, last: bool, short: bool = False) -> Together | None:
+    """How a layer is solved: all but the last one leave something to those behind them, if need be.
+
+    What stands behind the last one is said in ``together``.  ``short``: the layer need not reach all its targets.
+    """
+    if together is None or last or not together.exact or together.keep_rms:
+        return together
+    return replace(together, behind="block", short=short)
 
 
 def residual_of(output: Tensor, target: Tensor) -> float:

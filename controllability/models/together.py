@@ -25,7 +25,7 @@ from controllability.trace import Path
 SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
-class _Both:
+class Both:
     """Listens to one layer; the first ``batch`` rows are the target's, the next ones the source's."""
 
     def __init__(self, layer: Layer, proof: Proof, batch: int, rows: Rows, last: bool) -> None:
@@ -36,7 +36,11 @@ class _Both:
 
     def begins(self) -> None:
         self.observer.begins()
-        self.solvers.append(LayerSweep(self.layer, self.proof, 0, self.observer.calls[-1], self.rows, "each"))
+        self.solvers.append(self.solver(self.observer.calls[-1]))
+
+    def solver(self, target: LayerTarget) -> LayerSweep:
+        """What solves a call of the layer."""
+        return LayerSweep(self.layer, self.proof, 0, target, self.rows, "each")
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[: self.batch], x[self.batch : 2 * self.batch]
@@ -139,7 +143,7 @@ def together(
     """
     rows = Rows(running, torch.zeros_like(running), (batch, 1))
     layers = hooks.reading.layers
-    both = [_Both(layer, proof, batch, rows, layer is layers[-1]) for layer, proof in zip(layers, proofs, strict=True)]
+    both = [Both(layer, proof, batch, rows, layer is layers[-1]) for layer, proof in zip(layers, proofs, strict=True)]
     output = hooks.run(both, inputs)
     targets = [listener.observer.calls for listener in both]
     if any(listener.failed for listener in both):

@@ -135,14 +135,15 @@ class Watch:
     def fold(self, x: Tensor, slots: bool = False) -> Tensor:
         """As the model has it -> (B, T, n), or (B, T, k, n) of chosen experts."""
         batch, length = self.grid
-        if x.ndim == 3 and not slots and batch and x.shape[:2] == (batch, length) and not self.sequence_first:
+        shape = x.shape
+        if len(shape) == 3 and not slots and batch and shape[:2] == self.grid and not self.sequence_first:
             return x  # as most models have it
         if not batch:
             raise ReadingError(
                 f"layer {self.layer.name}: its modules run outside of its own call: they are shared with another layer"
             )
-        features = x.shape[-2:] if slots else x.shape[-1:]
-        leading = x.shape[: -len(features)]
+        features = shape[-2:] if slots else shape[-1:]
+        leading = shape[: -len(features)]
         if leading == (batch, length) and not (self.sequence_first and batch != length):
             folded = x
         elif self.sequence_first and leading.numel() == batch * length:

@@ -5,22 +5,46 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Mapping[str, Any], path: Path) -> Path:
-    """Draw one patched pair of runs to ``path`` (PNG, written atomically); returns the path."""
+
+def two_plots() -> tuple[Figure, tuple[Axes, Axes]]:
+    """A figure of two plots, drawn without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    return figure, (left, right)
+
+
+def drawn(figure: Figure, path: Path) -> Path:
+    """Write a figure to ``path`` (PNG, atomically) and close it; returns the path."""
+    from matplotlib import pyplot
+
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        pyplot.close(figure)
+    return path
+
+
+def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Mapping[str, Any], path: Path) -> Path:
+    """Draw one patched pair of runs to ``path`` (PNG, written atomically); returns the path."""
     before = unpatched_errors(model, target, source, patch.scope)
     layers = patch.report.layers
     index = range(len(layers))
-    figure, (errors, sizes) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (errors, sizes) = two_plots()
     errors.bar([i - 0.2 for i in index], before, 0.4, label="without the context", color="#bb5a2a")
     errors.bar(
         [i + 0.2 for i in index], [max(x.residual, 1e-17) for x in layers], 0.4, label="patched", color="#2a6fbb"
@@ -46,22 +70,15 @@ def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Map
         title="size of the patches",
     )
     sizes.legend(fontsize="small")
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        pyplot.close(figure)
-    return path
+    return drawn(figure, path)
 
 
 @torch.no_grad()
 def unpatched_errors(model: Any, target: Mapping[str, Any], source: Mapping[str, Any], scope: str) -> list[float]:
     """The negative control: relative error of each layer's output in the plain source run."""
     from controllability.models.pairing import pair
-    from controllability.models.patching import without_cache
     from controllability.models.reading_check import checked_reading
+    from controllability.models.running import without_cache
     from controllability.models.sweep import observe_target, residual_of
     from controllability.models.watch import LayerHooks
 

@@ -58,9 +58,9 @@ def methods(rank: int) -> list[Method]:
         Method("unpatched", lambda model, task, _: model),
         Method(EXACT, ours()),
         Method("exact, via output", ours(via="output")),
-        Method("ridge", ours(), RIDGES),
         Method("ridge, via output", ours(via="output"), RIDGES),
-        Method(f"ridge, rank {rank}", ours(rank=rank), RIDGES),
+        Method(f"ridge, via output, rank {rank}", ours(via="output", rank=rank), RIDGES),
+        Method("ridge, via input-output", ours(), RIDGES),
         Method("ridge on W_down alone", ridge_on_down_alone, RIDGES),
         Method("mean of token patches", lambda model, task, _: mean_of_token_patches(model, task)),
     ]

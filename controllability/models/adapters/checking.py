@@ -40,7 +40,7 @@ def check_adapter(patch: ModelPatch, directory: Path, model: nn.Module | None) -
 
     Raises ``NotVerified`` when PEFT does not load it, or when the outputs differ by more than rounding explains.
     """
-    from controllability.models.patching import result_of, without_cache
+    from controllability.models.running import result_of, without_cache
 
     if model is None:
         return Check(None, "not verified: no model was given")

@@ -1,0 +1,69 @@
+"""What reads the last patched layer's output: whether a token's size counts there.  (new)"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controllability.arrays import relative_error
+from controllability.interfaces import Together
+from controllability.models.hooks import Installation
+from controllability.models.last_defence import VERIFIED
+from controllability.models.random_input import random_inputs
+from controllability.models.reading_check import Checked
+from controllability.models.running import result_of
+
+FACTORS = (0.5, 2.0)
+COARSE = (
+    1e-12  # machine epsilon from which on a free size is worth looking for: above it rounding can be magnified too much
+)
+
+
+_FREE: weakref.WeakKeyDictionary[Checked, bool] = weakref.WeakKeyDictionary()
+
+
+def standing_last(together: Together, model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> Together:
+    """``together`` with what stands behind the last layer, where it matters."""
+    coarse = any(torch.finfo(d).eps > COARSE for layer in checked.reading.layers[-1:] for d in layer.params.dtypes)
+    if not coarse or not together.exact or together.keep_rms:
+        return together
+    return replace(together, behind="norm" if sizes_are_free(model, checked, example) else "anyone")
+
+
+def sizes_are_free(model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> bool:
+    """Whether the model's output stays when the last layer's is half or twice as large: tried once, on random input."""
+    if checked not in _FREE:
+        _FREE[checked] = _tried(model, checked, example)
+    return _FREE[checked]
+
+
+def _tried(model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> bool:
+    last = checked.reading.layers[-1].output
+    if last.when == "before":
+        return False
+    module = model.get_submodule(last.module)
+    inputs = random_inputs(model, example)
+    with torch.no_grad():
+        plain = result_of(model(**inputs))
+        for factor in FACTORS:
+            installation = Installation()
+            installation.after(module, lambda x, output, factor=factor: _times(output, factor))
+            try:
+                found = result_of(model(**inputs))
+            finally:
+                installation.undo()
+            if relative_error(found, plain) > VERIFIED.get(plain.dtype, 0.0):
+                return False
+    return True
+
+
+def _times(output: Any, factor: float) -> Any:
+    """A layer's output with its states larger by a factor."""
+    if isinstance(output, Tensor):
+        return output * factor
+    return type(output)((output[0] * factor, *output[1:]))

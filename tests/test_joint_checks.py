@@ -1,0 +1,151 @@
+"""Joint proofs at every level: symbols, fractions and 50 digits; a wrong rule fails its own check."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from joint_blocks import BLOCKS, EXPERTS, FAMILIES, down, joint, joint_steps, up
+
+import controllability as ct
+from controllability.arrays import ARITHMETICS
+from controllability.checks import exact as exact_level
+from controllability.checks import together
+from controllability.checks.numeric import residuals_of
+from controllability.checks.rules import rule_check
+from controllability.components import Activation, residual
+from controllability.interfaces import Together
+from controllability.jointly import span, ways
+from controllability.rules import RULES
+from controllability.rules import joint_normalised as joint_rules
+
+# ------------------------------------------------------------------------------------------- level symbolic
+
+SLOW = ("experts", "experts, 1b", "normalised, through")  # sums over experts reduce slowly
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in BLOCKS])
+def test_a_joint_rule_passes_its_own_check(name):
+    for step in joint_steps(name):
+        status, method = rule_check(step)
+        assert status == "passed", f"{step.rule.name}: {method}"
+        assert "2 tokens, symbolic entries at size" in method
+
+
+def test_every_joint_rule_is_among_them():
+    used = {(step.rule.name, step.rule.side) for name in BLOCKS for step in joint_steps(name)}
+    assert used == {(rule.name, rule.side) for rule in RULES if rule.jointly}
+
+
+def test_a_check_says_what_was_reduced_and_what_is_refused():
+    rows = {row["rule"]: row["method"] for row in ct.prove(BLOCKS["vectors"][0], jointly=True).check("symbolic")}
+    assert rows["O-bias jointly"] == (
+        "patched output − output − δ reduced to 0 for one token with any targets, and dependent ones with targets that "
+        "depend in the same way; other targets of dependent tokens are refused; 2 tokens, symbolic entries at size 2"
+    )
+    assert "undefined functions" in rows["theorem-1"]  # what composes others acts token by token
+
+
+def status(name, rule):
+    return rule_check(next(step for step in joint_steps(name) if step.rule.name == rule))
+
+
+def wrong_sign(self):
+    return -self.basis / (self.basis * self.basis).sum(-1, keepdims=True)
+
+
+def unchecked(condition, together, xp, rest, *_):
+    return np.ones((len(rest), 1))
+
+
+def without_root(self, G):
+    xp = ARITHMETICS["sympy"]
+    m = self.scale.effective(self.run.params)
+    return 2 * m, xp.name(G / (2 * m))
+
+
+@pytest.mark.parametrize(
+    ("block", "rule", "target", "attribute", "wrong", "said"),
+    [
+        ("theorem 1", "O-linear jointly", span.Span, "right", property(wrong_sign), "leaves"),
+        ("theorem 1", "I-linear jointly", ways, "reached", unchecked, "are not refused"),
+        ("vectors", "O-bias jointly", ways, "reached", unchecked, "are not refused"),
+        ("experts", "I-experts jointly", ways, "reached", unchecked, "are not refused"),
+        ("normalised", "O-normalised jointly", joint_rules._OneScale, "_enlarged", without_root, "leaves"),
+    ],
+)
+def test_a_wrong_joint_rule_fails_its_own_check(monkeypatch, block, rule, target, attribute, wrong, said):
+    assert status(block, rule)[0] == "passed"
+    monkeypatch.setattr(target, attribute, wrong)
+    found, method = status(block, rule)
+    assert found == "failed"
+    assert said in method
+
+
+def test_the_whole_block_for_two_tokens_of_symbols():
+    for name, via in (("olmo2", "input-output"), ("llama", "output")):
+        row = joint(name, via).check("symbolic")[-1]
+        assert (row["rule"], row["status"]) == ("whole block", "passed"), row
+        assert "residual reduced to 0 for 2 tokens with one patch, at d = 2, h = 3" in row["method"]
+
+
+def test_what_is_not_run_is_skipped():
+    status, method = together.whole_block(ct.prove(residual(EXPERTS), via="output", jointly=True))
+    assert status == "skipped"
+    assert method.startswith("not run: experts and two tokens of symbols")
+
+
+# ---------------------------------------------------------------------------------- levels exact and numeric
+
+
+@pytest.mark.parametrize("via", ["input-output", "output"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_whole_block_on_fractions(name, via):
+    (row,) = joint(name, via).check("exact")
+    assert row["status"] == "passed", row
+    assert "residual exactly 0" in row["method"]
+    assert "one patch for 2 tokens" in row["method"]
+
+
+def test_a_patch_for_one_token_fails_the_exact_level(monkeypatch):
+    """A negative control: what serves the first token only leaves a residual at the second."""
+
+    def first(self, gap, ridge=0.0):
+        return solve(self, np.concatenate([gap[:1]] + [gap[:1] * 0] * (len(gap) - 1)), ridge)
+
+    solve = span.Span.solve
+    monkeypatch.setattr(span.Span, "solve", first)
+    for name in ("bert", "mixtral"):
+        assert joint(name, "output").check("exact")[0]["status"] == "failed"
+
+
+def test_residuals_fall_to_fifty_digits():
+    for name in FAMILIES:
+        residuals, _, unpatched = residuals_of(joint(name), 0)
+        assert residuals["50 digits"] < 1e-40, name
+        assert residuals["float64"] < 1e-12
+        assert unpatched > 0.1
+        assert joint(name).check("numeric")[0]["status"] == "passed"
+
+
+def test_many_digits_do_not_go_through_the_linear_program(monkeypatch):
+    def program(*_):
+        raise AssertionError("many digits in a float64 program")
+
+    proof = joint("gemma3")
+    numbers = ct.sample(proof.block, "mpmath", tokens=(2,))
+    monkeypatch.setattr(joint_rules._OneScale, "_programmed", program)
+    patch = proof.construct(*numbers)
+    assert [r.route for r in patch.journal.routes] == ["enlarged"]
+    with pytest.raises(ct.NotExact, match="keep_rms is decided by linear programming"):
+        proof.construct(*numbers, together=Together(keep_rms=True))
+
+
+def test_the_exact_level_in_fractions_has_a_residual_without_a_patch():
+    proof = joint("mixtral", "output")
+    assert exact_level._fractions_do(proof)
+    assert not exact_level._fractions_do(joint("llama"))
+    params, v, v_target = ct.sample(BLOCKS["theorem 1"][0], "rational", tokens=(2,), d=2, h=3)
+    block = residual(up >> Activation("cubic", coefficients=(0, 1, 0, 1)) >> down)
+    patch = ct.prove(block, jointly=True).construct(params, v, v_target)
+    assert (block(patch.applied_to(params), v) == block(params, v_target)).all()
+    assert (block(params, v) != block(params, v_target)).any()
