@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import error, hook_count, runs, snapshot, unchanged
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import controllability as ct
 
@@ -113,3 +114,22 @@ def test_a_patch_of_each_refuses_other_tokens(patched, tmp_path):
     last = ct.patch_model(model, target, source, scope="last")
     with torch.no_grad(), last.applied(model):
         assert torch.isfinite(model(**other).logits).all()
+
+
+@torch.no_grad()
+def test_rotary_frequencies_that_depend_on_the_length_are_no_change_of_the_model():
+    """The rotary embedding writes them anew in every forward pass."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    rope |= {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "original_max_position_embeddings": 16}
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=60, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, original_max_position_embeddings=16,
+        rope_parameters=rope, pad_token_id=0,
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config).eval()
+    ids = torch.randint(3, 60, (1, 24))  # beyond the length from which on the frequencies are others
+    mp = ct.patch_model(model, {"input_ids": ids}, {"input_ids": ids[:, 20:]})
+    with mp.applied(model):
+        found = model(input_ids=ids[:, 20:]).logits
+    assert error(found, mp.target_logits) < 1e-5 < 1e-2 < error(model(input_ids=ids[:, 20:]).logits, mp.target_logits)

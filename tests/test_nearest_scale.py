@@ -19,6 +19,7 @@ from controllability.jointly import nearest
 from controllability.jointly.nearest import nearest_scale
 from controllability.jointly.sizes import sized_scale
 from controllability.models.behind import sizes_are_free, standing_last
+from controllability.models.last_defence import VERIFIED
 from controllability.models.patching import together_of
 from controllability.models.reading_check import checked_reading
 from controllability.trace import NEAREST, SIZED
@@ -187,6 +188,24 @@ def test_the_last_layer_keeps_every_rms_before_a_norm(name):
     assert last.route == SIZED and last.residual < 1e-5
     assert "outputs change their sizes by factors" in last.why
     assert error(found, wanted) < 1e-5 < 0.1 < error(unpatched, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gemma3", "olmo2"])
+def test_half_precision_too(name, dtype):
+    """Applied, and merged layer by layer."""
+    model = random_model(name, 32, 48, 2).to(dtype)
+    target, source, positions = task(29)
+    wanted, unpatched = model(**target).logits[:, CONTEXT:], model(**source).logits
+    mp = ct.patch_model(model, target, source, scope="all", positions=positions)
+    with mp.applied(model):
+        found = model(**source).logits
+    mp.merge(model, corrected=True)
+    merged = model(**source).logits
+    assert mp.report.layers[-1].route == SIZED
+    assert error(found, wanted) < VERIFIED[dtype] < 0.1 < error(unpatched, wanted)
+    assert error(merged, wanted) < VERIFIED[dtype]
 
 
 @torch.no_grad()

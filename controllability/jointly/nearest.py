@@ -18,6 +18,7 @@ from controllability.routes import secular
 NOTHING = 1e-12  # mean(y²) below this part of ε is no RMS to keep
 ROUNDS = 100  # of L-BFGS-B
 SETTLED = 1e-5  # what a round must gain at least, for λ from 1e-4 on
+FIXED = 1e9  # λ from which on a scale does not move
 SMALLEST = 1e-3  # part of the mean |m| below which no channel is scaled that was not there before
 STAY = 1e-4  # λ where none is given: a scale that strays far for the last bit of nearness costs more than it brings
 
@@ -56,6 +57,7 @@ def nearest_scale(
     if not live.any():
         return Nearest(m, unit)
     size = np.abs(m)
+    ridge = min(ridge, FIXED)
     typical = float(size[size > 0].mean()) if size.any() else 1.0
     least = np.where(size > 0, np.minimum(size, SMALLEST * typical), SMALLEST * typical)
     sign = np.where(m < 0, -1.0, 1.0)

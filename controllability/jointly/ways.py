@@ -17,7 +17,7 @@ from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
 from controllability.errors import SideConditionFailed
 from controllability.interfaces import Condition, Jointly, Param, Params, Solved, Together
 from controllability.jointly.dependent import Dependent
-from controllability.jointly.known import Known, among, continued
+from controllability.jointly.known import Known, NotContinued, among, continued
 from controllability.jointly.span import UNIT_ROUNDINGS, Span
 
 TOO_MANY = "drop one of these tokens or give it more context, ask for via='output' where there are too many (its bound is wider), or for a fit (ridge=, rank=)"
@@ -70,17 +70,10 @@ def one_vector(
         rest = xp.tidy(wanted - read * value) if xp.exact else wanted - read * value
         room = np.ones((len(wanted), 1))
         if together.exact:
-            room = reached(
-                condition,
-                together,
-                xp,
-                rest,
-                tokens.raw,
-                wanted,
-                x,
-                lambda bad, i: (read[:, [i]], wanted[:, [i]]),
-                len(new.x),
-            )
+            evidence = lambda bad, i: (read[:, [i]], wanted[:, [i]])  # noqa: E731
+            room = reached(condition, together, xp, rest, tokens.raw, wanted, x, evidence, len(new.x))
+            if known is not None and not (room > 0).all():
+                raise NotContinued(f"{param} would be another mean of what its tokens ask for")
         moved = stored(params, xp.array(value, like=gap))
         return Solved(moved, xp.array(room[-len(new.x) :], like=gap), tokens)
 
@@ -183,19 +176,11 @@ def fitted(
         both, rest = continued(known, tokens.x, tokens.gap, tokens.raw)
         assert both.span is not None and both.left is not None
         before = len(known.x)  # what they give does not move: the new ones alone are looked at
-        room = reached(
-            condition,
-            together,
-            xp,
-            rest,
-            tokens.raw,
-            tokens.gap,
-            like,
-            lambda bad, i: (both.x, both.gap),
-            count,
-            before,
-        )
+        evidence = lambda bad, i: (both.x, both.gap)  # noqa: E731
+        room = reached(condition, together, xp, rest, tokens.raw, tokens.gap, like, evidence, count, before)
         return Fit(both.left, both.span.right, room, both)
+    if known is not None and known.span is None and together.short:
+        raise NotContinued("what earlier tokens are given by least squares would change")
     tokens = Known.joined(known, tokens)
     tolerance = None if xp.exact else UNIT_ROUNDINGS * xp.machine_epsilon(xp.lift(like))
     span = Span.of(tokens.x, tolerance, named)

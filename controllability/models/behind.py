@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,9 +23,6 @@ COARSE = (
 )
 
 
-_FREE: weakref.WeakKeyDictionary[Checked, bool] = weakref.WeakKeyDictionary()
-
-
 def standing_last(together: Together, model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> Together:
     """``together`` with what stands behind the last layer, where it matters."""
     coarse = any(torch.finfo(d).eps > COARSE for layer in checked.reading.layers[-1:] for d in layer.params.dtypes)
@@ -36,13 +32,7 @@ def standing_last(together: Together, model: nn.Module, checked: Checked, exampl
 
 
 def sizes_are_free(model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> bool:
-    """Whether the model's output stays when the last layer's is half or twice as large: tried once, on random input."""
-    if checked not in _FREE:
-        _FREE[checked] = _tried(model, checked, example)
-    return _FREE[checked]
-
-
-def _tried(model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> bool:
+    """Whether the model's output stays when the last layer's is half or twice as large: tried on random input."""
     last = checked.reading.layers[-1].output
     if last.when == "before":
         return False

@@ -29,7 +29,7 @@ def stored(model: nn.Module, exchanged: bool = True, parameters: bool = True) ->
     for prefix, module in modules_of(model):
         for held in (module._parameters, module._buffers) if parameters else (module._buffers,):
             for attribute, value in held.items():
-                if value is None or id(value) in seen:
+                if value is None or id(value) in seen or _rewritten(module, attribute):
                     continue
                 if not exchanged and held is module._parameters and not isinstance(value, nn.Parameter):
                     continue
@@ -39,6 +39,14 @@ def stored(model: nn.Module, exchanged: bool = True, parameters: bool = True) ->
                     yield from quantised.pieces(name, module, value)
                 else:
                     yield name, value
+
+
+def _rewritten(module: nn.Module, attribute: str) -> bool:
+    """Whether the module's own forward writes this buffer anew: rotary frequencies that depend on the length."""
+    if not attribute.endswith("inv_freq"):
+        return False
+    kinds = getattr(module, "rope_type", "")
+    return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from architectures.reading import Layer
+from controllability.arrays import relative_error
 from controllability.interfaces import Together
 from controllability.jointly.known import Known
 from controllability.models.pairing import Rows
@@ -25,6 +26,8 @@ from controllability.models.watch import LayerHooks
 from controllability.proof import Proof
 from controllability.trace import Path
 
+# relative error that a run on a cache may have of one without
+CACHED = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 LOCAL = {"full_attention", "sliding_attention"}  # kinds of attention that count from the token, not from the start
 ASKED = {"attention_mask", "position_ids", "past_key_values"}
 
@@ -43,8 +46,19 @@ def pasts_of(model: nn.Module, there: Any, here: Any, ids: tuple[Tensor, Tensor]
     caches = getattr(there, "past_key_values", None), getattr(here, "past_key_values", None)
     if not all(type(cache).__name__ == "DynamicCache" for cache in caches):
         return None
-    token = ids[1][-1:].to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    token = ids[1][-1:].to(device)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if (isinstance(limit, int) and len(ids[0]) >= limit) or not _as_without(model, caches[0], ids[0].to(device), token):
+        return None
     return BothPasts.of(model, *caches, (len(ids[0]), len(ids[1])), token) or caches
+
+
+def _as_without(model: nn.Module, cache: Any, ids: Tensor, token: Tensor) -> bool:
+    """Whether a run that goes on from the cache gives what a run over everything gives: tried on one ``token`` (1,)."""
+    found = model(input_ids=token[None], past_key_values=copy.deepcopy(cache), use_cache=True).logits[:, -1]
+    wanted = model(input_ids=torch.cat([ids, token])[None], use_cache=False).logits[:, -1]
+    return relative_error(found, wanted) <= CACHED[wanted.dtype]
 
 
 @dataclass(eq=False)

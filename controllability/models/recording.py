@@ -149,8 +149,8 @@ def joined(earlier: LayerRecord, later: LayerRecord) -> LayerRecord:
     }
     known = {(statement, where): values for statement, where, values in earlier.margins}
     margins = [(s, w, both(known.get((s, w)), values)) for s, w, values in later.margins]
-    taken = {(route.where, route.route): route for route in (*earlier.routes, *later.routes)}
-    seen = [{(route.where, route.route): route.amplification for route in half.routes} for half in (earlier, later)]
+    taken = {route.where: route for route in (*earlier.routes, *later.routes)}  # one scale serves all: the later one
+    seen = [{route.where: route.amplification for route in half.routes} for half in (earlier, later)]
     routes = [replace(route, amplification=both(*(half.get(key) for half in seen))) for key, route in taken.items()]
     error, size = both(earlier.error, later.error), both(earlier.size, later.size)
     return replace(later, error=error, size=size, leaves=leaves, margins=margins, routes=routes)

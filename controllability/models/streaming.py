@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from controllability.errors import BadInput, PatchError, SideConditionFailed
+from controllability.errors import BadInput, NotVerified, PatchError, SideConditionFailed
 from controllability.jointly.known import Known, NotContinued
 from controllability.models.applying import Entry, own
-from controllability.models.behind import standing_last
+from controllability.models.causal import is_causal
 from controllability.models.fingerprints import state_of
 from controllability.models.hooks import carried, load_of, uncompiled
 from controllability.models.last_defence import refuse_unreached
@@ -32,7 +32,7 @@ from controllability.models.report import LayerReport, Layers
 from controllability.models.running import refuse_bad_inputs
 from controllability.models.sweep import LayerSweep, observe_target, sweep
 from controllability.models.watch import LayerHooks
-from controllability.trace import NEAREST, Path
+from controllability.trace import NEAREST, SIZED, Path
 
 if TYPE_CHECKING:
     from controllability.models.model_patch import ModelPatch
@@ -75,10 +75,15 @@ class Sequence:
 
 @dataclass(eq=False)
 class Stream:
-    """What a patch of scope "all" remembers, to go on from: its tokens leaf by leaf, and its sequences."""
+    """What a patch of scope "all" remembers, to go on from: its tokens leaf by leaf, and its sequences.
+
+    It ``goes_on`` if what earlier tokens give can stay: not where a norm's scale is only near (or sizes are free), where
+    positions are left out of the patch, which would move, or where padding on the left was taken away.
+    """
 
     learned: Learned
     sequences: list[Sequence] = field(default_factory=list)
+    goes_on: bool = True
 
     @staticmethod
     def of(
@@ -86,7 +91,22 @@ class Stream:
     ) -> Stream:
         """From a solved patch; ``pairs`` are its (source rows, target rows)."""
         learned = {at: dict(solver.run.learned) for at, solver in zip(calls, solvers, strict=True)}
-        return Stream(learned, _sequences(inputs, *pairs))
+        sequences = _sequences(inputs, *pairs)
+        masks = [mask for role in ("target", "source") if (mask := inputs[role].get("attention_mask")) is not None]
+        padded_left = bool(sequences) and any(not bool((mask[:, 0] != 0).all()) for mask in masks)
+        return Stream(
+            learned, sequences, not padded_left and not _only_near(solvers) and all(map(_complete, sequences))
+        )
+
+
+def _only_near(solvers: list[LayerSweep]) -> bool:
+    """Whether a layer gives its tokens what another scale would not give them."""
+    return any(taken.route in (NEAREST, SIZED) for s in solvers for taken in s.run.journal.routes)
+
+
+def _complete(sequence: Sequence) -> bool:
+    """Whether every position of the source has its pair."""
+    return len(sequence.pairs) == len(sequence.source)
 
 
 def extend(
@@ -104,27 +124,37 @@ def extend(
         for role, inputs in (("target", target), ("source", source)):
             refuse_bad_inputs(model, checked, inputs, role)
         step = _Step.of(stream, target, source, positions)
+        inputs, rows = together(step.among(stream.sequences))
+        done = _gone_on(patch, model, checked, stream, step)
+        changes = _changes(patch, model, checked, step, *done, inputs, rows) if done else _anew(patch, model, inputs)
+        scales = sum(s.run.journal.scale_seconds for s in done[0]) if done else 0.0
+        found = Extension(step.count, time.perf_counter() - started, scales, step.grows, done is None)
         try:
-            try:
-                done = _solved(patch, model, checked, stream, step, _caches(patch, model, step))
-            except SideConditionFailed:
-                if step.known.caches is None:
-                    raise
-                done = _solved(patch, model, checked, stream, step, None)  # whose attempts leave nothing in the caches
-        except NotContinued:
-            step.known.caches = None
-            done = None
+            vars(patch).update(changes, extensions=[*patch.extensions, found])  # all of it or, interrupted, nothing
         except BaseException:
-            step.known.caches = None  # they may hold tokens that were refused
+            step.known.caches = None
             raise
-        if done is None:
-            _solve_anew(patch, model, stream, step)
-        else:
-            _take(patch, model, checked, stream, step, *done)
-    scales = sum(s.run.journal.scale_seconds for s in done[0]) if done else 0.0
-    found = Extension(step.count, time.perf_counter() - started, scales, step.grows, done is None)
-    patch.extensions.append(found)
     return found
+
+
+def _gone_on(
+    patch: ModelPatch, model: nn.Module, checked: Checked, stream: Stream, step: _Step
+) -> tuple[list[LayerSweep], Learned, Any] | None:
+    """The new tokens solved for, with what the earlier ones give as it is; None where everything has to be solved anew."""
+    if not (stream.goes_on and _complete(step.after) and is_causal(model, checked)):
+        return None
+    try:
+        return _solved(patch, model, checked, stream, step, _caches(patch, model, step))
+    except (
+        NotContinued,
+        SideConditionFailed,
+        NotVerified,
+    ):  # solved at once it may be possible, or is refused for good
+        step.known.caches = None
+        return None
+    except BaseException:
+        step.known.caches = None  # they hold tokens that the patch does not
+        raise
 
 
 def _refuse_unfit(patch: ModelPatch, model: nn.Module) -> Stream:
@@ -204,7 +234,7 @@ def _solved(
     derivations = [layer.derivation for layer in _each_layer(patch)]
     device = next(model.parameters()).device
     assert patch.together is not None
-    wish = standing_last(patch.together, model, checked, {"input_ids": step.after.source[None].to(device)})
+    wish = replace(patch.together, behind="norm")  # if that would count, everything is solved anew
     with LayerHooks(model, checked.reading) as hooks, torch.inference_mode():
         if isinstance(caches, BothPasts):
             ids = step.after.source[-step.count :].to(device)
@@ -222,7 +252,7 @@ def _solved(
         with torch.inference_mode():
             pasts = pasts_of(model, there, here, (step.after.target, step.after.source))
     refuse_unreached(solvers)
-    if any(taken.route == NEAREST for s in solvers for taken in s.run.journal.routes):
+    if _only_near(solvers):
         raise NotContinued("a layer that later ones make good gives its earlier tokens something else now")
     learned = {(s.layer.index, targets[s.layer.index].index(s.target)): dict(s.run.learned) for s in solvers}
     return solvers, learned, pasts
@@ -252,40 +282,43 @@ def _caches(patch: ModelPatch, model: nn.Module, step: _Step) -> BothPasts | tup
     return known.caches
 
 
-def _take(
-    patch: ModelPatch, model: nn.Module, checked: Checked, stream: Stream, step: _Step, solvers: list[LayerSweep],
-    learned: Learned, caches: Any,
-) -> None:  # fmt: skip
-    """Let the patch be the extended one."""
-    entries = tuple(
-        Entry(param, own(delta), solver.layer.index, at[1])
-        for solver, at in zip(solvers, learned, strict=True)
-        for param, delta in solver.deltas().items()
-    )
-    sequences = step.among(stream.sequences)
-    inputs, rows = together(sequences)
-    step.after.caches = caches
-    stream.sequences, stream.learned = sequences, learned
-    layers = patch.report.layers
-    records = [record(s) for s in solvers]
-    if isinstance(layers, Layers):
-        records = [joined(a, b) for a, b in zip(layers.records, records, strict=True)]
-    patch.entries, patch.inputs, patch.rows, patch.logits, patch.target_logits = entries, inputs, rows, None, None
-    patch.report = replace(
-        patch.report, layers=Layers(records, checked.norms), tokens=patch.report.tokens + step.count,
-        numbers=sum(e.delta.numbers for e in entries), dense_numbers=sum(e.delta.dense_numbers for e in entries),
-        pairs=rows.named(),
-    )  # fmt: skip
-    same = patch._model is not None and patch._model() is model  # then its parameters were looked at a moment ago
-    patch._seen.update(state_of(model, parameters=not same))
-    patch._model, patch.fingerprint = weakref.ref(model), None
+def _changes(
+    patch: ModelPatch, model: nn.Module, checked: Checked, step: _Step, solvers: list[LayerSweep], learned: Learned,
+    caches: Any, inputs: dict[str, Any], rows: Rows,
+) -> dict[str, Any]:  # fmt: skip
+    """What of the patch is another when it is the extended one."""
+    try:
+        assert patch.stream is not None
+        entries = tuple(
+            Entry(param, own(delta), solver.layer.index, at[1])
+            for solver, at in zip(solvers, learned, strict=True)
+            for param, delta in solver.deltas().items()
+        )
+        layers, records = patch.report.layers, [record(s) for s in solvers]
+        if isinstance(layers, Layers):
+            records = [joined(a, b) for a, b in zip(layers.records, records, strict=True)]
+        report = replace(
+            patch.report, layers=Layers(records, checked.norms), tokens=patch.report.tokens + step.count,
+            numbers=sum(e.delta.numbers for e in entries), dense_numbers=sum(e.delta.dense_numbers for e in entries),
+            pairs=rows.named(),
+        )  # fmt: skip
+        same = patch._model is not None and patch._model() is model  # then its parameters were looked at a moment ago
+        seen = patch._seen | state_of(model, parameters=not same)
+        step.after.caches = caches
+        return {
+            "entries": entries, "inputs": inputs, "rows": rows, "logits": None, "target_logits": None, "report": report,
+            "stream": Stream(learned, step.among(patch.stream.sequences)), "_seen": seen, "_model": weakref.ref(model),
+            "fingerprint": None,
+        }  # fmt: skip
+    except BaseException:
+        step.known.caches = None
+        raise
 
 
-def _solve_anew(patch: ModelPatch, model: nn.Module, stream: Stream, step: _Step) -> None:
-    """Every sequence at once, with the new one among them."""
+def _anew(patch: ModelPatch, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same where every sequence is solved for at once, with the new one among them."""
     from controllability.models.patching import patch_model
 
-    inputs, _ = together(step.among(stream.sequences))
     device = next(model.parameters()).device
     runs = [{k: v.to(device) for k, v in inputs[role].items()} for role in ("target", "source")]
     asked = patch.together
@@ -294,8 +327,8 @@ def _solve_anew(patch: ModelPatch, model: nn.Module, stream: Stream, step: _Step
         model, *runs, scope="all", via=patch.report.via, route=patch.report.route, positions=inputs["positions"],
         keep_rms=asked.keep_rms,
     )  # fmt: skip
-    for name in ("entries", "inputs", "rows", "report", "logits", "target_logits", "stream", "fingerprint", "_seen"):
-        setattr(patch, name, getattr(made, name))
+    names = ("entries", "inputs", "rows", "report", "logits", "target_logits", "stream", "fingerprint", "_seen")
+    return {name: getattr(made, name) for name in names}
 
 
 def together(sequences: list[Sequence]) -> tuple[dict[str, Any], Rows]:
