@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from joint_blocks import BLOCKS, EXPERTS, FAMILIES, down, joint, joint_steps, up
+from joint_blocks import BLOCKS, FAMILIES, down, joint, joint_steps, up
 
 import controllability as ct
 from controllability.arrays import ARITHMETICS
-from controllability.checks import exact as exact_level
 from controllability.checks import together
 from controllability.checks.numeric import residuals_of
 from controllability.checks.rules import rule_check
 from controllability.components import Activation, residual
+from controllability.deltas import ExpertLowRank
 from controllability.interfaces import Together
 from controllability.jointly import span, ways
 from controllability.rules import RULES
+from controllability.rules import joint_mixture as mixture_rules
 from controllability.rules import joint_normalised as joint_rules
 
 # ------------------------------------------------------------------------------------------- level symbolic
@@ -81,6 +84,62 @@ def test_a_wrong_joint_rule_fails_its_own_check(monkeypatch, block, rule, target
     assert said in method
 
 
+STACKED = ways.one_sum_of_experts
+
+
+def shares_ignored(condition, together, x, shares, *rest):
+    return STACKED(condition, together, x, shares * 0 + 1, *rest)
+
+
+def planes_swapped(*given):
+    solved = STACKED(*given)
+    return replace(solved, delta=replace(solved.delta, right=solved.delta.right[::-1]))
+
+
+def a_part_to_every_expert(condition, together, x, shares, index, gap, raw, transposed, experts, known=None):
+    """[G]: δ/S to every chosen expert, for each token its own rank-1 term: they meet in the expert that both have."""
+    solved = STACKED(condition, together, x, shares, index, gap, raw, transposed, experts, known)
+    left, right = np.zeros((2, experts, len(gap), 1), dtype=object)
+    left = np.broadcast_to(left, (experts, len(gap), gap.shape[1])).copy()
+    for t, j in np.ndindex(*index.shape):
+        left[index[t, j], t] = gap[t] / shares[t].sum()
+        right[index[t, j], t] = x[t, j] / (x[t, j] * x[t, j]).sum()
+    return replace(solved, delta=ExpertLowRank(left, right, transposed, np.arange(experts), experts))
+
+
+def what_they_give_now_forgotten(condition, together, x, shares, index, gap, raw, *rest):
+    return STACKED(condition, together, x, shares, index, gap + raw, raw, *rest)
+
+
+@pytest.mark.parametrize(
+    ("target", "attribute", "wrong", "said"),
+    [
+        (mixture_rules, "one_sum_of_experts", shares_ignored, "the conclusion leaves"),
+        (mixture_rules, "one_sum_of_experts", planes_swapped, "the conclusion leaves"),
+        (mixture_rules, "one_sum_of_experts", a_part_to_every_expert, "the conclusion leaves"),
+        (mixture_rules, "one_sum_of_experts", what_they_give_now_forgotten, "the conclusion leaves"),
+        pytest.param(ways, "reached", unchecked, "are not refused", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("block", ["experts", pytest.param("experts, 1b", marks=pytest.mark.slow)])
+def test_a_wrong_sum_of_experts_fails_its_own_check(monkeypatch, block, target, attribute, wrong, said):
+    rule = "T-mixture jointly" if block == "experts" else "O-mixture jointly"
+    monkeypatch.setattr(target, attribute, wrong)
+    found, method = status(block, rule)
+    assert found == "failed"
+    assert said in method
+
+
+@pytest.mark.slow
+def test_a_check_of_a_mixture_says_that_dependent_tokens_were_tried():
+    found, method = status("experts, 1b", "O-mixture jointly")
+    assert found == "passed"
+    assert (
+        "of three, each two of which share one) with targets that depend in the same way; other targets of those are refused"
+        in method
+    )
+
+
 def test_the_whole_block_for_two_tokens_of_symbols():
     for name, via in (("olmo2", "input-output"), ("llama", "output")):
         row = joint(name, via).check("symbolic")[-1]
@@ -88,10 +147,34 @@ def test_the_whole_block_for_two_tokens_of_symbols():
         assert "residual reduced to 0 for 2 tokens with one patch, at d = 2, h = 3" in row["method"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("via", ["input-output", "output"])
+def test_the_whole_block_with_experts_for_two_tokens_of_symbols(via):
+    found, method = together.whole_block(joint("mixtral", via))
+    assert found == "passed", method
+    assert method == (
+        "residual reduced to 0 for 2 tokens with one patch, at E = 3, d = 2 (h = 1 in an expert), of which {1, 2} and {2, 3} "
+        "serve the tokens: every entry, ε, share and activation a symbol"
+    )
+
+
+def test_a_shared_expert_beside_others_for_two_tokens_of_symbols():
+    found, method = together.whole_block(joint("deepseek_v3"))
+    assert found == "passed", method
+
+
+@pytest.mark.parametrize("wrong", [shares_ignored, planes_swapped])
+def test_a_wrong_sum_of_experts_leaves_something_of_the_whole_block(monkeypatch, wrong):
+    monkeypatch.setattr(mixture_rules, "one_sum_of_experts", wrong)
+    proof = joint("mixtral", "output")
+    assert together.whole_block(proof)[0] == "failed"
+    assert proof.check("exact")[0]["status"] == "failed"
+
+
 def test_what_is_not_run_is_skipped():
-    status, method = together.whole_block(ct.prove(residual(EXPERTS), via="output", jointly=True))
-    assert status == "skipped"
-    assert method.startswith("not run: experts and two tokens of symbols")
+    found, method = together.whole_block(joint("flex_olmo", "output"))
+    assert found == "skipped"
+    assert method.startswith("not run: roots of what two tokens' experts add up to")
 
 
 # ---------------------------------------------------------------------------------- levels exact and numeric
@@ -118,6 +201,19 @@ def test_a_patch_for_one_token_fails_the_exact_level(monkeypatch):
         assert joint(name, "output").check("exact")[0]["status"] == "failed"
 
 
+@pytest.mark.parametrize("via", ["input-output", "output"])
+def test_experts_in_fractions_serve_three_tokens_some_of_them_repeated(via):
+    (row,) = joint("mixtral", via).check("exact")
+    assert "for 3, one of them repeated or not; two targets of one state are refused" in row["method"]
+
+
+def test_two_targets_of_one_state_are_noticed_in_fractions(monkeypatch):
+    monkeypatch.setattr(ways, "reached", unchecked)
+    (row,) = joint("mixtral", "output").check("exact")
+    assert row["status"] == "failed"
+    assert "two targets of one state are not refused" in row["method"]
+
+
 def test_residuals_fall_to_fifty_digits():
     for name in FAMILIES:
         residuals, _, unpatched = residuals_of(joint(name), 0)
@@ -141,9 +237,8 @@ def test_many_digits_do_not_go_through_the_linear_program(monkeypatch):
 
 
 def test_the_exact_level_in_fractions_has_a_residual_without_a_patch():
-    proof = joint("mixtral", "output")
-    assert exact_level._fractions_do(proof)
-    assert not exact_level._fractions_do(joint("llama"))
+    assert "in fractions" in joint("mixtral", "output").check("exact")[0]["method"]
+    assert "roots as algebraic numbers" in joint("llama").check("exact")[0]["method"]
     params, v, v_target = ct.sample(BLOCKS["theorem 1"][0], "rational", tokens=(2,), d=2, h=3)
     block = residual(up >> Activation("cubic", coefficients=(0, 1, 0, 1)) >> down)
     patch = ct.prove(block, jointly=True).construct(params, v, v_target)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array, arithmetic
+from controllability.checks.generic import norms_steered_through
 from controllability.checks.instances import (
     MANY,
     Named,
@@ -22,11 +25,11 @@ from controllability.checks.instances import (
 from controllability.components.activation import Activation
 from controllability.components.normalisation import Normalize
 from controllability.components.routing import Routing
+from controllability.deltas import Delta
 from controllability.errors import NotExact, SideConditionFailed
 from controllability.interfaces import Component, Params
 from controllability.patch import Patch
 from controllability.rules import construct
-from controllability.rules.normalised import OutputNormalised
 from controllability.sampling import sample
 from controllability.symbols import Definitions, definitions
 from controllability.trace import PatchedRun, Path, Trace, leaves
@@ -34,7 +37,8 @@ from controllability.trace import PatchedRun, Path, Trace, leaves
 if TYPE_CHECKING:
     from controllability.proof import Proof
 
-WRONG = 1e-15  # a residual at a random point that 30 digits do not explain
+WRONG = 1e-15  # a residual at a random point that rounding does not explain
+MORE = 3  # tokens of one patch, where plain fractions do
 INSTANCES = 20  # that are tried for one that fulfils the side conditions
 
 
@@ -43,25 +47,36 @@ def exact(proof: Proof, seed: int) -> tuple[str, str]:
     rng = np.random.default_rng(seed)
     cubic = tuple(int(c) for c in rng.integers(1, 4, size=4))
 
+    rootless = proof.jointly and bool(mixtures(proof.block))  # roots of algebraic numbers do not reduce in time
+    steered = {id(norm) for step in proof.root.walk() for norm in norms_steered_through(step)}
+
     def rational(leaf: Component) -> Component:
+        if rootless and isinstance(leaf, Normalize) and id(leaf) not in steered:
+            return _Rootless(leaf)
         return Named(Activation("cubic", coefficients=cubic)) if transcendental(leaf) else leaf
 
     block = rebuilt(proof.block, rational, _linear_scores)
-    fractions = _fractions_do(proof)
-    if fractions:
-        block = rebuilt(block, _without_root)
+    fractions = rootless and not steered
     same, sizes = replace_block(proof, block), small_sizes(block)
     if fractions:
-        left = _in_fractions(same, seed, sizes)
+        wide = {name: size if name in ("E", "one") else MORE + 1 for name, size in sizes.items()}  # a mean takes one
+        left: list[Any] = []
+        for many, repeated in ((MANY, False), (MORE, False), (MORE, True)):
+            if not any(e != 0 for e in left):
+                left = _in_fractions(same, seed, wide, many, repeated)
         method = (
             "residual exactly 0 in fractions on a random instance, with factors and as stored; norms without their root"
         )
-        return _told(block, left, method + _scores(block) + _many(proof))
+        served = f"; one patch for {MANY} tokens, and for {MORE}, one of them repeated or not; two targets of one state are refused"
+        return _told(block, left, method + _scores(block) + served)
+    if rootless and "h" in sizes and "h" not in proof.most.values():
+        sizes["h"] = 1
     tokens = tokens_of(proof)
     params, v, v_target = sample(block, "rational", _admissible(same, sizes, seed), tokens, **sizes)
     params = {name: _number(value) for name, value in params.items()}
     left = reduced_residual(same, params, _number(v), _number(v_target))
     method = "residual exactly 0 on a random rational instance, roots as algebraic numbers; as stored to 30 digits"
+    method += "; other norms without their root" if rootless else ""
     return _told(block, left, method + _scores(block) + _choice(block) + _many(proof))
 
 
@@ -75,15 +90,6 @@ def _scores(block: Component) -> str:
 
 def _many(proof: Proof) -> str:
     return f"; one patch for {MANY} tokens" if proof.jointly else ""
-
-
-def _fractions_do(proof: Proof) -> bool:
-    """Whether plain fractions are the way: experts and many tokens at once, which SymPy does not reduce in time.
-
-    A norm that something is steered through needs its root.
-    """
-    steered = any(isinstance(step.rule, OutputNormalised) for step in proof.root.walk())
-    return proof.jointly and bool(mixtures(proof.block)) and not steered
 
 
 @dataclass(frozen=True)
@@ -102,15 +108,17 @@ class _Rootless(Component):
         return f"{self.norm.describe()}, without its root"
 
 
-def _without_root(leaf: Component) -> Component:
-    return _Rootless(leaf) if isinstance(leaf, Normalize) else leaf
+def _in_fractions(proof: Proof, seed: int, sizes: dict[str, Any], many: int, repeated: bool = False) -> list[Any]:
+    """What is left of patched(v) − original(v') in plain fractions: with the factors of the patch, and as stored.
 
-
-def _in_fractions(proof: Proof, seed: int, sizes: dict[str, Any]) -> list[Any]:
-    """What is left of patched(v) − original(v') in plain fractions: with the factors of the patch, and as stored."""
+    If ``repeated``, the last token has the first one's state and target; and with another target it must be refused.
+    """
     failure: Exception = NotExact("the block has no value on the instances that were tried: it divides by zero")
     for tried in range(seed, seed + INSTANCES):
-        params, v, v_target = sample(proof.block, "rational", tried, tokens_of(proof), **sizes)
+        params, v, v_target = sample(proof.block, "rational", tried, tokens_of(proof, many), **sizes)
+        other = v_target
+        if repeated:
+            v, v_target = _last_as_first(v), _last_as_first(v_target)
         try:
             patch = proof.construct(params, v, v_target)
         except SideConditionFailed as failed:
@@ -120,8 +128,27 @@ def _in_fractions(proof: Proof, seed: int, sizes: dict[str, Any]) -> list[Any]:
         else:
             wanted = proof.block(params, v_target)
             patched = (patch.applied_to(params), patch.merged_into(params))
-            return [e for params in patched for e in (proof.block(params, v) - wanted).reshape(-1)]
+            left = [e for params in patched for e in (proof.block(params, v) - wanted).reshape(-1)]
+            if repeated and not _refused(proof, params, v, other):
+                left.append("two targets of one state are not refused")
+            return left
+    if repeated and isinstance(failure, SideConditionFailed):
+        return ["a repeated token with one target is refused"]
     raise failure
+
+
+def _last_as_first(state: Any) -> Any:
+    if isinstance(state, tuple):
+        return tuple(map(_last_as_first, state))
+    return np.concatenate([state[:-1], state[:1]])
+
+
+def _refused(proof: Proof, params: Params, v: Any, v_target: Any) -> bool:
+    try:
+        proof.construct(params, v, v_target)
+    except SideConditionFailed:
+        return True
+    return False
 
 
 def _admissible(proof: Proof, sizes: dict[str, Any], seed: int) -> int:
@@ -172,42 +199,117 @@ class _Recognised(PatchedRun):
 
     def __init__(self, table: Definitions, *run: Any) -> None:
         super().__init__(*run)
-        self.table = table
+        self.table, self.point = table, Point(table)
 
     def _compute(self, path: Path) -> Array:
         return ARITHMETICS["sympy"].each(self._recognised, super()._compute(path))  # type: ignore[attr-defined]
 
     def _recognised(self, value: Any) -> Any:
-        while (known := self.table.known(value)) == value and not value.is_Atom:
+        while (known := self.table.known(value)) == value and not value.is_Atom and (name := self.point.name_of(value)):
             shorter = self.table.expand_newest(value)
             if shorter == value or shorter.count_ops() > value.count_ops():
-                break
+                return name if self.table.reduced(value - name) == 0 else known
             value = shorter
         return known
 
     def stored(self) -> list[Array]:
-        """What each leaf that reads a moved parameter gives with it as stored, less what it gave here: to 30 digits."""
+        """What each leaf that reads a moved parameter gives with it as stored, less what it gave here: at a random point."""
         import mpmath
 
         deltas = self.deltas()
-        patched = {str(p): Patch({p: d}).merged_into(self.params)[str(p)] for p, d in deltas.items()}
         readers = [(path, leaf) for path, leaf in leaves(self.block) if deltas.keys() & {*leaf.own_parameters()}]
-        with mpmath.workdps(30):
-            moved = {name: self._digits(value) for name, value in patched.items()}
+        with mpmath.workdps(Point.DIGITS):
+            params = {name: self.point.values(value) for name, value in self.params.items()}
+            moved = {
+                str(p): Patch({p: _each(self.point.values, d)}).merged_into(params)[str(p)] for p, d in deltas.items()
+            }
             left = []
             for path, leaf in readers:
-                params = {name: self._digits(value) for name, value in self.params_at(path).items()} | moved
-                left.append(leaf(params, self._digits(self.input(path))) - self._digits(self.output(path)))
+                bound = {name: self.point.values(value) for name, value in self.params_at(path).items()} | moved
+                left.append(leaf(bound, self.point.values(self.input(path))) - self.point.values(self.output(path)))
         return left
 
-    def _digits(self, x: Array) -> Array:
-        if x.dtype != object:  # places of experts
-            return x
+
+def _each(values: Callable[[Array], Array], delta: Delta) -> Delta:
+    """A delta with every array of it passed through ``values``."""
+    arrays = {f.name: getattr(delta, f.name) for f in fields(delta)}
+    return replace(delta, **{n: values(a) for n, a in arrays.items() if isinstance(a, np.ndarray)})
+
+
+class Point:
+    """One random point at which expressions have a value; what a name stands for is computed once."""
+
+    DIGITS = 50  # more than are relied on: terms may cancel
+
+    def __init__(self, table: Definitions) -> None:
+        self.table = table
+        self._known: dict[Any, Any] = {}
+        self._names: dict[str, Any] = {}  # by value
+        self._seen = 0  # names that are among those
+
+    def name_of(self, e: Any) -> Any:
+        """The oldest name of something that has this value here, if there is one: else writing the value out would not show any."""
+        names = [*self.table.meaning][self._seen :]
+        self._seen += len(names)
+        for name in names:
+            self._names.setdefault(self._shown(name), name)
+        return self._names.get(self._shown(e))
+
+    def _shown(self, e: Any) -> str:
         import mpmath
 
-        return ARITHMETICS["mpmath"].each(  # type: ignore[attr-defined]
-            lambda e: mpmath.mpf(str(self.table.value(e))), x
-        )
+        with mpmath.workdps(self.DIGITS):
+            return str(mpmath.nstr(self._value(e), self.DIGITS // 2))
+
+    def values(self, x: Array) -> Array:
+        """Every entry's value, as many-digit numbers."""
+        import mpmath
+        import sympy
+
+        if x.dtype != object:  # places of experts
+            return x
+        with mpmath.workdps(self.DIGITS):
+            return ARITHMETICS["mpmath"].each(  # type: ignore[attr-defined]
+                lambda e: _real(self._value(sympy.sympify(e))), x
+            )
+
+    def _value(self, e: Any) -> Any:
+        if e not in self._known:
+            self._known[e] = self._computed(e)
+        return self._known[e]
+
+    def _computed(self, e: Any) -> Any:
+        import mpmath
+        import sympy
+
+        if e.is_Symbol:
+            meaning = self.table.meaning.get(e)
+            return mpmath.mpf(random.Random(str(e)).uniform(0.5, 1.5)) if meaning is None else self._value(meaning)
+        if e.is_Rational:
+            return mpmath.mpf(e.p) / e.q
+        if e is sympy.I:  # of a root that was taken apart: it is squared in the end
+            return mpmath.mpc(0, 1)
+        inside = [*map(self._value, e.args)]
+        if e.is_Add:
+            return mpmath.fsum(inside)
+        if e.is_Mul:
+            return mpmath.fprod(inside)
+        if e.is_Pow:
+            return inside[0] ** (int(e.exp) if e.exp.is_Integer else inside[1])
+        if isinstance(e, sympy.core.function.AppliedUndef):  # some fixed function of all that it reads
+            own = random.Random(e.func.__name__).uniform(0.5, 1.5)
+            return mpmath.sin(own + mpmath.fsum((i + 1) * a for i, a in enumerate(inside)))
+        known = e.func(*(sympy.Float(a, self.DIGITS) for a in inside)) if inside else e
+        return mpmath.mpf(str(known.evalf(self.DIGITS)))
+
+
+def _real(value: Any) -> Any:
+    """A value without the imaginary part that rounding left; raises ``NotExact`` where it has another."""
+    import mpmath
+
+    if abs(mpmath.im(value)) > WRONG * max(1, abs(value)):
+        raise NotExact("a value of the instance that was tried is not real")
+    return mpmath.re(value)
 
 
 def reduced_residual(proof: Proof, params: dict[str, Array], v: Any, v_target: Any) -> list[Any]:
@@ -218,8 +320,8 @@ def reduced_residual(proof: Proof, params: dict[str, Array], v: Any, v_target: A
         run = _Recognised(table, proof.block, params, v, target, together_of(proof))
         construct(proof.root, run, lambda: target.output(()))
         difference = xp.tidy(run.output(()) - target.output(())).reshape(-1)
-        if any(abs(table.value(e)) > WRONG for e in difference):
-            return list(difference)  # not 0 to 30 digits: expanding would never end
+        if any(abs(e) > WRONG for e in run.point.values(difference)):
+            return list(difference)  # not 0 at a random point: expanding would never end
         for left in run.stored():
             if any(abs(e) > WRONG for e in left.reshape(-1)):
                 return list(left.reshape(-1))

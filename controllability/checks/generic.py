@@ -71,7 +71,7 @@ def generic(proof: Proof) -> Callable[[Component], Component]:
     """Leaves with ε a symbol, and undefined functions for activations and for norms that nothing is steered through."""
     import sympy
 
-    steered = {id(part) for step in proof.root.walk() for part in _norms(step)}
+    steered = {id(part) for step in proof.root.walk() for part in norms_steered_through(step)}
     name_of = Names()
 
     def change(leaf: Component) -> Component:
@@ -99,7 +99,8 @@ class Names:
         return f"{name.replace('_', '')}{place + 1}" if place else name
 
 
-def _norms(step: Step) -> list[Component]:
+def norms_steered_through(step: Step) -> list[Component]:
+    """The norm that a normalised output is steered through, if ``step`` is one."""
     if not isinstance(step.rule, OutputNormalised):
         return []
     return [part for part in step.place.component.children()[-2:] if isinstance(part, Normalize)]

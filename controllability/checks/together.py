@@ -7,6 +7,7 @@ checks, with every size a symbol, are those of any proof.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array
 from controllability.checks.exact import reduced_residual
-from controllability.checks.generic import Names
+from controllability.checks.generic import Names, norms_steered_through
 from controllability.checks.instances import MANY, mixtures, rebuilt, replace_block, small_sizes, transcendental
 from controllability.checks.memory import Memory
 from controllability.components.activation import Activation
@@ -34,6 +35,8 @@ from controllability.jointly.known import Known
 from controllability.patch import Patch
 from controllability.rules import Side, Step, construct
 from controllability.rules.joint_normalised import JointNormalised
+from controllability.rules.mixture import OutputMixture
+from controllability.rules.normalised import OutputNormalised
 from controllability.rules.schema import Assumption, Schema, SchemaRun
 from controllability.sampling import sample
 from controllability.symbols import definitions
@@ -44,7 +47,9 @@ if TYPE_CHECKING:
 
 SYMPY = ARITHMETICS["sympy"]
 EXPERTS, D, H, ONE = 3, 2, 2, 1  # experts, width, hidden width; that of experts in a mixture
-CHOICE = np.array([[0, 1], [1, 2]])  # of the two tokens: one expert serves both, two serve one of them
+SERVED = ((0, 1), (1, 2))  # the two tokens' experts: one serves both, two serve one of them
+SAME, ROUND = ((0, 1), (0, 1)), ((0, 1), (1, 2), (0, 2))  # experts of tokens whose stacked vectors depend on each other
+CHOICE = np.array(SERVED)
 RANK = f"{MANY} tokens, symbolic entries at size"
 _MEMORY = Memory()
 
@@ -86,6 +91,26 @@ class Given(Component):
         return Step(Assumption(side), place, (), frozenset({param}), steering=steering)
 
 
+@dataclass(frozen=True)
+class Read(Given):
+    """A function whose values are written in the token's own state, from ``start`` on: any values, which may depend on each other."""
+
+    start: int = 0
+    tokens: int = MANY
+
+    def own_parameters(self) -> tuple[Param, ...]:
+        return tuple(replace(p, shape=(self.tokens, *p.shape[1:])) for p in super().own_parameters())
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        stop = self.start + math.prod((*self.rows, self.out))
+        value = x.reshape(self.tokens, -1)[:, self.start : stop].reshape(self.tokens, *self.rows, self.out)
+        return value + self.own_parameters()[0].value(params) if self.controlled else value
+
+    @property
+    def width(self) -> int:
+        return EXPERTS + CHOICE.shape[1] * ONE  # the logits, and what the chosen experts' inner functions give
+
+
 def _shift_all(
     together: Together, params: Params, x: Array, gap: Array, raw: Array, known: Known | None = None
 ) -> Solved:
@@ -93,23 +118,47 @@ def _shift_all(
 
 
 @dataclass(frozen=True)
+class AnyNorm(Component):
+    """Each entry an undefined function of all entries of the same vector, its own the first (they are told apart by it)."""
+
+    name: str
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        import sympy
+
+        value = np.empty(x.shape, dtype=object)
+        for *row, i in np.ndindex(*x.shape):
+            seen = x[tuple(row)]
+            value[(*row, i)] = sympy.Function(f"{self.name}_{i}", real=True)(*seen[i:], *seen[:i])
+        return SYMPY.name(value)
+
+    def describe(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class GivenRouting(Routing):
-    """Shares as undefined functions of the logits; ``choice`` says which experts a token has."""
+    """Shares as undefined functions of the logits and of what the routing reads; ``choice`` says which experts a token has."""
 
     top_k: int = 2
-    choice: tuple[tuple[int, ...], ...] = ()
+    choice: tuple[tuple[int, ...], ...] = SERVED
+    read: tuple[Param, ...] = ()
+    name: str = ""  # what is added to the names of the functions
 
     def __call__(self, params: Params, logits: Array) -> tuple[Array, Array]:
         import sympy
 
-        chosen = np.array(self.choice)
-        shares = np.empty(chosen.shape, dtype=object)
+        shares = np.empty((len(self.choice), self.top_k), dtype=object)
+        beside = [entry for p in self.read for entry in np.asarray(p.value(params)).reshape(-1)]
         for t, j in np.ndindex(*shares.shape):
-            shares[t, j] = sympy.Function(f"share_{j}", real=True)(*logits[t])
-        return chosen, SYMPY.name(shares)
+            shares[t, j] = sympy.Function(f"share{self.name}_{j}", real=True)(*logits[t], *beside)
+        return np.array(self.choice), SYMPY.name(shares)
 
     def margin(self, params: Params, logits: Array) -> Array:
         return SYMPY.zeros_like(logits[..., :1]) + 1
+
+    def parameters(self) -> tuple[Param, ...]:
+        return self.read
 
     def describe(self) -> str:
         return "any routing"
@@ -150,7 +199,8 @@ def _told(step: Step, schema: Schema) -> str:
     if isinstance(step.rule, JointNormalised):
         return f"any wanted output − patched output reduced to 0 with m' = c·m; {RANK} {sizes}; scales found by linear programming: level numeric"
     if isinstance(schema.component, Mixture):
-        return f"patched output − output − δ reduced to 0 for {MANY} tokens with any targets (dependent ones are not tried at this level); {RANK} {sizes}"
+        dependent = "stacked vectors that depend on each other (of two tokens with the same experts; of three, each two of which share one)"
+        return f"patched output − output − δ reduced to 0 for {MANY} tokens with any targets, and {dependent} with targets that depend in the same way; other targets of those are refused; {RANK} {sizes}"
     reach = f"{_one_or_many(schema)} with any targets, and dependent ones with targets that depend in the same way"
     return f"patched output − output − δ reduced to 0 for {reach}; other targets of dependent tokens are refused; {RANK} {sizes}"
 
@@ -169,16 +219,59 @@ def _tokens_served(schema: Schema) -> int:
 
 def claims(step: Step, schema: Schema) -> Iterator[str]:
     """What is wrong with the rule: nothing, if it keeps its promise and refuses what no patch does."""
+    if isinstance(schema.component, Mixture):
+        yield from _mixture_claims(step)
+        return
     params, x, x_target = _instance(schema.component)
     served = _tokens_served(schema)
     wanted = _symbols("w", schema.component(params, x).shape)
     yield from _left(step, schema, params, x[:served], x_target[:served], wanted[:served])
-    if isinstance(schema.component, Mixture | Sequence):
+    if isinstance(schema.component, Sequence):
         return
     if served > 1:
         x = _dependent(x, params)
+    yield from _dependent_claims(step, schema, params, x, x_target, x, wanted)
+
+
+def _mixture_claims(step: Step) -> Iterator[str]:
+    """Two tokens in general position; and tokens whose stacked vectors (s_j y_j)_j depend on each other."""
+    for choice in (SERVED, SAME, ROUND):
+        schema = _mixture_schema(step, choice)
+        params, x, x_target = _instance(schema.component, len(choice))
+        wanted = _symbols("w", (len(choice), D))
+        if choice == SERVED:
+            if wrong := [*_left(step, schema, params, x, x_target, wanted)]:  # that is enough
+                yield from wrong
+                return
+            continue
+        last_read = x_target if schema.premises else x  # router and experts are steered to the target's values, or stay
+        _stack_dependently(schema.component, params, last_read)
+        yield from _dependent_claims(step, schema, params, x, x_target, last_read, wanted)
+
+
+def _stack_dependently(mixture: Component, params: Params, x: Array) -> None:
+    """The last token's stacked vector becomes a multiple of another's, or a sum of such of two others'."""
+    import sympy
+
+    assert isinstance(mixture, Mixture)
+    shares = (
+        mixture.routing(params, mixture.router(params, x))[1] if mixture.weighted else SYMPY.zeros_like(x[:, :2]) + 1
+    )
+    stacked = shares * x[:, EXPERTS:]
+    if len(x) == len(SAME):
+        wanted = sympy.Symbol("c", real=True) * stacked[0]
+    else:  # b_1 · (a_1, a_2, 0) − a_2 · (0, b_1, b_2)
+        wanted = stacked[0] * stacked[1, 0]
+        wanted[1] = -stacked[0, 1] * stacked[1, 1]
+    x[-1, EXPERTS:] = wanted / shares[-1]
+
+
+def _dependent_claims(
+    step: Step, schema: Schema, params: Params, x: Array, x_target: Array, last_read: Array, wanted: Array
+) -> Iterator[str]:
+    """Targets that depend as the inputs do are reached, and others refused."""
     moved = _moved_somehow(schema, params)
-    yield from _left(step, schema, params, x, x_target, schema.component(moved, x))
+    yield from _left(step, schema, params, x, x_target, schema.component(moved, last_read))
     try:
         found = [*_left(step, schema, params, x, x_target, wanted)]
     except SideConditionFailed:
@@ -189,7 +282,7 @@ def claims(step: Step, schema: Schema) -> Iterator[str]:
 def _left(step: Step, schema: Schema, params: Params, x: Array, x_target: Array, wanted: Array) -> Iterator[str]:
     """What is left of each claim, where it is not 0."""
     component = schema.component
-    composed = isinstance(component, Mixture | Sequence)
+    composed = isinstance(component, Sequence)
     # a name for an output would hide that outputs depend on each other: a leaf is written out
     with definitions() if composed else nullcontext() as table:
         target = Trace(component, params, x_target)
@@ -225,8 +318,9 @@ def _dependent(x: Array, params: Params) -> Array:
     return x
 
 
-def _instance(component: Component) -> tuple[dict[str, Array], Array, Array]:
-    params, x, x_target = sample(component, "sympy", tokens=(MANY,), **small_sizes(component))
+def _instance(component: Component, tokens: int = MANY) -> tuple[dict[str, Array], Array, Array]:
+    sizes: dict[str, Any] = {} if isinstance(component, Mixture) else small_sizes(component)
+    params, x, x_target = sample(component, "sympy", tokens=(tokens,), **sizes)
     own = {
         str(p) for part in (component, *component.children()) if isinstance(part, Given) for p in part.own_parameters()
     }
@@ -255,16 +349,7 @@ def explicit_schema(step: Step) -> Schema:
         block = Sequence.of(inner, norm, Scale(Param("m", (D,)), scale.offset))
         return Schema(block, (inner.premise(Place(inner, (0,)), side),))
     if isinstance(given, Mixture):
-        assert isinstance(given.last, ExpertLinear)
-        controlled = bool(step.premises)
-        router, inner = Given("router", EXPERTS, (), controlled), Given("inner", ONE, (CHOICE.shape[1],), controlled)
-        last = _small(given.last, ONE)
-        assert isinstance(last, ExpertLinear)
-        routing = GivenRouting(choice=tuple(map(tuple, CHOICE.tolist())))
-        block = Mixture(router, routing, inner, last, given.weighted)
-        parts = ((router, (0,)), (inner, (1,))) if controlled else ()
-        premises = tuple(part.premise(Place(part, path), "input") for part, path in parts)
-        return Schema(block, premises, last.output_steerings()[0])
+        return _mixture_schema(step, SERVED)
     assert step.steering is not None
     leaf, own = _small(given), [str(p) for p in given.own_parameters()]
     param = leaf.own_parameters()[own.index(str(step.steering.param))]
@@ -272,6 +357,20 @@ def explicit_schema(step: Step) -> Schema:
     return Schema(
         leaf, steering=next(w for w in ways if w.param == param and w.jointly and w.jointly.rule == step.rule.name)
     )
+
+
+def _mixture_schema(step: Step, choice: tuple[tuple[int, ...], ...]) -> Schema:
+    """A mixture of any router and inner functions, for as many tokens as there are choices of experts."""
+    given, controlled, (tokens, slots) = step.place.component, bool(step.premises), np.shape(choice)
+    assert isinstance(given, Mixture) and isinstance(given.last, ExpertLinear)
+    router = Read("router", EXPERTS, (), controlled, 0, tokens)
+    inner = Read("inner", ONE, (slots,), controlled, EXPERTS, tokens)
+    last = _small(given.last, ONE)
+    assert isinstance(last, ExpertLinear)
+    block = Mixture(router, GivenRouting(choice=choice), inner, last, given.weighted)
+    parts = ((router, (0,)), (inner, (1,))) if controlled else ()
+    premises = tuple(part.premise(Place(part, path), "input") for part, path in parts)
+    return Schema(block, premises, last.output_steerings()[0])
 
 
 def _small(leaf: Component, hidden: int = H) -> Component:
@@ -293,30 +392,64 @@ def _small(leaf: Component, hidden: int = H) -> Component:
 
 
 def whole_block(proof: Proof) -> tuple[str, str]:
-    """(status, method): patched(v_t) − original(v'_t) for two tokens of symbols, at small sizes."""
+    """(status, method): patched(v_t) − original(v'_t) for two tokens of symbols, at small sizes.
+
+    With experts any routing that gives the two tokens one expert in common; hidden width 1 within an expert.
+    """
     import sympy
 
-    if mixtures(proof.block):
+    if _experts_before_a_norm(proof):
         return (
             "skipped",
-            "not run: experts and two tokens of symbols do not reduce in reasonable time; level exact runs it in fractions",
+            "not run: roots of what two tokens' experts add up to, all of it symbols, do not reduce in reasonable time; level exact takes rational numbers",
         )
-    name_of = Names()
+    name_of, many = Names(), bool(mixtures(proof.block))
+    steered = {id(part) for step in proof.root.walk() for part in norms_steered_through(step)}
 
     def change(leaf: Component) -> Component:
         if isinstance(leaf, Normalize):
+            if many and id(leaf) not in steered:
+                return AnyNorm(name_of("n" if leaf.kind == "rms" else "n_layer", leaf))
             return replace(leaf, eps=sympy.Symbol(name_of("epsilon", leaf.eps), positive=True))
         name = transcendental(leaf)
-        return Activation(f"phi_{name_of(name, leaf)}", symbol=True) if name else leaf
+        return Activation(f"phi_{name_of(name, leaf)}", symbol=True) if name else _narrow(leaf)
 
-    block = rebuilt(proof.block, change)
+    def route(routing: Routing) -> Routing:
+        return GivenRouting(read=routing.parameters(), name=name_of("", routing))
+
+    block = rebuilt(proof.block, change, route)
     same, sizes = replace_block(proof, block), small_sizes(block)
+    if many and "h" in sizes and "h" not in proof.most.values():  # no shared expert must tell the tokens apart
+        sizes["h"] = ONE
     params, v, v_target = sample(block, "sympy", tokens=(MANY,), **sizes)
     left = reduced_residual(same, params, v, v_target)
     if any(e != 0 for e in left):
         return "failed", f"residual left: {left}"
     shown = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name != "one")
-    return (
-        "passed",
-        f"residual reduced to 0 for {MANY} tokens with one patch, at {shown}: every entry, ε and activation a symbol",
-    )
+    known = "entry, ε and activation"
+    if mixtures(block):
+        shown += f" (h = {ONE} in an expert), of which {_and(SERVED)} serve the tokens"
+        known = "entry, ε, share and activation"
+    return "passed", f"residual reduced to 0 for {MANY} tokens with one patch, at {shown}: every {known} a symbol"
+
+
+def _experts_before_a_norm(proof: Proof) -> bool:
+    """Whether experts' last maps are steered through a norm."""
+    norms = [step for step in proof.root.walk() if isinstance(step.rule, OutputNormalised)]
+    return any(isinstance(step.rule, OutputMixture) for norm in norms for step in norm.walk())
+
+
+def _and(choice: tuple[tuple[int, ...], ...]) -> str:
+    return " and ".join("{" + ", ".join(str(e + 1) for e in chosen) + "}" for chosen in choice)
+
+
+def _narrow(leaf: Component) -> Component:
+    """Experts' maps with their hidden width at its smallest: sums over experts reduce slowly."""
+    if not isinstance(leaf, ExpertLinear):
+        return leaf
+
+    def smaller(param: Param) -> Param:
+        narrow: dict[int | str, int] = {"h": ONE, "2h": 2 * ONE}
+        return replace(param, shape=tuple(narrow.get(size, size) for size in param.shape))
+
+    return replace(leaf, weight=smaller(leaf.weight), bias=leaf.bias and smaller(leaf.bias))
