@@ -66,11 +66,11 @@ class Dependent:
         named = ("; " if self.names else ", ").join(self.names[t] if self.names else str(t) for t in self.tokens[:6])
         named += " …" if len(self.tokens) > 6 else ""
         if len(self.tokens) == 1 and not self.inputs:
-            return f"token {named} brings nothing but 0 to {self.where} and has to change there: no one patch does that"
+            return f"token {named} brings nothing but 0 to {self.where} and has to change there: no one change of it does that"
         how = "exactly" if self.exact else f"to {self.inputs:.1g} of their size"
         return (
             f"tokens {named} depend on each other at {self.where} ({how}) and their targets do not "
-            f"(they differ by {self.targets:.2g} of their size): no one patch gives them all"
+            f"(they differ by {self.targets:.2g} of their size): no one change of it gives them all"
         )
 
     def to_dict(self) -> dict[str, Any]:
