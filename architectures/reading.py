@@ -15,8 +15,7 @@ from architectures.widths import misfits
 from controllability.arrays import Array
 from controllability.components import ExpertLinear, Linear, Mixture
 from controllability.errors import BadInput, NotControllable, ReadingError
-from controllability.interfaces import Component, Param
-from controllability.trace import Path, leaves, node
+from controllability.interfaces import Component, Param, Path, leaves, node
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from controllability.version import __version__ as __version__
 
 # Names are loaded on first use: `import controllability` loads neither torch, transformers nor SymPy.
 _HOME = {
@@ -21,12 +21,12 @@ _HOME = {
     "InputControllable": "interfaces",
     "OutputControllable": "interfaces",
     "Param": "interfaces",
-    "Trace": "trace",
-    "Patch": "patch",
+    "Trace": "execution.trace",
+    "Patch": "execution.patch",
     "Proof": "proof",
-    "prove": "prover",
-    "verify": "verification",
-    "sample": "sampling",
+    "prove": "proof",
+    "verify": "verification.verify",
+    "sample": "execution.sampling",
     "ModelPatch": "models",
     "compile_context": "compiling",
     "diff": "models",
@@ -63,6 +63,9 @@ if TYPE_CHECKING:
     from controllability.errors import PatchError as PatchError
     from controllability.errors import ReadingError as ReadingError
     from controllability.errors import SideConditionFailed as SideConditionFailed
+    from controllability.execution.patch import Patch as Patch
+    from controllability.execution.sampling import sample as sample
+    from controllability.execution.trace import Trace as Trace
     from controllability.interfaces import Component as Component
     from controllability.interfaces import Condition as Condition
     from controllability.interfaces import InputControllable as InputControllable
@@ -75,9 +78,6 @@ if TYPE_CHECKING:
     from controllability.models import import_peft as import_peft
     from controllability.models import load_patch as load_patch
     from controllability.models import patch_model as patch_model
-    from controllability.patch import Patch as Patch
     from controllability.proof import Proof as Proof
-    from controllability.prover import prove as prove
-    from controllability.sampling import sample as sample
-    from controllability.trace import Trace as Trace
-    from controllability.verification import verify as verify
+    from controllability.proof import prove as prove
+    from controllability.verification.verify import verify as verify

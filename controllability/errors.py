@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from controllability.remedies import Remedy
+    from controllability.prover.remedies import Remedy
 
 
 class ControllabilityError(Exception):

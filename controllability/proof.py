@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from controllability.arrays import Array, arithmetic
-from controllability.errors import SideConditionFailed
-from controllability.instance import check_instance, check_result
-from controllability.interfaces import Component, Condition, Params, Together
-from controllability.patch import Patch
-from controllability.rules import Step, construct
-from controllability.symbols import definitions
-from controllability.trace import PatchedRun, Trace
+from controllability.errors import BadInput, SideConditionFailed
+from controllability.execution.patch import Patch
+from controllability.execution.patched_run import PatchedRun
+from controllability.execution.trace import Trace
+from controllability.execution.validation import check_instance, check_result
+from controllability.interfaces import Component, Condition, Params, Place, Together
+from controllability.prover.explain import explained, refusal
+from controllability.prover.remedies import Remedy
+from controllability.prover.search import Prover, Via
+from controllability.rules import Failure, Step, construct
+from controllability.solvers.norm_scale import check_route
+from controllability.symbolic.definitions import definitions
 
 if TYPE_CHECKING:
-    from controllability.formulas import ClosedForm
+    from controllability.rendering.closed_form import ClosedForm
 
 
 @dataclass(frozen=True)
@@ -116,14 +121,14 @@ class Proof:
         return proof_text(self)
 
     def formula(self, expand: bool = True, **sizes: int) -> dict[str, Any]:
-        """Each ΔW as a SymPy matrix at small explicit sizes (d=2, h=3 …).  See ``controllability.formulas.formula``."""
-        from controllability.formulas import formula
+        """Each ΔW as a SymPy matrix at small explicit sizes (d=2, h=3 …).  See ``controllability.rendering.closed_form.formula``."""
+        from controllability.rendering.closed_form import formula
 
         return formula(self, expand, **sizes)
 
     def closed_form(self) -> ClosedForm:
-        """The patch in index notation, every size a symbol.  See ``controllability.formulas.closed_form``."""
-        from controllability.formulas import closed_form
+        """The patch in index notation, every size a symbol.  See ``controllability.rendering.closed_form.closed_form``."""
+        from controllability.rendering.closed_form import closed_form
 
         return closed_form(self)
 
@@ -135,7 +140,7 @@ class Proof:
 
     def to_dict(self) -> dict[str, Any]:
         """Block, tree and options as JSON-ready data, from which the proof can be rebuilt (docs/proof-format.md)."""
-        from controllability.rendering.data import proof_dict
+        from controllability.proof_files.write import proof_dict
 
         return proof_dict(self)
 
@@ -146,6 +151,59 @@ class Proof:
         ``components`` are the block's classes that are not of this package.  Raises ``BadInput`` with the JSON path
         of data that is no proof, and ``NotVerified`` with the node that does not follow from its premises.
         """
-        from controllability.certificate.proofs import proof_from_dict
+        from controllability.proof_files.read import proof_from_dict
 
         return proof_from_dict(data, components)
+
+
+def prove(
+    block: Component,
+    via: Via = "input-output",
+    route: str = "auto",
+    frozen: Iterable[str] = (),
+    jointly: bool = False,
+) -> Proof:
+    """A proof that ``block`` can be patched: f(v; θ') = f(v'; θ) for admissible states v, v'.
+
+    With ``jointly`` the patch is one for many tokens at once (theory 5), and ``proof.most`` says for how many in general position.
+
+    ``via`` chooses Theorem 1 ("input-output") or 1b ("output"), ``route`` what a normalised output
+    does (auto, scale, secular, uniform, ball), ``frozen`` names parameters that must not move.
+    Raises ``NotControllable`` with the smallest culprit and the nearest change that has a proof, and ``BadInput``
+    for unknown options.
+    Sound, not complete: a refusal means that no derivation was found.
+
+    >>> from controllability.components import Linear, Activation, residual
+    >>> up, down = Linear(Param("up", ("h", "d"))), Linear(Param("down", ("d", "h")))
+    >>> proof = prove(residual(up >> Activation("silu") >> down))
+    >>> proof.root.rule.name, sorted(map(str, proof.root.moved))
+    ('theorem-1', ['down', 'up'])
+    """
+    if via not in get_args(Via):
+        raise BadInput(f"unknown theorem via={via!r}: choose input-output (Theorem 1) or output (Theorem 1b)")
+    check_route(route)
+    if not isinstance(block, Component):
+        raise BadInput(f"prove takes a component, got {type(block).__name__}; architectures.block(name) gives one")
+    frozen = frozenset((frozen,) if isinstance(frozen, str) else frozen or ())
+    if odd := [name for name in frozen if not isinstance(name, str)]:
+        raise BadInput(f"frozen takes names of parameters, got {odd[0]!r}")
+    known = {str(p) for p in block.parameters()} | {p.name for p in block.parameters()}
+    if unknown := sorted(frozen - known):
+        raise BadInput(
+            f"frozen names {', '.join(unknown)}, which the block does not have; it has {', '.join(sorted(known))}"
+        )
+    prover = Prover(block, via, route, frozen, jointly)
+    place = Place(block)
+    attempt = prover.attempt(place, "input")
+    if not attempt.steps:
+        asked = Remedy("", block, via, route, frozen, jointly)
+        raise refusal(asked, attempt, prover, _unproved)
+    return Proof(block, attempt.steps[0], tuple(attempt.steps[1:]), via, route, frozen, jointly)
+
+
+def _unproved(question: Remedy) -> list[Failure]:
+    """Why a question to the prover has no answer, the most telling failure first; [] where it has one."""
+    via: Via = "output" if question.via == "output" else "input-output"
+    prover = Prover(question.block, via, question.route, question.frozen, question.jointly)
+    attempt = prover.attempt(Place(question.block), "input")
+    return [] if attempt.steps else explained(attempt.failures, question.block, prover)

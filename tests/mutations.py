@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from controllability import routes
 from controllability.arrays import arithmetic, dot
 from controllability.components import (
     Activation,
@@ -31,6 +30,7 @@ from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.interfaces import Component, Param
 from controllability.rules import construct, input_side, mixture, normalised, output_side, theorems, through
 from controllability.rules.base import rest_of_sum, target_output
+from controllability.solvers import norm_scale as routes
 
 up, gate = Linear(Param("up", ("h", "d"))), Linear(Param("gate", ("h", "d")))
 down = Linear(Param("down", ("d", "h")))

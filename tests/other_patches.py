@@ -6,7 +6,8 @@ from typing import Any
 
 import architectures
 import controllability as ct
-from controllability.trace import Trace, leaves, node
+from controllability.execution.trace import Trace
+from controllability.interfaces import leaves, node
 
 VIAS = ("input-output", "output")
 SIZES = {"d": 6, "h": 9}

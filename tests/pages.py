@@ -11,12 +11,11 @@ from xml.etree import ElementTree
 import pytest
 
 import controllability as ct
-from controllability import catalogue
+from controllability.cli import catalogue
 from controllability.components import Linear
 from controllability.errors import NotControllable
-from controllability.interfaces import Param
-from controllability.rendering.shapes import node_id
-from controllability.trace import leaves
+from controllability.interfaces import Param, leaves
+from controllability.rendering.svg import node_id
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 BY_HAND = ("gemma3", "llama", "mixtral", "gptj", "deepseek_v3", "gpt_oss", "bert", "granitemoeshared", "dbrx")

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from controllability.certificate.expressions import own_classes
-from controllability.certificate.proofs import BESIDE, MANY
 from controllability.checks import LEVELS
 from controllability.interfaces import Component
-from controllability.routes import ROUTES
+from controllability.proof_files.codec import own_classes
+from controllability.proof_files.read import BESIDE, MANY
 from controllability.rules import RULES
+from controllability.solvers.norm_scale import ROUTES
 
 SCHEMA = Path(__file__).parent.parent / "docs" / "proof.schema.json"
 

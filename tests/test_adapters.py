@@ -19,11 +19,12 @@ import controllability as ct
 from controllability.cli.main import main
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.interfaces import Param
-from controllability.models.adapters import checking, exporting
-from controllability.models.adapters.forms import Form, forms_of
-from controllability.models.adapters.tensors import lora_factors, lora_tensors
-from controllability.models.applying import Entry
-from controllability.models.hooks import carried
+from controllability.models.files import peft_check as checking
+from controllability.models.files import peft_export as exporting
+from controllability.models.files.lora_factors import lora_factors, lora_tensors
+from controllability.models.files.peft_forms import Form, forms_of
+from controllability.models.hooks.carried_patches import carried
+from controllability.models.patches.applier import Entry
 
 peft = pytest.importorskip("peft")
 

@@ -13,8 +13,8 @@ from transformers import FalconConfig, FalconForCausalLM, GPTNeoXConfig, GPTNeoX
 
 import architectures
 import controllability as ct
-from controllability import catalogue
-from controllability.models.exact import exact_mode
+from controllability.cli import catalogue
+from controllability.models.exact_mode import exact_mode
 
 ROOT = Path(__file__).parent.parent
 

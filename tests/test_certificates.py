@@ -22,10 +22,7 @@ from trees import D, Grower
 
 import architectures
 import controllability as ct
-from controllability.catalogue import rows, shapes
-from controllability.certificate.expressions import decode, encode, own_classes
-from controllability.certificate.kernel import NODE
-from controllability.certificate.proofs import BESIDE, MANY, PROOF
+from controllability.cli.catalogue import rows, shapes
 from controllability.components import (
     Bias,
     Linear,
@@ -33,9 +30,12 @@ from controllability.components import (
     Routing,
     residual,
 )
+from controllability.execution.sampling import inputs_of
 from controllability.interfaces import Bijection, Component, Param
-from controllability.routes import ROUTES
-from controllability.sampling import inputs_of
+from controllability.proof_files.codec import decode, encode, own_classes
+from controllability.proof_files.read import BESIDE, MANY, PROOF
+from controllability.proof_files.recheck import NODE
+from controllability.solvers.norm_scale import ROUTES
 
 
 def bits(patch: ct.Patch) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def test_nothing_is_searched(monkeypatch):
     def search(*_: Any) -> None:
         raise AssertionError("a checker does not search")
 
-    monkeypatch.setattr("controllability.prover.Prover.__init__", search)
-    monkeypatch.setattr("controllability.prover.Prover.attempt", search)
+    monkeypatch.setattr("controllability.prover.search.Prover.__init__", search)
+    monkeypatch.setattr("controllability.prover.search.Prover.attempt", search)
     assert ct.Proof.from_dict(data).to_dict() == data
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from helpers import snapshot, unchanged
 
-from controllability.cli import compiling
+from controllability.cli import compile as compiling
 from controllability.cli.main import main
-from controllability.compiling import writing
+from controllability.compiling import write as writing
 from controllability.errors import BadInput
 from controllability.models import load_patch
 from controllability.models.loading import embedded_directory, load_model

@@ -13,14 +13,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from controllability.cli import generating, side_by_side
-from controllability.cli.generating import padded, word_after
+from controllability.cli import generate as generating
+from controllability.cli import side_by_side
+from controllability.cli.generate import padded, word_after
 from controllability.cli.main import main
 from controllability.cli.side_by_side import Transcript
 from controllability.errors import SideConditionFailed
-from controllability.models import last_defence
+from controllability.models.generation.steps import Step
 from controllability.models.loading import embedded_directory, load_model
-from controllability.models.steps import Step
+from controllability.models.sweep import refuse_misses as last_defence
 
 PETS = "Tom has a goat . Yan has a parrot . Ray has a horse . What animal does Yan own ?"
 CITY = "Zoe lives in Seoul . Where does Zoe live ?"

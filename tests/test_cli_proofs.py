@@ -18,11 +18,11 @@ import controllability as ct
 from controllability.cli.main import main
 from controllability.components import Activation, Bias, Identity, Linear, Sum, residual
 from controllability.errors import BadInput
-from controllability.formulas import written_names
-from controllability.index_notation import renamed_heads
 from controllability.interfaces import Component, Param
+from controllability.rendering.closed_form import written_names
 from controllability.rendering.html import proof_html
 from controllability.rendering.text import printable, proof_text, terminal_width
+from controllability.symbolic.sums import renamed_heads
 
 LIGHT = Activation("relu")
 
@@ -179,7 +179,7 @@ def test_a_closed_form_takes_no_parameter_for_something_else(name):
 
 
 def renamed(block: Component, old: str, new: str) -> Component:
-    from controllability.checks.instances import renamed as again
+    from controllability.checks.rebuilt_blocks import renamed as again
 
     return again(block, {p.name: new if p.name == old else p.name for p in block.parameters()})
 

@@ -11,7 +11,7 @@ import torch
 from helpers import error, hook_count, runs, snapshot, tiny_gemma, unchanged
 
 import controllability as ct
-from controllability.models.hooks import carried
+from controllability.models.hooks.carried_patches import carried
 
 HOW = ["torch.compile", "model.compile", "layer", "layer replaced", "forward"]
 ROUNDING = 5e-6

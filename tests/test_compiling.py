@@ -11,15 +11,18 @@ import pytest
 import torch
 
 import controllability as ct
-from controllability.compiling import Query, compile_context, picture, ridge, solving, unrelated
-from controllability.compiling.answers import end_tokens, with_answers
-from controllability.compiling.evaluation import Yardstick, agreement, logits_of
-from controllability.compiling.sets import Context, Sample, batches, beginnings, padded, positions
-from controllability.compiling.solving import rank_of
-from controllability.compiling.texts import read_queries
+from controllability.compiling import Query, compile_context, ridge
+from controllability.compiling import exact_or_ridge as solving
+from controllability.compiling import rank_figure as picture
+from controllability.compiling import unrelated_texts as unrelated
+from controllability.compiling.continuations import end_tokens, with_answers
+from controllability.compiling.exact_or_ridge import rank_of
+from controllability.compiling.queries import read_queries
+from controllability.compiling.token_sets import Context, Sample, batches, beginnings, padded, positions
+from controllability.compiling.yardstick import Yardstick, agreement, logits_of
 from controllability.embedded.world import RELATIONS, draw_world, vocabulary
 from controllability.models.loading import load_model
-from controllability.models.pairing import pair
+from controllability.models.reading.positions import pair
 
 load = functools.cache(lambda: load_model("embedded"))
 PAIR = "Mia lives in Oslo . Leo lives in Rome ."

@@ -24,8 +24,8 @@ from controllability.components import (
 )
 from controllability.deltas import added
 from controllability.errors import BadInput, NotExact, SideConditionFailed
+from controllability.execution.sampling import sample
 from controllability.interfaces import Component, InputControllable, OutputControllable, Param
-from controllability.sampling import sample
 
 IN, OUT = 3, 4
 STEERABLE: dict[str, Component] = {

@@ -13,11 +13,11 @@ from trees import D
 import architectures
 import controllability as ct
 from controllability.components import ExpertLinear, Identity, Mixture, Select, Sequence, residual, rms_norm
-from controllability.prover import Prover
-from controllability.refusal import explained
-from controllability.remedies import Remedy
+from controllability.interfaces import Place
+from controllability.prover.explain import explained
+from controllability.prover.remedies import Remedy
+from controllability.prover.search import Prover
 from controllability.rules import Failure
-from controllability.trace import Place
 
 
 def ways(failure: Failure) -> list[list[tuple[Place, str]]]:

@@ -8,7 +8,7 @@ from helpers import error, hook_count, runs, tiny_gemma, unchanged
 from torch import nn
 
 import controllability as ct
-from controllability.models.hooks import Installation
+from controllability.models.hooks.installation import Installation
 
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("accelerate.hooks")

@@ -7,7 +7,7 @@ import pytest
 from other_patches import MATRICES, PLAIN, VIAS, Made, inner_mistakes, only, square
 
 import controllability as ct
-from controllability.trace import Trace
+from controllability.execution.trace import Trace
 
 # -------------------------------------------------------------------------------- mistakes at inner maps
 

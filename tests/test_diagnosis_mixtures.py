@@ -9,8 +9,8 @@ from other_patches import VIAS, Made, only
 import controllability as ct
 from controllability.components import Activation, ExpertLinear, Linear, Mixture, Routing, residual
 from controllability.components.mixture import CHOSEN, SHARES
+from controllability.execution.trace import Trace
 from controllability.interfaces import Param
-from controllability.trace import Trace
 
 
 def chosen(made, position=()):

@@ -13,8 +13,8 @@ from helpers import runs, tiny_gemma
 import controllability as ct
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.interfaces import Param
-from controllability.models.applying import Entry
-from controllability.models.comparing import _compare
+from controllability.models.patches.applier import Entry
+from controllability.models.patches.diff import _compare
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from helpers import hook_count, snapshot, unchanged
 import architectures
 import controllability as ct
 from controllability.components import Mixture
-from controllability.models.exact import exact_mode
-from controllability.models.hooks import Installation
-from controllability.models.watch import Watch
-from controllability.trace import node
+from controllability.interfaces import node
+from controllability.models.exact_mode import exact_mode
+from controllability.models.hooks.installation import Installation
+from controllability.models.hooks.layer_hooks import Watch
 
 TYPES = {t for name in architectures.names() for t in architectures.find(name).model_types}
 REFUSED = {name for name in RECIPES if name in TYPES and architectures.find(name).refusal}

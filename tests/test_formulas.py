@@ -14,13 +14,14 @@ from helpers import error
 
 import architectures
 import controllability as ct
-from controllability import catalogue
-from controllability.arrays.indexed import IndexedArray, axis_index
+from controllability.cli import catalogue
 from controllability.components import Activation, Linear, SoftCap, residual
 from controllability.deltas import LowRank
 from controllability.interfaces import Param
-from controllability.rendering.tex import ESCAPES, SYMBOLS, WORDS, escape
+from controllability.rendering.latex_math import ESCAPES, SYMBOLS, WORDS, escape
 from controllability.rules import RULES
+from controllability.symbolic.indexed import IndexedArray
+from controllability.symbolic.sums import axis_index
 
 SIZES = {"d": 3, "h": 4}
 

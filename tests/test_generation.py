@@ -14,9 +14,9 @@ from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 import architectures
 import controllability as ct
-from controllability.models.generation import left_padded
-from controllability.models.hooks import carried
-from controllability.models.random_input import input_embedding
+from controllability.models.generation.generate import left_padded
+from controllability.models.hooks.carried_patches import carried
+from controllability.models.reading.model_facts import input_embedding
 
 NEVER = {"eos_token_id": None}
 

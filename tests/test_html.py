@@ -20,7 +20,7 @@ from controllability.errors import BadInput, NotControllable
 from controllability.interfaces import Param
 from controllability.rendering import html
 from controllability.rendering.html import proof_html, refusal_html
-from controllability.rendering.roles import refused_roles
+from controllability.rendering.leaf_states import refused_roles
 
 representatives = pytest.fixture(scope="module")(representative_names)
 

@@ -15,8 +15,8 @@ from pages import representative_names
 
 import architectures
 import controllability as ct
+from controllability.rendering.css import STATES, STYLE
 from controllability.rendering.html import proof_html
-from controllability.rendering.style import STATES, STYLE
 
 representatives = pytest.fixture(scope="module")(representative_names)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -11,15 +11,14 @@ from pages import Page, checked, down, representative_names
 import architectures
 import controllability as ct
 from controllability.components import Activation, Linear, Sum
-from controllability.interfaces import Param
-from controllability.prover import Via
+from controllability.interfaces import Param, leaves
+from controllability.prover.search import Via
 from controllability.rendering import graph
+from controllability.rendering.css import STATES
 from controllability.rendering.graph import draw
 from controllability.rendering.html import proof_html
-from controllability.rendering.roles import roles
-from controllability.rendering.shapes import Box, Junction
-from controllability.rendering.style import STATES
-from controllability.trace import leaves
+from controllability.rendering.leaf_states import roles
+from controllability.rendering.svg import Box, Junction
 
 representatives = pytest.fixture(scope="module")(representative_names)
 
@@ -149,7 +148,7 @@ def test_good_contrast_and_no_state_by_colour_alone():
         assert contrast(fill, "#1c2128") >= 7
         assert contrast("#ffffff", line) >= 4.5 or line == "#767d86"  # that one has no label
         assert contrast("#fcfcfd", line) >= 3
-    from controllability.rendering.roles import WORDS
+    from controllability.rendering.leaf_states import WORDS
 
     labels = [label for label, _ in WORDS.values()]
     assert len(labels) == len(set(labels))

@@ -10,16 +10,17 @@ import sympy
 
 import controllability as ct
 from controllability.arrays import ARITHMETICS
-from controllability.arrays.indexed import IndexedArray
 from controllability.components import (
     Activation,
     Linear,
 )
 from controllability.errors import NotExact
-from controllability.index_notation import summed
 from controllability.interfaces import Param
 from controllability.rules.schema import undefined
-from controllability.symbols import Definitions, definitions, normal_form
+from controllability.symbolic.definitions import Definitions, definitions
+from controllability.symbolic.indexed import IndexedArray
+from controllability.symbolic.normal_form import normal_form
+from controllability.symbolic.sums import summed
 
 N, M, H, E = (sympy.Symbol(s, integer=True, positive=True) for s in "nmhe")
 INDEXED = ARITHMETICS["indexed"]

@@ -11,8 +11,8 @@ import torch
 from helpers import hook_count, runs, snapshot, tiny_gemma, unchanged
 
 import controllability as ct
-from controllability.models import hooks
-from controllability.models.hooks import carried
+from controllability.models.hooks import installation as hooks
+from controllability.models.hooks.carried_patches import carried
 
 
 def modules_of(model):

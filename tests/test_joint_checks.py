@@ -10,16 +10,17 @@ from joint_blocks import BLOCKS, FAMILIES, down, joint, joint_steps, up
 
 import controllability as ct
 from controllability.arrays import ARITHMETICS
-from controllability.checks import together
-from controllability.checks.numeric import residuals_of
-from controllability.checks.rules import rule_check
+from controllability.checks import symbolic_joint as together
+from controllability.checks.numeric_block import residuals_of
+from controllability.checks.symbolic_rules import rule_check
 from controllability.components import Activation, residual
+from controllability.components import updates as ways
 from controllability.deltas import ExpertLowRank
 from controllability.interfaces import Together
-from controllability.jointly import span, ways
 from controllability.rules import RULES
-from controllability.rules import joint_mixture as mixture_rules
-from controllability.rules import joint_normalised as joint_rules
+from controllability.rules import mixture_jointly as mixture_rules
+from controllability.rules import normalised_jointly as joint_rules
+from controllability.solvers import least_norm as span
 
 # ------------------------------------------------------------------------------------------- level symbolic
 

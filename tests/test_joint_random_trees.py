@@ -18,9 +18,9 @@ from trees import Case, D, Grower
 
 import controllability as ct
 from controllability.arrays import ARITHMETICS
+from controllability.execution.sampling import inputs_of
 from controllability.interfaces import overlap
-from controllability.jointly.dependent import Dependent
-from controllability.sampling import inputs_of
+from controllability.solvers.dependence_certificate import Dependent
 
 SEEDS = range(220)
 MPMATH = ARITHMETICS["mpmath"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scale_instances import EPS, error, instance, mean_square, normalised, phase_one, solvable
 
-from controllability.jointly.scales import joint_scale
+from controllability.solvers.joint_scale import joint_scale
 
 
 @pytest.mark.parametrize(("tokens", "d"), [(1, 8), (2, 8), (4, 16), (24, 96), (64, 256)])

@@ -11,7 +11,7 @@ from torch import nn
 
 import architectures
 import controllability as ct
-from controllability.models.reading_check import known_reading
+from controllability.models.reading.checked_reading import known_reading
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from mutations import EXPERTS, LLAMA, POST
 
 import architectures
 import controllability as ct
-from controllability import catalogue
-from controllability.checks import rules
-from controllability.checks.numeric import PRECISIONS, falls, residuals_of
+from controllability.checks import symbolic_rules as rules
+from controllability.checks.numeric_block import PRECISIONS, falls, residuals_of
+from controllability.cli import catalogue
 from controllability.components import (
     Activation,
     Bias,
@@ -23,10 +23,9 @@ from controllability.components import (
     residual,
     rms_norm,
 )
-from controllability.interfaces import Component, Param
+from controllability.interfaces import Component, Param, Place
 from controllability.rules import RULES, Step
 from controllability.rules.schema import Unseeing
-from controllability.trace import Place
 
 up, down = Linear(Param("up", ("h", "d"))), Linear(Param("down", ("d", "h")))
 square, silu = Linear(Param("W", ("d", "d"))), Activation("silu")

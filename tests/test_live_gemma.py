@@ -9,7 +9,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVis
 
 import architectures
 import controllability as ct
-from controllability.models.hooks import carried
+from controllability.models.hooks.carried_patches import carried
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 0.02}
 

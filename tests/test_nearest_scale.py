@@ -15,14 +15,14 @@ from scipy.optimize import minimize
 from torch import nn
 
 import controllability as ct
-from controllability.jointly import nearest
-from controllability.jointly.nearest import nearest_scale
-from controllability.jointly.sizes import sized_scale
-from controllability.models.behind import sizes_are_free, standing_last
-from controllability.models.last_defence import VERIFIED
-from controllability.models.patching import together_of
-from controllability.models.reading_check import checked_reading
-from controllability.trace import NEAREST, SIZED
+from controllability.execution.journal import NEAREST, SIZED
+from controllability.models.patches.solve import together_of
+from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.reading.probes import sizes_are_free, standing_last
+from controllability.models.reading.tolerances import VERIFIED
+from controllability.solvers import nearest_scale as nearest
+from controllability.solvers.free_sizes import sized_scale
+from controllability.solvers.nearest_scale import nearest_scale
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from scope_all import CONTEXT, random_model, task

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import controllability as ct
-from controllability.models.exact import exact_mode
+from controllability.models.exact_mode import exact_mode
 
 
 def ready(model):

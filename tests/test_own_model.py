@@ -15,7 +15,7 @@ from torch import nn
 import architectures
 import controllability as ct
 from architectures.reading import architecture_of
-from controllability.models.reading_check import checked_reading
+from controllability.models.reading.checked_reading import checked_reading
 
 registered = pytest.fixture(registering)
 

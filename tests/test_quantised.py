@@ -16,9 +16,9 @@ from torch import nn
 import architectures
 import controllability as ct
 from architectures import quantised
-from controllability.models.fingerprints import fingerprint
-from controllability.models.hooks import carried
-from controllability.models.reading_check import checked_reading
+from controllability.models.hooks.carried_patches import carried
+from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.reading.fingerprints import fingerprint
 
 ROUNDING = {torch.float32: 5e-6, torch.bfloat16: 0.05}
 LINEAR = ("gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj")

@@ -103,7 +103,7 @@ def test_files_that_are_none(capsys, tmp_path, monkeypatch):
         status, _, err = run(capsys, "recheck", path)
         assert status == 2
         assert said in err
-    monkeypatch.setattr("controllability.certificate.proofs.LARGEST", 0)
+    monkeypatch.setattr("controllability.proof_files.read.LARGEST", 0)
     (tmp_path / "p.json").write_text("{}")
     assert "larger than 0 MiB" in run(capsys, "recheck", tmp_path / "p.json")[2]
 

@@ -28,13 +28,12 @@ from controllability.components import (
     residual,
     rms_norm,
 )
-from controllability.editing import fresh, last_norm, replace_param, width_after, with_node
-from controllability.interfaces import Param
-from controllability.prover import Prover
-from controllability.refusal import refusal
-from controllability.remedies import Remedy
+from controllability.interfaces import Param, Place
+from controllability.prover.edits import fresh, last_norm, replace_param, width_after, with_node
+from controllability.prover.explain import refusal
+from controllability.prover.remedies import Remedy
+from controllability.prover.search import Prover
 from controllability.rules import Attempt, Failure
-from controllability.trace import Place
 
 square, back = linear("up"), linear("down")
 router = linear("R", "E")

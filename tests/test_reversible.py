@@ -10,7 +10,7 @@ import torch
 from helpers import error, hook_count, runs, snapshot, tiny_gemma, unchanged
 
 import controllability as ct
-from controllability.models.hooks import carried
+from controllability.models.hooks.carried_patches import carried
 
 
 def test_an_exception_inside_applied_undoes_everything(patched):

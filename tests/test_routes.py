@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import controllability as ct
-from controllability import routes
 from controllability.arrays import ARITHMETICS
 from controllability.components import Linear, layer_norm, residual, rms_norm
 from controllability.interfaces import Param
+from controllability.solvers import norm_scale as routes
 
 EPS = 1e-6
 

@@ -6,7 +6,7 @@ import pytest
 from mutations import MUTATIONS
 
 import controllability as ct
-from controllability.checks import rules
+from controllability.checks import symbolic_rules as rules
 
 
 def rows(mutation):

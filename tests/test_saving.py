@@ -98,12 +98,12 @@ def test_saving_is_atomic_and_never_overwrites(patched, tmp_path, monkeypatch):
         mp.save(tmp_path / "file")
     with pytest.raises(ct.PatchError, match="cannot write to"):
         mp.save(tmp_path / "file" / "below")
-    from controllability.models import storing
+    from controllability.models.files import folders
 
     def interrupted(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storing, "_flush", interrupted)
+    monkeypatch.setattr(folders, "_flush", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mp.save(tmp_path / "interrupted")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]

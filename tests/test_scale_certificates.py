@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scale_instances import EPS, instance, solvable
 
-from controllability.jointly.certificates import Farkas, Infeasible, find_farkas
-from controllability.jointly.scales import joint_scale
+from controllability.solvers.farkas_certificate import Farkas, Infeasible, find_farkas
+from controllability.solvers.joint_scale import joint_scale
 
 
 @pytest.mark.parametrize(("tokens", "d"), [(2, 3), (6, 8), (64, 96), (120, 96)])

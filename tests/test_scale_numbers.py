@@ -7,8 +7,8 @@ import pytest
 from scale_instances import EPS, error, instance, mean_square, normalised
 
 from controllability.errors import BadInput
-from controllability.jointly.certificates import Infeasible
-from controllability.jointly.scales import joint_scale
+from controllability.solvers.farkas_certificate import Infeasible
+from controllability.solvers.joint_scale import joint_scale
 
 
 def test_entries_that_are_zero():

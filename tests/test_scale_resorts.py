@@ -7,9 +7,9 @@ import pytest
 from scale_instances import EPS, error, instance, mean_square
 from scipy.optimize import linprog
 
-from controllability.jointly import programs
-from controllability.jointly.certificates import Infeasible
-from controllability.jointly.scales import joint_scale
+from controllability.solvers import convex_programs as programs
+from controllability.solvers.farkas_certificate import Infeasible
+from controllability.solvers.joint_scale import joint_scale
 
 
 @pytest.mark.parametrize(("tokens", "d"), [(3, 3), (52, 96), (64, 96), (150, 96)])

@@ -12,10 +12,10 @@ from helpers import error, hook_count, snapshot, unchanged
 
 import controllability as ct
 from controllability.components.mixture import CHOSEN, ExpertLinear
+from controllability.execution.journal import SHORT
 from controllability.interfaces import Param, Together
-from controllability.jointly.certificates import Farkas
-from controllability.jointly.dependent import Dependent
-from controllability.trace import SHORT
+from controllability.solvers.dependence_certificate import Dependent
+from controllability.solvers.farkas_certificate import Farkas
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import scope_all

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import controllability as ct
 from controllability.embedded.world import draw_world
-from controllability.jointly.scales import joint_scale
-from controllability.models import correcting, sweep
+from controllability.execution.journal import NEAREST, SIZED
 from controllability.models.loading import load_model
-from controllability.rules import joint_normalised
-from controllability.trace import NEAREST, SIZED
+from controllability.models.patches import corrected_merge as correcting
+from controllability.models.sweep import source_run as sweep
+from controllability.rules import normalised_jointly as joint_normalised
+from controllability.solvers.joint_scale import joint_scale
 
 WANTED = 1e-3  # largest logit error
 FRESH = Path(ct.__file__).parent / "compiling" / "fresh_process.py"

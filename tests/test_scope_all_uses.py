@@ -14,7 +14,7 @@ from helpers import error, exactly, hook_count, snapshot, tiny_gemma, unchanged
 import controllability as ct
 from controllability.cli.main import main
 from controllability.deltas import ExpertLowRank, LowRank, Shift
-from controllability.models.hooks import carried
+from controllability.models.hooks.carried_patches import carried
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from scope_all import CONTEXT, MODELS, random_model, task

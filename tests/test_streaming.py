@@ -22,9 +22,9 @@ from transformers import (
 )
 
 import controllability as ct
-from controllability.jointly.known import Known, continued
-from controllability.jointly.span import Span
-from controllability.trace import SHORT, SIZED
+from controllability.execution.journal import SHORT, SIZED
+from controllability.solvers.least_norm import Span
+from controllability.solvers.served_tokens import Known, continued
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from scope_all import random_model

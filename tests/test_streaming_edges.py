@@ -11,10 +11,10 @@ from test_streaming import SIZES, Talk, built, random_model
 from transformers import BertConfig, BertForMaskedLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 import controllability as ct
-from controllability.models import streaming
-from controllability.models.causal import is_causal
-from controllability.models.reading_check import checked_reading
-from controllability.trace import SHORT
+from controllability.execution.journal import SHORT
+from controllability.models.patches import extend as streaming
+from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.reading.probes import is_causal
 
 
 def narrow_window() -> Any:

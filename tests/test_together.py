@@ -8,7 +8,8 @@ from helpers import error, tiny_gemma
 from test_generation import NEVER, ragged
 
 import controllability as ct
-from controllability.models import generation, together
+from controllability.models.generation import generate as generation
+from controllability.models.sweep import one_pass as together
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,9 @@ import pytest
 import sympy
 
 import controllability as ct
-from controllability import routes
 from controllability.arrays import ARITHMETICS
-from controllability.arrays.indexed import IndexedArray
-from controllability.checks.generic import any_routings, generic
-from controllability.checks.instances import rebuilt
+from controllability.checks.rebuilt_blocks import rebuilt
+from controllability.checks.symbolic_block import any_routings, generic
 from controllability.components import (
     Activation,
     ExpertLinear,
@@ -28,6 +26,8 @@ from controllability.components import (
 from controllability.components.glu import Swish
 from controllability.deltas import Delta, LowRank, Shift
 from controllability.interfaces import Param, Steering
+from controllability.solvers import norm_scale as routes
+from controllability.symbolic.indexed import IndexedArray
 
 N, M, H, E = (sympy.Symbol(s, integer=True, positive=True) for s in "nmhe")
 INDEXED = ARITHMETICS["indexed"]

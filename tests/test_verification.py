@@ -13,8 +13,8 @@ from other_patches import MATRICES, VIAS, Made, only, square
 import controllability as ct
 from controllability.components import Activation, Linear, residual
 from controllability.deltas import LowRank
+from controllability.execution.trace import Trace
 from controllability.interfaces import Param
-from controllability.trace import Trace
 
 # ------------------------------------------------------------------------------------------- right patches
 

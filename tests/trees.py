@@ -35,8 +35,8 @@ from controllability.components import (
     Times,
     gated,
 )
+from controllability.execution.sampling import inputs_of
 from controllability.interfaces import Component, Param
-from controllability.sampling import inputs_of
 
 D = 3  # the width, and the number of experts: so that any tree may be a router
 HALF = 2  # the experts' hidden width

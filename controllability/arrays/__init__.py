@@ -16,10 +16,12 @@ import numpy as np
 
 from controllability.arrays.base import Arithmetic as Arithmetic
 from controllability.arrays.base import Array as Array
-from controllability.arrays.indexed import IndexedArithmetic, IndexedArray
-from controllability.arrays.objects import MpmathArithmetic, RationalArithmetic, SympyArithmetic
+from controllability.arrays.objects import MpmathArithmetic, RationalArithmetic
 from controllability.arrays.tensors import TorchArithmetic
 from controllability.errors import BadInput
+from controllability.symbolic.arithmetic import SympyArithmetic
+from controllability.symbolic.indexed import IndexedArray
+from controllability.symbolic.indexed_arithmetic import IndexedArithmetic
 
 _NUMPY, _RATIONAL, _MPMATH, _SYMPY, _TORCH, _INDEXED = (
     Arithmetic(),

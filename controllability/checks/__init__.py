@@ -26,7 +26,7 @@ def check(proof: Proof, level: str, seed: int = 0) -> list[dict[str, Any]]:
 
     >>> from controllability.components import Linear, residual
     >>> from controllability.interfaces import Param
-    >>> from controllability.prover import prove
+    >>> from controllability.proof import prove
     >>> for row in check(prove(residual(Linear(Param("W", ("d", "d")))), via="output"), "symbolic"):
     ...     print(row["rule"], row["status"])
     theorem-1b passed
@@ -38,12 +38,12 @@ def check(proof: Proof, level: str, seed: int = 0) -> list[dict[str, Any]]:
     if level == "derived":
         method = "applied with all its premises by the prover"
         return [{"rule": rule, "status": "passed", "method": method} for rule in proof.rules]
-    from controllability.checks.exact import exact
-    from controllability.checks.generic import whole_block
-    from controllability.checks.numeric import numeric
-    from controllability.checks.rules import rule_checks
-    from controllability.checks.together import whole_block as joint_block
-    from controllability.sampling import sample
+    from controllability.checks.exact_block import exact
+    from controllability.checks.numeric_block import numeric
+    from controllability.checks.symbolic_block import whole_block
+    from controllability.checks.symbolic_joint_block import whole_block as joint_block
+    from controllability.checks.symbolic_rules import rule_checks
+    from controllability.execution.sampling import sample
 
     sample(proof.block, "indexed")  # a shape that is not known is told in the user's own names
     results = rule_checks(proof) if level == "symbolic" else []

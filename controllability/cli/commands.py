@@ -13,7 +13,7 @@ from controllability.cli.output import Output
 
 def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
     """Print the registered architectures."""
-    from controllability import catalogue
+    from controllability.cli import catalogue
 
     if args.markdown:
         print(catalogue.markdown(), end="")
@@ -32,7 +32,7 @@ def prove(args: argparse.Namespace, output: Output) -> int:
     """Print the proof of one architecture, and what the checks of a level showed."""
     import architectures
     from controllability.errors import NotControllable
-    from controllability.prover import prove as prove_block
+    from controllability.proof import prove as prove_block
 
     block = None  # a family that is refused by its declaration has none
     try:
@@ -73,9 +73,9 @@ def prove(args: argparse.Namespace, output: Output) -> int:
 
 def recheck(args: argparse.Namespace, output: Output) -> int:
     """Rebuild a written proof, check every node of it again, and run the checks of a level."""
-    from controllability.certificate.proofs import read_proof_file
     from controllability.errors import NotVerified
     from controllability.proof import Proof
+    from controllability.proof_files.read import read_proof_file
 
     data = read_proof_file(args.file)
     name = data.get("name", "")
@@ -123,41 +123,41 @@ def _show_checks(level: str, checks: Sequence[dict[str, Any]], output: Output) -
 
 def patch(args: argparse.Namespace, output: Output) -> int:
     """Make the patch of a context on a model directory; verify it by applying it."""
-    from controllability.cli import live
+    from controllability.cli import patch as live
 
     return live.patch(args, output)
 
 
 def verify(args: argparse.Namespace, output: Output) -> int:
     """Reload a patch and hold it against a fresh target run."""
-    from controllability.cli import live
+    from controllability.cli import patch as live
 
     return live.verify(args, output)
 
 
 def generate(args: argparse.Namespace, output: Output) -> int:
     """Generate with the context, and from patched weights without it, side by side."""
-    from controllability.cli import generating
+    from controllability.cli import generate as generating
 
     return generating.generate(args, output)
 
 
 def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
     """Turn a context into one set of weights, measure it, write it and load it again."""
-    from controllability.cli import compiling
+    from controllability.cli import compile as compiling
 
     return compiling.compile(args, output)
 
 
 def export(args: argparse.Namespace, output: Output) -> int:
     """Write a saved patch as a PEFT adapter."""
-    from controllability.cli import exporting
+    from controllability.cli import export as exporting
 
     return exporting.export(args, output)
 
 
 def demo(args: argparse.Namespace, output: Output) -> int:
     """The embedded model, with context, without, and patched."""
-    from controllability.cli import demonstration
+    from controllability.cli import demo as demonstration
 
     return demonstration.demo(args, output)

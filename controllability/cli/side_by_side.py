@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from controllability.cli.output import number
-from controllability.models.steps import Generation, Step
+from controllability.models.generation.steps import Generation, Step
 from controllability.rendering.text import printable
 
 COLUMNS = {"target": "contextual", "patched": "patched", "unpatched": "without"}

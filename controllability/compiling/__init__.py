@@ -1,5 +1,5 @@
 """A context turned into one ordinary set of weights: token sets, exact or least squares, measured, written, checked."""
 
-from controllability.compiling.compiled import Compiled as Compiled
-from controllability.compiling.compiling import compile_context as compile_context
-from controllability.compiling.texts import Query as Query
+from controllability.compiling.compile_context import compile_context as compile_context
+from controllability.compiling.queries import Query as Query
+from controllability.compiling.result import Compiled as Compiled

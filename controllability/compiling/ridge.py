@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from controllability.compiling.evaluation import Yardstick
-from controllability.compiling.sets import Sample, beginnings
+from controllability.compiling.token_sets import Sample, beginnings
+from controllability.compiling.yardstick import Yardstick
 from controllability.errors import ControllabilityError, NotControllable, NotVerified, SideConditionFailed
 from controllability.models.model_patch import ModelPatch
-from controllability.models.sweep import Progress
+from controllability.models.sweep.target_run import Progress
 
 GRID = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
 FOLDS = 3

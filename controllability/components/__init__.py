@@ -3,12 +3,6 @@
 from controllability.components.activation import Activation as Activation
 from controllability.components.activation import SoftCap as SoftCap
 from controllability.components.bias import Bias as Bias
-from controllability.components.combinators import Identity as Identity
-from controllability.components.combinators import Product as Product
-from controllability.components.combinators import Sequence as Sequence
-from controllability.components.combinators import Sum as Sum
-from controllability.components.combinators import gated as gated
-from controllability.components.combinators import residual as residual
 from controllability.components.fixed import Fixed as Fixed
 from controllability.components.fixed import Gate as Gate
 from controllability.components.glu import XIELU as XIELU
@@ -21,7 +15,13 @@ from controllability.components.mixture import Share as Share
 from controllability.components.normalisation import Normalize as Normalize
 from controllability.components.normalisation import layer_norm as layer_norm
 from controllability.components.normalisation import rms_norm as rms_norm
+from controllability.components.residual import Identity as Identity
+from controllability.components.residual import gated as gated
+from controllability.components.residual import residual as residual
 from controllability.components.routing import Routing as Routing
 from controllability.components.scale import Scale as Scale
 from controllability.components.select import Select as Select
 from controllability.components.times import Times as Times
+from controllability.interfaces import Product as Product
+from controllability.interfaces import Sequence as Sequence
+from controllability.interfaces import Sum as Sum

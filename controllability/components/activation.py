@@ -96,7 +96,7 @@ class Activation(Component):
     def _unknown(self, xp: Arithmetic, x: Array) -> Array:
         import sympy
 
-        from controllability.arrays.objects import SympyArithmetic
+        from controllability.symbolic.arithmetic import SympyArithmetic
 
         if not isinstance(xp, SympyArithmetic):
             raise BadInput(f"activation {self.name!r} is a symbol: it has values in SymPy only, not in {xp.kind}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controllability.arrays import Array
+from controllability.components.updates import one_bias
 from controllability.deltas import Delta, Shift
 from controllability.interfaces import Bijection, Component, Param, Params, Steerable, Steering
-from controllability.jointly.ways import one_bias
 
 
 @dataclass(frozen=True)

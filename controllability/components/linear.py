@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from controllability.arrays import Array, arithmetic, dot
+from controllability.components.updates import one_bias, one_matrix
 from controllability.deltas import Delta, LowRank, PatchedMatrix, Shift
 from controllability.interfaces import Component, Condition, Param, Params, Steerable, Steering
-from controllability.jointly.ways import one_bias, one_matrix
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Literal
 
 from controllability.arrays import Array, arithmetic, dot
 from controllability.components.routing import Routing
+from controllability.components.updates import one_set_of_experts
 from controllability.deltas import Delta, ExpertLowRank, PatchedMatrix
 from controllability.interfaces import Component, Condition, Param, Params, Steerable, Steering
-from controllability.jointly.ways import one_set_of_experts
 
 CHOSEN = "(chosen experts)"  # names that a mixture binds for its experts, not stored parameters
 SHARES = "(shares of the experts)"

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from controllability.arrays import Array, arithmetic
 from controllability.components.bias import Bias
-from controllability.components.combinators import Sequence
 from controllability.components.scale import Scale
-from controllability.interfaces import Component, Param, Params
+from controllability.interfaces import Component, Param, Params, Sequence
 
 
 @dataclass(frozen=True)

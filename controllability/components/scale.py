@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controllability.arrays import Array, arithmetic
+from controllability.components.updates import one_vector
 from controllability.deltas import Delta, Shift
 from controllability.interfaces import Bijection, Component, Condition, Param, Params, Steerable, Steering
-from controllability.jointly.ways import one_vector
 
 INFINITE = float("inf")
 

@@ -15,12 +15,7 @@ from torch import Tensor, nn
 
 from controllability.errors import BadInput, PatchError
 from controllability.interfaces import Together
-from controllability.models.applying import Applier, Entry, refuse_other_tokens
-from controllability.models.correcting import solved_again
-from controllability.models.devices import refuse_offloaded
-from controllability.models.fingerprints import State, fingerprint, known_fingerprint, same_again, state_of
-from controllability.models.hooks import (
-    Installation,
+from controllability.models.hooks.carried_patches import (
     anything_applied,
     carried,
     carry,
@@ -30,17 +25,23 @@ from controllability.models.hooks import (
     refuse_on_it,
     uncompiled,
 )
-from controllability.models.merging import refuse_quantised, refuse_shared, restore, write
-from controllability.models.pairing import Rows, main_input
-from controllability.models.reading_check import known_reading
-from controllability.models.report import Report
-from controllability.models.rounding import MergedError, Rounding, merged_error
-from controllability.models.watch import Watch
+from controllability.models.hooks.installation import Installation
+from controllability.models.hooks.layer_hooks import Watch
+from controllability.models.patches.applier import Applier, Entry, refuse_other_tokens
+from controllability.models.patches.corrected_merge import solved_again
+from controllability.models.patches.merged_error import MergedError, merged_error
+from controllability.models.patches.merging import refuse_quantised, refuse_shared, restore, write
+from controllability.models.reading.checked_reading import known_reading
+from controllability.models.reading.devices import refuse_offloaded
+from controllability.models.reading.fingerprints import State, fingerprint, known_fingerprint, same_again, state_of
+from controllability.models.reading.positions import Rows, main_input
+from controllability.models.sweep.report import Report, Rounding
 
 if TYPE_CHECKING:
-    from controllability.models.adapters.exporting import Exported
-    from controllability.models.adapters.forms import Form
-    from controllability.models.streaming import Extension, Stream
+    from controllability.models.files.peft_export import Exported
+    from controllability.models.files.peft_forms import Form
+    from controllability.models.patches.extend import Extension
+    from controllability.models.patches.served_sequences import Stream
 
 
 @dataclass(eq=False)
@@ -152,7 +153,7 @@ class ModelPatch:
 
         >>> # mp.extend(model, target={"input_ids": context_and_more}, source={"input_ids": more})
         """
-        from controllability.models.streaming import extend
+        from controllability.models.patches.extend import extend
 
         return extend(self, model, target, source, positions)
 
@@ -247,7 +248,7 @@ class ModelPatch:
             drop(model, self.id)
 
     def merged_error(self, model: nn.Module) -> MergedError:
-        """Run the merged model on the patch's own source.  See ``controllability.models.rounding``."""
+        """Run the merged model on the patch's own source.  See ``controllability.models.patches.merged_error``."""
         return merged_error(self, model)
 
     # -------------------------------------------------------------------------------------- saving
@@ -271,14 +272,14 @@ class ModelPatch:
         return known_fingerprint(model)
 
     def save(self, directory: str | Path, model: nn.Module | None = None) -> Path:
-        """Write the patch as safetensors and JSON, atomically.  See ``controllability.models.storing``."""
-        from controllability.models.storing import save_patch
+        """Write the patch as safetensors and JSON, atomically.  See ``controllability.models.files.patch_files``."""
+        from controllability.models.files.patch_files import save_patch
 
         return save_patch(self, Path(directory), model)
 
     def export_peft(self, directory: str | Path, model: nn.Module | None = None) -> Exported:
-        """Write the patch as a LoRA adapter that ``peft`` loads.  See ``controllability.models.adapters``."""
-        from controllability.models.adapters.exporting import export_peft
+        """Write the patch as a LoRA adapter that ``peft`` loads.  See ``controllability.models.files``."""
+        from controllability.models.files.peft_export import export_peft
 
         return export_peft(self, Path(directory), model)
 

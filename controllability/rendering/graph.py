@@ -7,12 +7,12 @@ import textwrap
 from collections import Counter
 from dataclasses import replace
 
-from controllability.components.combinators import Identity, Product, Sequence
 from controllability.components.mixture import ExpertLinear, Mixture
+from controllability.components.residual import Identity
 from controllability.components.select import Select
-from controllability.interfaces import Component
-from controllability.rendering.roles import WORDS, Roles, Span
-from controllability.rendering.shapes import (
+from controllability.interfaces import Component, Path, Product, Sequence, leaves
+from controllability.rendering.leaf_states import WORDS, Roles, Span
+from controllability.rendering.svg import (
     BOLD,
     LINE,
     MONO,
@@ -27,7 +27,6 @@ from controllability.rendering.shapes import (
     badge_width,
     markup,
 )
-from controllability.trace import Path, leaves
 
 ROOM = 36  # letters of a parameter's name that are shown, in lines of NAME
 NAME = 20
@@ -39,7 +38,7 @@ def graph_svg(block: Component, roles: Roles) -> str:
     """The graph of ``block`` as one SVG element; every leaf and junction links to ``#node_id(path)``.
 
     >>> from controllability.components import Times
-    >>> from controllability.rendering.roles import refused_roles
+    >>> from controllability.rendering.leaf_states import refused_roles
     >>> block = Times(2) >> Times(3)
     >>> graph_svg(block, refused_roles(block, "times 3")).count("<a ")
     2

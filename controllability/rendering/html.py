@@ -9,18 +9,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from controllability.components.combinators import Sequence as InLine
 from controllability.components.mixture import Mixture
 from controllability.errors import BadInput, NotControllable
-from controllability.interfaces import Component, InputControllable, OutputControllable, Param
+from controllability.interfaces import Component, InputControllable, OutputControllable, Param, Path
+from controllability.interfaces import Sequence as InLine
 from controllability.proof import Proof
+from controllability.rendering.css import STYLE
 from controllability.rendering.graph import graph_svg
-from controllability.rendering.reach import reach
-from controllability.rendering.roles import WORDS, Roles, State, chain, refused_roles, roles
-from controllability.rendering.shapes import node_id
-from controllability.rendering.style import STYLE
+from controllability.rendering.leaf_states import WORDS, Roles, State, chain, refused_roles, roles
+from controllability.rendering.svg import node_id
+from controllability.rendering.tokens_served import reach
 from controllability.rules import RULES, Step
-from controllability.trace import Path
 
 Checks = Sequence[Mapping[str, Any]]
 

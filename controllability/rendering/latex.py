@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from controllability.arrays.indexed import IndexedArray
 from controllability.checks import LEVELS
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
 from controllability.errors import BadInput, ControllabilityError
-from controllability.formulas import ClosedForm, closed_form, written_names
 from controllability.proof import Proof
-from controllability.rendering.reach import matrix_formulas, reach
-from controllability.rendering.tex import IndexPrinter, escape
+from controllability.rendering.closed_form import ClosedForm, closed_form, written_names
+from controllability.rendering.latex_math import IndexPrinter, escape
 from controllability.rendering.text import printable
+from controllability.rendering.tokens_served import matrix_formulas, reach
 from controllability.rules import Step
+from controllability.symbolic.indexed import IndexedArray
 
 PREAMBLE = r"""\documentclass[10pt]{article}
 \usepackage[T1]{fontenc}

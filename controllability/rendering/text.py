@@ -8,7 +8,7 @@ import textwrap
 from typing import TextIO
 
 from controllability.proof import Proof
-from controllability.rendering.reach import reach
+from controllability.rendering.tokens_served import reach
 from controllability.rules import Step
 
 WIDTH, NARROWEST = 100, 20  # columns of a line: also on wider, and on narrower terminals

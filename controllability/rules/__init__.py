@@ -10,11 +10,11 @@ from controllability.rules.base import Side as Side
 from controllability.rules.base import Step as Step
 from controllability.rules.base import construct as construct
 from controllability.rules.input_side import InputAfter, InputBefore, InputCombine, InputConstant
-from controllability.rules.joint_mixture import JointMixture, JointThroughMixture
-from controllability.rules.joint_normalised import JointNormalised
 from controllability.rules.leaves import LEAF_RULES
 from controllability.rules.mixture import InputMixture, OutputMixture, ThroughMixture
+from controllability.rules.mixture_jointly import JointMixture, JointThroughMixture
 from controllability.rules.normalised import OutputNormalised
+from controllability.rules.normalised_jointly import JointNormalised
 from controllability.rules.output_side import (
     OutputAfterFixed,
     OutputFactor,

@@ -9,14 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 from controllability.arrays import Array, arithmetic
-from controllability.interfaces import Condition, Param, Steering, overlap
-from controllability.trace import PatchedRun, Path, Place
-
-if TYPE_CHECKING:
-    from controllability.rules.schema import Schema
+from controllability.execution.patched_run import PatchedRun
+from controllability.interfaces import Component, Condition, Param, Path, Place, Steering, overlap
 
 Side = Literal["input", "output", "through"]
 Wanted = Callable[[], Array]
@@ -178,3 +175,18 @@ def rest_of_sum(step: Step, moved: Step, run: PatchedRun, wanted: Wanted) -> Wan
         return xp.name(value)
 
     return rest
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A rule's own shape: the component, the premises that are assumed, the step to execute."""
+
+    component: Component
+    premises: tuple[Step, ...] = ()
+    steering: Steering | None = None
+
+    def step(self, of: Step) -> Step:
+        """``of`` on this shape."""
+        moved = frozenset[Param]().union(*(p.moved for p in self.premises))
+        place = Place(self.component)
+        return Step(of.rule, place, self.premises, moved, of.conditions, of.cost, of.note, self.steering)

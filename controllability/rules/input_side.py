@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from itertools import islice, product
 
-from controllability.components.combinators import Product, Sequence, Sum
-from controllability.interfaces import Param
+from controllability.execution.patched_run import PatchedRun
+from controllability.interfaces import Param, Place, Product, Sequence, Sum
 from controllability.rules.base import (
     Attempt,
     Failure,
     Rule,
+    Schema,
     Search,
     Step,
     Wanted,
@@ -20,8 +21,7 @@ from controllability.rules.base import (
     target_output,
 )
 from controllability.rules.mixture import choice_conditions, mixtures_in, watch_choice
-from controllability.rules.schema import Assumed, Schema, Unknown, Unseeing, schema
-from controllability.trace import PatchedRun, Place
+from controllability.rules.schema import Assumed, Unknown, Unseeing, schema
 
 MOST = 64  # combinations of the parts' derivations that are looked at
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controllability.interfaces import InputControllable, OutputControllable, Steering
-from controllability.rules.base import Attempt, Failure, Rule, Search, Side, Step, Wanted, crowded
-from controllability.rules.schema import Schema
-from controllability.trace import Goal, PatchedRun, Place
+from controllability.execution.patched_run import Goal, PatchedRun
+from controllability.interfaces import InputControllable, OutputControllable, Place, Steering
+from controllability.rules.base import Attempt, Failure, Rule, Schema, Search, Side, Step, Wanted, crowded
 
 OTHER_ROUTES = "take route='auto' or 'uniform': they do not divide by the activations of the norm"
 

@@ -7,11 +7,13 @@ from itertools import islice, product
 
 from controllability.arrays import Array, arithmetic, dot
 from controllability.components.mixture import CHOSEN, SHARES, ExpertLinear, Mixture
-from controllability.interfaces import Condition, Param, Params, overlap
+from controllability.execution.patched_run import Goal, PatchedRun
+from controllability.interfaces import Condition, Param, Params, Place, overlap
 from controllability.rules.base import (
     Attempt,
     Failure,
     Rule,
+    Schema,
     Search,
     Side,
     Step,
@@ -22,8 +24,7 @@ from controllability.rules.base import (
     shared,
     target_output,
 )
-from controllability.rules.schema import Assumed, Schema, Unknown, UnknownRouting, schema
-from controllability.trace import Goal, PatchedRun, Place
+from controllability.rules.schema import Assumed, Unknown, UnknownRouting, schema
 
 ROUNDING = 64  # machine epsilons by which two choices of experts must differ
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from controllability import routes
 from controllability.arrays import Array, arithmetic
-from controllability.components.combinators import Sequence
 from controllability.components.normalisation import Normalize
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, Shift
-from controllability.interfaces import Component, Condition, Param
-from controllability.rules.base import Attempt, Rule, Search, Side, Step, Wanted, construct, disturbs, shared
-from controllability.rules.schema import Assumed, Schema, schema
-from controllability.trace import Goal, Margin, PatchedRun, Place, RouteTaken
+from controllability.execution.journal import Margin, RouteTaken
+from controllability.execution.patched_run import Goal, PatchedRun
+from controllability.interfaces import Component, Condition, Param, Place, Sequence
+from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Wanted, construct, disturbs, shared
+from controllability.rules.schema import Assumed, schema
+from controllability.solvers import norm_scale as routes
 
 LAST_RESORT = 3  # cost of the ball route where another one was asked for
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from controllability.arrays import Array, arithmetic
-from controllability.components.combinators import Identity, Product, Sequence, Sum
+from controllability.components.residual import Identity
 from controllability.components.times import Times
-from controllability.interfaces import Bijection, Condition
-from controllability.rules.base import Attempt, Rule, Search, Side, Step, Wanted, construct, lifted, rest_of_sum
-from controllability.rules.schema import Assumed, Schema, Unknown, index_of, schema, terms
-from controllability.trace import PatchedRun, Place
+from controllability.execution.patched_run import PatchedRun
+from controllability.interfaces import Bijection, Condition, Place, Product, Sequence, Sum
+from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Wanted, construct, lifted, rest_of_sum
+from controllability.rules.schema import Assumed, Unknown, index_of, schema, terms
 
 
 class OutputAfterFixed(Rule):

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from controllability.arrays import Array
-from controllability.arrays.indexed import IndexedArray
 from controllability.components.routing import Routing
 from controllability.deltas import Delta, PatchedMatrix, Shift
-from controllability.interfaces import Component, Param, Params, Steering
-from controllability.rules.base import Attempt, Rule, Search, Side, Step, Wanted
-from controllability.trace import Goal, PatchedRun, Place
+from controllability.execution.patched_run import Goal, PatchedRun
+from controllability.interfaces import Component, Param, Params, Place, Steering
+from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Wanted
+from controllability.symbolic.indexed import IndexedArray
 
 
 def undefined(name: str, shape: tuple[Any, ...], *read: Array) -> IndexedArray:
     """name(read): an array that is known to be the same whenever what it reads is the same."""
     import sympy
 
-    from controllability.index_notation import tag
+    from controllability.symbolic.array_names import tag
 
     places = IndexedArray.named("x", shape).entry.args if any(n != 1 for n in shape) else ()
     head = sympy.Function(name, real=True)
@@ -155,21 +155,6 @@ class UnknownRouting(Routing):
 
     def describe(self) -> str:
         return "any routing"
-
-
-@dataclass(frozen=True)
-class Schema:
-    """A rule's own shape: the component, the premises that are assumed, the step to execute."""
-
-    component: Component
-    premises: tuple[Step, ...] = ()
-    steering: Steering | None = None
-
-    def step(self, of: Step) -> Step:
-        """``of`` on this shape."""
-        moved = frozenset[Param]().union(*(p.moved for p in self.premises))
-        place = Place(self.component)
-        return Step(of.rule, place, self.premises, moved, of.conditions, of.cost, of.note, self.steering)
 
 
 def schema(component: Component, *paths: tuple[int, ...], steering: Steering | None = None) -> Schema:

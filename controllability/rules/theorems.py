@@ -5,15 +5,17 @@ from __future__ import annotations
 from itertools import product
 
 from controllability.components.bias import Bias
-from controllability.components.combinators import Identity, Sequence, Sum
 from controllability.components.linear import Linear
 from controllability.components.mixture import Mixture
+from controllability.components.residual import Identity
 from controllability.components.scale import Scale
-from controllability.interfaces import Component, Param
+from controllability.execution.patched_run import PatchedRun
+from controllability.interfaces import Component, Param, Place, Sequence, Sum
 from controllability.rules.base import (
     Attempt,
     Failure,
     Rule,
+    Schema,
     Search,
     Step,
     Wanted,
@@ -24,8 +26,7 @@ from controllability.rules.base import (
     target_output,
 )
 from controllability.rules.output_side import OutputSum
-from controllability.rules.schema import Assumed, Schema, index_of, schema, terms
-from controllability.trace import PatchedRun, Place
+from controllability.rules.schema import Assumed, index_of, schema, terms
 
 
 class Theorem1(Rule):

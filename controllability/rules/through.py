@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from itertools import product
 
-from controllability.components.combinators import Identity, Sequence, Sum
+from controllability.components.residual import Identity
+from controllability.execution.patched_run import PatchedRun
+from controllability.interfaces import Place, Sequence, Sum
 from controllability.rules.base import (
     Attempt,
     Rule,
+    Schema,
     Search,
     Step,
     Wanted,
@@ -23,8 +26,7 @@ from controllability.rules.base import (
     shared,
     target_output,
 )
-from controllability.rules.schema import Assumed, Schema, Unknown, index_of, schema, terms
-from controllability.trace import PatchedRun, Place
+from controllability.rules.schema import Assumed, Unknown, index_of, schema, terms
 
 FEW = 2  # derivations of one term that are combined with those of the others
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from compiled_sets import Task
 
-from controllability.compiling.sets import padded
+from controllability.compiling.token_sets import padded
 
 THRESHOLDS = (1e-4, 1e-6)
 LINEAR, SCALES = ["gate_proj", "up_proj", "down_proj"], ["post_feedforward_layernorm"]

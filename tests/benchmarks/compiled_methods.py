@@ -17,8 +17,8 @@ from torch import Tensor
 
 import controllability as ct
 from controllability.arrays import arithmetic
-from controllability.compiling.sets import padded, positions
-from controllability.routes import secular
+from controllability.compiling.token_sets import padded, positions
+from controllability.solvers.secular import secular
 
 
 def one_set_of_weights(model: Any, task: Task, **options: Any) -> Any:

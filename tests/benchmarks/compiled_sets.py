@@ -17,8 +17,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from controllability.compiling.evaluation import Yardstick, agreement
-from controllability.compiling.sets import Context, Sample, beginnings, refuse_known, unrelated_sample
+from controllability.compiling.token_sets import Context, Sample, beginnings, refuse_known, unrelated_sample
+from controllability.compiling.yardstick import Yardstick, agreement
 from controllability.embedded.world import RELATIONS, Question, World, draw_world
 
 HELD_OUT = ("wording", "order")

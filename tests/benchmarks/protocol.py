@@ -31,7 +31,7 @@ import torch
 from common import markdown, random_ids, random_model
 
 import controllability as ct
-from controllability.cli.generating import encoded, padded
+from controllability.cli.generate import encoded, padded
 from controllability.deltas import Shift
 from controllability.embedded.world import draw_worlds
 from controllability.models.loading import DTYPES, load_model

@@ -1,1 +1,0 @@
-"""Proofs as files: written, read back, and checked again node by node, without search."""

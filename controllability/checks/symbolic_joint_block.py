@@ -1,0 +1,86 @@
+"""Level symbolic for joint proofs: the whole block on two tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from controllability.checks.exact_block import reduced_residual
+from controllability.checks.rebuilt_blocks import MANY, mixtures, rebuilt, replace_block, small_sizes, transcendental
+from controllability.checks.symbolic_block import Names, norms_steered_through
+from controllability.checks.undefined_parts import ONE, SERVED, AnyNorm, GivenRouting
+from controllability.components.activation import Activation
+from controllability.components.mixture import ExpertLinear
+from controllability.components.normalisation import Normalize
+from controllability.components.routing import Routing
+from controllability.execution.sampling import sample
+from controllability.interfaces import Component, Param
+from controllability.rules.mixture import OutputMixture
+from controllability.rules.normalised import OutputNormalised
+
+if TYPE_CHECKING:
+    from controllability.proof import Proof
+
+
+def whole_block(proof: Proof) -> tuple[str, str]:
+    """(status, method): patched(v_t) − original(v'_t) for two tokens of symbols, at small sizes.
+
+    With experts any routing that gives the two tokens one expert in common; hidden width 1 within an expert.
+    """
+    import sympy
+
+    if _experts_before_a_norm(proof):
+        return (
+            "skipped",
+            "not run: roots of what two tokens' experts add up to, all of it symbols, do not reduce in reasonable time; level exact takes rational numbers",
+        )
+    name_of, many = Names(), bool(mixtures(proof.block))
+    steered = {id(part) for step in proof.root.walk() for part in norms_steered_through(step)}
+
+    def change(leaf: Component) -> Component:
+        if isinstance(leaf, Normalize):
+            if many and id(leaf) not in steered:
+                return AnyNorm(name_of("n" if leaf.kind == "rms" else "n_layer", leaf))
+            return replace(leaf, eps=sympy.Symbol(name_of("epsilon", leaf.eps), positive=True))
+        name = transcendental(leaf)
+        return Activation(f"phi_{name_of(name, leaf)}", symbol=True) if name else _narrow(leaf)
+
+    def route(routing: Routing) -> Routing:
+        return GivenRouting(read=routing.parameters(), name=name_of("", routing))
+
+    block = rebuilt(proof.block, change, route)
+    same, sizes = replace_block(proof, block), small_sizes(block)
+    if many and "h" in sizes and "h" not in proof.most.values():  # no shared expert must tell the tokens apart
+        sizes["h"] = ONE
+    params, v, v_target = sample(block, "sympy", tokens=(MANY,), **sizes)
+    left = reduced_residual(same, params, v, v_target)
+    if any(e != 0 for e in left):
+        return "failed", f"residual left: {left}"
+    shown = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name != "one")
+    known = "entry, ε and activation"
+    if mixtures(block):
+        shown += f" (h = {ONE} in an expert), of which {_and(SERVED)} serve the tokens"
+        known = "entry, ε, share and activation"
+    return "passed", f"residual reduced to 0 for {MANY} tokens with one patch, at {shown}: every {known} a symbol"
+
+
+def _experts_before_a_norm(proof: Proof) -> bool:
+    """Whether experts' last maps are steered through a norm."""
+    norms = [step for step in proof.root.walk() if isinstance(step.rule, OutputNormalised)]
+    return any(isinstance(step.rule, OutputMixture) for norm in norms for step in norm.walk())
+
+
+def _and(choice: tuple[tuple[int, ...], ...]) -> str:
+    return " and ".join("{" + ", ".join(str(e + 1) for e in chosen) + "}" for chosen in choice)
+
+
+def _narrow(leaf: Component) -> Component:
+    """Experts' maps with their hidden width at its smallest: sums over experts reduce slowly."""
+    if not isinstance(leaf, ExpertLinear):
+        return leaf
+
+    def smaller(param: Param) -> Param:
+        narrow: dict[int | str, int] = {"h": ONE, "2h": 2 * ONE}
+        return replace(param, shape=tuple(narrow.get(size, size) for size in param.shape))
+
+    return replace(leaf, weight=smaller(leaf.weight), bias=leaf.bias and smaller(leaf.bias))

@@ -1,0 +1,232 @@
+"""Level symbolic, rule by rule: each rule's own schema, executed in index notation and reduced to 0.
+
+A schema holds undefined functions where the rule speaks of any component, so what reduces to 0 here is the
+rule itself: its construction, its signs, its order, and what it asks of its premises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from controllability.arrays import ARITHMETICS, Array
+from controllability.checks.cache import Memory
+from controllability.checks.rebuilt_blocks import rebuilt, renamed, small_sizes
+from controllability.checks.symbolic_block import INDEXED, GivenArrays, RecognisedArrays
+from controllability.components.bias import Bias
+from controllability.components.linear import Linear
+from controllability.components.mixture import CHOSEN, ExpertLinear, Mixture
+from controllability.components.scale import Scale
+from controllability.deltas import Delta, ExpertLowRank, added
+from controllability.execution.patch import Patch
+from controllability.execution.sampling import sample
+from controllability.interfaces import Component, Steering
+from controllability.rules import Step, construct
+from controllability.rules.base import Schema
+from controllability.rules.schema import Unknown, sympy_size, undefined
+from controllability.symbolic.definitions import Definitions, definitions
+from controllability.symbolic.indexed import IndexedArray
+from controllability.symbolic.normal_form import normal_form
+
+if TYPE_CHECKING:
+    from controllability.proof import Proof
+
+CONCLUSIONS = {
+    "input": "f(z; θ') − f(z'; θ)",
+    "output": "g(y; φ') − g(y; φ) − δ",
+    "through": "c(v; θ', φ') − any wanted output",
+}
+NOT_GENERIC = (Exception,)  # a component of somebody's own may fail in any way
+_MEMORY = Memory()
+
+
+def rule_checks(proof: Proof) -> list[dict[str, Any]]:
+    """One row a rule of the proof, in the order of the tree: [{rule, status, method}]; the worst of its places.
+
+    The tree is ``proof.root``, as it is shown; alternatives are checked by ``replace(proof, root=alternative)``.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for step in proof.root.walk():
+        status, method = rule_check(step)
+        row = rows.get(step.rule.name)
+        if row is None or (row["status"] == "passed" and status != "passed"):
+            rows[step.rule.name] = {"rule": step.rule.name, "status": status, "method": method}
+    return list(rows.values())
+
+
+def rule_check(step: Step) -> tuple[str, str]:
+    """(status, method) of the rule of one step, on its schema.
+
+    A component that does not run in index notation is reduced at small explicit sizes, and the method says so.
+    """
+    if step.rule.jointly:
+        from controllability.checks.symbolic_joint import joint_check
+
+        return joint_check(step)
+    names: dict[str, str] = {}
+    component = plain_component(step.place.component, names)
+    steering = step.steering and replace(step.steering, param=renamed(step.steering.param, names))
+    plain = replace(step, place=replace(step.place, component=component), steering=steering)
+    try:
+        schema = step.rule.schema(plain)
+        left = [(f"{name}: {what}", e) for name, s in variants(plain) for what, e in known(s, schema)]
+    except NOT_GENERIC as reason:
+        told = f"{type(reason).__name__}: {reason}"
+        if isinstance(step.place.component, Mixture) or step.steering is None or runs_indexed(plain.place.component):
+            return "failed", f"its construction cannot be executed on its own statement ({told})"
+        return explicit_check(step, told)
+    wrong = [f"{what} leaves {entry}" for what, entry in left if entry != 0]
+    if wrong:
+        return "failed", "; ".join(wrong).removeprefix(": ")
+    return "passed", _told(step, schema, [name for name, _ in variants(step) if name])
+
+
+def variants(step: Step) -> list[tuple[str, Step]]:
+    """The ways in which the rule's construction may go on."""
+    return list(step.rule.variants(step).items())
+
+
+def _told(step: Step, schema: Schema, routes: list[str]) -> str:
+    unknown = [p.describe() for p in _parts(schema.component) if isinstance(p, Unknown)]
+    functions = f", {', '.join(unknown)} undefined functions" if unknown else ""
+    asked = "; each premise is asked for what it can do" if schema.premises else ""
+    on = f" on {', '.join(routes)}" if routes else ""
+    return f"{CONCLUSIONS[step.rule.side]} reduced to 0{on}; every size a symbol{functions}{asked}"
+
+
+def _parts(component: Component) -> list[Component]:
+    return [component, *(p for child in component.children() for p in _parts(child))]
+
+
+def _function(method: Any, component: Component) -> Any:
+    """What a method of a part of ``component`` runs, or the method of something else."""
+    return method.__func__ if getattr(method, "__self__", None) in _parts(component) else method
+
+
+def known(step: Step, schema: Schema) -> list[tuple[str, Any]]:
+    """What is left of the schema's claims; reduced once for each rule, shape and construction."""
+    steering = schema.steering
+    ways = [_function(way, schema.component) for way in (steering.solve, steering.effect)] if steering else []
+    how = (steering.rule, steering.param, *ways) if steering else None
+    paths = tuple(premise.place.path for premise in schema.premises)
+    shapes = tuple(sorted((str(p), str(p.shape)) for p in schema.component.parameters()))  # no part of what is equal
+    route = step.note if step.note.startswith("route ") else ""  # other notes are words for a reader
+    rule = (type(step.rule).construct, step.rule.name, step.rule.side, route)
+    key = (*rule, how, schema.component, shapes, paths)
+    return _MEMORY.recall(key, schema.component, lambda: claims(step, schema))
+
+
+def claims(step: Step, schema: Schema) -> list[tuple[str, Any]]:
+    """[(claim, what is left of one entry)]: the conclusion, what the premises are asked for, the patch as applied."""
+    component, side = schema.component, step.rule.side
+    steered = component.last if isinstance(component, Mixture) else component
+    experts: list[tuple[str, Any]] = []
+    if schema.steering is not None and isinstance(steered, ExpertLinear):
+        experts = [("the experts as stored", stored_experts(schema.steering, steered))]
+    with definitions(Definitions()) as table:
+        params, v, v_target = instance(component)
+        target = GivenArrays(component, params, v_target)
+        run = RecognisedArrays(table, component, params, v, target)
+        goal = target.output(())
+        if side != "input":
+            goal = IndexedArray.named("wanted", goal.shape)
+        construct(schema.step(step), run, lambda: goal)
+        left = [("the conclusion", run.output(()) - goal)]
+        for premise, wanted in run.asked:
+            if premise.rule.side == "input":
+                gap = wanted() - target.output(premise.place.path)
+                left.append((f"what {premise.place.describe()} is asked for", gap))
+        if not schema.premises:
+            patched = {**params, **{str(p): _stored(p.value(params), delta) for p, delta in run.deltas().items()}}
+            left.append(("the patched parameters", component(patched, v) - run.output(())))
+        return [*((claim, table.unfolded_to_zero(INDEXED.tidy(array).entry)) for claim, array in left), *experts]
+
+
+def _stored(base: Any, delta: Delta) -> Any:
+    """A patched parameter as it is stored: the change is added entry by entry (experts' planes stay apart)."""
+    return added(base, delta) if isinstance(delta, ExpertLowRank) else base + delta.dense()
+
+
+def stored_experts(steering: Steering, leaf: ExpertLinear) -> Any:
+    """The same with the change added to the stored tensor, for some experts of small explicit size: a sum of squares.
+
+    Which planes of a tensor change is nothing that one symbolic entry can say.
+    """
+    experts, out, into = leaf.stacked or 3, 2, 3
+    rows = (out, into) if leaf.layout == "out_in" else (into, out)
+    shape = (experts, *rows) if leaf.stacked is None else (experts * rows[0], rows[1])
+    bias = leaf.bias and replace(leaf.bias, shape=(experts, out))
+    params, _, _ = sample(replace(leaf, weight=replace(leaf.weight, shape=shape), bias=bias), "sympy")
+    params[CHOSEN] = np.array([0, experts - 1][:experts])
+    x, gap = (_entries(name, len(params[CHOSEN]), width) for name, width in (("x", into), ("g", out)))
+    moved = Patch({steering.param: steering.solve(params, x, gap)}).merged_into(params)
+    left = leaf(moved, x) - leaf(params, x) - gap
+    return sum(normal_form(e) ** 2 for e in left.reshape(-1))
+
+
+def _entries(name: str, rows: int, width: int) -> Array:
+    return ARITHMETICS["sympy"].array([[f"{name}_{i}{j}" for j in range(width)] for i in range(rows)])
+
+
+def runs_indexed(leaf: Component) -> bool:
+    """Whether a component can be computed in index notation at all."""
+    try:
+        params, v, _ = instance(leaf)
+        return leaf(params, v) is not None
+    except NOT_GENERIC:
+        return False
+
+
+def instance(component: Component) -> tuple[dict[str, Array], Array, Array]:
+    """Parameters and two states in index notation; for experts' maps a row for each chosen expert."""
+    params, v, v_target = sample(component, "indexed")
+    if isinstance(component, ExpertLinear):
+        k = sympy_size("k")
+        chosen = undefined("expert", (k,), v)
+        v, v_target = (IndexedArray.named(name, (k, v.shape[-1])) for name in ("v", "v'"))
+        params = params | {CHOSEN: chosen}
+    return params, v, v_target
+
+
+def plain_component(component: Component, names: dict[str, str]) -> Component:
+    """The same component with plain ``names``, and sizes that are symbols wherever the rule speaks of any size."""
+    return rebuilt(renamed(component, names), _any_size)
+
+
+def _any_size(leaf: Component) -> Component:
+    if isinstance(leaf, Linear | ExpertLinear):
+        out = ("m", "n") if leaf.layout == "out_in" else ("n", "m")
+        rows: tuple[Any, ...] = ("E", *out)
+        if isinstance(leaf, Linear):
+            rows = out
+        elif leaf.stacked is not None:
+            rows = (leaf.stacked * sympy_size(out[0]), out[1])
+        bias = leaf.bias and replace(leaf.bias, shape=("m",) if isinstance(leaf, Linear) else ("E", "m"))
+        return replace(leaf, weight=replace(leaf.weight, shape=rows), bias=bias)
+    if isinstance(leaf, Scale):
+        return replace(leaf, weight=replace(leaf.weight, shape=("d",)))
+    if isinstance(leaf, Bias):
+        return replace(leaf, bias=replace(leaf.bias, shape=("d",)))
+    return leaf
+
+
+def explicit_check(step: Step, reason: str) -> tuple[str, str]:
+    """One leaf with symbolic entries at small explicit sizes, its parameter patched: output − what is wanted."""
+    assert step.steering is not None
+    leaf, xp = step.place.component, ARITHMETICS["sympy"]
+    try:
+        params, x, _ = sample(leaf, "sympy", **small_sizes(leaf))
+        out = leaf(params, x)
+    except NOT_GENERIC as failed:
+        return "skipped", f"it runs on no symbols ({reason}; {failed})"
+    gap = ARITHMETICS["sympy"].array([f"delta_{i}" for i in range(out.size)]).reshape(out.shape)
+    try:
+        delta, param = step.steering.solve(params, x, gap), step.steering.param
+        patched = leaf(params | {str(param): _stored(param.value(params), delta)}, x)
+        left = [xp.tidy(change - gap) for change in (step.steering.effect(x, delta), patched - out)]
+    except NOT_GENERIC as failed:
+        return "failed", f"its construction cannot be executed: {failed}"
+    status = "passed" if all(e == 0 for part in left for e in part.reshape(-1)) else "failed"
+    return status, f"patched output − output − δ at size {x.shape[-1]} → {gap.shape[-1]} only ({reason})"

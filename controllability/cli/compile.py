@@ -1,0 +1,125 @@
+"""``controllability compile``: a context into one set of weights, measured, written and loaded again."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from controllability.cli.output import Output, number
+from controllability.cli.patch import refuse_unusable
+from controllability.compiling import Compiled, compile_context
+from controllability.compiling.compile_context import refuse_wish
+from controllability.compiling.exact_or_ridge import Wish
+from controllability.compiling.queries import Query, read_queries, refuse_no_text, refuse_overlap
+from controllability.compiling.rank_figure import measure_by_rank
+from controllability.compiling.write import Written, refuse_existing, write
+from controllability.errors import BadInput
+from controllability.models import exact_mode
+from controllability.models.loading import load_model
+from controllability.rendering.text import printable
+
+TITLES = {
+    "queries": "queries, against the contextual model",
+    "heldout": "held-out queries, against the contextual model",
+    "unrelated": "unrelated text, against the base model",
+}
+LISTED = 12  # answers that are shown
+
+
+def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
+    """See ``controllability compile --help``."""
+    started = time.perf_counter()
+    out, texts = _checked(args)
+    with output.busy(f"loading {args.model}"):
+        model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
+    with output.progress() as progress, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
+        compiled = compile_context(
+            model, tokenizer, args.context, texts["queries"], texts["heldout"], [q.text for q in texts["unrelated"]],
+            args.answer_tokens, args.rank, args.ridge, args.keep_rms, args.via, progress,
+        )  # fmt: skip
+        draw = args.picture or bool(texts["heldout"])
+        by_rank = measure_by_rank(compiled, model, progress) if draw else None
+        with output.busy("writing it, and loading it again"):
+            kind = "peft" if args.peft else "merged" if args.merge else "patch"
+            done = write(compiled, model, tokenizer, out, kind, by_rank)
+    output.result(done.report | {"model": args.model, "dtype": args.dtype, "seconds": time.perf_counter() - started})
+    if not output.as_json:
+        _show(output, compiled, done, time.perf_counter() - started)
+    return 0
+
+
+def _checked(args: argparse.Namespace) -> tuple[Path, dict[str, list[Query]]]:
+    """The directory and the texts.  Raises ``BadInput`` before anything is loaded or computed."""
+    if not args.out:
+        raise BadInput("--out is empty: give a directory")
+    refuse_no_text(args.context, "the context")
+    out = Path(args.out)
+    refuse_existing(out)
+    refuse_unusable(out)
+    refuse_wish(Wish(args.via, args.rank, args.ridge, args.keep_rms), args.answer_tokens)
+    texts: dict[str, list[Query]] = {}
+    for name, what in (("queries", "queries"), ("heldout", "held-out queries"), ("unrelated", "unrelated texts")):
+        path = getattr(args, name)
+        texts[name], notes = read_queries(path, what) if path is not None else ([], [])
+        for note in notes:
+            print(f"controllability: {printable(note)}", file=sys.stderr)
+    refuse_overlap(texts["queries"], texts["heldout"])
+    return out, texts
+
+
+def _show(output: Output, compiled: Compiled, done: Written, seconds: float) -> None:
+    rows = []
+    for name, title in TITLES.items():
+        if name in compiled.sets:
+            for who, found in (("compiled", compiled.results[name]), ("unpatched", compiled.sets[name].unpatched)):
+                rows.append([
+                    title if who == "compiled" else "", who, f"{found.top1_agreement:.1%}", number(found.kl),
+                    number(found.max_logit_error),
+                ])  # fmt: skip
+    output.table(
+        "how far it carries", ["texts", "model", "same likeliest token", "mean KL", "largest logit error"], rows
+    )
+    answers = compiled.answers()
+    rows = [
+        [printable(str(row[k])) for k in ("query", "with_context", "patched", "without_context")] for row in answers
+    ]
+    more = f" (the first {LISTED} of {len(rows)})" if len(rows) > LISTED else ""
+    output.table(f"next token{more}", ["query", "with context", "compiled", "without"], rows[:LISTED])
+    output.text(_how(compiled))
+    if compiled.context.anchored:
+        first = " ".join(map(repr, compiled.first_tokens))
+        output.text(f"this tokenizer puts no token before a text: give the compiled model {first} before each query")
+    output.text(_checked_line(done, seconds))
+
+
+def _how(compiled: Compiled) -> str:
+    data = compiled.to_dict()
+    size = f"{data['tokens']} tokens in one set of weights, rank {data['rank']}, via {data['via']}"
+    if not compiled.solution.wish.pinned:
+        size += ", the first token's own state let go"
+    if compiled.exact:
+        return f"exact: {size}.\nExactness holds on the set of queries; the held-out queries tell what generalises."
+    fit = (
+        "solved exactly, but rounding shows" if compiled.solution.rounded else f"least squares with λ {data['ridge']:g}"
+    )
+    lines = [f"not exact ({fit}): {size}."]
+    if compiled.solution.choice is not None:
+        lines.append(f"λ was chosen on {compiled.solution.choice.judged_on}.")
+    lines += [f"no exact patch via {attempt.wish.via}: {attempt.reason}" for attempt in compiled.solution.attempts]
+    return "\n".join([*lines, "The held-out queries tell what generalises; nothing else does."])
+
+
+def _checked_line(done: Written, seconds: float) -> str:
+    found: dict[str, Any] = done.verified
+    lines = [f"{done.directory}: {', '.join(done.files)}"]
+    if found["passed"]:
+        lines.append(
+            f"verified: {found['how']}, has a largest logit error of {number(found['max_logit_error'])} on the queries"
+        )
+    else:
+        lines.append(found["how"])
+    return "\n".join([*lines, f"{seconds:.1f} s"])

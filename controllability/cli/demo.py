@@ -1,0 +1,109 @@
+"""``controllability demo``: the embedded model answers from its weights what it was told in a context."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from controllability.cli.output import Output, number
+from controllability.embedded.world import draw_worlds
+from controllability.errors import BadInput
+from controllability.models import ModelPatch, patch_model
+from controllability.models.loading import embedded_directory, encode, load_model
+
+
+def demo(args: argparse.Namespace, output: Output) -> int:
+    """See ``controllability demo --help``."""
+    if args.worlds < 1:
+        raise BadInput(f"--worlds must be at least 1, got {args.worlds}")
+    out = _writable(Path(args.out)) if args.out else None
+    started = time.perf_counter()
+    model, tokenizer = load_model(str(embedded_directory()))
+    queries, errors, unpatched_errors = [], [], []
+    worlds = draw_worlds(seed=20_000 + args.seed, count=args.worlds)
+    first: tuple[ModelPatch, dict[str, Any], dict[str, Any]] | None = None
+    with output.progress() as progress:
+        total, done = sum(len(w.questions) for w in worlds), 0
+        for world in worlds:
+            for question in world.questions:
+                target, source = encode(tokenizer, world.context, question.text)
+                answer, mp = _ask(model, target, source, args.scope, args.route)
+                first = first or (mp, target, source)
+                words = {k: tokenizer.decode(v.argmax()) for k, v in answer.items()}
+                queries.append({"context": world.context, "query": question.text, "expected": question.answer, **words})
+                errors.append(float((answer["patched"] - answer["with_context"]).abs().max()))
+                unpatched_errors.append(float((answer["without_context"] - answer["with_context"]).abs().max()))
+                done += 1
+                progress("questions", done, total)
+    assert first is not None
+    keys = ("with_context", "without_context", "patched")
+    accuracy = {k: sum(q[k] == q["expected"] for q in queries) / len(queries) for k in keys}
+    same = all(q["patched"] == q["with_context"] for q in queries)
+    data = {
+        "model": "embedded Gemma 3", "parameters": sum(p.numel() for p in model.parameters()),
+        "layers": model.config.num_hidden_layers, "queries": queries, "accuracy": accuracy,
+        "max_logit_error": max(errors), "max_logit_error_unpatched": max(unpatched_errors),
+        "patch_numbers": first[0].numbers, "dense_numbers": first[0].dense_numbers, "scope": args.scope,
+    }  # fmt: skip
+    if out is not None:
+        from controllability.cli.demo_figure import layer_picture
+
+        data["picture"] = str(layer_picture(model, *first, out / "demo.png"))
+    data["seconds"] = time.perf_counter() - started
+    output.result(data)
+    _show(output, data, first[0])
+    return 0 if same and data["max_logit_error"] <= 1e-3 else 1
+
+
+@torch.no_grad()
+def _ask(
+    model: Any, target: dict[str, Any], source: dict[str, Any], scope: str, route: str
+) -> tuple[dict[str, torch.Tensor], ModelPatch]:
+    """Last logits (vocabulary,) of the three runs.  The patched ones come from the model with the patch applied."""
+    mp = patch_model(model, target, source, scope, route=route)
+    with mp.applied(model):
+        patched = model(**source, use_cache=False).logits[0, -1]
+    answers = {
+        "with_context": model(**target, use_cache=False).logits[0, -1],
+        "without_context": model(**source, use_cache=False).logits[0, -1],
+        "patched": patched,
+    }
+    return answers, mp
+
+
+def _show(output: Output, data: dict[str, Any], patch: ModelPatch) -> None:
+    output.text(
+        f"A Gemma 3 with {data['parameters']:,} parameters and {data['layers']} layers, trained on facts and questions.\n"
+        "Each question is asked with the facts in its context, without them, and without them but with patched weights.\n"
+    )
+    seen: list[str] = []
+    rows = []
+    for query in data["queries"]:
+        if query["context"] in seen or len(rows) >= 6:
+            continue
+        seen.append(query["context"])
+        rows.append([query[k] for k in ("context", "query", "with_context", "without_context", "patched")])
+    output.table("one question from each context", ["context", "question", "with context", "without", "patched"], rows)
+    share = data["accuracy"]
+    output.text(
+        f"right answers to {len(data['queries'])} questions   with context {share['with_context']:.1%}   without {share['without_context']:.1%}   patched {share['patched']:.1%}\n"
+        f"largest logit error   patched {number(data['max_logit_error'])}   unpatched {number(data['max_logit_error_unpatched'])}\n"
+        f"the first patch holds {data['patch_numbers']:,} numbers for {len(patch.rows.sample)} words; "
+        f"as dense ΔW it would be {data['dense_numbers']:,}\n"
+        f"{data['seconds']:.1f} s" + (f"   picture: {data['picture']}" if "picture" in data else "")
+    )
+
+
+def _writable(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot write to {out}: {error.strerror or error}") from None
+    if not os.access(out, os.W_OK):
+        raise BadInput(f"cannot write to {out}: no permission")
+    return out

@@ -1,0 +1,137 @@
+"""``compile_context``: from a context and queries to one set of weights that answers them without it."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from controllability.compiling.continuations import end_tokens, with_answers
+from controllability.compiling.exact_or_ridge import AUTO, EXACTLY, Wish, solve
+from controllability.compiling.queries import Query, as_queries, refuse_overlap, without_repeats
+from controllability.compiling.result import Compiled
+from controllability.compiling.token_sets import Context, beginnings, refuse_foreign, refuse_known
+from controllability.compiling.unrelated_texts import unrelated_samples
+from controllability.compiling.yardstick import Yardstick, agreement
+from controllability.errors import BadInput
+from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.reading.model_facts import position_limit
+from controllability.models.sweep.target_run import Progress
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None
+
+
+def compile_context(
+    model: nn.Module,
+    tokenizer: Any,
+    context: str,
+    queries: Sequence[str | Query],
+    heldout: Sequence[str | Query] = (),
+    unrelated: Sequence[str] = (),
+    answer_tokens: int = 0,
+    rank: int | None = None,
+    ridge: float | str | None = None,
+    keep_rms: bool = False,
+    via: str | None = None,
+    progress: Progress = _silent,
+) -> Compiled:
+    """One set of weights with which ``model`` answers the queries as if the context stood before them.
+
+    Exact on every token of the queries where one patch can be (theory 5); otherwise least squares, its λ chosen on the
+    held-out queries or by leaving queries out in turn, of rank ``rank`` at most.  ``ridge`` 0 refuses what is not exact, "auto" is
+    least squares at once, a positive number the λ to take.  ``keep_rms`` refuses to move the RMS before a norm.  ``via`` None tries
+    Theorem 1b, then 1.
+    ``answer_tokens`` of the contextual model's own continuation of each query belong to the set.  The model is left as it was.
+
+    Raises ``BadInput``; and ``SideConditionFailed`` (with a certificate), ``NotControllable`` or ``NotVerified`` where no patch
+    of the wanted kind exists.  Source: new (theory, section 5).
+
+    >>> import controllability as ct
+    >>> from controllability.models.loading import load_model
+    >>> model, tokenizer = load_model("embedded")
+    >>> compiled = ct.compile_context(model, tokenizer, "Mia lives in Oslo . Leo lives in Rome .",
+    ...     ["Where does Mia live ?", "Where does Leo live ?"])
+    >>> compiled.exact, [row["patched"] for row in compiled.answers()]
+    (True, ['Oslo', 'Rome'])
+    """
+    started = time.perf_counter()
+    if not isinstance(model, nn.Module) or not hasattr(model, "config") or not callable(tokenizer):
+        given = f"{type(model).__name__} and {type(tokenizer).__name__}"
+        raise BadInput(f"give a model of transformers and its tokenizer, got {given}")
+    asked, left_out = _queries(queries, "queries"), _queries(heldout, "held-out queries")
+    elsewhere = [query.text for query in as_queries(unrelated, "unrelated texts")]
+    if not asked:
+        raise BadInput("there are no queries")
+    refuse_overlap(asked, left_out)
+    wish = Wish(via, rank, ridge, keep_rms)
+    refuse_wish(wish, answer_tokens, _width(model))
+    checked_reading(model)  # refuses what cannot be patched before anything is run
+    limit = position_limit(model)
+    before = Context.of(tokenizer, context, limit)
+    with torch.inference_mode(False), torch.no_grad():
+        samples = [before.sample(query.text, query.weight, answer_tokens) for query in asked]
+        refuse_foreign(samples, model)
+        if answer_tokens:
+            samples = with_answers(model, samples, answer_tokens, end_tokens(model, tokenizer), progress)
+        known = beginnings(samples)
+        others = [before.sample(query.text) for query in left_out]
+        refuse_known(others, known)
+        strangers = unrelated_samples(tokenizer, elsewhere, context, [q.text for q in (*asked, *left_out)], limit)
+        refuse_foreign([*others, *strangers], model)
+        sets = {"queries": Yardstick.of(model, samples)}
+        if others:
+            sets["heldout"] = Yardstick.of(model, others, known)
+        sets["unrelated"] = Yardstick.of(model, strangers)
+        solution = solve(model, sets["queries"], sets.get("heldout"), wish, progress)
+        with solution.patch.applied(model):
+            logits = {name: yardstick.found(model, alone=name == "queries") for name, yardstick in sets.items()}
+    results = {name: agreement(logits[name], yardstick.wanted) for name, yardstick in sets.items()}
+    seconds = time.perf_counter() - started
+    return Compiled(solution, before, answer_tokens, len(known), sets, results, logits, seconds)
+
+
+def refuse_wish(wish: Wish, answer_tokens: int, width: int | None = None) -> None:
+    """Raise ``BadInput`` for numbers that make no sense; ``width`` is the model's."""
+    if wish.via not in (None, *EXACTLY):
+        raise BadInput(f"unknown via {wish.via!r}: choose {' or '.join(EXACTLY)}")
+    if isinstance(answer_tokens, bool) or not isinstance(answer_tokens, int) or answer_tokens < 0:
+        raise BadInput(f"answer tokens must be 0 or more, got {answer_tokens!r}")
+    if not isinstance(wish.keep_rms, bool):
+        raise BadInput(f"keep_rms must be True or False, got {wish.keep_rms!r}")
+    if isinstance(wish.ridge, int | float) and not isinstance(wish.ridge, bool):
+        usable = 0 <= wish.ridge <= sys.float_info.max
+    else:
+        usable = wish.ridge is None or (isinstance(wish.ridge, str) and wish.ridge == AUTO)
+    if not usable:
+        raise BadInput(f"the ridge λ must be 0 or more (or {AUTO}), got {wish.ridge!r:.80}")
+    if wish.keep_rms and wish.ridge:
+        raise BadInput("keep_rms asks for an exact patch and ridge for a fit: leave one of them out")
+    if wish.rank is None:
+        return
+    if isinstance(wish.rank, bool) or not isinstance(wish.rank, int):
+        raise BadInput(f"the rank must be a Python int, got {wish.rank!r:.80}")
+    if wish.rank < 1:
+        raise BadInput(f"the rank must be at least 1, got {wish.rank}")
+    if width is not None and wish.rank > width:
+        raise BadInput(
+            f"the rank {wish.rank} is above the model's width: no patch of its matrices has more than {width}"
+        )
+
+
+def _queries(items: Iterable[str | Query], what: str) -> list[Query]:
+    found, notes = without_repeats(as_queries(items, what), what)
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return found
+
+
+def _width(model: Any) -> int | None:
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return getattr(config, "hidden_size", None)

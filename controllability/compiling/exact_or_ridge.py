@@ -1,0 +1,165 @@
+"""Exact where the set fits into one patch, least squares where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from controllability.compiling.ridge import Choice, choose_ridge
+from controllability.compiling.token_sets import Sample, padded, positions, repeated
+from controllability.compiling.yardstick import Yardstick
+from controllability.deltas import LowRank
+from controllability.errors import ControllabilityError, NotControllable, NotVerified, SideConditionFailed
+from controllability.models.model_patch import ModelPatch
+from controllability.models.patch_model import patch_model
+from controllability.models.reading.tolerances import VERIFIED
+from controllability.models.sweep.target_run import Progress
+
+EXACTLY = ("output", "input-output")  # Theorem 1b holds more tokens, and moves less of the model elsewhere
+FITTED = (
+    "output"  # least squares on the first maps as well were further off on texts outside the set (docs/compiling.md)
+)
+AUTO = "auto"
+NEARLY = 100.0  # tolerances within which an exact solution that rounding spoils is still worth more than a fit
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What was asked of the patch.
+
+    ``via`` None: the first of ``EXACTLY`` that is exact, or else ``FITTED``.  ``ridge`` None: exact, or else a λ that is chosen;
+    "auto": such a λ at once; 0: exact or refused; more: this λ.  ``pinned``: the first token keeps its state, and with it what
+    attention parks there.
+    """
+
+    via: str | None = None
+    rank: int | None = None
+    ridge: float | str | None = None
+    keep_rms: bool = False
+    pinned: bool = True
+
+    @property
+    def exact_only(self) -> bool:
+        """Whether a set that does not fit is to be refused."""
+        return self.ridge == 0 or self.keep_rms
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An exact patch that was not to be had: what was tried, why it failed, and the certificate of that as JSON-ready data.
+
+    ``patch`` is one that was solved exactly and misses by little more than ``tolerance``, ``missed`` by how much.
+    """
+
+    wish: Wish
+    reason: str
+    certificate: dict[str, Any] | None
+    error: ControllabilityError
+    patch: ModelPatch | None = None
+    missed: float = float("inf")
+
+    @property
+    def one_less(self) -> bool:
+        """Whether it failed on the scale after a norm, where a single token can be the obstacle."""
+        return isinstance(self.error, NotVerified) or (self.certificate or {}).get("kind") == "farkas"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "via": self.wish.via, "first_token_kept": self.wish.pinned, "reason": self.reason, "certificate": self.certificate,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The patch and how it was come by; ``wish`` says with which theorem, and whether the first token was pinned."""
+
+    patch: ModelPatch
+    wish: Wish
+    exact: bool
+    ridge: float
+    choice: Choice | None
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def rounded(self) -> bool:
+        """Solved exactly, but rounding leaves more than counts as verified."""
+        return any(attempt.patch is self.patch for attempt in self.attempts)
+
+
+def solve(model: Any, queries: Yardstick, heldout: Yardstick | None, wish: Wish, progress: Progress) -> Solution:
+    """The exact patch of the queries if there is one, else the least squares with the λ that was asked for or chosen.
+
+    Raises ``SideConditionFailed``, ``NotControllable`` or ``NotVerified`` where nothing less than exact was wanted.
+    """
+    attempts: list[Attempt] = []
+    if not wish.ridge:
+        for via in (wish.via,) if wish.via else EXACTLY:
+            for pinned in (True, False):
+                now = replace(wish, via=via, pinned=pinned)
+                found = exactly(model, queries, now, progress)
+                if isinstance(found, ModelPatch):
+                    return Solution(found, now, True, 0.0, None, tuple(attempts))
+                attempts.append(found)
+                if not found.one_less:
+                    break
+        if wish.exact_only:
+            raise attempts[0].error
+        nearest = min(attempts, key=lambda attempt: attempt.missed)
+        if nearest.patch is not None:
+            return Solution(nearest.patch, nearest.wish, False, 0.0, None, tuple(attempts))
+
+    wish = replace(wish, via=wish.via or FITTED)
+
+    def fit(samples: Sequence[Sample], ridge: float, progress: Progress = lambda *_: None) -> ModelPatch:
+        return patch_of(model, repeated(samples), replace(wish, ridge=ridge), progress)
+
+    given = wish.ridge if isinstance(wish.ridge, int | float) and wish.ridge else None
+    choice = None if given else choose_ridge(model, fit, queries, heldout, progress)
+    ridge = choice.ridge if choice else float(given or 0)
+    patch = fit(queries.samples, ridge, progress)
+    return Solution(patch, wish, False, ridge, choice, tuple(attempts))
+
+
+def exactly(model: Any, queries: Yardstick, wish: Wish, progress: Progress) -> ModelPatch | Attempt:
+    """The exact patch within the rank that was asked for, verified on the queries one by one; or why there is none."""
+    allowed = tolerance(model)
+    try:
+        patch = patch_of(model, queries.samples, replace(wish, rank=None, ridge=0.0), progress)
+        if wish.rank is not None and rank_of(patch) > wish.rank:
+            raise SideConditionFailed(
+                f"the exact patch has rank {rank_of(patch)}, more than {wish.rank}", "the whole model", None,
+                hint="allow a higher rank, or least squares",
+            )  # fmt: skip
+    except (SideConditionFailed, NotControllable, NotVerified) as failed:
+        certificate = getattr(failed, "certificate", None)
+        return Attempt(wish, str(failed).splitlines()[0], certificate and certificate.to_dict(), failed)
+    with patch.applied(model):
+        missed = queries.measure(model, alone=True).relative_error
+    if missed <= allowed:
+        return patch
+    reason = (
+        f"solved exactly, but one query at a time it misses the contextual model's logits by {missed:.2g} (relative; {allowed:g} "
+        "counts as verified): rounding is magnified too much; try float64"
+    )
+    near = missed <= min(0.1, NEARLY * allowed)
+    return Attempt(wish, reason, None, NotVerified(reason), patch if near else None, missed if near else float("inf"))
+
+
+def patch_of(model: Any, samples: Sequence[Sample], wish: Wish, progress: Progress) -> ModelPatch:
+    """One set of weights for all tokens of the samples; ``via`` and ``ridge`` of the wish are decided."""
+    return patch_model(
+        model, padded(samples, "target"), padded(samples, "source"), scope="all", via=str(wish.via),
+        positions=positions(samples, wish.pinned), ridge=float(wish.ridge or 0), rank=wish.rank, keep_rms=wish.keep_rms, progress=progress,
+    )  # fmt: skip
+
+
+def rank_of(patch: ModelPatch) -> int:
+    """The largest rank of a ΔW; 0 where only vectors move."""
+    return max((e.delta.left.shape[-2] for e in patch.entries if isinstance(e.delta, LowRank)), default=0)
+
+
+def tolerance(model: Any) -> float:
+    """The relative error within which a model of this dtype counts as verified."""
+    return max(VERIFIED[dtype] for dtype in {p.dtype for p in model.parameters()} & set(VERIFIED))

@@ -1,0 +1,88 @@
+"""What came of compiling a context: the patch, how it was come by, and how far it carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from controllability.compiling.exact_or_ridge import Solution, rank_of
+from controllability.compiling.token_sets import Context
+from controllability.compiling.yardstick import Agreement, Yardstick
+from controllability.models.model_patch import ModelPatch
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """What ``compile_context`` returns: the patch, how it was come by, and how far it carries.
+
+    ``sets`` are "queries", "heldout" and "unrelated" as far as there are any, ``results`` the agreement of the patched model on
+    each, ``logits`` its logits there (the queries one by one).  ``tokens`` counts different tokens: queries that begin alike share some.
+    """
+
+    solution: Solution
+    context: Context
+    answer_tokens: int
+    tokens: int
+    sets: dict[str, Yardstick]
+    results: dict[str, Agreement]
+    logits: dict[str, list[Tensor]]
+    seconds: float
+
+    @property
+    def patch(self) -> ModelPatch:
+        """The patch: ``applied``, ``merge``, ``save``, ``export_peft`` as of any other."""
+        return self.solution.patch
+
+    @property
+    def exact(self) -> bool:
+        """Whether every token of the queries is reproduced (to rounding); else the patch is a least-squares fit."""
+        return self.solution.exact
+
+    @property
+    def first_tokens(self) -> list[str]:
+        """What stands before every query: give it to the compiled model too."""
+        return self.context.tokenizer.convert_ids_to_tokens(list(self.context.tokens[: self.context.first]))
+
+    def answers(self) -> list[dict[str, Any]]:
+        """The likeliest token after each query: with the context, from the compiled weights, without either."""
+        name = self.context.tokenizer.convert_ids_to_tokens
+        rows = []
+        for which in ("queries", "heldout"):
+            if which not in self.sets:
+                continue
+            yardstick = self.sets[which]
+            for sample, *runs in zip(
+                yardstick.samples, yardstick.wanted, self.logits[which], yardstick.without, strict=True
+            ):
+                words = [name(token := int(x[-1].argmax())) or f"token {token}" for x in runs]
+                keys = ("with_context", "patched", "without_context")
+                rows.append({"set": which, "query": sample.text} | dict(zip(keys, words, strict=True)))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: the report of ``controllability compile``."""
+        patch, solution = self.patch, self.solution
+        certificate = None if self.exact else next((a.certificate for a in solution.attempts if a.certificate), None)
+        found: dict[str, Any] = dict.fromkeys(("queries", "heldout", "unrelated"))
+        for name, yardstick in self.sets.items():
+            found[name] = self.results[name].to_dict() | {
+                "unpatched": yardstick.unpatched.to_dict(),
+                "texts": len(yardstick.samples),
+            }
+        return found | {
+            "tokens": self.tokens, "context_tokens": len(self.context.tokens), "answer_tokens": self.answer_tokens,
+            "first_tokens": self.first_tokens, "anchor": self.context.anchored, "exact": self.exact, "certificate": certificate,
+            "tried": [attempt.to_dict() for attempt in solution.attempts], "first_token_kept": solution.wish.pinned,
+            "via": patch.report.via, "rank": rank_of(patch), "ridge": solution.ridge,
+            "ridge_choice": solution.choice.to_dict() if solution.choice else None,
+            "numbers": patch.numbers, "dense_numbers": patch.dense_numbers, "layers": _layers(patch), "answers": self.answers(),
+            "seconds": self.seconds,
+        }  # fmt: skip
+
+
+def _layers(patch: ModelPatch) -> list[dict[str, Any]]:
+    """Each layer's route (which resort a normalised output took) and how much it moved."""
+    names = ("index", "route", "residual", "relative_changes")
+    return [{name: row[name] for name in names} for row in patch.report.to_dict()["layers"]]

@@ -1,0 +1,58 @@
+"""What a patched run notes while it solves: margins of side conditions, routes taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from controllability.arrays import Array, arithmetic
+from controllability.interfaces import Condition
+
+NEAREST = "nearest, made good later"  # routes of a block whose rest a later one makes good: one scale that is near,
+SHORT = "least squares, made good later"  # and targets that cannot all be reached
+SIZED = "kept rms, sizes free"  # and of one whose sizes do not count behind it
+
+
+@dataclass(frozen=True, eq=False)
+class Margin:
+    """A side condition that was tested: how far each token's numbers, (..., 1), were from breaking it."""
+
+    condition: Condition
+    tokens: Array | None
+
+    @property
+    def value(self) -> float | None:
+        """The smallest margin over the tokens; None when it is vacuous or symbolic."""
+        if self.tokens is None:
+            return None
+        xp = arithmetic(self.tokens)
+        smallest = xp.to_float(xp.min(self.tokens.reshape(-1)).reshape(()))
+        return None if smallest is None or abs(smallest) == float("inf") else smallest
+
+
+@dataclass(frozen=True, eq=False)
+class RouteTaken:
+    """How one normalised output was reached.
+
+    ``route`` names every route that was taken, joined by "+".  ``winner`` (..., 1) says which of ``options`` each
+    token took; None where all took the same.  ``amplification`` (..., 1) is None in exact arithmetics.
+    """
+
+    where: str
+    route: str
+    why: Callable[[], str]
+    options: tuple[str, ...] = ()
+    winner: Array | None = None
+    amplification: Array | None = None
+
+
+@dataclass
+class Journal:
+    """What happened while a proof was executed: tested conditions and routes taken.
+
+    It holds small arrays, one number a token; what is read off them is computed when somebody reads it.
+    """
+
+    margins: list[Margin] = field(default_factory=list)
+    routes: list[RouteTaken] = field(default_factory=list)
+    scale_seconds: float = 0.0  # spent on one scale for many tokens

@@ -1,0 +1,231 @@
+"""The source run with the patch of a proof: every delta is solved the moment its component's input is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from controllability.arrays import Array, arithmetic
+from controllability.components.mixture import CHOSEN, SHARES, Mixture
+from controllability.deltas import Delta, ExpertLowRank, Shift, added
+from controllability.errors import SideConditionFailed
+from controllability.execution.journal import SHORT, Journal, Margin, RouteTaken
+from controllability.execution.trace import Trace
+from controllability.interfaces import (
+    Component,
+    Condition,
+    Param,
+    Params,
+    Path,
+    Place,
+    Sequence,
+    Steering,
+    Together,
+    measure,
+    node,
+)
+from controllability.solvers.served_tokens import Known
+
+ONE_NUMBER = "one number serves all features here: steer after it, by a map or a bias with a number for each feature"
+
+
+@dataclass
+class Goal:
+    """What a leaf is steered to: a wanted output, a wanted change of it, or a delta that another rule decides."""
+
+    steering: Steering
+    wanted: Callable[[], Array] | None = None
+    gap: Callable[[], Array] | None = None
+    delta: Callable[[], Delta] | None = None
+
+
+class PatchedRun(Trace):
+    """The source run with the patch: raw outputs are computed or observed, gaps solved, effects added.
+
+    With ``together`` axis 0 runs over the tokens and there is one delta for all of them; else every token has its own.
+    """
+
+    def __init__(
+        self,
+        block: Component,
+        params: Params,
+        source: Trace | Array,
+        target: Trace | Array,
+        together: Together | None = None,
+    ) -> None:
+        known = source if isinstance(source, Trace) else Trace(block, params, source)
+        super().__init__(block, params, known.state)
+        self.target = target if isinstance(target, Trace) else Trace(block, params, target)
+        self.unpatched = known
+        self.goals: dict[Path, Goal] = {}
+        self.raw_outputs: dict[Path, Array] = {}
+        self.solved: dict[Path, Delta] = {}
+        self.same_choice: dict[Path, tuple[Condition, Condition]] = {}
+        self.journal = Journal()
+        self.together = together
+        self.known: Mapping[Path, Known] = {}  # tokens that the patch serves already
+        self.learned: dict[Path, Known] = {}  # those and these
+        self.moved: dict[Path, Array] = {}  # what the known tokens' outputs must give more, (T, ·)
+        self.sizes: Array | None = None  # by which factors the block's outputs may differ from the target's, (T, 1)
+
+    def wanted(self) -> Array:
+        """What the block must give: the target's output, in the size that serves where sizes do not count."""
+        output = self.target.output(())
+        return output if self.sizes is None else arithmetic(output).lift(output) * self.sizes
+
+    def steer(self, path: Path, goal: Goal) -> None:
+        """Announce that the leaf at ``path`` will be patched."""
+        self.goals[path] = goal
+
+    def observe_raw(self, path: Path, value: Array) -> None:
+        """Tell the run what a leaf computed with its stored parameters at its patched input."""
+        self.raw_outputs[path] = value
+
+    def raw(self, path: Path) -> Array:
+        """The output of a leaf at its patched input, its own parameters as stored."""
+        if path not in self.raw_outputs:
+            if path in self.unpatched.observed and not any(self._reaches(g, path) for g in self.goals):
+                value = self.unpatched.observed[path]
+            else:
+                value = node(self.block, path)(self.params_at(path), self.input(path))
+            self.raw_outputs[path] = value
+        return self.raw_outputs[path]
+
+    def raw_of(self, place: Place) -> Array:
+        """The output of ``place`` at its patched input, with none of its own parameters moved."""
+        if not place.component.children():
+            return self.raw(place.path)
+        parts = place.parts()
+        if isinstance(place.component, Sequence):
+            value = self.raw_of(parts[0])
+            for part in parts[1:]:
+                value = part.component(self.params_at(part.path), value)
+            return value
+        return place.component(self.params_at(place.path), self.input(place.inlet))
+
+    def bound(self, path: Path) -> Params:
+        new = path not in self._bound
+        values = super().bound(path)
+        if new and path in self.same_choice:
+            self._compare_choice(path, values)
+        return values
+
+    def bind(self, path: Path, values: Params) -> None:
+        super().bind(path, values)
+        if path in self.same_choice:
+            self._compare_choice(path, values)
+
+    def _compare_choice(self, path: Path, values: Params) -> None:
+        """The patched router must choose the experts that the target run chose."""
+        near, same = self.same_choice[path]
+        logits = self.target.output((*path, 0))
+        try:
+            self.check(near, logits, logits)
+        except SideConditionFailed as tie:
+            # another derivation would leave the choice to rounding: whoever asks for the target's experts must know
+            tie.final = True
+            raise
+        here: Array = values[CHOSEN]
+        there: Array = self.target.bound(path)[CHOSEN]
+        same_experts: Array = (here == there) & ((values[SHARES] == 0) == (self.target.bound(path)[SHARES] == 0))
+        differs = ~same_experts.all(-1).reshape(-1)
+        if bool(differs.any()):
+            bad = int(differs.nonzero()[0].reshape(-1)[0])
+            others = int((~same_experts).reshape(-1, same_experts.shape[-1])[bad].sum())
+            raise same.failed(-float(others), bad, tuple(same_experts.shape[:-1]))
+
+    def leaf(self, path: Path, component: Component) -> Array:
+        if path not in self.goals:
+            return component(self._seen_by(path, component), self.input(path))
+        x = self.input(path)
+        delta = self.delta(path)
+        if self.together is not None and isinstance(delta, ExpertLowRank):
+            return self.raw(path) + delta.routed(x, self.params_at(path)[CHOSEN])
+        return self.raw(path) + self.goals[path].steering.effect(x, delta)
+
+    def _seen_by(self, at: Path, component: Component) -> Params:
+        """The parameters as an unsteered leaf sees them: what it shares with a steered one is patched."""
+        own = component.own_parameters()
+        if not own:
+            return self.params_at(at)
+        shared = [(goal.steering.param, path) for path, goal in self.goals.items() if goal.steering.param in own]
+        params = self.params_at(at)
+        if not shared:
+            return params
+        return dict(params) | {str(p): added(p.value(self.params), self.delta(path)) for p, path in shared}
+
+    def delta(self, path: Path) -> Delta:
+        """The delta of the leaf at ``path``, solved once."""
+        if path not in self.solved:
+            goal = self.goals[path]
+            delta = goal.delta() if goal.delta else self._solve(path, goal)
+            if isinstance(delta, Shift):
+                self._same_size(path, delta.value, goal.steering.param.value(self.params))
+            self.solved[path] = delta
+        return self.solved[path]
+
+    def _solve(self, path: Path, goal: Goal) -> Delta:
+        x = self.input(path)
+        xp = arithmetic(x)
+        x = xp.lift(x)
+        if goal.gap is not None:
+            gap = xp.tidy(goal.gap())
+        else:
+            assert goal.wanted is not None
+            raw, wanted = self.raw(path), goal.wanted()
+            gap = xp.tidy(xp.lift(wanted) - xp.lift(raw))
+            self._same_size(path, gap, raw)
+        if self.together is not None:
+            return self._solve_jointly(path, goal, x, gap)
+        for condition in goal.steering.conditions:
+            self.check(condition, x, gap)
+        return goal.steering.solve(self.params_at(path), x, gap)
+
+    def _solve_jointly(self, path: Path, goal: Goal, x: Array, gap: Array) -> Delta:
+        way, params = goal.steering.jointly, self.params_at(path)
+        assert way is not None and self.together is not None
+        raw = arithmetic(gap).lift(self.raw(path))
+        solved = way.solve(self.together, params, x, gap, raw, self.known_at(path))
+        if solved.known is not None:
+            self.learned[path] = solved.known
+        self.fell_short(path, way.conditions[0], solved.room)
+        return solved.delta
+
+    def fell_short(self, path: Path, condition: Condition, room: Array) -> None:
+        """Note how much room the tokens of a joint solution had, (T, 1), or that some of their targets are not reached."""
+        assert self.together is not None
+        if not self.together.exact:
+            return
+        if self.together.short and not arithmetic(room).all(room > 0):
+            where = node(self.block, path).describe()
+            self.journal.routes.append(RouteTaken(where, SHORT, lambda: f"not all targets can be reached: {condition}"))
+        else:
+            self.journal.margins.append(Margin(condition, room))
+
+    def known_at(self, path: Path) -> Known | None:
+        """The tokens that the leaf at ``path`` serves already, with the targets that they have now."""
+        known = self.known.get(path)
+        return known if known is None or path not in self.moved else known.moved(self.moved[path])
+
+    def _same_size(self, path: Path, change: Array, changed: Array) -> None:
+        """One number cannot serve several features, though they broadcast."""
+        if change.shape[-1] != changed.shape[-1]:
+            where = node(self.block, path).describe()
+            numbers = Condition("there is a number for every feature that must change", where, hint=ONE_NUMBER)
+            raise numbers.failed(float(changed.shape[-1] - change.shape[-1]))
+
+    def check(self, condition: Condition, x: Array, gap: Array) -> None:
+        """Test a side condition on the numbers and note its margin."""
+        self.journal.margins.append(Margin(condition, measure(condition, x, gap)))
+
+    def _reaches(self, earlier: Path, later: Path) -> bool:
+        """Whether a change at ``earlier`` reaches the input of ``later``: it stands before it, or routes to it."""
+        for depth, (a, b) in enumerate(zip(earlier, later, strict=False)):
+            if a != b:
+                return a < b and isinstance(node(self.block, earlier[:depth]), Sequence | Mixture)
+        return False
+
+    def deltas(self) -> dict[Param, Delta]:
+        """Every delta of the patch; solves what is not solved yet."""
+        self.output(())
+        return {goal.steering.param: self.delta(path) for path, goal in self.goals.items()}

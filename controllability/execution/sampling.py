@@ -1,0 +1,136 @@
+"""Random or symbolic instances of a block: parameters and two states, for checks and for play."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from controllability.arrays import ARITHMETICS, Array
+from controllability.components.select import Select
+from controllability.errors import BadInput
+from controllability.interfaces import Component, leaves
+from controllability.symbolic.indexed import IndexedArray
+
+DEFAULT_SIZES = {"d": 4, "h": 6, "E": 4, "l": 3, "r": 2, "one": 1}  # width, hidden, experts, latent, rank
+
+
+def inputs_of(block: Component) -> int:
+    """How many inputs a block has: more than one when it selects among them (parallel blocks)."""
+    return 1 + max((leaf.index for _, leaf in leaves(block) if isinstance(leaf, Select)), default=0)
+
+
+def symbolic_sizes(block: Component) -> dict[str, Any]:
+    """Symbols for the named sizes of a block's parameters; what follows from others is written with them."""
+    import sympy
+
+    names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)} | {*DEFAULT_SIZES}
+    symbols = {n: sympy.Symbol(n, integer=True, positive=True) for n in names}
+    return symbols | {"2h": 2 * symbols["h"], "E+1": symbols["E"] + 1, "one": 1}
+
+
+def sizes_of(block: Component, **sizes: int) -> dict[str, int]:
+    """Numbers for the named sizes of a block's parameters; raises ``BadInput`` for an unknown name."""
+    known = DEFAULT_SIZES | sizes
+    # gate and up in one matrix; a class for each expert and one for none
+    known = {"2h": 2 * known["h"], "E+1": known["E"] + 1} | known
+    names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
+    unknown = names - set(known)
+    if unknown:
+        raise BadInput(f"give a number for size {', '.join(sorted(unknown))}")
+    return known
+
+
+def sample(
+    block: Component, kind: str = "numpy", seed: int = 0, tokens: tuple[int, ...] = (), **sizes: int
+) -> tuple[dict[str, Array], Any, Any]:
+    """(parameters, source state, target state) of a block, drawn at random or as symbols.
+
+    ``kind`` is numpy (float64), torch (float32), rational, mpmath, sympy (real symbols) or indexed (index notation:
+    every size a symbol); states have shape (*tokens, d); a block with several inputs has a tuple of them.  Raises
+    ``BadInput`` when a shape is not known.
+
+    >>> from controllability.components import Linear, residual
+    >>> from controllability.interfaces import Param
+    >>> params, v, v_target = sample(residual(Linear(Param("W", ("d", "d")))), d=3)
+    >>> params["W"].shape, v.shape
+    ((3, 3), (3,))
+    """
+    if not isinstance(block, Component):
+        raise BadInput(f"sample takes a component, got {type(block).__name__}; architectures.block(name) gives one")
+    if kind not in ARITHMETICS:
+        raise BadInput(f"unknown kind of numbers {kind!r}: choose one of {', '.join(ARITHMETICS)}")
+    known = symbolic_sizes(block) if kind == "indexed" else sizes_of(block, **sizes)
+    rng = np.random.default_rng(seed)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for param in sorted(block.parameters(), key=str):
+        if not param.shape:
+            raise BadInput(f"the shape of {param} is not known: give Param({param.name!r}, shape=(…))")
+        shapes[str(param)] = tuple(_number(s, known) for s in param.shape)
+    width = block.width
+    if width is None:
+        raise BadInput("the width of the block's input is not known: no parameter of it says so")
+    state = (*tokens, _number(width, known))
+    params = {name: _draw(kind, name, shape, rng) for name, shape in shapes.items()}
+    v, v_target = _states(kind, inputs_of(block), state, rng)
+    return (_told_apart(params, v, v_target) if kind == "sympy" else params), v, v_target
+
+
+def _states(kind: str, count: int, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Any, Any]:
+    if count == 1:
+        return _draw(kind, "v", shape, rng), _draw(kind, "v'", shape, rng)
+    source = tuple(_draw(kind, f"v{i + 1}", shape, rng) for i in range(count))
+    return source, tuple(_draw(kind, f"v{i + 1}'", shape, rng) for i in range(count))
+
+
+def _number(size: int | str, known: dict[str, int]) -> int:
+    return known[size] if isinstance(size, str) else size
+
+
+def _draw(kind: str, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    if kind == "indexed":
+        return IndexedArray.named(name, shape)
+    if kind == "sympy":
+        return _symbols(name, shape)
+    # multiples of 1/8, never 0: exact in every arithmetic, so that all of them see the same instance
+    numbers = rng.integers(1, 17, size=shape) * rng.choice([-1, 1], size=shape)
+    if kind == "numpy":
+        return numbers / 8.0
+    if kind == "torch":
+        import torch
+
+        return torch.as_tensor(numbers / 8.0, dtype=torch.float32)
+    fractions = np.array([Fraction(int(n), 8) for n in numbers.reshape(-1)], dtype=object).reshape(shape)
+    return ARITHMETICS[kind].array(fractions)
+
+
+def _told_apart(params: dict[str, Array], *states: Any) -> dict[str, Array]:
+    """The same parameters, their symbols called otherwise where one stands for two entries (a.up and b.up, W_111)."""
+    import sympy
+
+    def entries(x: Any) -> list[Any]:
+        return [e for part in x for e in entries(part)] if isinstance(x, tuple) else [*np.asarray(x).reshape(-1)]
+
+    met = Counter(e for x in (*params.values(), *states) for e in entries(x))
+    apart: dict[str, Array] = {}
+    for name, array in params.items():
+        apart[name] = array
+        if any(met[e] > 1 for e in entries(array)):
+            apart[name] = np.empty(np.shape(array), dtype=object)
+            for at in np.ndindex(*np.shape(array)):
+                place = ",".join(str(i + 1) for i in at)
+                apart[name][at] = sympy.Symbol(f"{name}[{place}]", real=True)
+    return apart
+
+
+def _symbols(name: str, shape: tuple[int, ...]) -> Any:
+    import sympy
+
+    parts = name.split(".")
+    short = parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
+    flat = np.empty(int(np.prod(shape)), dtype=object)
+    for i, index in enumerate(np.ndindex(*shape)):
+        flat[i] = sympy.Symbol(f"{short}_{''.join(str(k + 1) for k in index)}", real=True)
+    return flat.reshape(shape)

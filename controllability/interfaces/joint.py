@@ -1,0 +1,69 @@
+"""One patch for many tokens: what is asked for, how it is solved, what comes back.  (theory 5)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from controllability.arrays import Array
+from controllability.deltas import Delta
+from controllability.interfaces.condition import Condition
+from controllability.interfaces.param import Params
+
+if TYPE_CHECKING:
+    from controllability.solvers.served_tokens import Known
+
+
+@dataclass(frozen=True)
+class Together:
+    """How many tokens are solved for at once: exactly, or by least squares.
+
+    ``ridge`` > 0 weighs ‖ΔW‖² against the tokens' errors, ``rank`` bounds the rank of every ΔW; either makes the patch a fit, and
+    no target is promised.  ``keep_rms`` refuses to let the RMS before a norm move.  ``behind`` says who reads the block's output:
+    a later block that reaches its own target whatever this one gives (theory 1b: the last one decides), so that
+    where only a scale that magnifies rounding is exact, the nearest one is taken; or a norm alone, to which a token's size
+    does not count.  ``short``: before such a block, targets that cannot all be reached are reached as nearly as can be.
+    """
+
+    ridge: float = 0.0
+    rank: int | None = None
+    keep_rms: bool = False
+    behind: Literal["anyone", "block", "norm"] = "anyone"
+    short: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether every token's target is to be reached."""
+        return not self.ridge and self.rank is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was asked for, JSON-ready."""
+        return {"ridge": self.ridge, "rank": self.rank, "keep_rms": self.keep_rms}
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """One delta for all tokens, and how much room each had, (T, 1): positive where its target is reached.
+
+    ``known`` is what the solver must be given again to add tokens to these.
+    """
+
+    delta: Delta
+    room: Array
+    known: Known | None = None
+
+
+@dataclass(frozen=True)
+class Jointly:
+    """The same way for many tokens, one delta for all of them; axis 0 of every array runs over the tokens.
+
+    ``solve(together, params, x, gap, raw, known)`` finds the delta that adds ``gap`` (T, out) to ``raw`` (T, out), the outputs as
+    they are at ``x`` (T, in), and serves the tokens ``known`` from before as well.  It raises ``SideConditionFailed`` with a certificate where no delta does.  ``most`` names how many tokens
+    in general position it serves.
+    """
+
+    rule: str
+    conditions: tuple[Condition, ...]
+    solve: Callable[[Together, Params, Array, Array, Array, Known | None], Solved]
+    most: int | str

@@ -1,1 +1,0 @@
-"""One patch for many tokens: the mathematics of the joint rules."""

@@ -1,0 +1,1 @@
+"""Patches on disk: our own format and PEFT adapters, both ways."""

@@ -1,0 +1,216 @@
+"""Patches on disk: safetensors and JSON, written atomically, tied to the weights they were made for."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import controllability
+from controllability.deltas import ExpertLowRank, LowRank, Shift
+from controllability.errors import PatchError
+from controllability.interfaces import Param, Together
+from controllability.models.files.folders import refuse_occupied, written
+from controllability.models.files.peft_forms import Form, forms_of
+from controllability.models.model_patch import ModelPatch
+from controllability.models.patches.applier import Entry
+from controllability.models.reading.fingerprints import known_fingerprint
+from controllability.models.reading.positions import Rows
+from controllability.models.sweep.report import Report
+
+FORMAT, VERSION = "controllability-patch", 4
+TENSORS, DESCRIPTION = "patch.safetensors", "patch.json"
+
+
+def save_patch(patch: ModelPatch, directory: Path, model: nn.Module | None) -> Path:
+    """Write ``patch`` into ``directory``, which must be new or empty; nothing is left behind on failure.
+
+    Raises ``PatchError``: directory occupied or not writable, patch applied at the moment, made on top of
+    other patches, or from nested inputs.
+    """
+    refuse_occupied(directory)
+    for role in ("source", "target"):
+        for name, value in patch.inputs[role].items():
+            if isinstance(value, dict | list | tuple):
+                raise PatchError(f"{role}: {name} is a {type(value).__name__}, which a saved patch cannot hold")
+    model = model if model is not None else (patch.model() if patch.fingerprint is None else None)
+    if patch.made_under:
+        raise PatchError(
+            "this patch was made while other patches were on the model: it has no meaning on its own, save those and redo it"
+        )
+    mark = patch.fingerprint or patch.fingerprint_of(patch.model())
+    if model is not None and (patch._model is None or patch._model() is not model) and known_fingerprint(model) != mark:
+        raise PatchError("this patch was made for other weights than those of the model that was passed")
+    with written(directory) as folder:
+        save_file(_tensors(patch), folder / TENSORS)
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        description = _description(patch, mark, kind if isinstance(kind, str) else "")
+        description |= {
+            "model": patch.model_name,
+            "forms": {name: form.to_dict() for name, form in patch.forms.items()},
+        }
+        if model is not None:
+            description["model"] = str(getattr(model, "name_or_path", ""))
+            description["forms"] = {name: form.to_dict() for name, form in forms_of(model, patch.entries).items()}
+        description["tensors_sha256"] = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+        description["sha256"] = _digest(description)
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")
+    return directory
+
+
+def _digest(description: dict[str, Any]) -> str:
+    """SHA-256 of a description without its own checksum."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors(patch: ModelPatch) -> dict[str, Tensor]:
+    tensors = {"rows.sample": patch.rows.sample, "rows.position": patch.rows.position}
+    for entry in patch.entries:
+        if isinstance(entry.delta, LowRank):
+            tensors[f"{_key(entry)}::left"] = entry.delta.left
+            tensors[f"{_key(entry)}::right"] = entry.delta.right
+            if isinstance(entry.delta, ExpertLowRank):
+                tensors[f"{_key(entry)}::index"] = entry.delta.index
+        else:
+            tensors[f"{_key(entry)}::shift"] = entry.delta.value
+    for role in ("source", "target"):
+        for name, value in patch.inputs[role].items():
+            if isinstance(value, Tensor):
+                tensors[f"{role}::{name}"] = value
+    if patch.inputs.get("positions") is not None:
+        for role, value in zip(("source", "target"), patch.inputs["positions"], strict=True):
+            tensors[f"positions::{role}"] = torch.as_tensor(value)
+    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+
+
+def _key(entry: Entry) -> str:
+    return f"{entry.param}@{entry.call}" if entry.call else str(entry.param)
+
+
+def _described(entry: Entry) -> dict[str, Any]:
+    """What the tensors of an entry do not say."""
+    delta = entry.delta
+    kind = "shift" if isinstance(delta, Shift) else "experts" if isinstance(delta, ExpertLowRank) else "low rank"
+    return {
+        "parameter": entry.param.name,
+        "slices": [[s.start, s.stop, s.step] for s in entry.param.index],
+        "layer": entry.layer,
+        "call": entry.call,
+        "kind": kind,
+        "transposed": isinstance(delta, LowRank) and delta.transposed,
+        "experts": delta.experts if isinstance(delta, ExpertLowRank) else 0,
+    }
+
+
+def _description(patch: ModelPatch, mark: str, model_type: str) -> dict[str, Any]:
+    plain = {
+        role: {n: v for n, v in patch.inputs[role].items() if isinstance(v, bool | int | float | str)}
+        for role in ("source", "target")
+    }
+    ids = {
+        role: patch.inputs[role]["input_ids"].tolist()
+        for role in ("source", "target")
+        if "input_ids" in patch.inputs[role]
+    }
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "written_by": f"controllability {controllability.__version__}",
+        "fingerprint": mark,
+        "model_type": model_type,
+        "scope": patch.scope,
+        "via": patch.report.via,
+        "route": patch.report.route,
+        "together": patch.together.to_dict() if patch.together is not None else None,
+        "valid_for": {"token_ids": ids, "options": plain},
+        "rows_shape": list(patch.rows.shape),
+        "rows_before": patch.rows.before,
+        "entries": [_described(entry) for entry in patch.entries],
+        "report": patch.report.to_dict(),
+    }
+
+
+def load_patch(directory: str | Path) -> ModelPatch:
+    """A patch written by ``mp.save``.  Only JSON and safetensors are read.
+
+    Raises ``PatchError`` for a missing, truncated or corrupt patch and for another format version.
+    Whether the weights are the right ones is checked when it is applied or merged.
+    """
+    directory = Path(directory)
+    description = _read_description(directory)
+    try:
+        raw = (directory / TENSORS).read_bytes()
+    except OSError as error:
+        raise PatchError(f"cannot read {directory / TENSORS}: {error.strerror or error}") from None
+    if hashlib.sha256(raw).hexdigest() != description.get("tensors_sha256"):
+        raise PatchError(f"{directory / TENSORS} is corrupt or truncated: its checksum is not the one that was saved")
+    try:
+        tensors = load_file(directory / TENSORS)
+        return _build(description, tensors)
+    except Exception as error:  # whatever a description that was tampered with may cause
+        text = " ".join(str(error).split())[:200]
+        raise PatchError(f"{directory} is corrupt: {type(error).__name__} {text}") from None
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    path = directory / DESCRIPTION
+    if not path.is_file():
+        adapter = (directory / "adapter_config.json").is_file()
+        hint = "; it is a PEFT adapter: ct.import_peft(directory, model) reads those" if adapter else ""
+        raise PatchError(f"{directory} is not a saved patch: it has no {DESCRIPTION}{hint}")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PatchError(f"{path} is corrupt or truncated: {error}") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise PatchError(f"{path} is not a description of a patch")
+    if description.get("version") != VERSION:
+        raise PatchError(
+            f"{path} has format version {description.get('version')}, this program reads version {VERSION}"
+        )
+    if description.pop("sha256", None) != _digest(description):
+        raise PatchError(f"{path} is corrupt: it is not what was saved (its checksum differs)")
+    return description
+
+
+def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> ModelPatch:
+    entries = []
+    for item in description["entries"]:
+        param = Param(item["parameter"], index=tuple(slice(*s) for s in item["slices"]))
+        entry = Entry(param, Shift(torch.zeros(0)), int(item["layer"]), int(item["call"]))
+        held = {part: tensors.get(f"{_key(entry)}::{part}") for part in ("left", "right", "index", "shift")}
+        transposed = bool(item["transposed"])
+        if item["kind"] == "low rank":
+            delta: Any = LowRank(held["left"], held["right"], transposed)
+        elif item["kind"] == "experts":
+            delta = ExpertLowRank(held["left"], held["right"], transposed, held["index"], int(item["experts"]))
+        else:
+            delta = Shift(held["shift"])
+        if any(isinstance(v, type(None)) for v in vars(delta).values()):
+            raise PatchError(f"the tensors of {item['parameter']} are missing")
+        entries.append(dataclasses.replace(entry, delta=delta))
+    inputs: dict[str, Any] = {
+        role: dict(description["valid_for"]["options"][role])
+        | {name.removeprefix(f"{role}::"): value for name, value in tensors.items() if name.startswith(f"{role}::")}
+        for role in ("source", "target")
+    }
+    positions = tuple(tensors.get(f"positions::{role}") for role in ("source", "target"))
+    inputs["positions"] = positions if positions[0] is not None else None
+    shape = (int(description["rows_shape"][0]), int(description["rows_shape"][1]))
+    return ModelPatch(
+        tuple(entries),
+        description["scope"],
+        Rows(tensors["rows.sample"], tensors["rows.position"], shape, int(description["rows_before"])),
+        Report.from_dict(description["report"]),
+        inputs,
+        fingerprint=description["fingerprint"],
+        model_name=str(description["model"]),
+        together=Together(**description["together"]) if description["together"] is not None else None,
+        forms={name: Form.from_dict(form) for name, form in description["forms"].items()},
+    )

@@ -1,0 +1,125 @@
+"""Whether an adapter does what its patch does: loaded by the real PEFT onto the model, beside the patch and beside nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from controllability.errors import NotVerified
+from controllability.models.exact_mode import exact_mode
+from controllability.models.reading.model_facts import input_embedding
+from controllability.models.reading.random_inputs import random_inputs
+from controllability.models.reading.tolerances import VERIFIED
+
+if TYPE_CHECKING:
+    from controllability.models.model_patch import ModelPatch
+
+
+@dataclass(frozen=True)
+class Check:
+    """``error``: adapter against patch, max |difference| / max |patched|; ``unpatched``: the plain model's beside it.
+
+    ``verified`` is None, with the reason in ``note``, where nothing could be compared.  An imported patch holds no
+    input: it is compared on random tokens, and ``note`` says so.
+    """
+
+    verified: bool | None
+    note: str = ""
+    error: float | None = None
+    unpatched: float | None = None
+
+
+def check_adapter(patch: ModelPatch, directory: Path, model: nn.Module | None) -> Check:
+    """Load the adapter with PEFT onto a twin of ``model`` that shares its weights, and compare outputs.
+
+    Raises ``NotVerified`` when PEFT does not load it, or when the outputs differ by more than rounding explains.
+    """
+    from controllability.models.reading.inputs import without_cache
+    from controllability.models.reading.logits import result_of
+
+    if model is None:
+        return Check(None, "not verified: no model was given")
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        return Check(None, "not verified: peft is not installed (pip install 'controllability[peft]')")
+    inputs, note = without_cache(model, patch.inputs["source"]), ""
+    if not patch.inputs["source"]:  # an imported adapter
+        if input_embedding(model) is None:
+            return Check(None, "not verified: this patch holds no input to compare on")
+        inputs, note = random_inputs(model, None), "compared on random tokens"
+    dtypes = {parameter.dtype for parameter in model.parameters()} & set(VERIFIED)
+    with torch.no_grad(), exact_mode() if torch.float64 in dtypes else contextlib.nullcontext():
+        unpatched = result_of(model(**inputs))
+        with patch.applied(model):
+            patched = result_of(model(**inputs))
+        adapted = result_of(_run(_with_adapter(model, directory), inputs))
+    error, control = _relative(adapted, patched), _relative(unpatched, patched)
+    tolerance = max(VERIFIED[dtype] for dtype in dtypes)
+    if not error <= tolerance or error > control:
+        raise NotVerified(
+            f"PEFT loads the adapter, and its output misses the patched model's by {error:.2g} (relative; rounding "
+            f"explains {tolerance:g}, the unpatched model misses it by {control:.2g}): part of the patch is out of PEFT's reach "
+            "(a module whose weights are read past it); nothing was written"
+        )
+    return Check(True, note, error, control)
+
+
+def _with_adapter(model: nn.Module, directory: Path) -> nn.Module:
+    """What PEFT makes of a twin of ``model``.  Whatever it complains of means that the adapter does not fit."""
+    import peft
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            adapted = peft.PeftModel.from_pretrained(twin(model), str(directory))  # type: ignore[arg-type]
+        except Exception as error:  # whatever PEFT raises about names and shapes
+            text = " ".join(str(error).split())[:300]
+            raise NotVerified(
+                f"PEFT cannot load the adapter ({type(error).__name__}: {text}); nothing was written"
+            ) from None
+    missing = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
+    if missing:
+        raise NotVerified(f"PEFT does not find all of the adapter: {missing[0][:300]}; nothing was written")
+    return adapted.eval()
+
+
+def _run(adapted: nn.Module, inputs: dict[str, Any]) -> Any:
+    try:
+        return adapted(**inputs)
+    except Exception as error:  # the model reads something that PEFT's wrappers hide
+        text = " ".join(str(error).split())[:300]
+        raise NotVerified(
+            f"with the adapter the model does not run ({type(error).__name__}: {text}): it reads weights past the "
+            "module that PEFT wraps; nothing was written; merge the patch instead"
+        ) from None
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The same modules anew around the same weights (no copy): what wraps or freezes the twin leaves ``model`` alone.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 2)
+    >>> other = twin(model)
+    >>> other.weight is model.weight, other.weight.data_ptr() == model.weight.data_ptr()
+    (False, True)
+    """
+    # .data, not detach(): what PEFT does in place and undoes must not count as a change of the model
+    shared: dict[int, Any] = {id(b): b.data for b in model.buffers()}
+    for p in model.parameters():
+        packed = type(p) is not nn.Parameter and issubclass(
+            type(p), nn.Parameter
+        )  # 4 bits: more than a tensor, and frozen
+        shared[id(p)] = p if packed else nn.Parameter(p.data, requires_grad=p.requires_grad)
+    return copy.deepcopy(model, shared)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())

@@ -1,0 +1,148 @@
+"""Writing a patch as a PEFT adapter: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from controllability.errors import BadInput, PatchError
+from controllability.models.files.folders import refuse_occupied, written
+from controllability.models.files.lora_factors import lora_tensors, rank_of
+from controllability.models.files.peft_check import Check, check_adapter
+from controllability.models.files.peft_forms import Form, forms_of
+from controllability.models.files.peft_reader import CONFIG, MADE_FOR, PREFIX, TENSORS
+from controllability.models.hooks.carried_patches import carried, uncompiled
+from controllability.models.patches.applier import Entry
+from controllability.models.patches.merging import write
+from controllability.models.reading.fingerprints import known_fingerprint
+
+if TYPE_CHECKING:
+    from controllability.models.model_patch import ModelPatch
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written where: ``low_rank`` matrices of rank up to ``rank``, and the ``dense`` modules of which PEFT keeps a copy."""
+
+    directory: str
+    files: list[str]
+    dense: list[str]
+    low_rank: int
+    rank: int
+    check: Check
+
+    @property
+    def verified(self) -> bool | None:
+        """Whether the adapter gave the patched model's output when PEFT had loaded it; None if that was not tried."""
+        return self.check.verified
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        data = asdict(self)
+        return data | data.pop("check")
+
+
+def export_peft(patch: ModelPatch, directory: Path, model: nn.Module | None = None) -> Exported:
+    """Write ``patch`` as an adapter that ``peft.PeftModel.from_pretrained(model, directory)`` loads (peft 0.21).
+
+    ``directory`` must be new or empty; nothing is left behind on failure.  ``model`` may be left out while the one
+    that the patch was made on is alive.  Without either, a patch of matrices alone can still be written, unverified.
+    Raises ``PatchError`` for a patch that is not one set of weights, a parameter that PEFT cannot reach, other
+    weights or an occupied directory, and ``NotVerified`` when the adapter does not give what the patch gives.
+    Source: the layout of peft 0.21 (``tuners/lora/layer.py``); see ``adapters.forms``.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
+    refuse_occupied(directory)
+    patch.refuse_several("held by one adapter")
+    if patch.made_under:
+        raise PatchError("this patch was made while other patches were on the model: an adapter would lack those")
+    model = model if model is not None or patch.fingerprint is not None else patch.model()
+    if model is not None:
+        model = uncompiled(model)
+        _refuse_other(patch, model)
+    forms = forms_of(model, patch.entries) if model is not None else patch.forms
+    _refuse_formless(patch, forms, model)
+    tensors, ranks = _low_rank_tensors(patch.entries, forms)
+    dense = sorted({entry.module for entry in patch.entries if forms[entry.param.name].kind == "dense"})
+    if dense:
+        assert model is not None
+        for path in dense:
+            tensors |= _dense_tensors(model, path, patch.entries, forms)
+    config = _config(forms, ranks, dense, model)
+    made_for = {MADE_FOR: patch.fingerprint or patch.fingerprint_of(patch.model())}
+    with written(directory) as folder:
+        stored = {PREFIX + name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(stored, folder / TENSORS, metadata={"format": "pt"} | made_for)
+        (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        check = check_adapter(patch, folder, model)
+    return Exported(str(directory), [CONFIG, TENSORS], dense, len(ranks), max(ranks.values(), default=0), check)
+
+
+def _refuse_other(patch: ModelPatch, model: nn.Module) -> None:
+    if carried(model):
+        raise PatchError("patches are on the model at the moment: leave applied() or unmerge before exporting")
+    if known_fingerprint(model) != (patch.fingerprint or patch.fingerprint_of(patch.model())):
+        raise PatchError("this patch was made for other weights (the fingerprints differ)")
+
+
+def _refuse_formless(patch: ModelPatch, forms: dict[str, Form], model: nn.Module | None) -> None:
+    for name in dict.fromkeys(entry.param.name for entry in patch.entries):
+        if name not in forms:
+            raise PatchError(f"this patch does not say how the model holds {name}: give the model that it was made for")
+        if forms[name].kind == "none":
+            raise PatchError(f"parameter {name} cannot be in an adapter: {forms[name].why}; merge the patch instead")
+        if forms[name].kind == "dense" and model is None:
+            raise PatchError(
+                f"parameter {name} has no LoRA form: PEFT keeps a copy of its module, which needs the model's own "
+                "values; give the model"
+            )
+
+
+def _low_rank_tensors(entries: tuple[Entry, ...], forms: dict[str, Form]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    tensors, ranks = {}, {}
+    for name, form in forms.items():
+        own = [entry for entry in entries if entry.param.name == name]
+        if form.kind in ("module", "parameter") and own:
+            a, b = lora_tensors(own, form)
+            tensors |= {f"{form.key}.lora_A.weight": a, f"{form.key}.lora_B.weight": b}
+            ranks[name] = rank_of(a, form)
+    return tensors, ranks
+
+
+@torch.no_grad()
+def _dense_tensors(
+    model: nn.Module, path: str, entries: tuple[Entry, ...], forms: dict[str, Form]
+) -> dict[str, Tensor]:
+    """Everything that a module holds, its patched parameters with their patches added (and rounded, as merging does)."""
+    held = {name: value.detach().clone() for name, value in model.get_submodule(path).state_dict().items()}
+    key = ""
+    for entry in entries:
+        if entry.module == path:
+            write(held[entry.attribute], entry.param, entry.delta)
+            key = forms[entry.param.name].key
+    return {f"{key}.{name}": value for name, value in held.items()}
+
+
+def _config(forms: dict[str, Form], ranks: dict[str, int], dense: list[str], model: nn.Module | None) -> dict[str, Any]:
+    """The fields of a LoraConfig; scaling lora_alpha / r is 1 everywhere."""
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    modules = {name.rpartition(".")[0]: rank for name, rank in ranks.items() if forms[name].kind == "module"}
+    parameters = {name: rank for name, rank in ranks.items() if forms[name].kind == "parameter"}
+    other = {name.replace(".", r"\."): r for name, r in (modules | parameters).items() if r != usual}
+    causal = type(model).__name__.endswith("ForCausalLM")
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM" if causal else None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "r": usual, "lora_alpha": usual, "rank_pattern": other, "alpha_pattern": other, "use_rslora": False,
+        "target_modules": sorted(modules), "target_parameters": sorted(parameters) or None,
+        "modules_to_save": dense or None, "fan_in_fan_out": any(forms[n].swapped for n in ranks if forms[n].kind == "module"),
+        "bias": "none", "lora_dropout": 0.0, "init_lora_weights": True, "inference_mode": True,
+    }  # fmt: skip

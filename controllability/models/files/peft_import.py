@@ -1,0 +1,209 @@
+"""Reading a LoRA adapter as a patch: ours, or anybody's whose matrices stand where patches are applied."""
+
+from __future__ import annotations
+
+import math
+import re
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controllability.components import ExpertLinear
+from controllability.deltas import Delta, Shift
+from controllability.errors import BadInput, PatchError
+from controllability.interfaces import Component, OutputControllable, Param, node
+from controllability.models.files.lora_factors import lora_factors, low_rank, rank_of, split_dense
+from controllability.models.files.peft_forms import Form, plain_linear
+from controllability.models.files.peft_reader import MADE_FOR, PREFIX, read_adapter
+from controllability.models.hooks.carried_patches import carried, uncompiled
+from controllability.models.model_patch import ModelPatch
+from controllability.models.patches.applier import Entry
+from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.reading.fingerprints import known_fingerprint, state_of
+from controllability.models.reading.positions import Rows
+from controllability.models.sweep.report import Report
+
+_LORA = re.compile(r"(.+)\.lora_(A|B)\.weight")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter can be patched: the layer, the parameter or its slice, and the leaf that computes with it."""
+
+    layer: int
+    param: Param
+    leaf: Component
+
+    def delta(self, rows: Tensor, columns: Tensor) -> Delta:
+        """What factors of the stored matrix are as a delta of this leaf."""
+        experts = None
+        if isinstance(self.leaf, ExpertLinear):
+            experts = self.leaf.stacked or len(rows)
+        return low_rank(self.param, rows, columns, getattr(self.leaf, "layout", "out_in") == "in_out", experts)
+
+
+def import_peft(directory: str | Path, model: nn.Module) -> ModelPatch:
+    """A LoRA adapter as a patch of ``model``: scope "last", one set of weights, for ``applied``, ``merge`` and ``save``.
+
+    Only JSON and safetensors are read, and the ``peft`` package is not needed.  Any rank, ``lora_alpha``, rsLoRA,
+    ``target_parameters`` and ``modules_to_save`` are understood.  Raises ``PatchError`` for what a patch cannot say
+    (another method, DoRA, LoRA on attention or embeddings: the module is named) and for an adapter that was exported
+    for other weights.
+
+    >>> # mp = ct.import_peft("adapter", model)
+    >>> # with mp.applied(model): model(**inputs)
+    """
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
+    config, tensors, notes = read_adapter(Path(directory))
+    model = uncompiled(model)
+    if carried(model):
+        raise PatchError("patches are on the model at the moment: leave applied() or unmerge before importing")
+    if notes.get(MADE_FOR) not in (None, known_fingerprint(model)):
+        raise PatchError("this adapter was exported for other weights (the fingerprints differ)")
+    slots = _slots(model)
+    entries: list[Entry] = []
+    loras, copies = _sorted(tensors, config)
+    for path, pair in loras.items():
+        name, form, alpha = _target(model, path, config)
+        for slot in _found(slots, name):
+            entries += _entry(slot, *_factors(pair, form, alpha, config, name, model))
+    for path, held in copies.items():
+        entries += _from_copy(model, path, held, slots)
+    if not entries:
+        raise PatchError(f"the adapter in {directory} changes nothing")
+    entries.sort(key=lambda entry: entry.layer)
+    numbers, dense = (sum(getattr(e.delta, n) for e in entries) for n in ("numbers", "dense_numbers"))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    report = Report("last", "imported", "none", dtype, 1, numbers, dense, 0.0, [])
+    one = torch.zeros(1, dtype=torch.long)
+    inputs: dict[str, Any] = {"target": {}, "source": {}, "positions": None}
+    mp = ModelPatch(tuple(entries), "last", Rows(one, one, (1, 1)), report, inputs, _model=weakref.ref(model))
+    mp._seen.update(state_of(model))
+    return mp
+
+
+def _slots(model: nn.Module) -> dict[str, list[Slot]]:
+    """Parameter name -> where it can be patched."""
+    slots: dict[str, list[Slot]] = {}
+    for layer in checked_reading(model).reading.layers:
+        for path in (path for tap in layer.taps for path in tap.paths):
+            leaf = node(layer.block, path)
+            for steering in leaf.output_steerings() if isinstance(leaf, OutputControllable) else ():
+                slots.setdefault(steering.param.name, []).append(Slot(layer.index, steering.param, leaf))
+    return slots
+
+
+def _found(slots: Mapping[str, list[Slot]], name: str) -> list[Slot]:
+    if name not in slots:
+        raise PatchError(
+            f"the adapter changes {name}, and a patch moves parameters of the feed-forward halves only: this adapter "
+            "is no patch; load it with peft"
+        )
+    return slots[name]
+
+
+def _sorted(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """{path: {"A": …, "B": …}} of the LoRA pairs and {path: {name: tensor}} of whole modules."""
+    loras: dict[str, dict[str, Tensor]] = {}
+    copies: dict[str, dict[str, Tensor]] = {}
+    wanted = tuple(config.get("modules_to_save") or ())
+    for key, value in tensors.items():
+        name = key.removeprefix(PREFIX)
+        path, _, attribute = name.rpartition(".")
+        if match := _LORA.fullmatch(name):
+            loras.setdefault(match[1], {})[match[2]] = value
+        elif wanted and path.endswith(wanted):
+            copies.setdefault(path, {})[attribute] = value
+        else:
+            raise PatchError(
+                f"the adapter holds {key}, which is neither lora_A, lora_B nor a module of modules_to_save"
+            )
+    for path, pair in loras.items():
+        if len(pair) != 2:
+            raise PatchError(f"the adapter holds only lora_{next(iter(pair))} of {path}")
+    return loras, copies
+
+
+def _module(model: nn.Module, path: str) -> tuple[str, nn.Module]:
+    bare = path.replace(".base_layer", "")
+    try:
+        return bare, model.get_submodule(bare)
+    except AttributeError:
+        raise PatchError(f"the adapter changes module {bare}, which the model does not have") from None
+
+
+def _target(model: nn.Module, path: str, config: Mapping[str, Any]) -> tuple[str, Form, float]:
+    """(parameter, how PEFT holds it, lora_alpha) of a name in the file; see ``adapters.forms`` for wrappers that nest."""
+    bare, module = _module(model, path)
+    asked = tuple(config.get("target_parameters") or ())
+    aimed = [a for a in module._parameters if any(f".{bare}.{a}".endswith(f".{target}") for target in asked)]
+    outside = re.sub(r"(\.base_layer)+$", "", path)
+    depth = path[len(outside) :].count(".base_layer")
+    if aimed and depth >= len(aimed):
+        raise PatchError(f"the adapter names {path}, and its config targets {len(aimed)} parameters of {bare} only")
+    attribute = aimed[-1 - depth] if aimed else "weight"
+    stored = module._parameters.get(attribute)
+    plain = plain_linear(module)
+    if stored is None or not (aimed or plain or isinstance(module, nn.Linear)) or stored.ndim not in (2, 3):
+        raise PatchError(f"the adapter changes module {bare}, a {type(module).__name__}: a patch has no matrix there")
+    name = f"{bare}.{attribute}"
+    swapped = stored.ndim == 3 and bool(getattr(module, "is_transposed", False)) if aimed else plain == "in_out"
+    key = name if aimed else bare
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", key)), config.get("lora_alpha", 8))
+    return name, Form("parameter" if aimed else "module", tuple(stored.shape), swapped, path), float(alpha)
+
+
+def _factors(
+    pair: Mapping[str, Tensor], form: Form, alpha: float, config: Mapping[str, Any], name: str, model: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """(rows, columns) of the stored parameter, the scaling in the rows, in float32 or better."""
+    try:
+        rows, columns = lora_factors(pair["A"], pair["B"], form)
+    except PatchError as error:
+        raise PatchError(f"the adapter does not fit {name}: {error}") from None
+    rank = rank_of(pair["A"], form)
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    dtype = _lifted(pair["A"], model.get_parameter(name))
+    return rows.to(dtype) * scaling, columns.to(dtype)
+
+
+def _entry(slot: Slot, rows: Tensor, columns: Tensor) -> list[Entry]:
+    delta = slot.delta(rows, columns)
+    return [Entry(slot.param, delta, slot.layer)] if delta.numbers else []
+
+
+def _lifted(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+@torch.no_grad()
+def _from_copy(model: nn.Module, path: str, held: Mapping[str, Tensor], slots: Mapping[str, list[Slot]]) -> list[Entry]:
+    """What a whole module changes: vectors as they are, matrices split into factors."""
+    bare, module = _module(model, path)
+    entries: list[Entry] = []
+    own = module.state_dict()
+    for attribute, value in held.items():
+        name, stored = f"{bare}.{attribute}", own.get(attribute)
+        if stored is None or stored.shape != value.shape:
+            raise PatchError(f"the adapter holds {name} of shape {tuple(value.shape)}, which the model does not have")
+        if torch.equal(value.to(stored), stored):
+            continue
+        dtype = _lifted(value, stored)
+        change = value.to(stored.device, dtype) - stored.to(dtype)
+        for slot in _found(slots, name):
+            if change.ndim == 1:
+                part = change[slot.param.index] if slot.param.index else change
+                entries.append(Entry(slot.param, Shift(part[None].clone()), slot.layer))
+            else:
+                entries += _entry(slot, *split_dense(change, float(stored.abs().max())))
+    return entries

@@ -1,0 +1,1 @@
+"""Patched generation, token by token."""

@@ -1,0 +1,212 @@
+"""What patched generation found out, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from controllability.models.sweep.report import Layers
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One generated token of every sample; tensors are (B,), one entry a sample.
+
+    ``target``, ``patched`` and ``unpatched`` are the chosen token ids (the last is None without control);
+    ``relative_error`` is max |patched − target| / max |target| over the logits, ``kl`` KL(target ‖ patched) in nats,
+    ``top1_gap`` the difference between the contextual model's two largest logits; ``near_tie`` says whether its two best
+    scores (after the processors of logits) are closer than twice the largest error.  ``active`` says which samples had
+    not ended before; the numbers of the others are 0.  ``seconds``: what the target's step and the sweep took.  ``layers``, where
+    reports were asked for, are those of ``mp.report``; its tokens are the active samples, in order.
+    """
+
+    target: Tensor
+    patched: Tensor
+    unpatched: Tensor | None
+    relative_error: Tensor
+    max_logit_error: Tensor
+    max_logit_error_unpatched: Tensor | None
+    kl: Tensor
+    top1_gap: Tensor
+    near_tie: Tensor
+    active: Tensor
+    position: Tensor
+    seconds: dict[str, float]
+    layers: Layers | None = field(default=None, repr=False)
+
+    @property
+    def agrees(self) -> Tensor:
+        """Where both chose the same token: (B,) booleans."""
+        return self.target == self.patched
+
+    @property
+    def explained(self) -> Tensor:
+        """Where they agree, or the contextual model's two best tokens were a near-tie."""
+        return self.agrees | self.near_tie
+
+    def of(self, sample: int) -> dict[str, Any]:
+        """One sample's numbers, ready for JSON."""
+        numbers: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                numbers[name] = value[sample].item()
+        return numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """All steps.  ``sequences`` (B, L + N): the prompts, padded on the left, and the tokens that both went on with.
+
+    A sample that ended is filled with padding; only its active steps count below.
+    """
+
+    sequences: Tensor
+    prompt_lengths: Tensor
+    steps: tuple[Step, ...]
+    route: str
+    dtype: str
+
+    def _over_active(self, name: str) -> Tensor:
+        return torch.cat([getattr(step, name)[step.active] for step in self.steps])
+
+    @property
+    def agreement(self) -> float:
+        """The share of tokens for which the patched model chose what the contextual one chose."""
+        return float(self._over_active("agrees").double().mean())
+
+    @property
+    def kl_max(self) -> float:
+        """The largest KL(contextual ‖ patched) of a token, in nats."""
+        return float(self._over_active("kl").max())
+
+    @property
+    def relative_error(self) -> float:
+        """The largest relative error of a token's logits."""
+        return float(self._over_active("relative_error").max())
+
+    @property
+    def max_logit_error(self) -> float:
+        """The largest error of a logit."""
+        return float(self._over_active("max_logit_error").max())
+
+    @property
+    def max_logit_error_unpatched(self) -> float | None:
+        """The same without patches; None when that was not run."""
+        return (
+            float(self._over_active("max_logit_error_unpatched").max()) if self.steps[0].unpatched is not None else None
+        )
+
+    @property
+    def mismatches(self) -> list[tuple[int, int]]:
+        """(step, sample) of every token on which they disagree."""
+        return [
+            (t, b) for t, step in enumerate(self.steps) for b in range(len(step.target))
+            if bool(step.active[b]) and not bool(step.agrees[b])
+        ]  # fmt: skip
+
+    @property
+    def explained(self) -> bool:
+        """Whether every disagreement is rounding: a gap of the two best tokens below twice the logit error."""
+        return bool(self._over_active("explained").all())
+
+    @property
+    def seconds_per_token(self) -> dict[str, float]:
+        """Median seconds of a step of the whole batch: the target's cached step, and the sweep that replaces it.
+
+        The first step, in which the target reads the prompt, is left out where there are others.  Where both are done in
+        one pass, each is given half of it.
+        """
+        steps = self.steps[1:] or self.steps
+        return {name: float(torch.tensor([s.seconds[name] for s in steps]).median()) for name in ("target", "patched")}
+
+    def tokens(self, sample: int = 0) -> list[dict[str, Any]]:
+        """One sample's steps up to its end, ready for JSON."""
+        return [step.of(sample) for step in self.steps if bool(step.active[sample])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: every sample's tokens and the summary."""
+        return {
+            "samples": [self.tokens(b) for b in range(len(self.prompt_lengths))], "agreement": self.agreement,
+            "kl_max": self.kl_max, "relative_error": self.relative_error, "max_logit_error": self.max_logit_error,
+            "max_logit_error_unpatched": self.max_logit_error_unpatched, "seconds_per_token": self.seconds_per_token,
+            "route": self.route, "dtype": self.dtype,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """How a token is chosen from logits: the user's processors, then the largest, or a draw."""
+
+    processors: Any
+    do_sample: bool
+
+    def among(self, input_ids: Tensor, *all_logits: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """A token (B,) from each of several logits (B, vocabulary), and the scores it was chosen by.
+
+        Every draw is made with the same random numbers; the scores are in float32, as in transformers.
+        """
+        tokens, all_scores = [], []
+        state = _random_state(input_ids.device)
+        for logits in all_logits:
+            scores = self.processors(input_ids, logits.to(torch.float32, copy=True))
+            if self.do_sample:
+                _set_random_state(input_ids.device, state)
+                tokens.append(torch.multinomial(scores.softmax(-1), 1)[:, 0])
+            else:
+                tokens.append(scores.argmax(-1))
+            all_scores.append(scores)
+        return tokens, all_scores
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def compared(
+    input_ids: Tensor, target: Tensor, patched: Tensor, unpatched: Tensor | None, choice: Choice, active: Tensor,
+    position: Tensor, seconds: dict[str, float], layers: Layers | None = None,
+) -> Step:  # fmt: skip
+    """The step in which the contextual model gave ``target`` and the patched one ``patched``.
+
+    Logits have one row for each of the A active samples, (A, vocabulary); what is not active gets 0.
+    """
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(len(active), *values.shape[1:]).index_put_((active,), values)
+
+    given = [logits for logits in (target, patched, unpatched) if logits is not None]
+    tokens, scores = choice.among(input_ids, *map(spread, given))
+    target, patched, *rest = (logits.double() for logits in given)
+    error = (patched - target).abs().amax(-1)
+    log_p, log_q = target.log_softmax(-1), patched.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
+    best, largest = target.topk(2, -1).values, target.abs().amax(-1)
+    numbers = {
+        "relative_error": error / largest.clamp_min(torch.finfo(target.dtype).tiny), "max_logit_error": error,
+        "kl": kl, "top1_gap": best[:, 0] - best[:, 1],
+    }  # fmt: skip
+    return Step(
+        target=tokens[0].cpu(), patched=tokens[1].cpu(), unpatched=tokens[2].cpu() if rest else None,
+        max_logit_error_unpatched=spread((rest[0] - target).abs().amax(-1)).cpu() if rest else None,
+        near_tie=_near_tie(scores[0], scores[1]).cpu(), active=active.cpu().clone(), position=position.cpu().clone(), seconds=seconds,
+        layers=layers, **{name: spread(value).cpu() for name, value in numbers.items()},
+    )  # fmt: skip
+
+
+def _near_tie(target: Tensor, patched: Tensor) -> Tensor:
+    """Whether the target's two best scores are closer than twice the largest error of a score, (B,) booleans."""
+    best = target.topk(2, -1).values
+    error = (patched - target).abs().nan_to_num(0, posinf=0).amax(-1)  # what a processor shut out has no score
+    return best[:, 0] - best[:, 1] < 2 * error

@@ -1,0 +1,167 @@
+"""Which patches a model carries, in what order, and whose turn it is."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from controllability.errors import BadInput, PatchError
+from controllability.models.hooks.installation import Installation, finishing
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile(model)``; any other model as it is."""
+    while isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
+        model = inside
+    return model
+
+
+class _Uncompiled:
+    """A context in which torch runs everything uncompiled, in every thread, until the last one has left it.
+
+    torch ignores hooks that are added after compilation, and cannot say of a model whether a compiled copy of it is
+    about.  What was compiled is kept: after the context it runs again, without compiling anew.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                try:
+                    self._stance = torch.compiler.set_stance("force_eager")
+                except RuntimeError as error:
+                    raise PatchError(
+                        f"this is inside a function that torch.compile compiles ({error}): patch, apply and merge outside of it"
+                    ) from None
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            try:
+                if self._inside == 1:
+                    finishing(lambda: self._stance.__exit__(None, None, None))
+            finally:
+                self._inside -= 1
+
+
+class Turn:
+    """One thread at a time on one model, as often as it likes; meanwhile torch runs everything uncompiled."""
+
+    _uncompiled = _Uncompiled()
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._uncompiled.__enter__()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._uncompiled.__exit__()
+        finally:
+            self._lock.release()
+
+
+@dataclass
+class Carried:
+    """One patch on a model: applied for a while (with its installation) or merged (without)."""
+
+    patch_id: str
+    installation: Installation | None
+    parameters: frozenset[str] = frozenset()
+
+
+@dataclass
+class Load:
+    """Everything that is on one model.  The lock lets one thread at a time solve, apply or merge."""
+
+    lock: Turn = field(default_factory=Turn)
+    patches: list[Carried] = field(default_factory=list)
+
+
+_LOADS: weakref.WeakKeyDictionary[nn.Module, Load] = weakref.WeakKeyDictionary()
+_LOADS_LOCK = threading.Lock()
+
+
+def load_of(model: nn.Module) -> Load:
+    """What is on ``model``, and its lock; a compiled model and the one inside it are the same."""
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
+    with _LOADS_LOCK:
+        return _LOADS.setdefault(uncompiled(model), Load())
+
+
+def carried(model: nn.Module) -> tuple[str, ...]:
+    """The ids of the patches that are applied to or merged into ``model``, in order."""
+    return tuple(item.patch_id for item in load_of(model).patches)
+
+
+def anything_applied(model: nn.Module) -> bool:
+    """Whether a patch is applied (not merged) at the moment."""
+    return any(item.installation is not None for item in load_of(model).patches)
+
+
+def carry(model: nn.Module, patch_id: str, installation: Installation | None, parameters: Iterable[str] = ()) -> None:
+    """Note that ``model`` now carries a patch of these parameters."""
+    load_of(model).patches.append(Carried(patch_id, installation, frozenset(parameters)))
+
+
+def refuse_on_it(model: nn.Module, patch_id: str, parameters: frozenset[str], made_under: tuple[str, ...]) -> None:
+    """Raise ``PatchError`` for a patch that was made under ``made_under``, and the model carries something else."""
+    on_it = load_of(model).patches
+    if any(item.patch_id == patch_id for item in on_it):
+        raise PatchError("this patch is on the model already: undo it first (leave its context, or unmerge it)")
+    count = "1 patch" if len(on_it) == 1 else f"{len(on_it)} patches"
+    under = f"{len(made_under)} others" if len(on_it) == len(made_under) else str(len(made_under))
+    both = sorted(parameters.intersection(*[item.parameters for item in on_it])) if on_it else []
+    shared = (
+        f"; {'both' if len(on_it) == 1 else 'they all'} change {both[0]}"
+        + (f" and {len(both) - 1} more" if len(both) > 1 else "")
+        if both
+        else ""
+    )
+    raise PatchError(
+        f"the model carries {count} and this one was made while it carried {under}{shared}: a patch is right only on top "
+        "of what it was made on; "
+        + ("leave those contexts (or unmerge) first, or make this patch inside of them" if on_it else
+           "apply the patch first that was on the model when this one was made, or make this one again")
+    )  # fmt: skip
+
+
+def put_down(model: nn.Module, patch_id: str) -> bool:
+    """Undo an applied patch; False if patches above it had to be undone as well, to restore every bit."""
+    return finishing(lambda: _put_down(load_of(model).patches, patch_id))
+
+
+def _put_down(patches: list[Carried], patch_id: str) -> bool:
+    if patch_id not in (item.patch_id for item in patches):
+        return True  # undone already, by a context that was left out of order
+    in_order = patches[-1].patch_id == patch_id
+    while True:
+        top = patches[-1]
+        if top.installation is not None:
+            top.installation.undo()
+        patches.pop()
+        if top.patch_id == patch_id:
+            return in_order
+
+
+def drop(model: nn.Module, patch_id: str) -> None:
+    """Note that a merged patch is out again."""
+    patches = load_of(model).patches
+    patches[:] = [item for item in patches if item.patch_id != patch_id]

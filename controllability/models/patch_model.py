@@ -1,0 +1,65 @@
+"""The main function on live models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from controllability.errors import BadInput
+from controllability.models.hooks.carried_patches import load_of, uncompiled
+from controllability.models.model_patch import ModelPatch, refuse_scope
+from controllability.models.patches.solve import _patch, _silent, together_of
+from controllability.models.sweep.target_run import Progress
+
+
+def patch_model(
+    model: nn.Module,
+    target: Mapping[str, Any],
+    source: Mapping[str, Any],
+    scope: str = "each",
+    via: str = "input-output",
+    route: str = "auto",
+    positions: tuple[Any, Any] | None = None,
+    progress: Progress = _silent,
+    ridge: float = 0.0,
+    rank: int | None = None,
+    keep_rms: bool = False,
+) -> ModelPatch:
+    """The patch with which the model at ``source`` gives what it gave at ``target``.
+
+    ``target`` and ``source`` are keyword arguments of the model's own forward (``input_ids`` (B, T),
+    ``attention_mask``, ``position_ids``, …).  Source positions correspond to the last positions of
+    the target unless ``positions=(source, target)`` says otherwise.  Scope "each" gives every source
+    position its own patch, "last" one patch that is exact at the last position, "all" one patch that is exact at every
+    source position of every sample.  ``keep_rms`` lets scope "all" refuse, with a certificate, rather than move the RMS before a
+    norm; ``ridge`` > 0 (a weight on ‖ΔW‖² beside each token's relative error) and ``rank`` (of every ΔW) make it a fit that
+    promises no target.  The model is left as it was.  Raises ``BadInput``, ``ReadingError``, ``NotControllable`` or ``SideConditionFailed``.
+    Source: [G, Thm 2, Alg. 1].
+
+    >>> import torch
+    >>> from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    >>> config = Gemma3TextConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+    ...     num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=64)
+    >>> model = Gemma3ForCausalLM(config).eval()
+    >>> ids = torch.arange(5, 17)[None]
+    >>> mp = patch_model(model, target={"input_ids": ids},
+    ...     source={"input_ids": ids[:, -3:], "position_ids": torch.arange(9, 12)[None]})
+    >>> with torch.no_grad(), mp.applied(model):
+    ...     patched = model(ids[:, -3:], position_ids=torch.arange(9, 12)[None]).logits
+    >>> bool(torch.allclose(patched, mp.target_logits, atol=1e-4))
+    True
+    """
+    refuse_scope(scope)
+    together = together_of(scope, ridge, rank, keep_rms)
+    for name, value in (("via", via), ("route", route)):
+        if not isinstance(value, str):
+            raise BadInput(f"{name} must be a name, got {type(value).__name__}")
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
+    model = uncompiled(model)
+    # what is kept must not be made inside torch.inference_mode: autograd would refuse it later
+    with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
+        return _patch(model, target, source, scope, via, route, positions, progress, together)

@@ -1,0 +1,1 @@
+"""A solved patch: its record, applying, merging, extending, comparing."""

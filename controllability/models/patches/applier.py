@@ -1,0 +1,136 @@
+"""A patch while it is applied: the factored effect of each delta beside the model's own computation."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from architectures.reading import Layer, Tap
+from controllability.deltas import Delta
+from controllability.errors import PatchError
+from controllability.interfaces import Param
+from controllability.interfaces import Path as NodePath
+from controllability.models.reading.positions import Rows
+from controllability.models.sweep.effects import Effect, Move, per_sample, ready, steering_of
+from controllability.models.sweep.source_run import parameters_at
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One patched parameter: the module that holds it, and its delta with one row a pair.
+
+    ``layer`` counts the layers with a feed-forward half, ``call`` the calls of a layer that runs several times.
+    """
+
+    param: Param
+    delta: Delta
+    layer: int = 0
+    call: int = 0
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the parameter."""
+        return self.param.name.rpartition(".")[0]
+
+    @property
+    def attribute(self) -> str:
+        """The parameter's name in its module."""
+        return self.param.name.rpartition(".")[2]
+
+
+class Applier:
+    """Listens to one layer while a patch is applied, and adds the effect of its entries."""
+
+    def __init__(self, layer: Layer, entries: list[Entry], rows: Rows | None, samples: int) -> None:
+        self.layer, self.rows, self.samples = layer, rows, samples
+        self.calls = 1 + max(entry.call for entry in entries)
+        self.call = -1
+        self.chosen: dict[NodePath, Tensor] = {}
+        self.whole = rows is not None and rows.complete and not rows.before  # deltas lie on the grid of the states
+        self.moves: dict[Tap, list[list[Move]]] = {}
+        self.effects: dict[tuple[int, int, torch.device], Effect] = {}
+        for entry in entries:
+            tap = next((t for t in layer.taps if entry.param in parameters_at(layer, t)), None)
+            if tap is None:
+                raise PatchError(f"this patch is for a parameter {entry.param} that the model does not have")
+            calls = self.moves.setdefault(tap, [[] for _ in range(self.calls)])
+            delta = entry.delta  # one row a position, or one for each sample
+            if rows is None:
+                delta = per_sample(delta)
+            elif self.whole:
+                delta = on_grid(delta, rows.shape)
+            calls[entry.call].append((steering_of(layer, tap, entry.param), delta))
+        self.taps = tuple(self.moves)
+
+    def begins(self) -> None:
+        self.call = (self.call + 1) % self.calls
+
+    def entering(self, index: int, value: Tensor) -> None:
+        return None
+
+    def leaving(self, value: Tensor) -> None:
+        return None
+
+    def routed(self, path: NodePath, index: Tensor, shares: Tensor) -> None:
+        self.chosen[path] = index
+
+    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor:
+        if self.rows is not None and tuple(y.shape[:2]) != self.rows.grid(y):
+            raise PatchError(
+                f"this patch of scope 'each' is for inputs of shape {self.rows.shape} (B, T), the model got "
+                f"{tuple(y.shape[:2])}: every position has its own patch; use scope 'last' for other inputs"
+            )
+        if self.samples > 1 and y.shape[0] != self.samples:
+            raise PatchError(
+                f"this patch of scope 'last' has one patch for each of {self.samples} samples, the model got {y.shape[0]}"
+            )
+        effect = self._effect(tap, y)
+        chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
+        if self.rows is None or self.whole:
+            changed = effect(x, y, chosen)
+            return changed if changed.dtype == y.dtype else changed.to(y.dtype)
+        index = self.rows.of(chosen) if chosen is not None else None
+        return self.rows.put(y, effect(self.rows.of(x), self.rows.of(y), index).to(y.dtype))
+
+    def _effect(self, tap: Tap, like: Tensor) -> Effect:
+        """What this call adds at a tap, made ready on the device where it is computed."""
+        key = (id(tap), self.call, like.device)
+        if key not in self.effects:
+            moves = [(steering, to_device(delta, like)) for steering, delta in self.moves[tap][self.call]]
+            self.effects[key] = ready(self.layer, tap, moves)
+        return self.effects[key]
+
+
+def refuse_other_tokens(given: Any, valid: Tensor) -> None:
+    """Raise ``PatchError`` where a patch for each position is run on other tokens than those it was made for."""
+    if not isinstance(given, Tensor) or given.shape != valid.shape:
+        return  # embeddings, or another length: refused where the layers see it
+    if different := (given.cpu() != valid.cpu()).nonzero().tolist():
+        sample, position = different[0]
+        raise PatchError(
+            f"this patch of scope 'each' is valid for the tokens it was made for: at sample {sample}, position {position} it "
+            f"is token {int(valid[sample, position])}, the model got {int(given[sample, position])}; make a patch for these "
+            "tokens, or use scope 'last', which is one patch for any input"
+        )
+
+
+def on_grid(delta: Any, shape: tuple[int, int]) -> Any:
+    """A delta with one patch a position, (B · T, …), as (B, T, …)."""
+    held = {name: value for name, value in vars(delta).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(delta, **{name: value.reshape(*shape, *value.shape[1:]) for name, value in held.items()})
+
+
+def own(delta: Any) -> Any:
+    """A delta with tensors of its own."""
+    held = {name: value.clone() for name, value in vars(delta).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(delta, **held)
+
+
+def to_device(delta: Any, like: Tensor) -> Any:
+    """A delta on the device of ``like``."""
+    moved = {name: value.to(like.device) for name, value in vars(delta).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(delta, **moved)

@@ -1,0 +1,69 @@
+"""Merging that corrects itself from layer to layer: each layer is solved on top of the rounded ones before it.
+
+A patch is solved from what the model computes; written into half precision it computes something else, and
+the layers behind were not made for that.  Here layer k is solved when the layers before it hold their
+rounded weights already, so it makes good what their rounding did.  What is left is the last layer's own.  (new)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from controllability.models.hooks.installation import Installation
+from controllability.models.hooks.layer_hooks import LayerHooks, Watch
+from controllability.models.patches.applier import Entry
+from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.reading.inputs import without_cache
+from controllability.models.reading.positions import pair
+from controllability.models.reading.probes import standing_last
+from controllability.models.sweep.source_run import LayerSweep, Sweeper, together_at
+from controllability.models.sweep.target_run import observe_target
+
+if TYPE_CHECKING:
+    from controllability.models.model_patch import ModelPatch
+
+
+def solved_again(patch: ModelPatch, model: nn.Module) -> Iterator[Entry]:
+    """The entries of a patch of one set of weights, each layer's solved when it is asked for.
+
+    Whoever writes them into ``model`` before asking for more gets patches that know of the rounding so far.  Costs one
+    target run, and one source run a layer.  Raises ``SideConditionFailed`` where a layer's numbers changed too much.
+    """
+    from controllability.models.reading.checked_reading import codebooks_of
+
+    inputs = patch.inputs
+    checked = checked_reading(model, inputs["target"])
+    jointly = patch.scope == "all"
+    reading, proofs = checked.reading, checked.proofs(patch.report.via, patch.report.route, jointly)
+    source_rows, target_rows = pair(
+        inputs["target"], inputs["source"], patch.scope, inputs["positions"], codebooks_of(checked), checked.length
+    )
+    together = patch.together
+    if together is not None and jointly:
+        together = standing_last(together, model, checked, inputs["target"])
+    with LayerHooks(model, reading) as hooks:
+        targets, _ = observe_target(hooks, without_cache(model, inputs["target"]), target_rows, lambda *_: None)
+    source = without_cache(model, inputs["source"])
+    derivations = {layer.index: layer.derivation for layer in patch.report.layers}
+    for layer, proof, calls in zip(reading.layers, proofs, targets, strict=True):
+        if not calls:
+            continue  # this input does not reach it
+        solver = LayerSweep(
+            layer,
+            proof,
+            derivations[layer.index],
+            calls[0],
+            source_rows,
+            patch.scope,
+            together_at(together, layer is reading.layers[-1], True),
+        )
+        sweeper, installation = Sweeper(layer, [solver], lambda: None), Installation()
+        try:
+            Watch(model, layer, sweeper, installation, sequence_first=reading.architecture.sequence_first)
+            model(**source)
+        finally:
+            installation.undo()
+        yield from (Entry(param, delta, layer.index) for param, delta in solver.deltas().items())

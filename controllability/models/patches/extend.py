@@ -1,0 +1,283 @@
+"""Adding tokens to a patch of scope "all": the earlier tokens' outputs stay, and nothing of theirs is computed again.
+
+Each steered map keeps an orthonormal basis of what it read; a new token brings the direction that was missing.
+Where a norm's scale serves all tokens it is found anew, and the left factors with it (timed apart); the
+bases are not.  The source is the growing sequence without the context.  (theory 5, streaming; new)
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from controllability.errors import BadInput, NotVerified, PatchError, SideConditionFailed
+from controllability.models.hooks.carried_patches import carried, load_of, uncompiled
+from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.patches.applier import Entry, own
+from controllability.models.patches.served_sequences import (
+    PLAIN,
+    Learned,
+    Sequence,
+    Stream,
+    _complete,
+    _only_near,
+    together,
+)
+from controllability.models.reading.checked_reading import Checked, checked_reading
+from controllability.models.reading.fingerprints import state_of
+from controllability.models.reading.inputs import refuse_bad_inputs
+from controllability.models.reading.model_facts import keeps_cache
+from controllability.models.reading.positions import Rows, pair
+from controllability.models.reading.probes import is_causal
+from controllability.models.sweep.cached_pass import BothPasts, pasts_of, solved_in_one_pass
+from controllability.models.sweep.records import LayerRecord, joined, record
+from controllability.models.sweep.refuse_misses import refuse_unreached
+from controllability.models.sweep.report import LayerReport, Layers
+from controllability.models.sweep.source_run import LayerSweep, sweep
+from controllability.models.sweep.target_run import observe_target
+from controllability.solvers.served_tokens import NotContinued
+
+if TYPE_CHECKING:
+    from controllability.models.model_patch import ModelPatch
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What one ``extend`` did: ``tokens`` added, ``seconds`` in all, of which ``scale_seconds`` on joint scales.
+
+    ``grown`` says that a known sequence went on, whose caches were kept; ``anew`` that everything was solved again.
+    """
+
+    tokens: int
+    seconds: float
+    scale_seconds: float
+    grown: bool
+    anew: bool
+
+
+def extend(
+    patch: ModelPatch, model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any = None
+) -> Extension:
+    """Add one sequence, or the tokens behind a known one, to ``patch``.  See ``ModelPatch.extend``."""
+    started = time.perf_counter()
+    model = uncompiled(model)
+    stream = _refuse_unfit(patch, model)
+    for role, inputs in (("target", target), ("source", source)):
+        _refuse_inputs(inputs, role)
+    with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
+        patch._refuse_misuse(model)
+        checked = checked_reading(model)
+        for role, inputs in (("target", target), ("source", source)):
+            refuse_bad_inputs(model, checked, inputs, role)
+        step = _Step.of(stream, target, source, positions)
+        inputs, rows = together(step.among(stream.sequences))
+        done = _gone_on(patch, model, checked, stream, step)
+        changes = _changes(patch, model, checked, step, *done, inputs, rows) if done else _anew(patch, model, inputs)
+        scales = sum(s.run.journal.scale_seconds for s in done[0]) if done else 0.0
+        found = Extension(step.count, time.perf_counter() - started, scales, step.grows, done is None)
+        try:
+            vars(patch).update(changes, extensions=[*patch.extensions, found])  # all of it or, interrupted, nothing
+        except BaseException:
+            step.known.caches = None
+            raise
+    return found
+
+
+def _gone_on(
+    patch: ModelPatch, model: nn.Module, checked: Checked, stream: Stream, step: _Step
+) -> tuple[list[LayerSweep], Learned, Any] | None:
+    """The new tokens solved for, with what the earlier ones give as it is; None where everything has to be solved anew."""
+    if not (stream.goes_on and _complete(step.after) and is_causal(model, checked)):
+        return None
+    try:
+        return _solved(patch, model, checked, stream, step, _caches(patch, model, step))
+    except (
+        NotContinued,
+        SideConditionFailed,
+        NotVerified,
+    ):  # solved at once it may be possible, or is refused for good
+        step.known.caches = None
+        return None
+    except BaseException:
+        step.known.caches = None  # they hold tokens that the patch does not
+        raise
+
+
+def _refuse_unfit(patch: ModelPatch, model: nn.Module) -> Stream:
+    if patch.scope != "all" or patch.together is None or not patch.together.exact:
+        raise PatchError(f"only an exact patch of scope 'all' can be extended, and this one is of scope '{patch.scope}'"
+                         + ("" if patch.scope != "all" else ", a fit (ridge or rank)"))  # fmt: skip
+    if patch._merged_into is not None or patch.id in carried(model):
+        raise PatchError("this patch is on the model at the moment: leave applied() or unmerge before extending it")
+    if patch.stream is None:
+        raise PatchError(
+            "this patch does not remember its tokens (it was loaded, or made from inputs other than token ids): make it again"
+        )
+    return patch.stream
+
+
+def _refuse_inputs(inputs: Mapping[str, Any], role: str) -> None:
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+        raise BadInput(f"{role}: give input_ids of one sequence, (1, T)")
+    if other := sorted(set(inputs) - set(PLAIN)):
+        raise BadInput(f"{role}: a patch is extended by token ids alone; leave out {', '.join(other)}")
+    mask = inputs.get("attention_mask")
+    if mask is not None and not bool(mask.bool().all()):
+        raise BadInput(f"{role}: give one sequence without padding")
+
+
+@dataclass(eq=False)
+class _Step:
+    """One extension: the sequence as it will be, and which of its positions are new."""
+
+    known: Sequence  # as it was; empty for a new one
+    after: Sequence
+    new: Tensor  # (k, 2)
+    grows: bool
+
+    @property
+    def count(self) -> int:
+        """How many tokens are added."""
+        return len(self.new)
+
+    def inputs(self, caches: Any, device: torch.device, keep: bool) -> tuple[list[dict[str, Any]], list[Rows]]:
+        """(inputs of both runs, their rows of the new tokens), the target's first; what is in ``caches`` is left out."""
+        inputs, rows = [], []
+        for side, role in ((1, "target"), (0, "source")):
+            skip = len(getattr(self.known, role)) if caches else 0
+            ids = getattr(self.after, role)[skip:]
+            past = {"past_key_values": caches[1 - side]} if caches else {}
+            inputs.append({"input_ids": ids[None].to(device)} | past | ({"use_cache": True} if keep else {}))
+            positions = self.new[:, side] - skip
+            rows.append(Rows(torch.zeros_like(positions), positions, (1, len(ids))))
+        return inputs, rows
+
+    def among(self, sequences: list[Sequence]) -> list[Sequence]:
+        """All sequences as they will be."""
+        if self.grows:
+            return [self.after if s is self.known else s for s in sequences]
+        return [*sequences, self.after]
+
+    @staticmethod
+    def of(stream: Stream, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any) -> _Step:
+        there, here = target["input_ids"][0].cpu(), source["input_ids"][0].cpu()
+        if positions is None:
+            for known in stream.sequences:
+                if count := known.new_tokens(there, here):
+                    new = torch.arange(count)[:, None] + torch.tensor([len(known.source), len(known.target)])
+                    return _Step(known, Sequence(there, here, torch.cat([known.pairs, new])), new, True)
+        rows, wanted = pair({"input_ids": there[None]}, {"input_ids": here[None]}, "all", positions)
+        new = torch.stack([rows.position, wanted.position], -1).long()
+        return _Step(Sequence(there[:0], here[:0], new[:0]), Sequence(there, here, new), new, False)
+
+
+def _solved(
+    patch: ModelPatch, model: nn.Module, checked: Checked, stream: Stream, step: _Step, caches: Any
+) -> tuple[list[LayerSweep], Learned, Any]:
+    """Both runs over the new tokens (over the whole sequence without ``caches``), solving for them."""
+    proofs = checked.proofs(patch.report.via, patch.report.route, True)
+    derivations = [layer.derivation for layer in _each_layer(patch)]
+    device = next(model.parameters()).device
+    assert patch.together is not None
+    wish = replace(patch.together, behind="norm")  # if that would count, everything is solved anew
+    with LayerHooks(model, checked.reading) as hooks, torch.inference_mode():
+        if isinstance(caches, BothPasts):
+            ids = step.after.source[-step.count :].to(device)
+            targets, solvers = solved_in_one_pass(hooks, proofs, caches, ids, wish, stream.learned, derivations)
+            pasts: Any = caches.after(step.count)
+        else:
+            inputs, (wanted, rows) = step.inputs(caches, device, keeps_cache(model))
+            silent = lambda *_: None  # noqa: E731
+            targets, there = observe_target(hooks, inputs[0], wanted, silent)
+            solvers, here = sweep(
+                hooks, proofs, targets, inputs[1], rows, "all", silent, wish, stream.learned, derivations
+            )
+            pasts = caches  # which have grown by themselves
+    if caches is None and keeps_cache(model):
+        with torch.inference_mode():
+            pasts = pasts_of(model, there, here, (step.after.target, step.after.source))
+    refuse_unreached(solvers)
+    if _only_near(solvers):
+        raise NotContinued("a layer that later ones make good gives its earlier tokens something else now")
+    learned = {(s.layer.index, targets[s.layer.index].index(s.target)): dict(s.run.learned) for s in solvers}
+    return solvers, learned, pasts
+
+
+def _each_layer(patch: ModelPatch) -> list[LayerReport | LayerRecord]:
+    """One report a layer, of its first call; records where they are there: reports are written when they are read."""
+    layers = patch.report.layers
+    found: dict[int, Any] = {}
+    for layer in layers.records if isinstance(layers, Layers) else layers:
+        found.setdefault(layer.index, layer)
+    return [found[index] for index in sorted(found)]
+
+
+def _caches(patch: ModelPatch, model: nn.Module, step: _Step) -> BothPasts | tuple[Any, Any] | None:
+    """The caches of the known tokens in both runs; filled once for a sequence that has none, and side by side if that can be."""
+    known = step.known
+    if not step.grows or not keeps_cache(model):
+        return None
+    with torch.inference_mode():
+        if known.caches is None:
+            device = next(model.parameters()).device
+            there = model(input_ids=known.target[None].to(device), use_cache=True)
+            with patch.applied(model):
+                here = model(input_ids=known.source[None].to(device), use_cache=True)
+            known.caches = pasts_of(model, there, here, (known.target, known.source))
+    return known.caches
+
+
+def _changes(
+    patch: ModelPatch, model: nn.Module, checked: Checked, step: _Step, solvers: list[LayerSweep], learned: Learned,
+    caches: Any, inputs: dict[str, Any], rows: Rows,
+) -> dict[str, Any]:  # fmt: skip
+    """What of the patch is another when it is the extended one."""
+    try:
+        assert patch.stream is not None
+        entries = tuple(
+            Entry(param, own(delta), solver.layer.index, at[1])
+            for solver, at in zip(solvers, learned, strict=True)
+            for param, delta in solver.deltas().items()
+        )
+        layers, records = patch.report.layers, [record(s) for s in solvers]
+        if isinstance(layers, Layers):
+            records = [joined(a, b) for a, b in zip(layers.records, records, strict=True)]
+        report = replace(
+            patch.report, layers=Layers(records, checked.norms), tokens=patch.report.tokens + step.count,
+            numbers=sum(e.delta.numbers for e in entries), dense_numbers=sum(e.delta.dense_numbers for e in entries),
+            pairs=rows.named(),
+        )  # fmt: skip
+        same = patch._model is not None and patch._model() is model  # then its parameters were looked at a moment ago
+        seen = patch._seen | state_of(model, parameters=not same)
+        step.after.caches = caches
+        return {
+            "entries": entries, "inputs": inputs, "rows": rows, "logits": None, "target_logits": None, "report": report,
+            "stream": Stream(learned, step.among(patch.stream.sequences)), "_seen": seen, "_model": weakref.ref(model),
+            "fingerprint": None,
+        }  # fmt: skip
+    except BaseException:
+        step.known.caches = None
+        raise
+
+
+def _anew(patch: ModelPatch, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same where every sequence is solved for at once, with the new one among them."""
+    from controllability.models.patch_model import patch_model
+
+    device = next(model.parameters()).device
+    runs = [{k: v.to(device) for k, v in inputs[role].items()} for role in ("target", "source")]
+    asked = patch.together
+    assert asked is not None
+    made = patch_model(
+        model, *runs, scope="all", via=patch.report.via, route=patch.report.route, positions=inputs["positions"],
+        keep_rms=asked.keep_rms,
+    )  # fmt: skip
+    names = ("entries", "inputs", "rows", "report", "logits", "target_logits", "stream", "fingerprint", "_seen")
+    return {name: getattr(made, name) for name in names}

@@ -1,0 +1,131 @@
+"""Writing a patch into the weights, and putting the originals back to the last bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from architectures import quantised
+from controllability.deltas import Delta, ExpertLowRank, Shift
+from controllability.errors import PatchError
+from controllability.interfaces import Param
+from controllability.models.patches.applier import Entry, to_device
+from controllability.models.sweep.report import Rounding
+
+
+def refuse_quantised(model: nn.Module, entries: tuple[Entry, ...]) -> None:
+    """Raise ``PatchError`` where a patched parameter is quantised: a sum would have to be rounded to its few levels."""
+    for entry in entries:
+        if quantised.kind(model.get_submodule(entry.module)._parameters[entry.attribute]):
+            raise PatchError(
+                f"parameter {entry.param.name} is quantised, and the patch cannot be written into its few levels: use "
+                "applied(), which computes the patch beside the layer, or export it as an adapter; nothing was changed"
+            )
+
+
+def refuse_shared(model: nn.Module, entries: tuple[Entry, ...]) -> None:
+    """Raise ``PatchError`` where a patched parameter is used under another name: merging would change that use too."""
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    spans = [(v.data_ptr(), v.data_ptr() + v.numel() * v.element_size(), n) for n, v in held if v.numel()]
+    known = {n: (start, end) for start, end, n in spans}
+    for name in dict.fromkeys(entry.param.name for entry in entries):
+        start, end = known[name]
+        others = [n for s, e, n in spans if n != name and s < end and start < e]
+        if others:
+            raise PatchError(
+                f"parameter {name} is also {', '.join(others)}: merging would change that as well; use applied()"
+            )
+
+
+@torch.no_grad()
+def write(stored: Tensor, param: Param, delta: Delta) -> Rounding:
+    """stored += ΔW in place, summed in a wider dtype and rounded once; returns what rounding cost.
+
+    In blocks of rows, so that no second matrix is held.
+    """
+    delta = to_device(delta, stored)
+    stored = stored[param.index] if param.index else stored
+    loss, size = Loss(), float(delta.norms().double().square().sum()) ** 0.5
+    if isinstance(delta, Shift):
+        value = delta.value.reshape(-1, stored.shape[-1])[0]
+        exact = stored.to(wider(stored.dtype)) + value
+        stored.copy_(exact)
+        loss.vector(stored - exact)
+    elif isinstance(delta, ExpertLowRank):
+        matrices = stored.view(delta.experts, -1, stored.shape[-1])
+        one = delta.row(0) if delta.left.ndim > 3 else delta
+        for slot, expert in enumerate(one.index.tolist()):
+            _add(matrices[expert], one.left[slot], one.right[slot], delta.transposed, loss)
+    else:
+        left, right = (f.reshape(-1, f.shape[-1]) for f in (delta.left, delta.right))
+        _add(stored, left, right, delta.transposed, loss)
+    return loss.of(str(param), size)
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a sum is exact enough to see what rounding it to ``dtype`` costs."""
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _add(stored: Tensor, left: Tensor, right: Tensor, transposed: bool, loss: Loss) -> None:
+    dtype = wider(stored.dtype)
+    left, right = left.to(dtype), right.to(dtype)
+    x = right[0] if len(right) == 1 else None  # a multiple of the input that the patch was solved for
+    rows, columns = (right, left) if transposed else (left, right)
+    for start in range(0, stored.shape[0], 1024):
+        block = stored[start : start + 1024]
+        exact = block.to(dtype) + rows[:, start : start + 1024].T @ columns
+        block.copy_(exact)
+        lost = block - exact
+        if transposed:
+            loss.block(lost.T, exact.T, None if x is None else x[start : start + 1024])
+        else:
+            loss.block(lost, exact, x)
+    loss.finish(summed=transposed)
+
+
+@torch.no_grad()
+def restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
+    """Put the originals back into the parameters, in place."""
+    for name, value in originals.items():
+        path, _, attribute = name.rpartition(".")
+        stored = model.get_submodule(path)._parameters[attribute]
+        assert stored is not None
+        stored.copy_(value)
+
+
+@dataclass
+class Loss:
+    """Adds up, block by block, what one parameter loses."""
+
+    squares: float = 0.0
+    missed: float | None = None
+    _miss: list[Tensor] = field(default_factory=list)
+    _reach: list[Tensor] = field(default_factory=list)
+
+    def vector(self, lost: Tensor) -> None:
+        """E of a bias or a scale."""
+        self.squares += float(lost.double().square().sum())
+
+    def block(self, lost: Tensor, exact: Tensor, x: Tensor | None) -> None:
+        """E and W + ΔW of some rows, and the input of the map: its effect there is added to ``effect``."""
+        self.squares += float(lost.double().square().sum())
+        if x is not None:
+            self._miss.append(lost @ x)
+            self._reach.append(exact @ x)
+
+    def finish(self, summed: bool) -> None:
+        """A matrix is done: its blocks' effects are parts of one vector, or (stored transposed) terms of a sum."""
+        if not self._miss:
+            return
+        miss, reach = (torch.stack(parts).sum(0) if summed else torch.cat(parts) for parts in (self._miss, self._reach))
+        largest = float(reach.abs().max())
+        if largest:
+            self.missed = max(self.missed or 0.0, float(miss.abs().max()) / largest)
+        self._miss, self._reach = [], []
+
+    def of(self, parameter: str, size: float) -> Rounding:
+        """The result; ``size`` is ‖ΔW‖."""
+        return Rounding(parameter, self.squares**0.5 / size if size else 0.0, self.missed)

@@ -1,0 +1,144 @@
+"""``patch_model``: from two runs of a live model to the patch that turns one into the other."""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from controllability.errors import BadInput
+from controllability.interfaces import Together
+from controllability.models.hooks.carried_patches import carried
+from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.model_patch import ModelPatch
+from controllability.models.patches.applier import Entry, own
+from controllability.models.patches.served_sequences import Stream
+from controllability.models.reading.checked_reading import checked_reading, codebooks_of, streams_of
+from controllability.models.reading.fingerprints import state_of
+from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed, without_cache
+from controllability.models.reading.logits import result_of
+from controllability.models.reading.positions import Rows, pair
+from controllability.models.reading.probes import standing_last
+from controllability.models.sweep.records import record
+from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
+from controllability.models.sweep.report import Layers, Report
+from controllability.models.sweep.source_run import LayerSweep, sweep
+from controllability.models.sweep.target_run import Progress, check_finite, observe_target
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None
+
+
+def _patch(
+    model: nn.Module,
+    target: Mapping[str, Any],
+    source: Mapping[str, Any],
+    scope: str,
+    via: str,
+    route: str,
+    positions: tuple[Any, Any] | None,
+    progress: Progress,
+    together: Together,
+) -> ModelPatch:
+    started = time.perf_counter()
+    for role, inputs in (("target", target), ("source", source)):
+        refuse_malformed(inputs, role)
+    checked = checked_reading(model, target)
+    for role, inputs in (("target", target), ("source", source)):
+        refuse_bad_inputs(model, checked, inputs, role)
+    source_rows, target_rows = pair(target, source, scope, positions, codebooks_of(checked), checked.length)
+    shown = source_rows, target_rows  # where the logits are, one row of ids after the other
+    if (books := codebooks_of(checked)) > 1:
+        shown = source_rows.repeated(books), target_rows.repeated(books)
+    if (streams := streams_of(checked)) > 1:
+        if scope == "last":
+            raise BadInput(
+                f"scope {scope!r} is one patch for each sample, and {checked.reading.architecture.name} keeps {streams} "
+                "states a position, each of which needs its own: use scope='each'"
+            )
+        source_rows, target_rows = source_rows.streamed(streams), target_rows.streamed(streams)
+    proofs = checked.proofs(via, route, scope == "all")
+    reading = checked.reading
+    with LayerHooks(model, reading) as hooks, torch.inference_mode():  # small operations cost less there
+        standing = standing_last(together, model, checked, target) if scope == "all" else together
+        targets, target_output = observe_target(hooks, without_cache(model, target), target_rows, progress)
+        solvers, output = sweep(
+            hooks, proofs, targets, without_cache(model, source), source_rows, scope, progress, standing
+        )
+    entries = tuple(
+        Entry(param, own(delta), solver.layer.index, targets[solver.layer.index].index(solver.target))
+        for solver in solvers
+        for param, delta in solver.deltas().items()
+    )
+    last = reading.layers[-1]
+    logits, wanted = result_of(output).clone(), result_of(target_output)
+    check_finite(logits, "source", last, "of the logits after")
+    records = [record(s) for s in solvers]
+    paired = paired_logits(wanted, shown[1], logits, shown[0]).clone()
+    if together.exact:
+        _refuse_unverified(solvers, logits, shown[0], wanted, shown[1])
+    report = Report(
+        scope, via, route, str(logits.dtype).removeprefix("torch."), len(source_rows.sample),
+        sum(e.delta.numbers for e in entries), sum(e.delta.dense_numbers for e in entries),
+        time.perf_counter() - started, Layers(records, checked.norms), source_rows.named(),
+        fit=None if together.exact else {"ridge": together.ridge, "rank": together.rank},
+    )  # fmt: skip
+    kept = {"target": dict(target), "source": dict(source), "positions": positions}
+    source_rows = replace(source_rows, before=solvers[0].before)
+    mp = ModelPatch(
+        entries, scope, source_rows, report, kept, logits, paired, carried(model), together=together,
+        _model=weakref.ref(model),
+    )  # fmt: skip
+    mp._seen.update(state_of(model))
+    if scope == "all" and together.exact:
+        calls = [(s.layer.index, targets[s.layer.index].index(s.target)) for s in solvers]
+        stream = Stream.of(solvers, calls, kept, [source_rows, target_rows])
+        mp.stream = stream if stream.sequences else None
+    return mp
+
+
+def together_of(scope: str, ridge: float, rank: int | None, keep_rms: bool) -> Together:
+    """How many tokens are solved for at once.  Raises ``BadInput`` for options that make no sense."""
+    number = isinstance(ridge, int | float) and not isinstance(ridge, bool)
+    if not number or not 0 <= ridge <= sys.float_info.max:
+        raise BadInput(f"ridge must be a finite number from 0 on, got {ridge!r}")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise BadInput(f"rank must be a whole number from 1 on, or None, got {rank!r}")
+    if not isinstance(keep_rms, bool):
+        raise BadInput(f"keep_rms must be True or False, got {keep_rms!r}")
+    if scope != "all" and (ridge or rank is not None or keep_rms):
+        raise BadInput(f"ridge, rank and keep_rms belong to scope 'all' (one patch for many tokens), not to {scope!r}")
+    return Together(float(ridge), rank, keep_rms)
+
+
+def _refuse_unverified(
+    solvers: list[LayerSweep], logits: torch.Tensor, rows: Rows, target: torch.Tensor, target_rows: Rows
+) -> None:
+    """Every layer must have reached its target, and so must what is computed from the last one."""
+    worst = refuse_unreached(solvers)
+    per_position = logits.ndim == 3 and logits.shape[1] == rows.shape[1] and target.shape[1] == target_rows.shape[1]
+    if per_position:
+        refuse_other_output(rows.of(logits), target_rows.of(target), worst, rows.name, AFTER_THE_LAST_LAYER)
+    elif logits.ndim == 2 and logits.shape == target.shape:
+        head = "the model's head reads a position that is not paired: name it, positions=(source, target)"
+        refuse_other_output(logits, target, worst, "sample {}".format, head)
+
+
+def paired_logits(target: torch.Tensor, rows: Rows, logits: torch.Tensor, source_rows: Rows) -> torch.Tensor:
+    """The target's logits where the source's are: (B, T, vocabulary) if every source position has a pair.
+
+    Otherwise one row a pair, (N, vocabulary), as ``mp.rows.of(mp.logits)`` gives the patched ones.  Where the caller
+    kept fewer logits (``logits_to_keep``), or the model has one output a sample, they are returned as they are.
+    """
+    if target.ndim != 3 or target.shape[1] != rows.shape[1]:
+        return target
+    picked = rows.of(target)
+    whole = source_rows.complete and logits.shape[:2] == source_rows.shape
+    return picked.reshape(logits.shape) if whole else picked

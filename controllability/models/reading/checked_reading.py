@@ -1,0 +1,165 @@
+"""A reading is never trusted: expression and real modules must agree on random input first."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import architectures
+from architectures import quantised
+from architectures.reading import Layer, Reading, architecture_of
+from controllability.errors import BadInput, NotControllable
+from controllability.models.hooks.carried_patches import carried
+from controllability.models.reading.compare_with_module import compare
+from controllability.models.reading.devices import refuse_offloaded
+from controllability.models.reading.fingerprints import looking, stored
+from controllability.models.reading.modules import modules_of
+from controllability.proof import Proof, prove
+
+
+def codebooks_of(checked: Checked) -> int:
+    """How many rows of ids the model reads a sample (audio models read several)."""
+    count = checked.reading.architecture.codebooks
+    return count(checked.reading.config) if count else 1
+
+
+def streams_of(checked: Checked) -> int:
+    """How many states the model keeps a position (hyper-connections keep several)."""
+    count = checked.reading.architecture.streams
+    return count(checked.reading.config) if count else 1
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """A reading that agreed with the model, and the norm of every parameter it reads.
+
+    ``embedding`` is the module that the token ids went into.
+    """
+
+    reading: Reading
+    norms: dict[str, float]
+    signature: tuple[Any, ...]
+    worst: float
+    embedding: nn.Module | None = None
+    length: int | None = None  # positions of a layer's states, for models that read no tokens
+    _proofs: dict[tuple[str, str, bool], list[Proof]] = field(default_factory=dict)
+
+    def proofs(self, via: str, route: str, jointly: bool = False) -> list[Proof]:
+        """One proof a layer, searched once.  Raises ``NotControllable`` with the layer that has none."""
+        key = (via, route, jointly)
+        if key not in self._proofs:
+            self._proofs[key] = [_prove(layer, *key) for layer in self.reading.layers]
+        return self._proofs[key]
+
+
+def _prove(layer: Layer, via: str, route: str, jointly: bool) -> Proof:
+    try:
+        return prove(layer.block, via, route, jointly=jointly)  # type: ignore[arg-type]
+    except NotControllable as refused:
+        raise NotControllable(
+            refused.culprit, refused.reason, refused.hint, f"layer {layer.index}", refused.remedies
+        ) from None
+
+
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, Checked] = weakref.WeakKeyDictionary()
+_READ: weakref.WeakKeyDictionary[nn.Module, tuple[Reading, tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+
+
+def checked_reading(model: nn.Module, example: Mapping[str, Any] | None = None) -> Checked:
+    """The model's reading, compared with its modules once per model and state of its parameters.
+
+    Raises ``BadInput`` for models that cannot be patched as they are (training mode, meta device,
+    quantised or non-finite parameters) and ``ReadingError`` where expression and module disagree.
+    """
+    modules = modules_of(model)
+    training = next((name for name, module in modules if module.training), None)
+    if training is not None:
+        which = f"module {training}" if training else "the model"
+        raise BadInput(f"{which} is in training mode: call model.eval() first, dropout would make runs differ")
+    refuse_offloaded(model, modules)
+    known = _CHECKED.get(model)
+    if (
+        known is not None
+        and known.reading.architecture is architecture_of(model)  # it may have been registered anew
+        and (carried(model) or known.signature == _signature(model, known.reading))
+    ):
+        return known
+    reading = architectures.read(model)
+    _refuse_unusable(model, reading)
+    norms = _norms(model, reading)
+    worst, embedding, length = compare(model, reading, example)
+    signature = _signature(model, reading)
+    _CHECKED[model] = Checked(reading, norms, signature, worst, embedding, length)
+    _READ[model] = reading, signature
+    return _CHECKED[model]
+
+
+def known_reading(model: nn.Module) -> Reading:
+    """The model's reading, for a patch that was made already: read anew only when something was replaced or written to.
+
+    It is not compared with the modules.  Raises what ``architectures.read`` does.
+    """
+    reading, signature = _READ.get(model, (None, ()))
+    if reading is None or reading.architecture is not architecture_of(model) or signature != _signature(model, reading):
+        reading = architectures.read(model)
+        _READ[model] = reading, _signature(model, reading)
+    return reading
+
+
+def _signature(model: nn.Module, reading: Reading) -> tuple[Any, ...]:
+    """What is the same as long as nothing was replaced or written to: modules, parameters and their versions."""
+    found: list[Any] = [module for _, module in modules_of(model)][
+        1:
+    ]  # not the model itself, which could never be forgotten then
+    for layer in reading.layers:
+        for name in layer.params:
+            module, attribute = layer.params.holder(name)
+            parameter = module._parameters.get(attribute, module._buffers.get(attribute))
+            pieces = list(quantised.pieces(name, module, parameter))
+            with looking():
+                for _, piece in pieces:
+                    version = 0 if piece.is_inference() else piece._version
+                    found.append((id(parameter), version, piece.data_ptr()))
+    return tuple(found)
+
+
+def _refuse_unusable(model: nn.Module, reading: Reading) -> None:
+    held = dict((*model.named_parameters(), *model.named_buffers()))
+    patched = [(layer.params, name) for layer in reading.layers for name in layer.params if name in held]
+    for name in dict.fromkeys((*(name for _, name in patched), *held)):
+        if held[name].is_meta:
+            raise BadInput(f"parameter {name} is on the meta device: load the weights first")
+    for params, name in patched:
+        if isinstance(held[name], nn.Parameter) and not (name in params.quantised or held[name].is_floating_point()):
+            raise BadInput(f"parameter {name} is {held[name].dtype}: quantised parameters cannot be patched")
+
+
+def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
+    norms = {}
+    for layer in reading.layers:
+        for name, value in layer.params.items():
+            if not value.is_floating_point():
+                continue
+            norm = float(torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)))
+            if not norm < float("inf") and not bool(torch.isfinite(value).all()):
+                raise BadInput(f"parameter {name} holds NaN or infinite values: nothing was changed")
+            norms[name] = norm
+    for name, value in stored(model):
+        if (
+            name not in norms
+            and isinstance(value, nn.Parameter)
+            and value.is_floating_point()
+            and not _finite(value.detach())
+        ):
+            raise BadInput(f"parameter {name} holds NaN or infinite values: nothing was changed")
+    return norms
+
+
+def _finite(value: Tensor) -> bool:
+    total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+    return value.is_meta or bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())

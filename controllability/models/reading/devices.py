@@ -1,0 +1,44 @@
+"""Models whose weights are spread over devices: which can be patched, and where their weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from controllability.errors import BadInput
+from controllability.models.reading.modules import modules_of
+
+
+def refuse_offloaded(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> None:
+    """Raise ``BadInput`` for a model of which ``accelerate`` keeps weights elsewhere between their uses.
+
+    Between two forward passes such a weight is on the meta device: there is nothing to compare, to merge into or to
+    take a fingerprint of.  Weights that stay on several devices are no obstacle.  ``modules`` are the model's by name,
+    for who has listed them already.
+
+    >>> refuse_offloaded(nn.Linear(2, 2))
+    """
+    for name, module in modules_of(model) if modules is None else modules:
+        for hook in _hooks(getattr(module, "_hf_hook", None)):
+            if not getattr(hook, "offload", False):
+                continue
+            held = next((n for n, p in module.named_parameters() if p.is_meta), "")
+            what = f"parameter {name}.{held}".replace("..", ".") if held else f"module {name or 'the model'}"
+            raise BadInput(
+                f"{what} is offloaded: between two forward passes its weights are kept on the CPU or on disk, and here is "
+                "only an empty one (device meta). Load the model with its weights on devices: a device_map without "
+                '"cpu" beside accelerators and without "disk", a smaller dtype, or a quantised model. Nothing was changed'
+            )
+
+
+def _hooks(hook: Any) -> Iterator[Any]:
+    """The hooks that accelerate has put on a module, which may be several in one."""
+    if hook is None:
+        return
+    if inner := getattr(hook, "hooks", ()):
+        for part in inner:
+            yield from _hooks(part)
+    else:
+        yield hook

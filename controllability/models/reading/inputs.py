@@ -1,0 +1,75 @@
+"""What a model is run on, and what comes out: inputs that it can take, and its logits by any name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from controllability.errors import BadInput
+from controllability.models.reading.checked_reading import Checked
+from controllability.models.reading.model_facts import input_embedding, takes_cache
+from controllability.models.reading.positions import input_shape
+from controllability.models.reading.random_inputs import refuse_ids
+
+
+def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a run without a cache, for a model that knows of one."""
+    return ({"use_cache": False} if takes_cache(model) else {}) | dict(inputs)
+
+
+def refuse_malformed(inputs: Mapping[str, Any], role: str) -> None:
+    """Raise ``BadInput`` for inputs that are no tensors and plain values, or that ask for something else than a plain run."""
+    input_shape(inputs, role)
+    for name, value in inputs.items():
+        cache = name == "past_key_values" and value is not None
+        if cache or not _is_plain(value):
+            why = "both runs are done without a cache" if cache else "it could not be saved or repeated"
+            raise BadInput(f"{role}: {name} is a {type(value).__name__}; give tensors and plain values only ({why})")
+        if isinstance(value, torch.Tensor) and bool(torch.isnan(value).any()):
+            raise BadInput(f"{role}: {name} has NaN in it")
+    if inputs.get("return_dict") is False:
+        raise BadInput(f"{role}: return_dict=False is not supported")
+    if inputs.get("use_cache"):
+        raise BadInput(f"{role}: use_cache=True is not supported: both runs are done without a cache")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor, a plain value, or a dict, list or tuple of such."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, torch.Tensor | bool | int | float | str | None)
+
+
+def refuse_bad_inputs(model: nn.Module, checked: Checked, inputs: Mapping[str, Any], role: str) -> None:
+    """Raise ``BadInput`` for ids, positions or embeddings that the model cannot take."""
+    batch, length = input_shape(inputs, role, checked.length)
+    embedding = input_embedding(model)
+    if embedding is None and isinstance(checked.embedding, nn.Embedding):
+        embedding = checked.embedding.weight
+    limit = getattr(checked.reading.config, "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) and limit > 0 else None
+    positions = inputs.get("position_ids")
+    if positions is not None and (
+        not isinstance(positions, torch.Tensor) or positions.shape not in ((batch, length), (1, length))
+    ):
+        raise BadInput(f"{role}: position_ids must be a tensor of shape {(batch, length)}")
+    if positions is not None and (positions.dtype not in (torch.int64, torch.int32) or int(positions.min()) < 0):
+        raise BadInput(
+            f"{role}: position_ids must be integers from 0 on, got {positions.dtype} from {positions.min().item()}"
+        )
+    reach = length if positions is None else int(positions.max()) + 1
+    if limit is not None and reach > limit:
+        raise BadInput(f"{role}: position {reach - 1} lies beyond the model's limit of {limit} positions")
+    if embedding is None:
+        return
+    embeds = inputs.get("inputs_embeds")
+    own = checked.reading.architecture.embeds
+    width = own(model.config) if own else int(embedding.shape[1])
+    if embeds is not None and (embeds.shape[-1] != width or embeds.dtype != embedding.dtype):
+        wanted = f"{embedding.dtype} of width {width}"
+        raise BadInput(f"{role}: inputs_embeds must be {wanted}, got {embeds.dtype} of shape {tuple(embeds.shape)}")
+    if "input_ids" in inputs:
+        refuse_ids(inputs["input_ids"], int(embedding.shape[0]), role)

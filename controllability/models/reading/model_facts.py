@@ -1,0 +1,53 @@
+"""Facts that a model states about itself: its embedding, text config, cache, position limit."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def position_limit(model: Any) -> int | None:
+    """How many positions the model has; None where its config sets no limit."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def keeps_cache(model: nn.Module) -> bool:
+    """Whether a run of token ids can be gone on from: a causal model of transformers with its plain cache."""
+    decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(getattr(model, "_is_stateful", True) is False and hasattr(model, "generate") and decoder)
+
+
+def input_embedding(model: nn.Module) -> Tensor | None:
+    """The embedding matrix of the model's tokens (of the first codebook); None where there is none."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = getter() if getter else None
+    except NotImplementedError:
+        embedding = None
+    if isinstance(embedding, nn.ModuleList):
+        embedding = embedding[0]
+    weight = getattr(embedding, "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.ndim == 2 else None
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model, which composite models keep inside theirs."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def takes_cache(model: nn.Module) -> bool:
+    """Whether ``use_cache=False`` may be said to a model: by its forward's own argument, or as transformers do.
+
+    A forward that hands unknown arguments on (``**kwargs``) may hand them to something that refuses this one.
+    """
+    try:
+        arguments = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return False
+    open_ended = any(a.kind is a.VAR_KEYWORD for a in arguments.values())
+    return "use_cache" in arguments or (open_ended and hasattr(getattr(model, "config", None), "to_dict"))

@@ -1,0 +1,78 @@
+"""What reads the last patched layer's output: whether a token's size counts there.  (new)"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controllability.arrays import relative_error
+from controllability.interfaces import Together
+from controllability.models.hooks.installation import Installation
+from controllability.models.reading.checked_reading import Checked
+from controllability.models.reading.logits import result_of
+from controllability.models.reading.random_inputs import random_inputs
+from controllability.models.reading.tolerances import VERIFIED
+
+FACTORS = (0.5, 2.0)
+COARSE = (
+    1e-12  # machine epsilon from which on a free size is worth looking for: above it rounding can be magnified too much
+)
+
+
+def standing_last(together: Together, model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> Together:
+    """``together`` with what stands behind the last layer, where it matters."""
+    coarse = any(torch.finfo(d).eps > COARSE for layer in checked.reading.layers[-1:] for d in layer.params.dtypes)
+    if not coarse or not together.exact or together.keep_rms:
+        return together
+    return replace(together, behind="norm" if sizes_are_free(model, checked, example) else "anyone")
+
+
+def sizes_are_free(model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> bool:
+    """Whether the model's output stays when the last layer's is half or twice as large: tried on random input."""
+    last = checked.reading.layers[-1].output
+    if last.when == "before":
+        return False
+    module = model.get_submodule(last.module)
+    inputs = random_inputs(model, example)
+    with torch.no_grad():
+        plain = result_of(model(**inputs))
+        for factor in FACTORS:
+            installation = Installation()
+            installation.after(module, lambda x, output, factor=factor: _times(output, factor))
+            try:
+                found = result_of(model(**inputs))
+            finally:
+                installation.undo()
+            if relative_error(found, plain) > VERIFIED.get(plain.dtype, 0.0):
+                return False
+    return True
+
+
+def _times(output: Any, factor: float) -> Any:
+    """A layer's output with its states larger by a factor."""
+    if isinstance(output, Tensor):
+        return output * factor
+    return type(output)((output[0] * factor, *output[1:]))
+
+
+LENGTH, FIRST = 8, 4
+# relative differences that rounding explains; where more is seen nothing worse happens than more work
+SAME = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.03}
+_KNOWN: weakref.WeakKeyDictionary[Checked, bool] = weakref.WeakKeyDictionary()
+
+
+def is_causal(model: nn.Module, checked: Checked) -> bool:
+    """Whether earlier positions give the same when others follow: tried once, on random token ids."""
+    if checked not in _KNOWN:
+        drawn = random_inputs(model, {"input_ids": torch.zeros(1, LENGTH, dtype=torch.long)}, length=LENGTH)
+        with torch.no_grad():
+            whole = result_of(model(**drawn))
+            begun = result_of(model(**drawn | {"input_ids": drawn["input_ids"][:, :FIRST]}))
+        per_position = whole.ndim == 3 and whole.shape[1] == LENGTH
+        _KNOWN[checked] = per_position and relative_error(begun, whole[:, :FIRST]) <= SAME.get(whole.dtype, 0.0)
+    return _KNOWN[checked]

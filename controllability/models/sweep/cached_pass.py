@@ -1,0 +1,168 @@
+"""What runs over new tokens go on from: the caches of both runs, and one pass for both where the model allows it.
+
+In one pass the contextual model's row of the batch has the context in its past; the source's row has a shorter past, filled up
+on the left and masked.  What a layer's patch needs of the target has been computed a moment before.  (new)
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from architectures.reading import Layer
+from controllability.arrays import relative_error
+from controllability.interfaces import Path, Together
+from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.reading.positions import Rows
+from controllability.models.reading.tolerances import CACHED
+from controllability.models.sweep.one_pass import SAME, Both
+from controllability.models.sweep.source_run import LayerSweep, together_at
+from controllability.models.sweep.target_run import LayerTarget
+from controllability.proof import Proof
+from controllability.solvers.served_tokens import Known
+
+LOCAL = {"full_attention", "sliding_attention"}  # kinds of attention that count from the token, not from the start
+ASKED = {"attention_mask", "position_ids", "past_key_values"}
+
+
+def pasts_of(model: nn.Module, there: Any, here: Any, ids: tuple[Tensor, Tensor]) -> BothPasts | tuple[Any, Any] | None:
+    """What the outputs of the target's and the source's run over ``ids`` leave to go on from: side by side if that can be.
+
+    None where either keeps no plain cache.
+    """
+    caches = getattr(there, "past_key_values", None), getattr(here, "past_key_values", None)
+    if not all(type(cache).__name__ == "DynamicCache" for cache in caches):
+        return None
+    device = next(model.parameters()).device
+    token = ids[1][-1:].to(device)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if (isinstance(limit, int) and len(ids[0]) >= limit) or not _as_without(model, caches[0], ids[0].to(device), token):
+        return None
+    return BothPasts.of(model, *caches, (len(ids[0]), len(ids[1])), token) or caches
+
+
+def _as_without(model: nn.Module, cache: Any, ids: Tensor, token: Tensor) -> bool:
+    """Whether a run that goes on from the cache gives what a run over everything gives: tried on one ``token`` (1,)."""
+    found = model(input_ids=token[None], past_key_values=copy.deepcopy(cache), use_cache=True).logits[:, -1]
+    wanted = model(input_ids=torch.cat([ids, token])[None], use_cache=False).logits[:, -1]
+    return relative_error(found, wanted) <= CACHED[wanted.dtype]
+
+
+@dataclass(eq=False)
+class BothPasts:
+    """The pasts of both runs in one cache: row 0 is the target's, row 1 the source's; ``mask`` (2, L) shows what is filled up."""
+
+    cache: Any
+    mask: Tensor
+    lengths: tuple[int, int]
+
+    @staticmethod
+    def of(model: nn.Module, there: Any, here: Any, lengths: tuple[int, int], token: Tensor) -> BothPasts | None:
+        """From the caches of the target's and the source's run, which have these lengths.
+
+        None where the model does not compute the same this way: that is tried, on one ``token`` (1,).
+        """
+        cache = _side_by_side(model, there, here)
+        if cache is None or lengths[0] < lengths[1]:
+            return None
+        mask = torch.ones(2, lengths[0], dtype=torch.long, device=cache.layers[0].keys.device)
+        mask[1, : lengths[0] - lengths[1]] = 0
+        found = BothPasts(cache, mask, lengths)
+        return found if found._same_as_apart(model, there, here, token) else None
+
+    def _same_as_apart(self, model: nn.Module, there: Any, here: Any, token: Tensor) -> bool:
+        probe = BothPasts(copy.deepcopy(self.cache), self.mask, self.lengths)
+        together = model(**probe.inputs(token)).logits
+        apart = [
+            model(input_ids=token[None], past_key_values=copy.deepcopy(c), use_cache=True).logits for c in (there, here)
+        ]
+        wanted = torch.cat(apart)
+        allowed = SAME[wanted.dtype] * float(wanted.abs().max()) if wanted.dtype in SAME else 0.0
+        return float((together - wanted).abs().max()) <= allowed
+
+    def inputs(self, ids: Tensor) -> dict[str, Any]:
+        """Of a pass over the tokens ``ids`` (n,), which follow both pasts."""
+        steps = torch.arange(len(ids), device=ids.device)
+        return {
+            "input_ids": ids.expand(2, -1), "position_ids": torch.stack([steps + length for length in self.lengths]),
+            "attention_mask": torch.cat([self.mask, self.mask.new_ones(2, len(ids))], 1),
+            "past_key_values": self.cache, "use_cache": True,
+        }  # fmt: skip
+
+    def after(self, count: int) -> BothPasts:
+        """The pasts when ``count`` tokens have been run over: the cache has grown by itself."""
+        there, here = self.lengths
+        return BothPasts(
+            self.cache, torch.cat([self.mask, self.mask.new_ones(2, count)], 1), (there + count, here + count)
+        )
+
+
+def _side_by_side(model: nn.Module, there: Any, here: Any) -> Any:
+    """One cache with a row for each; None where a model keeps something else, or places tokens by themselves."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    known = set(inspect.signature(model.forward).parameters)
+    if not known >= ASKED or not set(getattr(text, "layer_types", None) or ()) <= LOCAL:
+        return None
+    for a, b in zip(there.layers, here.layers, strict=True):
+        if type(a) not in (DynamicLayer, DynamicSlidingWindowLayer) or type(b) is not type(a):
+            return None
+        if (
+            not (a.is_initialized and b.is_initialized)
+            or a.keys.dtype not in SAME
+            or b.keys.shape[-2] > a.keys.shape[-2]
+        ):
+            return None  # half precision: there the source's states are to be those of its own run, bit for bit
+    whole = copy.deepcopy(there)
+    for layer, other in zip(whole.layers, here.layers, strict=True):
+        missing = layer.keys.shape[-2] - other.keys.shape[-2]
+        for name in ("keys", "values"):
+            filled = nn.functional.pad(getattr(other, name), (0, 0, missing, 0))
+            setattr(layer, name, torch.cat([getattr(layer, name), filled]))
+    return whole
+
+
+class _Listener(Both):
+    """Listens to one layer; a condition that fails stops the pass."""
+
+    def __init__(
+        self, layer: Layer, proof: Proof, rows: Rows, last: bool, derivation: int, together: Together | None,
+        known: Mapping[tuple[int, int], Mapping[Path, Known]],
+    ) -> None:  # fmt: skip
+        super().__init__(layer, proof, 1, rows, last)
+        self.derivation, self.known = derivation, known
+        self.together = together_at(together, last, True)
+
+    def solver(self, target: LayerTarget) -> LayerSweep:
+        known = self.known[self.layer.index, len(self.solvers)]
+        return LayerSweep(self.layer, self.proof, self.derivation, target, self.rows, "all", self.together, known)
+
+    def _try(self, solve: Any) -> Any:
+        return solve()
+
+
+def solved_in_one_pass(
+    hooks: LayerHooks, proofs: list[Proof], pasts: BothPasts, ids: Tensor, together: Together | None,
+    known: Mapping[tuple[int, int], Mapping[Path, Known]], derivations: list[int],
+) -> tuple[list[list[LayerTarget]], list[LayerSweep]]:  # fmt: skip
+    """(targets, solvers) of one pass of both runs over the new tokens ``ids`` (n,).
+
+    Raises ``SideConditionFailed`` on the way; the cache is then not to be used again.
+    """
+    layers, count = hooks.reading.layers, len(ids)
+    rows = Rows(torch.zeros(count, dtype=torch.long), torch.arange(count), (1, count))
+    listeners = [
+        _Listener(layer, proof, rows, layer is layers[-1], derivation, together, known)
+        for layer, proof, derivation in zip(layers, proofs, derivations, strict=True)
+    ]
+    hooks.run(listeners, pasts.inputs(ids))
+    targets = [listener.observer.calls for listener in listeners]
+    return targets, [solver for listener in listeners for solver in listener.solvers]

@@ -1,0 +1,130 @@
+"""What a solved patch does to the output of a tap: the model's own output plus the effect of each delta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from architectures.reading import Layer, Tap
+from controllability.arrays import arithmetic
+from controllability.components.scale import Scale
+from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift, added
+from controllability.interfaces import Component, OutputControllable, Param, Steering, node
+
+Move = tuple[Steering, Delta]  # how a leaf is steered, and what is added to its parameter
+HALF = (torch.float16, torch.bfloat16)
+Effect = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, y, chosen experts) -> y with the deltas' effects
+
+
+def patched(
+    layer: Layer, tap: Tap, x: Tensor, y: Tensor, moves: Sequence[Move], chosen: Tensor | None = None
+) -> Tensor:
+    """``y`` (B, T, …) with the deltas of this tap's parameters at all positions: one patch, or one a sample.
+
+    ``chosen`` (B, T, k) are the experts.
+    """
+    moves = [(steering, per_sample(delta)) for steering, delta in moves]
+    return effect_on(layer, tap, x, y, moves, chosen).to(y.dtype)
+
+
+def effect_on(
+    layer: Layer, tap: Tap, x: Tensor, y: Tensor, moves: Sequence[Move], chosen: Tensor | None = None
+) -> Tensor:
+    """``y`` (…, n) with the deltas' effects, in float32 or better: whoever stores it rounds once.
+
+    Leading axes of the deltas are those of ``x``: row i of a delta belongs to row i of (N, …) states.
+    """
+    return ready(layer, tap, moves)(x, y, chosen)
+
+
+def ready(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
+    """``effect_on`` of these moves; what does not depend on the input is computed here, once for any number of passes."""
+    if len(tap.paths) > 1:
+        return _formula(layer, tap, moves)
+    adds = [_adding(steering, delta) for steering, delta in moves]
+
+    def effect(x: Tensor, y: Tensor, chosen: Tensor | None) -> Tensor:
+        if x.dtype in HALF or y.dtype in HALF:
+            xp = arithmetic(y)
+            x, y = xp.lift(x), xp.lift(y)
+        for add in adds:
+            y = add(x, y, chosen)
+        return y
+
+    return effect
+
+
+def _formula(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
+    """A norm by its own formula, with the patched vectors."""
+    params = patched_params(layer, tap, moves)
+    parts = [_part(node(layer.block, path), params) for path in tap.paths]
+
+    def effect(x: Tensor, y: Tensor, _: Tensor | None) -> Tensor:
+        x = arithmetic(x).lift(x)
+        for part in parts:
+            x = part(x)
+        return x
+
+    return effect
+
+
+def _part(leaf: Component, params: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """One leaf of a norm at these parameters; its scale is computed once."""
+    if isinstance(leaf, Scale):
+        scale = leaf.effective(params)
+        return lambda x: scale * x
+    return lambda x: leaf(params, x)
+
+
+def _adding(steering: Steering, delta: Delta) -> Effect:
+    """Adds the effect of one delta to ``y``; x and y are lifted."""
+    if isinstance(delta, ExpertLowRank):
+        return lambda x, y, chosen: y + _routed(x, delta, chosen)
+    if isinstance(delta, LowRank) and delta.left.shape[-2] == 1:
+        left, right = delta.left[..., 0, :], delta.right[..., 0, :]
+        return lambda x, y, _: torch.addcmul(y, (x * right).sum(-1, keepdim=True), left)
+    return lambda x, y, _: y + steering.effect(x, delta)
+
+
+def patched_params(layer: Layer, tap: Tap, moves: Sequence[Move]) -> dict[str, Any]:
+    """The parameters of a tap's leaves with the deltas on them, lifted to the precision in which patches are solved."""
+    params: dict[str, Any] = {}
+    for path in tap.paths:
+        params |= {str(p): p.value(layer.params) for p in node(layer.block, path).own_parameters()}
+    for steering, delta in moves:
+        value = steering.param.value(layer.params)
+        params[str(steering.param)] = added(arithmetic(value).lift(value), delta)
+    return params
+
+
+def _routed(x: Tensor, delta: ExpertLowRank, chosen: Tensor | None) -> Tensor:
+    assert chosen is not None
+    if x.shape[-2] == 1:
+        x = x.expand(*x.shape[:-2], chosen.shape[-1], x.shape[-1])
+    return delta.routed(x, chosen)
+
+
+def steering_of(layer: Layer, tap: Tap, param: Param) -> Steering:
+    """How the leaf that holds ``param`` at a tap is steered by it."""
+    for path in tap.paths:
+        leaf = node(layer.block, path)
+        if param in leaf.own_parameters():
+            assert isinstance(leaf, OutputControllable)
+            return next(s for s in leaf.output_steerings() if s.param == param)
+    raise AssertionError(f"no leaf of {tap.module} holds {param}")
+
+
+def per_sample(delta: Any) -> Any:
+    """A delta with one patch a sample made to broadcast over (B, T, ·) states; one sample serves any batch."""
+    if isinstance(delta, Shift):
+        extra = delta.value.ndim - 1
+        leading = delta.value.shape[0]
+    else:
+        extra = delta.left.ndim - (3 if isinstance(delta, ExpertLowRank) else 2)
+        leading = delta.left.shape[0]
+    if not extra:
+        return delta
+    return delta.row(0) if leading == 1 else delta.row((slice(None), None))

@@ -1,0 +1,163 @@
+"""Both runs of one token in one pass: the contextual model's rows, and beside them the same tokens alone.
+
+While one token is decoded most of the time goes into reading the weights.  The rows of the batch that are the contextual
+model's see the cache; in the rows behind them the cache is masked, so that they are the source run, patched as the pass
+goes on: what a layer's patch needs of the target has been computed a moment before.  (new)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from architectures.reading import Layer, Tap
+from controllability.errors import SideConditionFailed
+from controllability.interfaces import Path
+from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.reading.positions import Rows
+from controllability.models.sweep.source_run import LayerSweep
+from controllability.models.sweep.target_run import LayerTarget, Observer
+from controllability.proof import Proof
+
+# how far the states of the two ways may be apart: far above rounding, far below what seeing the context changes
+SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+
+class Both:
+    """Listens to one layer; the first ``batch`` rows are the target's, the next ones the source's."""
+
+    def __init__(self, layer: Layer, proof: Proof, batch: int, rows: Rows, last: bool) -> None:
+        self.layer, self.proof, self.batch, self.rows = layer, proof, batch, rows
+        self.observer = Observer(layer, rows, last, lambda: None)
+        self.solvers: list[LayerSweep] = []
+        self.failed: SideConditionFailed | None = None
+
+    def begins(self) -> None:
+        self.observer.begins()
+        self.solvers.append(self.solver(self.observer.calls[-1]))
+
+    def solver(self, target: LayerTarget) -> LayerSweep:
+        """What solves a call of the layer."""
+        return LayerSweep(self.layer, self.proof, 0, target, self.rows, "each")
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[: self.batch], x[self.batch : 2 * self.batch]
+
+    def entering(self, index: int, value: Tensor) -> None:
+        target, source = self._split(value)
+        self.observer.entering(index, target)
+        self.solvers[-1].entering(index, source)
+
+    def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
+        (index, chosen), (shares, taken) = self._split(index), self._split(shares)
+        self.observer.routed(path, index, shares)
+        if self.failed is None:
+            self.solvers[-1].run.target.bind(path, self.observer.calls[-1].bound[path])
+            self._try(lambda: self.solvers[-1].routed(path, chosen, taken))
+
+    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor | None:
+        (x_target, x_source), (y_target, y_source) = self._split(x), self._split(y)
+        self.observer.computed(tap, x_target, y_target)
+        if self.failed is not None:
+            return None
+        solver = self.solvers[-1]
+        solver.run.target.observe_output(tap.outlet, self.observer.calls[-1].outputs[tap.outlet])
+        changed = self._try(lambda: solver.computed(tap, x_source, y_source))
+        return None if changed is None else torch.cat([y_target, changed, y[2 * self.batch :]])
+
+    def leaving(self, value: Tensor) -> None:
+        target, source = self._split(value)
+        self.observer.leaving(target)
+        self.solvers[-1].leaving(source)
+
+    def _try(self, solve: Any) -> Any:
+        """A condition that fails stops the solving, not the pass: the cache must be left whole."""
+        try:
+            return solve()
+        except SideConditionFailed as failed:
+            self.failed = failed
+            return None
+
+
+def possible(inputs: Mapping[str, Any], streams: int) -> bool:
+    """Whether the cache can hold more rows and be masked for some of them.
+
+    So it is where every layer's cache is a plain one of keys and values; a state that is handed on cannot be masked.
+    Half precision is left to two passes: there the target's outputs are those of its modules, bit for bit.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+    layers: list[Any] = getattr(cache, "layers", [])
+    if type(cache) is not DynamicCache or streams > 1:
+        return False
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return False
+    keys = [layer.keys for layer in layers if layer.get_seq_length()]
+    known = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
+    others = any(isinstance(v, Tensor | list | dict | tuple) for k, v in inputs.items() if k not in known)
+    return (
+        bool(keys)
+        and all(k.dtype in SAME for k in keys)
+        and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
+        and inputs["input_ids"].shape[1] == 1
+        and not others
+    )
+
+
+def widened(inputs: Mapping[str, Any], input_ids: Tensor, groups: int) -> dict[str, Any]:
+    """The inputs of one pass: every row ``groups`` times, and only the first of them sees the cache.
+
+    The cache itself gets the rows that it lacks.
+    """
+    ids, cache = inputs["input_ids"], inputs["past_key_values"]
+    batch, length = input_ids.shape
+    rows = next(layer.keys.shape[0] for layer in cache.layers if layer.get_seq_length())
+    if rows == batch:
+        cache.reorder_cache(torch.arange(batch, device=ids.device).repeat(groups))
+    mask = inputs.get("attention_mask")
+    seen = ids.new_ones(batch, length) if mask is None else mask
+    alone = torch.zeros_like(seen)
+    alone[:, -1] = 1
+    positions = inputs.get("position_ids")
+    wide = {"input_ids": ids.repeat(groups, 1), "attention_mask": torch.cat([seen, *[alone] * (groups - 1)])}
+    return {**inputs, **wide, "return_dict": True} | (
+        {} if positions is None else {"position_ids": positions.expand(batch, -1).repeat(groups, 1)}
+    )
+
+
+def narrow(inputs: Mapping[str, Any], batch: int) -> None:
+    """Take the rows that ``widened`` added out of the cache."""
+    cache = inputs["past_key_values"]
+    cache.reorder_cache(torch.arange(batch, device=inputs["input_ids"].device))
+
+
+def together(
+    hooks: LayerHooks, proofs: list[Proof], inputs: Mapping[str, Any], batch: int, running: Tensor
+) -> tuple[list[list[LayerTarget]], list[LayerSweep] | None, Any]:
+    """(targets, solvers, output) of one pass over widened inputs; solvers are None where a side condition failed.
+
+    ``running`` are the samples that are patched.  All rows' logits are in the output, one group after the other.
+    """
+    rows = Rows(running, torch.zeros_like(running), (batch, 1))
+    layers = hooks.reading.layers
+    both = [Both(layer, proof, batch, rows, layer is layers[-1]) for layer, proof in zip(layers, proofs, strict=True)]
+    output = hooks.run(both, inputs)
+    targets = [listener.observer.calls for listener in both]
+    if any(listener.failed for listener in both):
+        return targets, None, output
+    return targets, [solver for listener in both for solver in listener.solvers], output
+
+
+def same(found: list[LayerSweep], apart: list[LayerSweep]) -> bool:
+    """Whether two ways to do the source run met the same states in every layer: then neither saw the context."""
+    for a, b in zip(found, apart, strict=True):
+        for x, y in zip(a.states, b.states, strict=True):
+            assert x is not None
+            assert y is not None
+            if not float((x - y).abs().max()) <= SAME.get(x.dtype, 0) * float(y.abs().max()):
+                return False
+    return True

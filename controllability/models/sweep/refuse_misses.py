@@ -1,0 +1,77 @@
+"""The last line of defence: a patched run that is nowhere near its target met something that nobody declared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from controllability.arrays import arithmetic
+from controllability.errors import NotVerified
+from controllability.execution.journal import NEAREST, SHORT
+from controllability.models.reading.tolerances import UNREACHED
+from controllability.models.sweep.source_run import LayerSweep
+
+AFTER_THE_LAST_LAYER = (
+    "something after the last patched layer depends on the context or on the token (a mixer, per-layer embeddings, "
+    "an adapter that the runs choose differently)"
+)
+
+
+def refuse_unreached(solvers: list[LayerSweep]) -> float:
+    """Raise ``NotVerified`` where a layer, patched, misses its target; else the largest relative error of a row."""
+    rows = [_row_errors(_output(s), s.wanted()) for s in solvers]
+    held: list[float] = []
+    worst = torch.stack([errors.max().double().cpu() for errors in rows]).tolist()
+    for solver, errors, error in zip(solvers, rows, worst, strict=True):
+        if solver.proof.route in ("ball", "scale"):
+            continue  # asked for, and known to amplify rounding
+        if any(taken.route in (NEAREST, SHORT) for taken in solver.run.journal.routes):
+            continue  # a later layer makes good, and is held to its target
+        dtypes = {_output(solver).dtype, *solver.layer.params.dtypes} & set(UNREACHED)
+        held.append(error)
+        if error > max(max(UNREACHED[d] for d in dtypes), _explained(solver)):
+            raise NotVerified(
+                f"layer {solver.layer.index} ({solver.layer.name}), {solver.rows.name(int(errors.argmax()))}: with its "
+                f"patch it misses the target run by {error:.2g} (relative), more than rounding explains: on this input "
+                "the model computes something that its expression does not have (a mask, or a switch that depends on "
+                "the input); nothing was changed"
+            )
+    return max(held, default=0.0)
+
+
+def refuse_other_output(found: Tensor, wanted: Tensor, worst: float, name: Callable[[int], str], why: str) -> None:
+    """Raise ``NotVerified`` where all layers reach their targets (``worst`` says so) and the model's output (N, n) does not."""
+    if worst > UNREACHED[torch.float32]:
+        return  # half precision, or a route that amplifies: the layers' residuals say it
+    errors = _row_errors(found, wanted)
+    error, row = float(errors.max()), int(errors.argmax())
+    if error > 10 * UNREACHED.get(found.dtype, 1e-3):
+        raise NotVerified(
+            f"every layer reaches its target, and the model's output at {name(row)} misses the target run by {error:.2g} "
+            f"(relative): {why}; nothing was changed"
+        )
+
+
+def _explained(solver: LayerSweep) -> float:
+    """The error that rounding explains where one scale for many tokens left little to normalise; 0 elsewhere."""
+    spread = [r.amplification for r in solver.run.journal.routes if r.amplification is not None]
+    if solver.together is None or not solver.proof.jointly or not spread:
+        return 0.0
+    eps = max(torch.finfo(d).eps for d in {_output(solver).dtype, *solver.layer.params.dtypes} & set(UNREACHED))
+    return 100 * eps * max(float(s.max()) for s in spread)
+
+
+def _output(solver: LayerSweep) -> Tensor:
+    assert solver.output is not None
+    return solver.output
+
+
+def _row_errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """The relative error of each row of (N, n), each against its own size, (N,)."""
+    xp = arithmetic(wanted)
+    found, wanted = xp.lift(found), xp.lift(wanted)
+    size = xp.largest(wanted)[..., 0]
+    floor = 1e-6 * size.max() + torch.finfo(size.dtype).tiny
+    return xp.largest(found - wanted)[..., 0] / torch.maximum(size, floor)

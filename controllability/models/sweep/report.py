@@ -1,0 +1,225 @@
+"""What a sweep found out, layer by layer and token by token: plain data, ready for JSON and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from controllability.models.sweep.records import LayerRecord
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One layer's numbers for every pair, in the order of ``mp.rows``: lists of length N.
+
+    ``residual``: max |difference| / max |target| of the layer's output at this token.  ``route``: the one this token
+    took.  ``amplification``: by how much the norm after the patched map magnifies a rounding error of that
+    map, relative to the largest entries of both (None without such a norm).  ``condition``, a parameter each: by how much a
+    relative rounding error of a map's two summands, its own output and what the patch adds, is
+    magnified in their sum; 1 where nothing cancels.  ``margins`` are in the order of the layer's; ``changes``
+    are relative changes, a parameter each.
+    """
+
+    residual: list[float]
+    route: list[str]
+    amplification: list[float | None]
+    condition: dict[str, list[float | None]]
+    margins: list[list[float | None]]
+    changes: dict[str, list[float | None]]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: residual of its output, margins of its side conditions, size of each patch, route taken.
+
+    Each number is the worst over ``tokens``, which holds them one by one; ``residual`` is relative to
+    the largest entry of all of them.
+    """
+
+    index: int
+    residual: float
+    route: str
+    why: str
+    amplification: float | None
+    condition: float | None
+    derivation: int
+    margins: list[dict[str, Any]]
+    relative_changes: dict[str, float | None]
+    tokens: Tokens
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerReport:
+        """What ``dataclasses.asdict`` made of one."""
+        return cls(**{**data, "tokens": Tokens(**data["tokens"])})
+
+
+class Layers(Sequence[LayerReport]):
+    """The layers' reports, each written when it is first read: the sweep does not wait for them.
+
+    ``norms`` are the Frobenius norms of the stored parameters.
+    """
+
+    def __init__(self, records: Iterable[LayerRecord], norms: dict[str, float]) -> None:
+        self.records, self._norms = list(records), norms
+        self._written: dict[int, LayerReport] = {}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index not in self._written:
+            self._written[index] = layer_report(self.records[index], self._norms)
+        return self._written[index]
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole patch: options, layers, sizes.  ``residual`` is the largest of the layers'.
+
+    ``pairs`` are (sample, position) of the source, one for each entry of the layers' tokens.  ``rounding`` says what
+    the last ``merge`` into the weights cost, parameter by parameter.  ``fit`` is None where every layer's target is
+    promised, else {"ridge": λ, "rank": the largest rank of a ΔW, or None}: least squares, which promise no target.
+    """
+
+    scope: str
+    via: str
+    route: str
+    dtype: str
+    tokens: int
+    numbers: int
+    dense_numbers: int
+    seconds: float
+    layers: Sequence[LayerReport]
+    pairs: list[list[int]] = field(default_factory=list)
+    rounding: list[Rounding] = field(default_factory=list)
+    fit: dict[str, Any] | None = None
+
+    @property
+    def residual(self) -> float:
+        """The largest relative error of a layer's output at the paired positions."""
+        return max((layer.residual for layer in self.layers), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "rounding")}
+        found = {"layers": [asdict(x) for x in self.layers], "rounding": [asdict(x) for x in self.rounding]}
+        return plain | found | {"residual": self.residual}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """What ``to_dict`` made of one; raises ``KeyError`` or ``TypeError`` for anything else."""
+        known = {f.name: data[f.name] for f in fields(cls)}
+        known["layers"] = [LayerReport.from_dict(layer) for layer in data["layers"]]
+        known["rounding"] = [Rounding(**each) for each in data["rounding"]]
+        return cls(**known)
+
+    def __str__(self) -> str:
+        """The layers as a table: the worst token of each.  A fit says so below."""
+        rows = [
+            [str(x.index), _short(x.residual), x.route, _short(x.amplification), _short(x.condition),
+             _short(min((m["margin"] for m in x.margins if m["margin"] is not None), default=None)),
+             _short(largest(x.relative_changes.values()))]
+            for x in self.layers
+        ]  # fmt: skip
+        return _aligned([["layer", *_COLUMNS], *rows]) + self._fitted()
+
+    def table(self) -> str:
+        """Every layer and token as a table for people; ``layers[i].tokens`` has the numbers."""
+        rows = []
+        for layer in self.layers:
+            seen = layer.tokens
+            for i, residual in enumerate(seen.residual):
+                pair = f"{self.pairs[i][0]}:{self.pairs[i][1]}" if self.pairs else str(i)
+                margins = [v for m in seen.margins if (v := m[i]) is not None]
+                numbers = [seen.amplification[i], largest(v[i] for v in seen.condition.values())]
+                numbers += [min(margins, default=None), largest(v[i] for v in seen.changes.values())]
+                rows.append([str(layer.index), pair, _short(residual), seen.route[i], *map(_short, numbers)])
+        return _aligned([["layer", "sample:position", *_COLUMNS], *rows]) + self._fitted()
+
+    def _fitted(self) -> str:
+        if self.fit is None:
+            return ""
+        asked = [f"{name} {value:g}" for name, value in self.fit.items() if value]
+        return (
+            f"\na fit by least squares ({', '.join(asked)}), not exact: a layer's output misses its target by up to "
+            f"{_short(self.residual)} of the largest target"
+        )
+
+
+_COLUMNS = ["residual", "route", "amplification", "condition", "smallest margin", "largest change"]
+
+
+def layer_report(record: LayerRecord, norms: dict[str, float]) -> LayerReport:
+    """Plain numbers of what was kept of one layer."""
+    residual, count = record.residuals(), len(record.error)
+    changes = {name: record.change(name, norms) for name in record.leaves}
+    condition = {name: values for name, leaf in record.leaves.items() if (values := leaf.condition()) is not None}
+    margins = [_per_token(values, count) for _, _, values in record.margins]
+    amplification = record.amplification()
+    return LayerReport(
+        index=record.index,
+        residual=record.residual(),
+        route="+".join(dict.fromkeys(name for taken in record.routes for name in taken.route.split("+")))
+        or ("scale" if record.by_scale else "none"),
+        why="; ".join(taken.why() for taken in record.routes) or "the only way here",
+        amplification=largest(amplification),
+        condition=largest(v for values in condition.values() for v in values),
+        derivation=record.derivation,
+        margins=_merged(record.margins, margins),
+        relative_changes={name: largest(values) for name, values in changes.items()},
+        tokens=Tokens(residual, record.routes_taken(), amplification, condition, margins, changes),
+    )
+
+
+def _per_token(values: Any, count: int) -> list[float | None]:
+    """The margins of a condition, the smallest of each token; None where it is vacuous."""
+    if values is None:
+        return [None] * count
+    values = values.reshape(1, -1).expand(count, -1) if values.numel() < count else values.reshape(count, -1)
+    return [None if math.isinf(v) else v for v in values.double().amin(-1).tolist()]
+
+
+def _merged(named: list[tuple[str, str, Any]], margins: list[list[float | None]]) -> list[dict[str, Any]]:
+    return [
+        {"statement": s, "where": w, "margin": min((v for v in values if v is not None), default=None)}
+        for (s, w, _), values in zip(named, margins, strict=True)
+    ]
+
+
+def largest(values: Iterable[float | None]) -> float | None:
+    """The largest of the numbers among ``values``; None if there is none."""
+    return max((v for v in values if v is not None), default=None)
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """One merged parameter.  E is what was stored less W + ΔW, z the input that the patch was solved for.
+
+    ``relative``: ‖E‖ / ‖ΔW‖, above 1 where rounding moves the weights more than the patch does.  ``missed``: max |E z| /
+    max |(W + ΔW) z|, what the map misses at its token (the largest over the chosen experts); None for vectors and
+    for deltas of more than one input.  Both are 0 where nothing wider than the stored dtype could tell.
+    """
+
+    parameter: str
+    relative: float
+    missed: float | None

@@ -1,0 +1,107 @@
+"""The target run, observed: what every layer did at the paired positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from architectures.reading import Layer, Tap
+from controllability.components.mixture import CHOSEN, SHARES
+from controllability.errors import BadInput, PatchError
+from controllability.execution.trace import Trace
+from controllability.interfaces import Path
+from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.reading.positions import Rows
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(eq=False)
+class LayerTarget:
+    """What one layer did in one call of the target run, at the paired positions: (N, ·) each."""
+
+    layer: Layer
+    states: list[Tensor | None]
+    outputs: dict[Path, Tensor] = field(default_factory=dict)
+    bound: dict[Path, dict[str, Tensor]] = field(default_factory=dict)
+
+    def trace(self) -> Trace:
+        """The observed values as a trace of the block."""
+        trace = Trace(self.layer.block, self.layer.params, as_state(self.states), self.outputs)
+        for path, values in self.bound.items():
+            trace.bind(path, values)
+        return trace
+
+
+def as_state(states: list[Tensor | None]) -> Any:
+    """The block's input: the state, or the (still filling) list of a parallel block's inputs."""
+    return states[0] if len(states) == 1 else states
+
+
+def check_finite(states: Tensor, run: str, layer: Layer, where: str) -> None:
+    """Raise ``BadInput`` for a state with NaN or infinity at any position."""
+    if bool(torch.isfinite(states.sum(dtype=torch.promote_types(states.dtype, torch.float32)))):
+        return  # one number says so for all of them, but for sums that overflow by themselves
+    finite = torch.isfinite(states)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero()[0].tolist()
+        raise BadInput(
+            f"{run} run: the state {where} layer {layer.index} is not finite at sample {bad[0]}, position {bad[1]}; "
+            "the model overflows on this input (try another dtype); nothing was changed"
+        )
+
+
+class Observer:
+    """Listens to one layer in the target run; one ``LayerTarget`` a call."""
+
+    def __init__(self, layer: Layer, rows: Rows, last: bool, finished: Callable[[], None]) -> None:
+        self.layer, self.rows, self.last, self.finished = layer, rows, last, finished
+        self.calls: list[LayerTarget] = []
+
+    def begins(self) -> None:
+        self.calls.append(LayerTarget(self.layer, [None] * len(self.layer.inputs)))
+
+    def entering(self, index: int, value: Tensor) -> None:
+        check_finite(value, "target", self.layer, "entering the feed-forward half of")
+        self.calls[-1].states[index] = self.rows.taken(value)
+
+    def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
+        self.calls[-1].bound[path] = {CHOSEN: self.rows.of(index), SHARES: self.rows.of(shares)}
+
+    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> None:
+        self.calls[-1].outputs[tap.outlet] = self.rows.taken(y)
+
+    def leaving(self, value: Tensor) -> None:
+        if self.last:  # what leaves another layer is seen entering the next one
+            check_finite(value, "target", self.layer, "leaving")
+        self.calls[-1].outputs.setdefault((), self.rows.taken(value))
+        self.finished()
+
+
+def observe_target(
+    hooks: LayerHooks, inputs: Mapping[str, Any], rows: Rows, progress: Progress
+) -> tuple[list[list[LayerTarget]], Any]:
+    """Run the model on the target's inputs; keep what the layers' taps compute at the paired rows.
+
+    One list a layer, with one entry a call.  A layer that this input does not reach has none.
+    """
+    layers = hooks.reading.layers
+    observers = []
+    for layer in layers:
+        done = layer.index + 1
+        finished = lambda done=done: progress("target run", done, len(layers))  # noqa: E731
+        observers.append(Observer(layer, rows, layer is layers[-1], finished))
+    output = hooks.run(observers, inputs)
+    if not any(o.calls for o in observers):
+        raise PatchError("no layer's hooks ran in the target run; is the model compiled or replaced?")
+    for observer in observers:
+        for target in observer.calls:
+            if any(s is None for s in target.states) or () not in target.outputs:
+                raise PatchError(
+                    f"layer {observer.layer.index}: its hooks did not run in the target run; is the model compiled?"
+                )
+    return [o.calls for o in observers], output

@@ -1,0 +1,70 @@
+"""A proof as JSON-ready data: everything that a checker needs to go through it again (docs/proof-format.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from controllability.interfaces import Condition, Place, Sequence
+from controllability.proof import Proof
+from controllability.proof_files.codec import encode
+from controllability.rules import Step
+
+FORMAT = {"name": "controllability proof", "version": 1}
+
+
+def place_dict(place: Place) -> dict[str, Any]:
+    """Where a node stands: the child indices from the root, and which parts of a sequence it is about.
+
+    ``length`` is null where the component at ``path`` is no sequence.
+    """
+    length = len(place.component.parts) if isinstance(place.component, Sequence) else None
+    return {"path": list(place.path), "start": place.start, "length": length}
+
+
+def node_dict(step: Step) -> dict[str, Any]:
+    """What one node says itself, the nodes below it aside."""
+    steering = step.steering
+    return {
+        "rule": step.rule.name,
+        "side": step.rule.side,
+        "statement": step.rule.statement,
+        "when": step.rule.when,
+        "patch": step.rule.patch,
+        "source": step.rule.source,
+        "component": step.place.describe(),
+        **place_dict(step.place),
+        "moved": sorted(map(str, step.moved)),
+        "conditions": conditions_list(step.conditions),
+        "cost": step.cost,
+        "note": step.note,
+        "steering": None if steering is None else {"rule": steering.rule, "parameter": str(steering.param)},
+    }
+
+
+def step_dict(step: Step) -> dict[str, Any]:
+    """One node of the tree, with everything below it."""
+    return node_dict(step) | {"premises": [step_dict(p) for p in step.premises]}
+
+
+def conditions_list(conditions: Iterable[Condition]) -> list[dict[str, str]]:
+    """Side conditions, each with where it is made."""
+    return [{"statement": c.statement, "where": c.where} for c in conditions]
+
+
+def proof_dict(proof: Proof) -> dict[str, Any]:
+    """The proof: format, block, options, the tree, every side condition of it, and the alternatives' trees."""
+    return {
+        "format": dict(FORMAT),
+        "verdict": "patchable",
+        "via": proof.via,
+        "route": proof.route,
+        "frozen": sorted(proof.frozen),
+        **({"jointly": True, "most": proof.most} if proof.jointly else {}),
+        "level": "derived",
+        "block": encode(proof.block),
+        "tree": step_dict(proof.root),
+        "conditions": conditions_list(proof.conditions),
+        "rules": list(proof.rules),
+        "alternatives": [step_dict(step) for step in proof.alternatives],
+    }

@@ -1,0 +1,1 @@
+"""The search for a derivation, why there is none, and the nearest change that has one."""

@@ -1,0 +1,171 @@
+"""What a proof, or a refusal, says of every leaf of a block: moved, undone, left alone, or to blame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from controllability.components.mixture import Mixture
+from controllability.components.scale import Scale
+from controllability.interfaces import (
+    Component,
+    InputControllable,
+    OutputControllable,
+    Path,
+    Place,
+    Sequence,
+    leaves,
+    overlap,
+)
+from controllability.proof import Proof
+from controllability.rules import Step
+from controllability.rules.normalised import OutputNormalised
+
+State = Literal["input", "output", "undone", "shared", "own", "fixed", "culprit"]
+
+WORDS: dict[State, tuple[str, str]] = {
+    "input": ("moved: in", "moved on the input side: it gives at v what it gave at v'"),
+    "output": ("moved: out", "moved on the output side: it makes up for what is still missing"),
+    "undone": ("undone", "stays as it is; the output side goes through it by undoing it"),
+    "shared": ("shared", "reads a parameter that is moved elsewhere"),
+    "own": ("own rule", "could move by a rule of its own; here it stays as it is"),
+    "fixed": ("", "fixed: it has no rule of its own and stays as it is"),
+    "culprit": ("culprit", "here the derivation stops"),
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a block that gets a frame: parts start … stop of a sequence, or (stop 0) the node at ``path``."""
+
+    path: Path
+    label: str
+    css: str
+    start: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The reading of a block: a state for every leaf, frames, cuts between inner and outer functions.
+
+    ``steps`` holds the step that decided a leaf's state, ``cuts`` (path of a sequence, index of the outer
+    function's first part).
+
+    >>> from controllability import prove
+    >>> from controllability.components import Activation, Linear, residual
+    >>> from controllability.interfaces import Param
+    >>> proof = prove(residual(Linear(Param("up")) >> Activation("silu") >> Linear(Param("down"))))
+    >>> list(roles(proof).states.values())
+    ['fixed', 'input', 'fixed', 'output']
+    """
+
+    states: Mapping[Path, State]
+    steps: Mapping[Path, Step] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+    cuts: frozenset[tuple[Path, int]] = frozenset()
+
+
+def roles(proof: Proof) -> Roles:
+    """What the derivation does with every leaf of its block."""
+    steps: dict[Path, Step] = {}
+    states: dict[Path, State] = {}
+    for step in proof.root.walk():
+        for path, state in _decided(step):
+            states[path], steps[path] = state, step
+    moved = frozenset(proof.root.moved)
+    for path, leaf in leaves(proof.block):
+        if path not in states:
+            states[path] = "shared" if overlap(moved, leaf.parameters()) else unmoved(leaf)
+    spans = tuple(s for step in proof.root.walk() if (s := _through(step)) is not None)
+    cuts = frozenset(cut for step in proof.root.walk() if (cut := _cut(step)) is not None)
+    return Roles({path: states[path] for path, _ in leaves(proof.block)}, steps, spans, cuts)
+
+
+def refused_roles(block: Component, culprit: str) -> Roles:
+    """A block without a derivation: the part that ``culprit`` describes is marked.
+
+    Several parts may have the same description; all of them are marked.
+    """
+    states: dict[Path, State] = {path: unmoved(leaf) for path, leaf in leaves(block)}
+    spans = list(_described(block, (), culprit))
+    for path, leaf in leaves(block):
+        if leaf.describe() == culprit:
+            states[path] = "culprit"
+    return Roles(states, spans=tuple(spans))
+
+
+def unmoved(leaf: Component) -> State:
+    """The state of a leaf that a proof does not touch."""
+    return "own" if isinstance(leaf, InputControllable | OutputControllable) else "fixed"
+
+
+def covers(place: Place, path: Path) -> bool:
+    """Whether the node at ``path`` is, or stands inside, ``place``."""
+    if path[: len(place.path)] != place.path:
+        return False
+    if not isinstance(place.component, Sequence):
+        return True
+    stop = place.start + len(place.component.parts)
+    return len(path) > len(place.path) and place.start <= path[len(place.path)] < stop
+
+
+def chain(root: Step, path: Path) -> list[Step]:
+    """The steps around the node at ``path``, from the whole block inwards."""
+    if not covers(root.place, path):
+        return []
+    inside = max((chain(premise, path) for premise in root.premises), key=len, default=[])
+    return [root, *inside]
+
+
+def _decided(step: Step) -> Iterator[tuple[Path, State]]:
+    """The leaves whose state this very step settles."""
+    parts = step.place.parts()
+    if step.steering is not None:
+        side: State = "input" if step.rule.side == "input" else "output"
+        yield (parts[2].path if isinstance(step.place.component, Mixture) else step.place.path), side
+    elif isinstance(step.rule, OutputNormalised):
+        last = parts[-1]
+        below = step.premises[0].moved
+        scaled = isinstance(last.component, Scale)
+        if scaled:
+            yield last.path, "output" if step.moved - below else "undone"
+        yield parts[-2 if scaled else -1].path, "undone"
+    elif step.rule.name in ("O-through-bijection", "O-times"):
+        for path, _ in leaves(parts[-1].component, parts[-1].path):
+            yield path, "undone"
+
+
+def _through(step: Step) -> Span | None:
+    """The frame around a part whose inner functions and output are both steered."""
+    place = step.place
+    if step.rule.name not in ("T-split", "T-sum", "T-mixture", "T-mixture jointly"):
+        return None
+    if isinstance(place.component, Sequence):
+        return Span(place.path, "through", "through", place.start, place.start + len(place.component.parts))
+    return Span(place.path, "through", "through")
+
+
+def _cut(step: Step) -> tuple[Path, int] | None:
+    """Where a theorem splits a sequence into inner and outer function."""
+    if step.rule.name not in ("theorem-1", "T-split") or len(step.premises) != 2:
+        return None
+    inner, outer = (premise.place for premise in step.premises)
+    whole = isinstance(outer.component, Sequence)
+    sequence, index = (outer.path, outer.start) if whole else (outer.path[:-1], outer.path[-1])
+    return (sequence, index) if inner.path[: len(sequence)] == sequence else None
+
+
+def _described(part: Component, path: Path, text: str) -> Iterator[Span]:
+    """Every node with parts, and every run of parts of a sequence, that ``text`` describes."""
+    children = part.children()
+    if children and not isinstance(part, Sequence) and part.describe() == text:
+        yield Span(path, "culprit", "culprit")
+    if isinstance(part, Sequence):
+        for start in range(len(children)):
+            for stop in range(start + 2, len(children) + 1):
+                if Sequence(children[start:stop]).describe() == text:
+                    yield Span(path, "culprit", "culprit", start, stop)
+    for i, child in enumerate(children):
+        yield from _described(child, (*path, i), text)

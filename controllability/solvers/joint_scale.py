@@ -1,0 +1,245 @@
+"""One scale m' for all tokens of a normalised output: m'∘n(y*_t) = G_t.  (theory: one patch for many tokens; new)
+
+In s = 1/m'² "every token keeps its RMS" is linear: A s = q with A_ti = G_ti²/d, q_t = r_t²/(r_t²+ε).
+The unknowns here are σ = s·m², so that σ = 1 is the present scale, and κ² bounds σ and 1/σ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from controllability.errors import BadInput
+from controllability.solvers import convex_programs as programs
+from controllability.solvers.farkas_certificate import Farkas, Infeasible, find_farkas
+from controllability.solvers.nearest_scale import to_keep
+
+Vector = np.ndarray
+ROUNDING = 32 * np.finfo(float).eps  # differences of mean(u²) from q that count as none
+ACCEPTED = 1e-9  # relative error of mean(u²) that nearly equal tokens may leave in "kept rms"
+CUTOFFS = (1e-10, 1e-13)  # equations that differ by less are taken for one, unless that breaks them
+TINY = 1e-6  # entries of m below this part of the mean |m| count as this large
+GROWTH = 2.0  # "moved rms": no token's pre-norm target grows by more than this factor
+FACTORS = (1.5, 6.0)  # "moved rms": changes that are tried, in units of the uniform one
+
+
+@dataclass(frozen=True, eq=False)
+class JointScale:
+    """One scale for T tokens and where each has to enter the normalisation.
+
+    ``scale`` (d,) is m' as the parameter holds it; ``unit`` (T, d) u_t = G_t/m'; ``before`` (T, d)
+    y*_t = u_t·√(r_t²+ε) with mean(u_t²) = r_t²/(r_t²+ε), so that m'∘n(y*_t) = G_t.  ``resort`` says
+    which order of resort it took, ``change`` is max over channels of m'/m and m/m' (1: unchanged),
+    ``shrinkage`` the largest factor by which a token's √(r_t²+ε) fell (1: kept), ``residual`` is
+    max |m'∘n(y*_t) − G_t| / max |G_t| of the worst token (rounding, and what rounding m' leaves), and
+    ``certificate`` proves "kept rms" impossible where another resort was taken.
+    """
+
+    scale: Vector
+    unit: Vector
+    before: Vector
+    resort: str
+    change: float
+    shrinkage: float
+    residual: float
+    certificate: Farkas | None
+
+
+def joint_scale(
+    G: Vector,
+    m: Vector,
+    r2: Vector,
+    eps: float,
+    stored: Callable[[Vector], Vector] = lambda scale: scale,
+    keep_rms: bool = False,
+) -> JointScale:
+    """One scale m' (d,) that lets all T tokens reach G (T, d) behind the normalisation, by the first resort open.
+
+    ``m`` (d,) is the effective scale, ``r2`` (T,) mean(y_t²) of what enters the normalisation now (where
+    it is next to nothing it counts as ε: there is no RMS to keep), ``stored`` rounds a scale to what the parameter can hold.
+    Orders of resort: "kept rms" with the least change, "moved rms" with the best conditioning,
+    "enlarged" (m' = c·m).  The last two need ε > 0.
+
+    Raises ``Infeasible`` with the certificate where no scale keeps every RMS and ``keep_rms`` or ε = 0;
+    ``BadInput`` for shapes and values that cannot be used.  Source: new (theory: one patch for many tokens).
+
+    >>> import numpy as np
+    >>> G = np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 2.0]])
+    >>> answer = joint_scale(G, np.ones(3), r2=np.ones(2), eps=1e-6)
+    >>> y = answer.before
+    >>> n = y / np.sqrt(np.mean(y * y, -1, keepdims=True) + 1e-6)
+    >>> answer.resort, np.allclose(answer.scale * n, G, rtol=1e-12), bool(np.allclose(np.mean(y * y, -1), 1))
+    ('kept rms', True, True)
+    """
+    task = _Task.of(G, m, r2, eps, stored)
+    if not task.live.any():
+        return task.finished(np.ones(task.d), "kept rms", None)
+    kept, hopeless = _keeping(task)
+    if kept is not None:
+        return kept
+    certificate = find_farkas(task.A, task.q, hopeless)
+    if keep_rms or eps == 0:
+        raise Infeasible(certificate)
+    answers = [answer for answer in _moved(task, certificate) if answer.residual <= ACCEPTED]
+    if not answers:
+        answers = list(_enlarged(task, certificate))[-1:]
+    return min(answers, key=lambda answer: answer.shrinkage * np.abs(answer.scale).max())
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """The numbers of one joint scale, with A (T, d) and q (T,), and what is the same for every resort."""
+
+    G: Vector
+    m: Vector
+    eps: float
+    stored: Callable[[Vector], Vector]
+    usual: Vector  # |m|, with the mean |m| where m_i = 0
+    wanted: Vector  # (T,) √(r_t²+ε)
+    q: Vector
+    A: Vector
+    live: Vector  # (T,) tokens with G_t ≠ 0: the others take no part
+
+    @classmethod
+    def of(cls, G: Vector, m: Vector, r2: Vector, eps: float, stored: Callable[[Vector], Vector]) -> _Task:
+        G, m, r2 = (np.asarray(value, dtype=float) for value in (G, m, r2))
+        if G.ndim != 2 or 0 in G.shape or m.shape != G.shape[1:] or r2.shape != G.shape[:1]:
+            raise BadInput(f"joint_scale: G (T, d), m (d,) and r2 (T,) do not fit: {G.shape}, {m.shape}, {r2.shape}")
+        with np.errstate(over="ignore"):
+            A = G * G / G.shape[1]
+        finite = np.isfinite(A).all() and np.isfinite(m).all() and np.isfinite(r2).all() and np.isfinite(eps)
+        if not finite or (r2 < 0).any() or eps < 0:
+            raise BadInput("joint_scale: G², m, r2 ≥ 0 and eps ≥ 0 must be finite")
+        r2 = to_keep(r2, eps)
+        size = np.abs(m)
+        typical = size[size > 0].mean() if size.any() else 1.0
+        usual = np.where(size > 0, np.maximum(size, TINY * typical), typical)
+        spread = np.sqrt(np.mean((G / usual) ** 2, -1).max())
+        if spread > 0 and not TINY < spread < 1 / TINY:  # so far from now that the change is counted from c·m
+            usual = usual * spread
+        return cls(
+            G, m, float(eps), stored, usual, np.sqrt(r2 + eps), r2 / (r2 + eps), A, np.any(A, axis=1).astype(bool)
+        )
+
+    @property
+    def d(self) -> int:
+        return len(self.m)
+
+    def rows(self) -> Vector:
+        """The live tokens' mean(u²) as a function of σ: (T', d)."""
+        return (self.G[self.live] / self.usual) ** 2 / self.d
+
+    def hold(self, sigma: Vector) -> Vector:
+        """The scale of σ as the parameter holds it; no channel that is needed is rounded to nothing."""
+        needed = self.G.any(0)
+        scale = np.where(self.m < 0, -1.0, 1.0) * self.usual / np.sqrt(sigma)
+        scale = np.where(needed, scale, self.m)
+        held = np.asarray(self.stored(scale), dtype=float)
+        for _ in range(60):
+            lost = needed & (held == 0)
+            if not lost.any():
+                break
+            scale = np.where(lost, 2 * scale, scale)
+            held = np.asarray(self.stored(scale), dtype=float)
+        return held
+
+    def finished(self, sigma: Vector, resort: str, certificate: Farkas | None) -> JointScale:
+        """The answer of σ: u of the scale as stored, and the RMS that belongs to it."""
+        scale = self.hold(sigma)
+        unit = np.divide(self.G, scale, out=np.zeros_like(self.G), where=scale != 0)
+        root = self._roots(np.mean(unit * unit, -1), resort == "kept rms")
+        before = unit * root[:, None]
+        alive = (self.m != 0) & (scale != 0)
+        ratio = np.abs(scale[alive] / self.m[alive])
+        return JointScale(
+            scale, unit, before, resort,
+            change=float(max(ratio.max(), 1 / ratio.min())) if ratio.size else 1.0,
+            shrinkage=float((self.wanted / root)[self.live].max(initial=1)),
+            residual=self._residual(scale, before), certificate=certificate,
+        )  # fmt: skip
+
+    def _residual(self, scale: Vector, before: Vector) -> float:
+        """max |m'∘n(y*_t) − G_t| / max |G_t|, worst token."""
+        G, y = self.G[self.live], before[self.live]
+        reached = scale * y / np.sqrt(np.mean(y * y, -1, keepdims=True) + self.eps)
+        error = np.abs(reached - G).max(1, initial=0) / np.abs(G).max(1, initial=0)
+        return float(error.max(initial=0))
+
+    def _roots(self, p: Vector, kept: bool) -> Vector:
+        """√(r_t²+ε) with p_t = r_t²/(r_t²+ε): ε/(1 − p_t), except where that is only rounding.
+
+        The output feels an error of this root (1 − p_t)-fold only, so the cancellation in 1 − p_t is harmless.
+        """
+        open_ = self.live & (1 - p > ROUNDING / 2) & (self.eps > 0)
+        root = np.sqrt(np.divide(self.eps, 1 - p, out=self.wanted**2, where=open_))
+        if not kept:
+            return root
+        factor = root / self.wanted
+        as_given = (np.abs(p - self.q) <= ROUNDING) | (factor > 2) | (factor < 0.5)
+        return np.where(as_given, self.wanted, root)
+
+
+def _keeping(task: _Task) -> tuple[JointScale | None, Vector | None]:
+    """("kept rms" with the least change, None), or (None, what the search saw of an obstacle)."""
+    q = task.q[task.live]
+    rows = task.rows() / q[:, None]
+    sigma: Vector | None = np.ones(task.d)
+    if np.abs(rows.sum(1) - 1).max() > ROUNDING:
+        if len(rows) == 1:
+            return task.finished(sigma / rows.sum(), "kept rms", None), None  # route uniform: no scale changes less
+        sigma, weights = _solution(rows)
+        if sigma is None:
+            hopeless = np.zeros(len(task.q))
+            hopeless[task.live] = 0 if weights is None else weights / q
+            return None, hopeless
+    return task.finished(sigma, "kept rms", None), None
+
+
+def _solution(rows: Vector) -> tuple[Vector | None, Vector | None]:
+    """(σ > 0 with rows·σ = 1 and the least spread, None), or (None, weights of the rows that exclude it, if found)."""
+    for cutoff in CUTOFFS:
+        equations = programs.Equations.of(rows, cutoff)
+        sigma, weights = programs.positive_solution(equations)
+        if sigma is None:
+            return None, weights
+        sigma = programs.polished(rows, programs.least_spread(equations, sigma))
+        if np.abs(rows @ sigma - 1).max() <= ACCEPTED:
+            return sigma, None
+    return None, None
+
+
+def _moved(task: _Task, certificate: Farkas | None) -> Iterator[JointScale]:
+    """ "moved rms" for every change of ``FACTORS``: the least shrinkage that it allows."""
+    rows, w = task.rows(), task.eps / task.wanted[task.live] ** 2
+    for factor in FACTORS:
+        margin = np.maximum(w / GROWTH**2, 2 * ROUNDING)
+        for _ in range(4):  # a coarse parameter needs more room: seen only after rounding
+            sigma = programs.least_shrinkage(rows, w, margin, factor)
+            if sigma is None:
+                break
+            answer = task.finished(sigma, "moved rms", certificate)
+            if answer.residual <= ACCEPTED:
+                yield answer
+                break
+            margin = np.maximum(margin, 2 * _coarseness(rows, sigma, answer, task))
+
+
+def _enlarged(task: _Task, certificate: Farkas | None) -> Iterator[JointScale]:
+    """ "enlarged", m' = c·m with growing c until the scale as stored has every token inside the ball."""
+    rows = task.rows()
+    inside = 0.5
+    for _ in range(8):
+        sigma = np.full(task.d, inside / rows.sum(1).max())
+        answer = task.finished(sigma, "enlarged", certificate)
+        yield answer
+        if answer.residual <= ACCEPTED:
+            return
+        inside /= 4
+
+
+def _coarseness(rows: Vector, sigma: Vector, answer: JointScale, task: _Task) -> float:
+    """How far rounding the scale moved a token's mean(u²)."""
+    held = np.mean(answer.unit[task.live] ** 2, -1)
+    return float(np.abs(held - rows @ sigma).max())

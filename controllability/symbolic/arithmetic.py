@@ -1,0 +1,80 @@
+"""SymPy numbers in NumPy object arrays."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from controllability.arrays.base import Array
+from controllability.arrays.objects import ObjectArithmetic
+from controllability.errors import NotExact
+
+
+class SympyArithmetic(ObjectArithmetic):
+    """SymPy expressions, kept in a normal form; see ``controllability.symbolic.definitions``."""
+
+    kind = "sympy"
+    exact = True
+    symbolic = True
+
+    def number(self, value: Any) -> Any:
+        import sympy
+
+        if isinstance(value, Fraction):
+            return sympy.Rational(value.numerator, value.denominator)
+        if isinstance(value, float):
+            return sympy.Rational(repr(value))
+        return sympy.sympify(value)
+
+    def scalar(self, name: str, value: Any) -> Any:
+        import sympy
+
+        if name == "sqrt":  # equal radicands must look equal, or their roots do not cancel
+            value = self.tidy(np.array([value], dtype=object))[0]
+        return getattr(sympy, name)(value)
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        return self.tidy(a @ b)  # the coefficient zᵀz/‖z‖² becomes 1 here, before it meets anything large
+
+    def linear(self, x: Array, weight: Array) -> Array:
+        return self.name(x @ weight.swapaxes(-1, -2))
+
+    def max(self, x: Array) -> Array:
+        raise NotExact("symbols have no order: take another route than one that compares sizes")
+
+    min = max
+
+    def minimum(self, x: Array, bound: Any) -> Array:
+        import sympy
+
+        return self.each(lambda v: sympy.Min(v, self.number(bound)), x)
+
+    def top(self, x: Array, k: int) -> Array:
+        # symbols have no order: the experts are numbered so that the first k are chosen
+        first = np.arange(k, dtype=np.int64)
+        return np.broadcast_to(first, (*x.shape[:-1], k))
+
+    def routed(self, x: Array, weights: Array, index: Array) -> Array:
+        return self.name(super().routed(x, weights, index))
+
+    def smallest(self, x: Array) -> Array:
+        return x.prod(axis=-1, keepdims=True)
+
+    def magnitude(self, x: Array) -> Array:
+        return self.each(abs, x)
+
+    def tidy(self, x: Array) -> Array:
+        from controllability.symbolic.normal_form import normal_form
+
+        return self.each(normal_form, x)
+
+    def name(self, x: Array) -> Array:
+        from controllability.symbolic.definitions import named
+
+        return self.each(named, x)
+
+    def to_float(self, x: Array) -> Any:
+        value = np.asarray(x, dtype=object).reshape(())[()]
+        return float(value) if getattr(value, "is_number", False) else None

@@ -1,0 +1,182 @@
+"""Sums over symbolic ranges, and names for arrays of symbolic size: what index notation adds to normal forms."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from controllability.errors import NotExact
+from controllability.symbolic.definitions import kept
+from controllability.symbolic.normal_form import normal_form
+from controllability.symbolic.sums import heads, summed
+
+
+def named_array(x: Any) -> Any:
+    """An array of symbolic size, its entry in normal form; named if definitions are being kept."""
+    from controllability.symbolic.indexed import IndexedArray
+
+    x = IndexedArray(x.shape, normal_form(x.entry))
+    table = kept()
+    return x if table is None or x.entry.is_Atom or _is_named(x) else table.array(x)
+
+
+def tag(x: Any) -> Any:
+    """One symbol that stands for a whole array: the name of its entries.
+
+    A part of an array has entries of the same name, and is named anew: it is another array.
+    """
+    table, x = kept(), named_array(x)
+    if table is not None and not x.entry.is_Atom and table.shape(str(x.entry.func), x.shape) != x.shape:
+        x = table.array(x)
+    head = x.entry.func if x.entry.args else x.entry
+    return _whole(str(head)) if x.entry.is_Atom or _is_named(x) else _whole(str(x.entry))
+
+
+def _whole(name: str) -> Any:
+    import sympy
+
+    return sympy.Symbol(f"{name}", real=True)
+
+
+def _is_named(x: Any) -> bool:
+    import sympy
+
+    from controllability.symbolic.indexed import IndexedArray
+
+    return isinstance(x.entry, sympy.core.function.AppliedUndef) and (
+        x.entry == IndexedArray.named(str(x.entry.func), x.shape).entry
+    )
+
+
+def assume(expression: Any, value: Any, unknown: Any) -> None:
+    """From here on ``expression``, a number times one sum in which ``unknown`` occurs, is known to be ``value``.
+
+    Raises ``NotExact`` for any other expression: it would be said of what the unknown does not decide.
+    """
+    import sympy
+
+    table = kept()
+    assert table is not None, "relations are kept with definitions"
+    expression = normal_form(expression)
+    sums = [factor for factor in sympy.Mul.make_args(expression) if isinstance(factor, sympy.Sum)]
+    if len(sums) != 1 or unknown not in sums[0].free_symbols or (expression / sums[0]).has(sympy.Sum, unknown):
+        raise NotExact(f"{unknown} is to be the root of {expression} = {value}, which is no number times one sum of it")
+    if value.has(unknown):
+        raise NotExact(f"{unknown} is to be the root of an equation that has it on both sides")
+    table.relations[sums[0]] = value / (expression / sums[0])
+
+
+def unused(name: str) -> Any:
+    """A symbol for an unknown number; every root has one of its own."""
+    import sympy
+
+    table = kept()
+    used = len(table.relations) if table is not None else 0
+    return sympy.Symbol(f"{name}{used + 1}" if used else name, real=True)
+
+
+def unfolded(expression: Any, name: str, array: Any) -> Any:
+    """``expression`` with every entry of the array ``name`` written out; sums are built anew around it."""
+    import sympy
+
+    from controllability.symbolic.sums import axis_index
+
+    if str(getattr(expression, "func", "")) == name:
+        places = [axis_index(p) for p in reversed(range(array.ndim)) if array.shape[-1 - p] != 1]
+        return array.entry.xreplace(dict(zip(places, expression.args, strict=True)))
+    if expression.is_Atom:
+        return _written_whole(array) if str(expression) == name else expression
+    if isinstance(expression, sympy.Sum):
+        if name not in heads(expression):
+            return expression
+        fresh = {bound: sympy.Dummy(integer=True, nonnegative=True) for bound, *_ in expression.limits}
+        total = unfolded(expression.function.xreplace(fresh), name, array)
+        for bound, low, high in expression.limits:  # SymPy writes sums of sums as one, the inner index first
+            total = summed(total, fresh[bound], high - low + 1)
+        return total
+    return expression.func(*(unfolded(a, name, array) for a in expression.args))
+
+
+def _written_whole(array: Any) -> Any:
+    """What stands for a whole array that is written out: its shape and its entry at (…, j_1, j_0).
+
+    These indices are the array's own: no index that is put in or summed over elsewhere reaches them.
+    """
+    import sympy
+
+    from controllability.symbolic.sums import axis_index
+
+    table = kept()
+    if all(n == 1 for n in array.shape):
+        return array.entry
+    if table is not None and _is_named(array) and table.shapes.get(str(array.entry.func)) == array.shape:
+        return _whole(str(array.entry.func))
+    own = {axis_index(p): sympy.Symbol(f"j_{p}", integer=True, nonnegative=True) for p in range(array.ndim)}
+    return sympy.Function("array", real=True)(array.entry.xreplace(own), *array.shape)
+
+
+class RandomPoint:
+    """Values of entries at a random point, with small sizes: functions become fixed random ones.
+
+    ``arrays`` are the definitions.  Equal arguments give equal values, so that an identity holds at every point.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], size: int = 2) -> None:
+        self.arrays, self.size = arrays, size
+        self._known: dict[Any, complex] = {}
+
+    def value(self, e: Any) -> complex:
+        """The value of an entry; what it has no number for (a free index, a size) is drawn as well."""
+        if e not in self._known:
+            self._known[e] = self._value(e)
+        return self._known[e]
+
+    def _value(self, e: Any) -> complex:
+        import sympy
+
+        if e.is_Number:
+            return complex(e)
+        if isinstance(e, sympy.Sum):
+            return self._total(e)
+        if isinstance(e, sympy.KroneckerDelta):
+            return complex(self.value(e.args[0]) == self.value(e.args[1]))
+        head = str(e if e.is_Symbol else e.func)
+        if head == "array":  # as the name of an array: what stands first in it
+            return self.value(e.args[0])
+        if head in self.arrays:
+            return self.value(self._written_out(self.arrays[head], e.args))
+        if e.is_Symbol:
+            return self._symbol(head, e)
+        values = [self.value(a) for a in e.args]
+        if isinstance(e, sympy.core.function.AppliedUndef):
+            return complex(random.Random(repr((head, [_rounded(v) for v in values]))).uniform(0.5, 1.5))
+        if e.is_Pow:
+            return values[0] ** values[1]
+        if e.is_Add or e.is_Mul:
+            return sum(values) if e.is_Add else math.prod(values, start=1 + 0j)
+        return complex(e.func(*map(sympy.sympify, values)))
+
+    def _symbol(self, name: str, symbol: Any) -> complex:
+        if symbol.is_integer:
+            return complex(0 if name.startswith(("i_", "j_", "k_")) else self.size)
+        return complex(random.Random(name).uniform(0.5, 1.5))
+
+    def _total(self, e: Any) -> complex:
+        import sympy
+
+        *inner, (bound, low, high) = e.limits
+        inside = sympy.Sum(e.function, *inner) if inner else e.function
+        start, stop = (round(self.value(end).real) for end in (low, high))
+        return sum((self.value(inside.xreplace({bound: sympy.Integer(i)})) for i in range(start, stop + 1)), 0j)
+
+    def _written_out(self, array: Any, at: tuple[Any, ...]) -> Any:
+        from controllability.symbolic.sums import axis_index
+
+        places = [axis_index(p) for p in reversed(range(array.ndim)) if array.shape[-1 - p] != 1]
+        return array.entry.xreplace(dict(zip(places, at, strict=False)))
+
+
+def _rounded(value: complex) -> str:
+    return f"{value.real:.9g},{value.imag:.9g}"

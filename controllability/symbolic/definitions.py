@@ -1,0 +1,156 @@
+"""Normal forms of SymPy expressions: rational functions over roots and unknown functions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from controllability.symbolic.normal_form import _settled, normal_form
+
+WRONG = 1e-6  # a value at a random point that rounding does not explain
+_ACTIVE: ContextVar[Definitions | None] = ContextVar("definitions", default=None)
+
+
+class Definitions:
+    """Names for intermediate values: equal normal forms get the same name, once.
+
+    An identity that reduces to 0 with the names as free symbols holds for whatever they stand for.
+    """
+
+    def __init__(self) -> None:
+        self.meaning: dict[Any, Any] = {}
+        self._names: dict[Any, Any] = {}
+        self.arrays: dict[str, Any] = {}  # name -> array of symbolic size
+        self._array_names: dict[Any, str] = {}
+        self.shapes: dict[str, Any] = {}  # of the arrays that something was a function of
+        self.relations: dict[Any, Any] = {}  # sums that are known to be something else
+
+    def array(self, x: Any) -> Any:
+        """The array under its name; a new one if its entry was not seen before."""
+        from controllability.symbolic.indexed import IndexedArray
+
+        key = (x.shape, x.entry)
+        if key not in self._array_names:
+            self._array_names[key] = name = f"t{len(self._array_names) + 1}"
+            self.arrays[name] = x
+        return IndexedArray.named(self._array_names[key], x.shape)
+
+    def shape(self, name: str, seen: Any) -> Any:
+        """The shape of the array called ``name``; of one that is no definition the first that was ``seen``."""
+        return self.arrays[name].shape if name in self.arrays else self.shapes.setdefault(name, seen)
+
+    def known_array(self, x: Any) -> Any:
+        """The array under its name if it has one."""
+        return self.array(x) if (x.shape, x.entry) in self._array_names else x
+
+    def unfold_newest(self, expression: Any) -> Any:
+        """The entry with its newest array name replaced by what it stands for, in normal form."""
+        from controllability.symbolic.array_names import unfolded
+        from controllability.symbolic.sums import heads
+
+        known = [n for n in heads(expression) if n in self.arrays]
+        if not known:
+            return expression
+        newest = max(known, key=lambda name: int(name[1:]))
+        return normal_form(unfolded(expression, newest, self.arrays[newest]))
+
+    def unfolded_to_zero(self, expression: Any) -> Any:
+        """The entry with array names replaced, newest first, until it is 0 or has none left.
+
+        One that is not 0 at a random point is left as it is: writing it out would never end.
+        """
+        from controllability.symbolic.array_names import RandomPoint
+
+        if expression != 0 and not self.relations and abs(RandomPoint(self.arrays).value(expression)) > WRONG:
+            return expression
+        while expression != 0 and expression != (expression := self.unfold_newest(expression)):
+            pass
+        return expression
+
+    def name(self, expression: Any) -> Any:
+        """The name of a value; a new one if it was not seen before."""
+        import sympy
+
+        if expression.is_Atom:
+            return expression
+        if expression not in self._names:
+            symbol = sympy.Symbol(f"t{len(self._names) + 1}", real=True)
+            self._names[expression] = symbol
+            self.meaning[symbol] = expression
+        return self._names[expression]
+
+    def known(self, expression: Any) -> Any:
+        """The name of a value that has one, else the value."""
+        return self._names.get(expression, expression)
+
+    def value(self, expression: Any, seed: int = 0) -> Any:
+        """The expression at a random point, to 30 digits, the same for all expressions; unknown functions become one fixed function."""
+        import sympy
+
+        numbers: dict[Any, Any] = {}
+
+        def at(e: Any) -> Any:
+            for symbol in sorted(e.free_symbols, key=str):
+                if symbol in numbers:
+                    continue  # drawn meanwhile, inside another name's meaning
+                meaning = self.meaning.get(symbol)
+                drawn = random.Random(f"{seed} {symbol}").uniform(0.5, 1.5)
+                numbers[symbol] = sympy.Float(drawn, 30) if meaning is None else at(meaning)
+            known = e.replace(lambda x: isinstance(x, sympy.core.function.AppliedUndef), lambda x: sympy.sin(x.args[0]))
+            return known.evalf(30, subs=numbers)
+
+        return at(expression)
+
+    def expand_once(self, expression: Any) -> Any:
+        """The expression with the names in it replaced by their definitions, one level deep."""
+        return expression.xreplace({s: self.meaning[s] for s in expression.free_symbols if s in self.meaning})
+
+    def expand_newest(self, expression: Any) -> Any:
+        """The names of the deepest layer replaced by their definitions, in normal form."""
+        depths: dict[Any, int] = {}
+        for name, meaning in self.meaning.items():  # a definition uses older names only
+            depths[name] = 1 + max((depths.get(s, 0) for s in meaning.free_symbols), default=0)
+        deepest = max((depths.get(s, 0) for s in expression.free_symbols), default=0)
+        layer = {s: self.meaning[s] for s in expression.free_symbols if depths.get(s, 0) == deepest > 0}
+        return normal_form(_settled(expression.xreplace(layer))) if layer else expression
+
+    def reduced(self, expression: Any) -> Any:
+        """The normal form, names replaced layer by layer: an identity often shows before the oldest are reached."""
+        while expression != (expression := self.expand_newest(expression)):
+            pass
+        return expression
+
+    def expand(self, expression: Any) -> Any:
+        """The expression with every name replaced by what it stands for."""
+        while any(s in self.meaning for s in expression.free_symbols):
+            expression = self.expand_once(expression)
+        return expression
+
+
+def kept() -> Definitions | None:
+    """The definitions that are being kept now."""
+    return _ACTIVE.get()
+
+
+@contextmanager
+def definitions(table: Definitions | None = None) -> Iterator[Definitions]:
+    """Within this context SymPy arithmetic names the outputs of linear maps and wanted values.
+
+    ``table`` continues earlier definitions; without one a table that is being kept already goes on.
+    """
+    table = table or _ACTIVE.get() or Definitions()
+    token = _ACTIVE.set(table)
+    try:
+        yield table
+    finally:
+        _ACTIVE.reset(token)
+
+
+def named(expression: Any) -> Any:
+    """The normal form, named if definitions are being kept."""
+    reduced = normal_form(expression)
+    table = _ACTIVE.get()
+    return reduced if table is None else table.name(reduced)

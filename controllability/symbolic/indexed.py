@@ -1,0 +1,238 @@
+"""Arrays of symbolic size in index notation: one entry stands for all of them.
+
+An ``IndexedArray`` of shape (h, d) with h and d symbols holds the expression of its entry (i, j).  Products
+are sums over a bound index, so an identity that holds between two entries holds for every size.  The
+code that runs on NumPy runs on these arrays unchanged.
+"""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+
+from controllability.arrays.base import Array
+from controllability.errors import BadInput, NotExact
+from controllability.symbolic.sums import axis_index
+
+
+class IndexedArray:
+    """An array whose shape may hold symbols; ``entry`` is its element at (…, i_1, i_0).
+
+    Axes of size 1 have no index, so arrays broadcast by themselves.
+
+    >>> import sympy
+    >>> x = IndexedArray.named("x", (sympy.Symbol("d", integer=True, positive=True),))
+    >>> (x * x).sum(-1).entry
+    Sum(x(k_1)**2, (k_1, 0, d - 1))
+    """
+
+    __array_ufunc__ = None  # NumPy leaves the operators to us
+
+    def __init__(self, shape: tuple[Any, ...], entry: Any) -> None:
+        self.shape, self.entry = shape, entry
+
+    @staticmethod
+    def named(name: str, shape: tuple[Any, ...]) -> IndexedArray:
+        """The array whose entries are called ``name(…, i_1, i_0)``."""
+        import sympy
+
+        places = [axis_index(p) for p in reversed(range(len(shape))) if shape[-1 - p] != 1]
+        head = sympy.Function(name, real=True)
+        return IndexedArray(shape, head(*places) if places else sympy.Symbol(name, real=True))
+
+    @property
+    def ndim(self) -> int:
+        """How many axes."""
+        return len(self.shape)
+
+    def __repr__(self) -> str:
+        return f"IndexedArray({self.shape}, {self.entry})"
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _with(self, other: Any, operation: Any) -> IndexedArray:
+        import sympy
+
+        if isinstance(other, np.ndarray):
+            if other.size != 1:
+                return NotImplemented
+            other = other.reshape(-1)[0]
+        if not isinstance(other, IndexedArray):
+            return IndexedArray(self.shape, operation(self.entry, sympy.sympify(_exact(other))))
+        return IndexedArray(_broadcast(self.shape, other.shape), operation(self.entry, other.entry))
+
+    def __add__(self, other: Any) -> IndexedArray:
+        return self._with(other, lambda a, b: a + b)
+
+    def __sub__(self, other: Any) -> IndexedArray:
+        return self._with(other, lambda a, b: a - b)
+
+    def __rsub__(self, other: Any) -> IndexedArray:
+        return self._with(other, lambda a, b: b - a)
+
+    def __mul__(self, other: Any) -> IndexedArray:
+        return self._with(other, lambda a, b: a * b)
+
+    def __truediv__(self, other: Any) -> IndexedArray:
+        return self._with(other, lambda a, b: a / b)
+
+    def __rtruediv__(self, other: Any) -> IndexedArray:
+        return self._with(other, lambda a, b: b / a)
+
+    def __pow__(self, power: Any) -> IndexedArray:
+        return self._with(power, lambda a, b: a**b)
+
+    def __neg__(self) -> IndexedArray:
+        return IndexedArray(self.shape, -self.entry)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __eq__(self, other: object) -> Any:
+        """Known to be equal or not, as NumPy booleans; an undecided comparison of places is a Kronecker delta."""
+        if not isinstance(other, IndexedArray):
+            return _known(self.entry == other, self.ndim)
+        if self.entry == other.entry:
+            return _known(True, max(self.ndim, other.ndim))
+        return IndexedArray(_broadcast(self.shape, other.shape), _delta(self.entry, other.entry))
+
+    def __invert__(self) -> IndexedArray:
+        return 1 - self
+
+    def all(self, *_: Any, **__: Any) -> Any:
+        """A comparison that is undecided is not known to hold."""
+        return _known(False, 1)
+
+    def swapaxes(self, a: int, b: int) -> IndexedArray:
+        """As in NumPy, for the last two axes."""
+        assert {a, b} == {-1, -2}, "only the last two axes are ever swapped"
+        one, two = axis_index(0), axis_index(1)
+        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        return IndexedArray(shape, self.entry.xreplace({one: two, two: one}))
+
+    def sum(self, axis: int, keepdims: bool = False) -> IndexedArray:
+        """The sum over one axis, counted from the end."""
+        from controllability.symbolic.sums import summed
+
+        assert axis < 0, "axes are counted from the end"
+        place = -1 - axis
+        total = self.entry if self.shape[axis] == 1 else summed(self.entry, axis_index(place), self.shape[axis])
+        if keepdims:
+            shape = (*self.shape[:axis], 1, *self.shape[len(self.shape) + axis + 1 :])
+            return IndexedArray(shape, total)
+        places = [p for p in reversed(range(self.ndim)) if p != place]
+        return self._moved(total, places, tuple(self.shape[-1 - p] for p in places))
+
+    def __matmul__(self, other: IndexedArray) -> IndexedArray:
+        if other.ndim == 1:
+            return (self * other).sum(-1)
+        left = self[..., None, :]  # (…, 1, n) against (m, n)
+        return (left * other.swapaxes(-1, -2)).sum(-1)
+
+    def reshape(self, *shape: Any) -> IndexedArray:
+        """(n,) from anything with one long axis, and (experts · rows, in) into (experts, rows, in)."""
+        shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
+        long = [p for p in reversed(range(self.ndim)) if self.shape[-1 - p] != 1]
+        if shape in ((-1,), ()) and len(long) <= 1:
+            return self._moved(self.entry, long, tuple(self.shape[-1 - p] for p in long) or (1,) * len(shape))
+        if len(shape) == 3 and self.ndim == 2 and shape[1] == -1:
+            rows = self.shape[0] / shape[0]
+            row, column = axis_index(1), axis_index(2)
+            return IndexedArray((shape[0], rows, shape[2]), self.entry.xreplace({row: column * rows + row}))
+        raise NotExact(f"an array of shape {self.shape} cannot be reshaped to {shape} in index notation")
+
+    def __getitem__(self, key: Any) -> IndexedArray:
+        if isinstance(key, IndexedArray):
+            return self._gathered(key)
+        key = key if isinstance(key, tuple) else (key,)
+        taken = sum(1 for k in key if k is not None and k is not Ellipsis)
+        if Ellipsis in key:
+            at = key.index(Ellipsis)
+            key = (*key[:at], *[slice(None)] * (self.ndim - taken), *key[at + 1 :])
+        else:
+            key = (*key, *[slice(None)] * (self.ndim - taken))
+        return self._picked(key)
+
+    def _picked(self, key: tuple[Any, ...]) -> IndexedArray:
+        entry, places, shape = self.entry, [], []
+        axis = 0
+        for part in key:
+            if part is None:
+                places.append(None)
+                shape.append(1)
+                continue
+            place, size = self.ndim - 1 - axis, self.shape[axis]
+            axis += 1
+            if isinstance(part, int):
+                entry = entry.xreplace({axis_index(place): _integer(part)})
+                continue
+            index, length = _sliced(part, axis_index(place), size)
+            entry = entry.xreplace({axis_index(place): index})
+            places.append(place)
+            shape.append(length)
+        return self._moved(entry, places, tuple(shape))
+
+    def _moved(self, entry: Any, places: list[Any], shape: tuple[Any, ...]) -> IndexedArray:
+        """``entry`` whose remaining axes stood at ``places``, with their indices renamed to where they stand now."""
+        last = len(places) - 1
+        renamed = {axis_index(p): axis_index(last - k) for k, p in enumerate(places) if p is not None}
+        return IndexedArray(shape, entry.xreplace(renamed))
+
+    def _gathered(self, index: IndexedArray) -> IndexedArray:
+        """``self[index]``: the first axis replaced by those of ``index``."""
+        inner = self.ndim - 1
+        pushed = {axis_index(p): axis_index(p + inner) for p in range(index.ndim)}
+        entry = self.entry.xreplace({axis_index(inner): index.entry.xreplace(pushed)})
+        return IndexedArray((*index.shape, *self.shape[1:]), entry)
+
+
+def _integer(value: int) -> Any:
+    import sympy
+
+    return sympy.Integer(value)
+
+
+def _exact(value: Any) -> Any:
+    """Python and NumPy numbers as exact ones."""
+    if isinstance(value, float):
+        import sympy
+
+        return sympy.Rational(repr(value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _known(truth: bool, ndim: int) -> Array:
+    return np.full((1,) * ndim, bool(truth))
+
+
+def _delta(a: Any, b: Any) -> Any:
+    import sympy
+
+    if (
+        a.func == b.func and str(a.func).startswith("expert") and a.args[:-1] == b.args[:-1]
+    ):  # no expert is chosen twice
+        a, b = a.args[-1], b.args[-1]
+    return sympy.KroneckerDelta(a, b)
+
+
+def _sliced(part: Any, index: Any, size: Any) -> tuple[Any, Any]:
+    """(index in the old axis, length) of a slice, or of a list that repeats a size of 1."""
+    if isinstance(part, list):
+        assert size == 1, "lists repeat an axis of size 1"
+        return index, len(part)
+    start, step = part.start or 0, part.step or 1
+    stop = size if part.stop is None else part.stop
+    length = (stop - start) if step == 1 else size / step
+    if length == 1:  # an axis of size 1 has no index
+        return _integer(start), 1
+    return (index if (start, step) == (0, 1) else start + step * index), length
+
+
+def _broadcast(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
+    shape = []
+    for one, two in zip_longest(reversed(a), reversed(b), fillvalue=1):
+        if one != two and 1 not in (one, two):
+            raise BadInput(f"shapes {a} and {b} do not broadcast")
+        shape.append(two if one == 1 else one)
+    return tuple(reversed(shape))

@@ -1,0 +1,72 @@
+"""The arithmetic of index notation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from controllability.arrays.base import Array
+from controllability.errors import NotExact
+from controllability.symbolic.arithmetic import SympyArithmetic
+from controllability.symbolic.indexed import IndexedArray, _broadcast, _integer, _known
+
+
+class IndexedArithmetic(SympyArithmetic):
+    """SymPy expressions for one generic entry of arrays of symbolic size."""
+
+    kind = "indexed"
+
+    def array(self, values: Any, like: Array | None = None) -> Array:
+        raise NotExact("arrays of symbolic size have no listed entries")
+
+    def each(self, function: Any, x: Array) -> Array:
+        return IndexedArray(x.shape, function(x.entry))
+
+    def scalar(self, name: str, value: Any) -> Any:
+        import sympy
+
+        from controllability.symbolic.normal_form import normal_form
+
+        return getattr(sympy, name)(normal_form(value) if name == "sqrt" else value)
+
+    def is_zero(self, x: Array) -> Array:
+        return _known(x.entry == 0, x.ndim)
+
+    def zeros_like(self, x: Array) -> Array:
+        return IndexedArray(x.shape, _integer(0))
+
+    def where(self, condition: Array, a: Array, b: Array) -> Array:
+        if isinstance(condition, IndexedArray):
+            return condition * a + (1 - condition) * b
+        chosen, other = (a, b) if condition.all() else (b, a)
+        if not isinstance(chosen, IndexedArray):
+            return self.zeros_like(other) + chosen
+        return IndexedArray(_broadcast(chosen.shape, getattr(other, "shape", ())), chosen.entry)
+
+    def linear(self, x: Array, weight: Array) -> Array:
+        return self.name(x @ weight.swapaxes(-1, -2))
+
+    def routed(self, x: Array, weights: Array, index: Array) -> Array:
+        return self.name((x[..., None, :] * weights[index]).sum(-1))
+
+    def repeated(self, x: Array, k: Any) -> Array:
+        return IndexedArray((*x.shape[:-2], k, x.shape[-1]), x.entry)
+
+    def smallest(self, x: Array) -> Array:
+        """One generic feature: it is 0 exactly when all of them are."""
+        return IndexedArray((*x.shape[:-1], 1), x.entry)
+
+    def name(self, x: Array) -> Array:
+        from controllability.symbolic.array_names import named_array
+
+        return named_array(x)
+
+    def root(self, name: str, function: Any, value: Array) -> Array:
+        """A number with ``function(number) = value``, which is assumed to exist."""
+        from controllability.symbolic.array_names import assume, unused
+
+        unknown = IndexedArray(value.shape, unused(name))
+        assume(function(unknown).entry, value.entry, unknown.entry)
+        return unknown
+
+    def to_float(self, x: Array) -> Any:
+        return None

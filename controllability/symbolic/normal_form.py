@@ -1,0 +1,130 @@
+"""Normal forms of SymPy expressions: rational functions over roots and unknown functions."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+ROUNDS = 4  # of naming roots and functions and cancelling: nested ones show one after the other
+
+
+def normal_form(expression: Any) -> Any:
+    """Reduce an expression to a quotient of polynomials in its symbols, roots and function values.
+
+    Roots and functions are replaced by new symbols, the rational function is cancelled, and even
+    powers of a root become its radicand again; repeated until nothing changes.
+
+    >>> import sympy
+    >>> x, y = sympy.symbols("x y", positive=True)
+    >>> normal_form(x**2 / (x**2 + y**2) + y**2 / (x**2 + y**2))
+    1
+    >>> normal_form((x / sympy.sqrt(x**2 + y)) ** 2 + y / (x**2 + y))
+    1
+    """
+    import sympy
+
+    return _normal_form(sympy.sympify(expression))
+
+
+@lru_cache(maxsize=20_000)
+def _normal_form(expression: Any) -> Any:
+    import sympy
+
+    for _ in range(ROUNDS):
+        if expression.is_Atom or isinstance(expression, sympy.core.function.AppliedUndef):
+            return expression
+        names, meaning = {}, {}
+        roots: dict[Any, Any] = {}
+        for atom in opaque(expression):
+            if isinstance(atom, sympy.Pow) and (2 * atom.exp).is_Integer:  # A^(k/2) is a power of one root
+                factor, radicands = _root(atom.base)
+                for radicand, sign in radicands:
+                    name = roots.setdefault(radicand, sympy.Dummy(positive=radicand.is_positive))
+                    factor, meaning[name] = factor * name**sign, sympy.sqrt(radicand)
+                names[atom] = factor ** (2 * atom.exp)
+            else:
+                name = sympy.Dummy(positive=atom.is_positive)
+                names[atom], meaning[name] = name, atom
+        plain = expression.xreplace(names)
+        quotient = any(isinstance(p, sympy.Pow) and p.exp.is_negative for p in sympy.preorder_traversal(plain))
+        reduced = sympy.cancel(sympy.together(plain)) if quotient else sympy.expand(plain)
+        reduced = reduced.xreplace(meaning)
+        if reduced == expression:
+            break
+        expression = reduced
+    return expression
+
+
+def _settled(expression: Any) -> Any:
+    """The same with the arguments of roots and functions in normal form: equal ones must look equal."""
+    inside = {atom: atom.func(*(normal_form(_settled(a)) for a in atom.args)) for atom in opaque(expression)}
+    return expression.xreplace(inside)
+
+
+def _root(base: Any) -> tuple[Any, list[tuple[Any, int]]]:
+    """√base as a rational factor times roots (or their inverses): √(A/B) = √A/√B, and numbers leave a root.
+
+    Bases are positive: what is normalised by, and sums of squares.  So √(4A) and 2√A look equal.
+    """
+    import sympy
+
+    factor, found = sympy.Integer(1), []
+    for part, sign in zip(sympy.fraction(sympy.together(base)), (1, -1), strict=True):
+        content, primitive = part.as_content_primitive()
+        inside = 1
+        for prime, power in sympy.factorint(content.p * content.q).items():
+            factor *= sympy.Integer(prime) ** (sign * (power // 2))
+            inside *= prime ** (power % 2)
+        factor /= sympy.Integer(content.q) ** sign
+        square, primitive = _square_part(primitive)
+        factor *= square**sign
+        found += [(r, sign) for r in (sympy.Integer(inside), primitive) if r != 1]
+    return factor, found
+
+
+def _square_part(expression: Any) -> tuple[Any, Any]:
+    """(A, B) with expression = A²·B, A a product of factors that cannot be negative."""
+    import sympy
+
+    if not expression.is_Add:  # products are taken apart by SymPy itself
+        return sympy.Integer(1), expression
+    names = {atom: sympy.Dummy() for atom in opaque(expression)}
+    back = {name: atom for atom, name in names.items()}
+    content, factors, *_ = sympy.factor_list(expression.xreplace(names))
+    square, rest = sympy.Integer(1), content
+    for part, power in factors:
+        part = part.xreplace(back)
+        whole = power // 2 if _nonnegative(part) else 0
+        square, rest = square * part**whole, rest * part ** (power - 2 * whole)
+    return square, rest
+
+
+def _nonnegative(expression: Any) -> bool:
+    """Whether an expression is a sum of products of squares, roots and positive symbols."""
+    import sympy
+
+    if isinstance(expression, sympy.Add | sympy.Mul):
+        return all(map(_nonnegative, expression.args))
+    if isinstance(expression, sympy.Sum):
+        return _nonnegative(expression.function)
+    if isinstance(expression, sympy.Pow):
+        power = expression.exp
+        return bool((power % 2 == 0 and expression.base.is_real) or (power.is_Rational and not power.is_Integer)) or (
+            _nonnegative(expression.base)
+        )
+    return bool(expression.is_nonnegative)
+
+
+def opaque(expression: Any) -> set[Any]:
+    """The largest subexpressions that are not rational functions of symbols."""
+    import sympy
+
+    found: set[Any] = set()
+    pending = [expression]
+    while pending:
+        node = pending.pop()
+        if (isinstance(node, sympy.Pow) and not node.exp.is_Integer) or isinstance(node, sympy.Function | sympy.Sum):
+            found.add(node)
+        else:
+            pending.extend(node.args)
+    return found
