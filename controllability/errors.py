@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from controllability.prover.remedies import Remedy
+from typing import Any, Protocol
 
 
 class ControllabilityError(Exception):
@@ -15,6 +12,25 @@ class ControllabilityError(Exception):
 
 class BadInput(ControllabilityError, ValueError):
     """What was passed in cannot be used; nothing was changed."""
+
+
+class Remedy(Protocol):
+    """A change of a refused question that was tried and has a proof: ``ct.prove(remedy.block, **remedy.options)``."""
+
+    @property
+    def change(self) -> str:
+        """What to do, in words."""
+        ...
+
+    @property
+    def block(self) -> Any:
+        """The changed block, a component."""
+        ...
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of ``prove``."""
+        ...
 
 
 class NotControllable(ControllabilityError):

@@ -22,9 +22,10 @@ from controllability.interfaces import Param
 from controllability.models.files import peft_check as checking
 from controllability.models.files import peft_export as exporting
 from controllability.models.files.lora_factors import lora_factors, lora_tensors
-from controllability.models.files.peft_forms import Form, forms_of
+from controllability.models.files.peft_forms import forms_of
 from controllability.models.hooks.carried_patches import carried
 from controllability.models.patches.applier import Entry
+from controllability.models.patches.peft_form import Form
 
 peft = pytest.importorskip("peft")
 

@@ -11,7 +11,7 @@ from helpers import error, runs, snapshot, tiny_gemma, unchanged
 
 import controllability as ct
 from controllability.deltas import Shift
-from controllability.models import model_patch
+from controllability.models.patches import merging
 from controllability.models.patches.merging import wider
 
 HALF = [torch.bfloat16, torch.float16]
@@ -235,7 +235,7 @@ def test_a_corrected_merge_that_fails_halfway_restores_every_bit(monkeypatch):
     model = tiny_gemma(layers=3, dtype=torch.bfloat16)
     before = snapshot(model)
     mp = ct.patch_model(model, *runs(context=9, query=2), scope="last")
-    write, written = model_patch.write, []
+    write, written = merging.write, []
 
     def interrupted(*args):
         written.append(args)
@@ -243,7 +243,7 @@ def test_a_corrected_merge_that_fails_halfway_restores_every_bit(monkeypatch):
             raise KeyboardInterrupt
         return write(*args)
 
-    monkeypatch.setattr(model_patch, "write", interrupted)
+    monkeypatch.setattr(merging, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mp.merge(model, corrected=True)
     assert unchanged(model, before)

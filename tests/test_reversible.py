@@ -42,9 +42,9 @@ def test_ctrl_c_during_merge_restores(patched, monkeypatch):
     model, _, target, source = patched
     mp = ct.patch_model(model, target, source, scope="last")
     before = snapshot(model)
-    from controllability.models import model_patch
+    from controllability.models.patches import merging
 
-    write, calls = model_patch.write, []
+    write, calls = merging.write, []
 
     def interrupted(*args):
         calls.append(1)
@@ -52,7 +52,7 @@ def test_ctrl_c_during_merge_restores(patched, monkeypatch):
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_patch, "write", interrupted)
+    monkeypatch.setattr(merging, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mp.merge(model)
     assert unchanged(model, before)

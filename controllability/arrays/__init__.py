@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -19,19 +20,23 @@ from controllability.arrays.base import Array as Array
 from controllability.arrays.objects import MpmathArithmetic, RationalArithmetic
 from controllability.arrays.tensors import TorchArithmetic
 from controllability.errors import BadInput
-from controllability.symbolic.arithmetic import SympyArithmetic
-from controllability.symbolic.indexed import IndexedArray
-from controllability.symbolic.indexed_arithmetic import IndexedArithmetic
 
-_NUMPY, _RATIONAL, _MPMATH, _SYMPY, _TORCH, _INDEXED = (
-    Arithmetic(),
-    RationalArithmetic(),
-    MpmathArithmetic(),
-    SympyArithmetic(),
-    TorchArithmetic(),
-    IndexedArithmetic(),
-)
-ARITHMETICS: dict[str, Arithmetic] = {a.kind: a for a in (_NUMPY, _RATIONAL, _MPMATH, _SYMPY, _TORCH, _INDEXED)}
+Test = Callable[[Any], bool]
+
+ARITHMETICS: dict[str, Arithmetic] = {}
+_ARRAYS: list[tuple[Test, Arithmetic]] = []  # whose arrays are told by the array
+_ELEMENTS: list[
+    tuple[Test, Arithmetic]
+] = []  # whose arrays are told by what they hold; a later one absorbs those before it
+
+
+def register(kind: Arithmetic, array: Test | None = None, element: Test | None = None) -> None:
+    """Make an arithmetic known: its own arrays pass ``array``, or NumPy object arrays hold what passes ``element``."""
+    ARITHMETICS[kind.kind] = kind
+    if array is not None:
+        _ARRAYS.append((array, kind))
+    if element is not None:
+        _ELEMENTS.append((element, kind))
 
 
 def arithmetic(*arrays: Array) -> Arithmetic:
@@ -46,16 +51,14 @@ def arithmetic(*arrays: Array) -> Arithmetic:
     >>> arithmetic(np.array([Fraction(1, 2)], dtype=object)).kind
     'rational'
     """
-    torch = sys.modules.get("torch")
     found: Arithmetic | None = None
     for x in arrays:
-        if torch is not None and isinstance(x, torch.Tensor):
-            return _TORCH
-        if isinstance(x, IndexedArray):
-            return _INDEXED
+        for test, kind in _ARRAYS:
+            if test(x):
+                return kind
         kind = _numpy_kind(x)
         # symbols absorb fractions, everything absorbs plain floats
-        if found is None or found is _NUMPY or (found is _RATIONAL and kind is _SYMPY):
+        if found is None or found is _NUMPY or (found is _RATIONAL and kind.symbolic):
             found = kind
     if found is None:
         raise BadInput("no array given: expected NumPy arrays (float or object) or torch tensors")
@@ -70,23 +73,33 @@ def _numpy_kind(x: Array) -> Arithmetic:
     if x.dtype != object or x.size == 0:
         raise BadInput(f"expected floating point numbers or objects, got an array of {x.dtype} with shape {x.shape}")
     kinds = {_element_kind(v) for v in x.reshape(-1)}
-    for kind in (_SYMPY, _MPMATH, _RATIONAL):
-        if kind in kinds:
-            return kind
-    raise AssertionError("unreachable")
+    return next(kind for _, kind in reversed(_ELEMENTS) if kind in kinds)
 
 
 def _element_kind(value: Any) -> Arithmetic:
-    if isinstance(value, (Fraction, int)):
-        return _RATIONAL
-    sympy, mpmath = sys.modules.get("sympy"), sys.modules.get("mpmath")
-    if sympy is not None and isinstance(value, sympy.Basic):
-        return _SYMPY
-    if mpmath is not None and isinstance(value, mpmath.mpf):
-        return _MPMATH
+    for test, kind in _ELEMENTS:
+        if test(value):
+            return kind
     raise BadInput(
         f"cannot compute with elements of type {type(value).__name__}; use floats, Fraction, SymPy or mpmath"
     )
+
+
+def _is_tensor(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _is_mpmath(value: Any) -> bool:
+    mpmath = sys.modules.get("mpmath")
+    return mpmath is not None and isinstance(value, mpmath.mpf)
+
+
+_NUMPY, _RATIONAL = Arithmetic(), RationalArithmetic()
+register(_NUMPY)
+register(_RATIONAL, element=lambda value: isinstance(value, Fraction | int))
+register(MpmathArithmetic(), element=_is_mpmath)
+register(TorchArithmetic(), array=_is_tensor)
 
 
 def dot(a: Array, b: Array) -> Array:

@@ -9,17 +9,15 @@ numeric    bfloat16, float32, float64 and 50 digits against 50 digits: the resid
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from controllability.errors import BadInput, NotExact, SideConditionFailed
-
-if TYPE_CHECKING:
-    from controllability.proof import Proof
+from controllability.prover.derivation import Derivation
 
 LEVELS = ("derived", "symbolic", "exact", "numeric")
 
 
-def check(proof: Proof, level: str, seed: int = 0) -> list[dict[str, Any]]:
+def check(proof: Derivation, level: str, seed: int = 0) -> list[dict[str, Any]]:
     """Run a level's checks: [{rule, status: passed | failed | skipped, method}], the whole block last.
 
     Raises ``BadInput`` for an unknown level.

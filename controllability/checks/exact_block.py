@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -32,18 +32,16 @@ from controllability.execution.patched_run import PatchedRun
 from controllability.execution.sampling import sample
 from controllability.execution.trace import Trace
 from controllability.interfaces import Component, Params, Path, leaves
+from controllability.prover.derivation import Derivation
 from controllability.rules import construct
 from controllability.symbolic.definitions import Definitions, definitions
-
-if TYPE_CHECKING:
-    from controllability.proof import Proof
 
 WRONG = 1e-15  # a residual at a random point that rounding does not explain
 MORE = 3  # tokens of one patch, where plain fractions do
 INSTANCES = 20  # that are tried for one that fulfils the side conditions
 
 
-def exact(proof: Proof, seed: int) -> tuple[str, str]:
+def exact(proof: Derivation, seed: int) -> tuple[str, str]:
     """The whole block on rational numbers; transcendental activations become a random cubic."""
     rng = np.random.default_rng(seed)
     cubic = tuple(int(c) for c in rng.integers(1, 4, size=4))
@@ -89,7 +87,7 @@ def _scores(block: Component) -> str:
     return "; the logits themselves as scores (the theorem holds for any fixed score)" if mixtures(block) else ""
 
 
-def _many(proof: Proof) -> str:
+def _many(proof: Derivation) -> str:
     return f"; one patch for {MANY} tokens" if proof.jointly else ""
 
 
@@ -109,7 +107,7 @@ class _Rootless(Component):
         return f"{self.norm.describe()}, without its root"
 
 
-def _in_fractions(proof: Proof, seed: int, sizes: dict[str, Any], many: int, repeated: bool = False) -> list[Any]:
+def _in_fractions(proof: Derivation, seed: int, sizes: dict[str, Any], many: int, repeated: bool = False) -> list[Any]:
     """What is left of patched(v) − original(v') in plain fractions: with the factors of the patch, and as stored.
 
     If ``repeated``, the last token has the first one's state and target; and with another target it must be refused.
@@ -144,7 +142,7 @@ def _last_as_first(state: Any) -> Any:
     return np.concatenate([state[:-1], state[:1]])
 
 
-def _refused(proof: Proof, params: Params, v: Any, v_target: Any) -> bool:
+def _refused(proof: Derivation, params: Params, v: Any, v_target: Any) -> bool:
     try:
         proof.construct(params, v, v_target)
     except SideConditionFailed:
@@ -152,7 +150,7 @@ def _refused(proof: Proof, params: Params, v: Any, v_target: Any) -> bool:
     return False
 
 
-def _admissible(proof: Proof, sizes: dict[str, Any], seed: int) -> int:
+def _admissible(proof: Derivation, sizes: dict[str, Any], seed: int) -> int:
     """The first seed from ``seed`` on whose instance fulfils the side conditions: SymPy cannot compare sizes.
 
     Raises ``SideConditionFailed`` if none does.
@@ -313,7 +311,7 @@ def _real(value: Any) -> Any:
     return mpmath.re(value)
 
 
-def reduced_residual(proof: Proof, params: dict[str, Array], v: Any, v_target: Any) -> list[Any]:
+def reduced_residual(proof: Derivation, params: dict[str, Array], v: Any, v_target: Any) -> list[Any]:
     """The entries of patched(v) − original(v') in normal form, SymPy expressions; or what a stored parameter does else."""
     xp = ARITHMETICS["sympy"]
     with definitions() as table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,7 @@ from controllability.arrays import ARITHMETICS, Array, arithmetic, relative_erro
 from controllability.errors import SideConditionFailed
 from controllability.execution.patch import Patch
 from controllability.execution.sampling import DEFAULT_SIZES, sample
-
-if TYPE_CHECKING:
-    from controllability.proof import Proof
+from controllability.prover.derivation import Derivation
 
 DIGITS = 50
 PRECISIONS = {"bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53, "50 digits": 10.0**-DIGITS}
@@ -23,7 +21,7 @@ TOKENS = 3
 INSTANCES = 20  # that are tried for one that fulfils the side conditions in every precision
 
 
-def numeric(proof: Proof, seed: int) -> tuple[str, str]:
+def numeric(proof: Derivation, seed: int) -> tuple[str, str]:
     """(status, method) on a random instance of several tokens.
 
     Raises ``SideConditionFailed`` if the conditions fail, in some precision, on every instance that was tried.
@@ -60,7 +58,7 @@ def falls(residuals: dict[str, float]) -> bool:
     return True
 
 
-def residuals_of(proof: Proof, seed: int) -> tuple[dict[str, float], dict[str, float], float]:
+def residuals_of(proof: Derivation, seed: int) -> tuple[dict[str, float], dict[str, float], float]:
     """(patched residuals, errors of the plain target run, unpatched error), each against 50 digits."""
     import mpmath
 
@@ -81,7 +79,7 @@ def residuals_of(proof: Proof, seed: int) -> tuple[dict[str, float], dict[str, f
     return residuals, plain, unpatched
 
 
-def _as_stored(proof: Proof, patch: Patch, params: dict[str, Any], v: Any) -> Array:
+def _as_stored(proof: Derivation, patch: Patch, params: dict[str, Any], v: Any) -> Array:
     """The block's output with each token's patch added to the stored parameters, the tokens stacked; or with one for all."""
     if proof.jointly:
         return proof.block(patch.merged_into(params), v)
@@ -93,7 +91,7 @@ def _as_stored(proof: Proof, patch: Patch, params: dict[str, Any], v: Any) -> Ar
     return np.stack(rows)
 
 
-def _drawn(proof: Proof, precision: str, seed: int, sizes: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _drawn(proof: Derivation, precision: str, seed: int, sizes: dict[str, Any]) -> tuple[Any, Any, Any]:
     """The same instance (eighths: exact in all of them) in one precision."""
     kind = {"float64": "numpy", "50 digits": "mpmath"}.get(precision, "torch")
     params, v, v_target = sample(proof.block, kind, seed, tokens=(TOKENS,), **sizes)

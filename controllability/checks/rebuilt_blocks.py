@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from controllability.arrays import Array, arithmetic
 from controllability.components.activation import FORMULAS, Activation
@@ -14,10 +14,9 @@ from controllability.components.mixture import Mixture
 from controllability.components.routing import Routing
 from controllability.errors import NotExact
 from controllability.interfaces import Component, Param, Params, Product, Sequence, Sum, Together
+from controllability.prover.derivation import Derivation
+from controllability.prover.search import derive
 from controllability.rules import Step
-
-if TYPE_CHECKING:
-    from controllability.proof import Proof
 
 DERIVED = {"2h": "h", "E+1": "E"}  # sizes that follow from others
 SMALL = {"d": 2, "h": 3, "one": 1}
@@ -98,29 +97,27 @@ def renamed(given: Any, names: dict[str, str]) -> Any:
     return given
 
 
-def replace_block(proof: Proof, block: Component, names: Mapping[str, str] | None = None) -> Proof:
+def replace_block(proof: Derivation, block: Component, names: Mapping[str, str] | None = None) -> Derivation:
     """The same derivation for another instance of the block (other ε, other activation, ``names`` renamed).
 
     Raises ``NotExact`` when the prover does not find this derivation there.
     """
-    from controllability.proof import prove
-
     names = names or {}
     known = {name for p in block.parameters() for name in (p.name, str(p))}  # a learned activation may be gone
     frozen = {_named_as(name, names) for name in proof.frozen} & known
-    found = prove(block, proof.via, proof.route, frozen, proof.jointly)  # type: ignore[arg-type]
+    found = derive(block, proof.via, proof.route, frozen, proof.jointly)  # type: ignore[arg-type]
     for root in (found.root, *found.alternatives):
         if _signature(root) == _signature(proof.root, names):
             return replace(found, root=root, alternatives=())
     raise NotExact("the derivation is not found again on the instance that is to be checked")
 
 
-def tokens_of(proof: Proof, many: int = MANY) -> tuple[int, ...]:
+def tokens_of(proof: Derivation, many: int = MANY) -> tuple[int, ...]:
     """The axes of the states on which a proof is executed: none, or ``many`` tokens with one patch."""
     return (many,) if proof.jointly else ()
 
 
-def together_of(proof: Proof) -> Together | None:
+def together_of(proof: Derivation) -> Together | None:
     """How a run solves for its tokens: exactly, with one patch, where the proof is a joint one."""
     return Together() if proof.jointly else None
 

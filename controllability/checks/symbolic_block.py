@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from controllability.arrays import ARITHMETICS, Array
 from controllability.checks.cache import Memory
@@ -16,14 +16,13 @@ from controllability.execution.patch import Patch
 from controllability.execution.sampling import sample
 from controllability.execution.trace import Trace
 from controllability.interfaces import Component, Path
+from controllability.prover.derivation import Derivation
 from controllability.rules import Step, construct
 from controllability.rules.normalised import OutputNormalised
 from controllability.rules.schema import SchemaRun, Unknown, UnknownRouting
+from controllability.symbolic.array_names import known_array, unfold_newest, unfolded_to_zero
 from controllability.symbolic.definitions import Definitions, definitions
 from controllability.symbolic.indexed import IndexedArray
-
-if TYPE_CHECKING:
-    from controllability.proof import Proof
 
 INDEXED = ARITHMETICS["indexed"]
 
@@ -37,8 +36,8 @@ class GivenArrays(Trace):
 
 def recognised(table: Definitions, value: Array) -> Array:
     """A value of the target run under that value's name, if that is what it is."""
-    while (known := table.known_array(value)) is value and not value.entry.is_Atom:
-        shorter = table.unfold_newest(value.entry)
+    while (known := known_array(table, value)) is value and not value.entry.is_Atom:
+        shorter = unfold_newest(table, value.entry)
         if shorter == value.entry or shorter.count_ops() > value.entry.count_ops():
             break
         value = IndexedArray(value.shape, shorter)
@@ -67,7 +66,7 @@ class PlainArrays(Trace):
         return recognised(self.table, super()._compute(path))
 
 
-def generic(proof: Proof) -> Callable[[Component], Component]:
+def generic(proof: Derivation) -> Callable[[Component], Component]:
     """Leaves with ε a symbol, and undefined functions for activations and for norms that nothing is steered through."""
     import sympy
 
@@ -112,7 +111,7 @@ def any_routings() -> Callable[[Routing], Routing]:
     return lambda routing: UnknownRouting(read=routing.parameters(), name=name_of("", routing))
 
 
-def whole_block(proof: Proof) -> tuple[str, str]:
+def whole_block(proof: Derivation) -> tuple[str, str]:
     """(status, method): patched(v) − original(v') for the whole block, every size a symbol.
 
     Blocks that differ in the names of their parameters only are reduced once.
@@ -132,7 +131,7 @@ def whole_block(proof: Proof) -> tuple[str, str]:
 _MEMORY = Memory()
 
 
-def reduced_entry(proof: Proof) -> Any:
+def reduced_entry(proof: Derivation) -> Any:
     """One entry of patched(v) − original(v') in normal form: a SymPy expression in i_0."""
     params, v, v_target = sample(proof.block, "indexed")
     with definitions(Definitions()) as table:
@@ -141,4 +140,4 @@ def reduced_entry(proof: Proof) -> Any:
         wanted = target.output(())  # first: its values are the ones to be recognised
         construct(proof.root, run, lambda: wanted)
         patched = PlainArrays(table, proof.block, Patch(run.deltas()).applied_to(params), v)
-        return table.unfolded_to_zero((patched.output(()) - wanted).entry)
+        return unfolded_to_zero(table, (patched.output(()) - wanted).entry)

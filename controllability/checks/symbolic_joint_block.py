@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from controllability.checks.exact_block import reduced_residual
 from controllability.checks.rebuilt_blocks import MANY, mixtures, rebuilt, replace_block, small_sizes, transcendental
@@ -15,14 +14,12 @@ from controllability.components.normalisation import Normalize
 from controllability.components.routing import Routing
 from controllability.execution.sampling import sample
 from controllability.interfaces import Component, Param
+from controllability.prover.derivation import Derivation
 from controllability.rules.mixture import OutputMixture
 from controllability.rules.normalised import OutputNormalised
 
-if TYPE_CHECKING:
-    from controllability.proof import Proof
 
-
-def whole_block(proof: Proof) -> tuple[str, str]:
+def whole_block(proof: Derivation) -> tuple[str, str]:
     """(status, method): patched(v_t) − original(v'_t) for two tokens of symbols, at small sizes.
 
     With experts any routing that gives the two tokens one expert in common; hidden width 1 within an expert.
@@ -64,7 +61,7 @@ def whole_block(proof: Proof) -> tuple[str, str]:
     return "passed", f"residual reduced to 0 for {MANY} tokens with one patch, at {shown}: every {known} a symbol"
 
 
-def _experts_before_a_norm(proof: Proof) -> bool:
+def _experts_before_a_norm(proof: Derivation) -> bool:
     """Whether experts' last maps are steered through a norm."""
     norms = [step for step in proof.root.walk() if isinstance(step.rule, OutputNormalised)]
     return any(isinstance(step.rule, OutputMixture) for norm in norms for step in norm.walk())

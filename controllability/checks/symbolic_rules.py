@@ -7,7 +7,7 @@ rule itself: its construction, its signs, its order, and what it asks of its pre
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +23,14 @@ from controllability.deltas import Delta, ExpertLowRank, added
 from controllability.execution.patch import Patch
 from controllability.execution.sampling import sample
 from controllability.interfaces import Component, Steering
+from controllability.prover.derivation import Derivation
 from controllability.rules import Step, construct
 from controllability.rules.base import Schema
 from controllability.rules.schema import Unknown, sympy_size, undefined
+from controllability.symbolic.array_names import unfolded_to_zero
 from controllability.symbolic.definitions import Definitions, definitions
 from controllability.symbolic.indexed import IndexedArray
 from controllability.symbolic.normal_form import normal_form
-
-if TYPE_CHECKING:
-    from controllability.proof import Proof
 
 CONCLUSIONS = {
     "input": "f(z; θ') − f(z'; θ)",
@@ -42,7 +41,7 @@ NOT_GENERIC = (Exception,)  # a component of somebody's own may fail in any way
 _MEMORY = Memory()
 
 
-def rule_checks(proof: Proof) -> list[dict[str, Any]]:
+def rule_checks(proof: Derivation) -> list[dict[str, Any]]:
     """One row a rule of the proof, in the order of the tree: [{rule, status, method}]; the worst of its places.
 
     The tree is ``proof.root``, as it is shown; alternatives are checked by ``replace(proof, root=alternative)``.
@@ -141,7 +140,7 @@ def claims(step: Step, schema: Schema) -> list[tuple[str, Any]]:
         if not schema.premises:
             patched = {**params, **{str(p): _stored(p.value(params), delta) for p, delta in run.deltas().items()}}
             left.append(("the patched parameters", component(patched, v) - run.output(())))
-        return [*((claim, table.unfolded_to_zero(INDEXED.tidy(array).entry)) for claim, array in left), *experts]
+        return [*((claim, unfolded_to_zero(table, INDEXED.tidy(array).entry)) for claim, array in left), *experts]
 
 
 def _stored(base: Any, delta: Delta) -> Any:

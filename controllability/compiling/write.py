@@ -24,8 +24,8 @@ from controllability.compiling.token_sets import padded
 from controllability.compiling.yardstick import Yardstick, agreement, logits_of
 from controllability.errors import BadInput, NotVerified
 from controllability.models.files.folders import written
-from controllability.models.files.patch_files import load_patch
 from controllability.models.files.peft_check import twin
+from controllability.models.model_patch import load_patch
 from controllability.models.reading.tolerances import VERIFIED
 
 REPORT, PICTURE = "compile.json", "compile.png"

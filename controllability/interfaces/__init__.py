@@ -4,6 +4,7 @@ Axis names used in every docstring: ``...`` tokens (any number of leading axes),
 ``h`` hidden width, ``in``/``out`` the sides of one linear map.
 """
 
+import controllability.symbolic  # noqa: F401  makes symbols known to controllability.arrays
 from controllability.deltas import added as added
 from controllability.interfaces.component import Component as Component
 from controllability.interfaces.component import Product as Product

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from controllability.errors import BadInput
-from controllability.models.hooks.carried_patches import load_of, uncompiled
-from controllability.models.model_patch import ModelPatch, refuse_scope
-from controllability.models.patches.solve import _patch, _silent, together_of
+from controllability.models.model_patch import ModelPatch
+from controllability.models.patches.solve import silent, solve
 from controllability.models.sweep.target_run import Progress
 
 
@@ -23,7 +20,7 @@ def patch_model(
     via: str = "input-output",
     route: str = "auto",
     positions: tuple[Any, Any] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     ridge: float = 0.0,
     rank: int | None = None,
     keep_rms: bool = False,
@@ -52,14 +49,5 @@ def patch_model(
     >>> bool(torch.allclose(patched, mp.target_logits, atol=1e-4))
     True
     """
-    refuse_scope(scope)
-    together = together_of(scope, ridge, rank, keep_rms)
-    for name, value in (("via", via), ("route", route)):
-        if not isinstance(value, str):
-            raise BadInput(f"{name} must be a name, got {type(value).__name__}")
-    if not isinstance(model, nn.Module):
-        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
-    model = uncompiled(model)
-    # what is kept must not be made inside torch.inference_mode: autograd would refuse it later
-    with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
-        return _patch(model, target, source, scope, via, route, positions, progress, together)
+    found = solve(model, target, source, scope, via, route, positions, progress, ridge, rank, keep_rms)
+    return ModelPatch.of(found)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from controllability.interfaces import Condition, Place, Sequence
-from controllability.proof import Proof
 from controllability.proof_files.codec import encode
+from controllability.prover.derivation import Derivation
 from controllability.rules import Step
 
 FORMAT = {"name": "controllability proof", "version": 1}
@@ -52,7 +52,7 @@ def conditions_list(conditions: Iterable[Condition]) -> list[dict[str, str]]:
     return [{"statement": c.statement, "where": c.where} for c in conditions]
 
 
-def proof_dict(proof: Proof) -> dict[str, Any]:
+def proof_dict(proof: Derivation) -> dict[str, Any]:
     """The proof: format, block, options, the tree, every side condition of it, and the alternatives' trees."""
     return {
         "format": dict(FORMAT),

@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from controllability.components.mixture import ExpertLinear, Mixture, Share
 from controllability.components.normalisation import Normalize
 from controllability.components.scale import Scale
+from controllability.errors import BadInput
 from controllability.interfaces import Component, Param, Path, Place, Sequence, leaves
-from controllability.prover.explain import leaf_failure
-from controllability.rules import RULES, Attempt, Side, Step
+from controllability.prover.derivation import Derivation
+from controllability.prover.explain import explained, leaf_failure, refusal
+from controllability.prover.remedies import Remedy
+from controllability.rules import RULES, Attempt, Failure, Side, Step
+from controllability.solvers.norm_scale import check_route
 
 Via = Literal["input-output", "output"]
 MOST = 8  # derivations kept at one place: alternatives for numbers on which the first one fails
+
+
+def derive(block: Component, via: Via, route: str, frozen: Iterable[str] = (), jointly: bool = False) -> Derivation:
+    """The derivation that ``block`` can be patched.  See ``controllability.prove``, which documents the options and errors."""
+    if via not in get_args(Via):
+        raise BadInput(f"unknown theorem via={via!r}: choose input-output (Theorem 1) or output (Theorem 1b)")
+    check_route(route)
+    if not isinstance(block, Component):
+        raise BadInput(f"prove takes a component, got {type(block).__name__}; architectures.block(name) gives one")
+    frozen = frozenset((frozen,) if isinstance(frozen, str) else frozen or ())
+    if odd := [name for name in frozen if not isinstance(name, str)]:
+        raise BadInput(f"frozen takes names of parameters, got {odd[0]!r}")
+    known = {str(p) for p in block.parameters()} | {p.name for p in block.parameters()}
+    if unknown := sorted(frozen - known):
+        raise BadInput(
+            f"frozen names {', '.join(unknown)}, which the block does not have; it has {', '.join(sorted(known))}"
+        )
+    prover = Prover(block, via, route, frozen, jointly)
+    place = Place(block)
+    attempt = prover.attempt(place, "input")
+    if not attempt.steps:
+        asked = Remedy("", block, via, route, frozen, jointly)
+        raise refusal(asked, attempt, prover, _unproved)
+    return Derivation(block, attempt.steps[0], tuple(attempt.steps[1:]), via, route, frozen, jointly)
+
+
+def _unproved(question: Remedy) -> list[Failure]:
+    """Why a question to the prover has no answer, the most telling failure first; [] where it has one."""
+    via: Via = "output" if question.via == "output" else "input-output"
+    prover = Prover(question.block, via, question.route, question.frozen, question.jointly)
+    attempt = prover.attempt(Place(question.block), "input")
+    return [] if attempt.steps else explained(attempt.failures, question.block, prover)
 
 
 class Prover:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from controllability.arrays import Array
 from controllability.checks.rebuilt_blocks import rebuilt, renamed, replace_block, small_sizes
@@ -13,13 +13,11 @@ from controllability.deltas import Delta
 from controllability.errors import BadInput, ControllabilityError
 from controllability.execution.sampling import sample, symbolic_sizes
 from controllability.interfaces import Component
+from controllability.prover.derivation import Derivation
 from controllability.rules import construct
 from controllability.symbolic.definitions import Definitions, definitions
 from controllability.symbolic.indexed import IndexedArray
 from controllability.symbolic.sums import heads, renamed_heads
-
-if TYPE_CHECKING:
-    from controllability.proof import Proof
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class _Named(RecognisedArrays):
         return INDEXED.name(super()._compute(path))
 
 
-def closed_form(proof: Proof) -> ClosedForm:
+def closed_form(proof: Derivation) -> ClosedForm:
     """The patch of a proof for any sizes: norms, activations and routings are undefined functions.
 
     A scale that no route has to choose, or the uniform route where ``auto`` would compare numbers.
@@ -93,7 +91,7 @@ def closed_form(proof: Proof) -> ClosedForm:
         return _numbered(ClosedForm(deltas, _needed(deltas, table.arrays)))
 
 
-def _for_each(proof: Proof) -> None:
+def _for_each(proof: Derivation) -> None:
     """Raise ``BadInput`` for a joint proof, with its formulas in matrices: a pseudo-inverse has no entry for any number of tokens."""
     if proof.jointly:
         from controllability.rendering.tokens_served import matrix_formulas
@@ -134,7 +132,7 @@ def _needed(deltas: dict[str, Delta], arrays: dict[str, IndexedArray]) -> dict[s
     return {name: array for name, array in arrays.items() if name in needed}
 
 
-def formula(proof: Proof, expand: bool = True, **sizes: int) -> dict[str, Any]:
+def formula(proof: Derivation, expand: bool = True, **sizes: int) -> dict[str, Any]:
     """Each ΔW as a SymPy matrix of explicit (small) size, in the entries of parameters and states.
 
     ``sizes`` are those of the block's shapes (d=2, h=3 unless given).  With ``expand=False`` intermediate values keep

@@ -13,7 +13,7 @@ from controllability.components.mixture import Mixture
 from controllability.errors import BadInput, NotControllable
 from controllability.interfaces import Component, InputControllable, OutputControllable, Param, Path
 from controllability.interfaces import Sequence as InLine
-from controllability.proof import Proof
+from controllability.prover.derivation import Derivation
 from controllability.rendering.css import STYLE
 from controllability.rendering.graph import graph_svg
 from controllability.rendering.leaf_states import WORDS, Roles, State, chain, refused_roles, roles
@@ -35,7 +35,7 @@ SAID = {
 }
 
 
-def proof_html(proof: Proof, name: str, level: str = "derived", checks: Checks = ()) -> str:
+def proof_html(proof: Derivation, name: str, level: str = "derived", checks: Checks = ()) -> str:
     """The page of a proof as one string, without scripts or outside files.
 
     ``level`` is the one that was run, ``checks`` what ``proof.check(level)`` returned; where they did not
@@ -186,7 +186,7 @@ class _Writer:
         return out
 
 
-def _head(title: str, proof: Proof, level: str, checks: Checks) -> str:
+def _head(title: str, proof: Derivation, level: str, checks: Checks) -> str:
     count = len(proof.root.moved)
     failed, skipped = (any(c["status"] == status for c in checks) for status in ("failed", "skipped"))
     rest = " What is marked as skipped was not shown." if skipped else ""
@@ -246,7 +246,7 @@ def _legend(found: Roles) -> str:
     return f'<ul class="legend" aria-label="legend">{items}</ul>'
 
 
-def _moves(proof: Proof, found: Roles) -> str:
+def _moves(proof: Derivation, found: Roles) -> str:
     """A row for every parameter that moves: where, by which rule, how."""
     rows = []
     for path, step in found.steps.items():
@@ -263,7 +263,7 @@ def _moves(proof: Proof, found: Roles) -> str:
     return f'<section><h2>What moves</h2><div class="wide"><table>{head}{"".join(rows)}</table></div></section>'
 
 
-def _conditions(proof: Proof) -> str:
+def _conditions(proof: Derivation) -> str:
     rows = "".join(
         f'<li>{escape(statement)} <span class="where">(at <code>{escape(where)}</code>)</span></li>'
         for statement, where in dict.fromkeys((c.statement, c.where) for c in proof.conditions)
@@ -272,7 +272,7 @@ def _conditions(proof: Proof) -> str:
     return f"<section><h2>Side conditions</h2>{listed}</section>"
 
 
-def _reach(proof: Proof) -> str:
+def _reach(proof: Derivation) -> str:
     """How many tokens one patch serves, for a joint proof."""
     rows = "".join(f"<li>{escape(one)}</li>" for one in reach(proof))
     head = "<h2>One patch for T tokens</h2><p>Tokens in general position that it serves:</p>"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from controllability.checks import LEVELS
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
 from controllability.errors import BadInput, ControllabilityError
-from controllability.proof import Proof
+from controllability.prover.derivation import Derivation
 from controllability.rendering.closed_form import ClosedForm, closed_form, written_names
 from controllability.rendering.latex_math import IndexPrinter, escape
 from controllability.rendering.text import printable
@@ -29,7 +29,7 @@ WIDE = 150  # characters of a formula that fit a line; longer ones are made smal
 THEOREMS = {"input-output": "Theorem 1 of Goldwaser, Munn, Gonzalvo and Dherin", "output": "Theorem 1b"}
 
 
-def proof_latex(proof: Proof, level: str = "derived", name: str = "") -> str:
+def proof_latex(proof: Derivation, level: str = "derived", name: str = "") -> str:
     """A document that compiles stand-alone; ``level`` is the highest that was run, ``name`` the family's."""
     if level not in LEVELS:
         raise BadInput(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
@@ -53,7 +53,7 @@ def proof_latex(proof: Proof, level: str = "derived", name: str = "") -> str:
     return "\n".join(lines)
 
 
-def _promise(proof: Proof, moved: str) -> list[str]:
+def _promise(proof: Derivation, moved: str) -> list[str]:
     if proof.jointly:
         return [
             "with parameters $\\theta$. For all states $v_1, \\dots, v_T$ (without the context) and $v'_1, \\dots, v'_T$ (with it) that",
@@ -66,7 +66,7 @@ def _promise(proof: Proof, moved: str) -> list[str]:
     ]
 
 
-def _matrices(proof: Proof) -> list[str]:
+def _matrices(proof: Derivation) -> list[str]:
     """How many tokens one patch serves, and its change of each parameter in matrices whose columns are the tokens."""
     served = [rf"\item {escape(one)}" for one in reach(proof)]
     changes = [rf"\item {escape(one)}" for one in matrix_formulas(proof)]
@@ -77,14 +77,14 @@ def _matrices(proof: Proof) -> list[str]:
     ]  # fmt: skip
 
 
-def _conditions(proof: Proof) -> list[str]:
+def _conditions(proof: Derivation) -> list[str]:
     listed = [rf"\item {escape(c.statement)} --- \texttt{{{escape(c.where)}}}" for c in dict.fromkeys(proof.conditions)]
     if not listed:
         return [r"\paragraph{Side conditions.} None."]
     return [r"\paragraph{Side conditions.}", r"\begin{itemize}\small", *listed, r"\end{itemize}"]
 
 
-def _symbols(proof: Proof) -> dict[str, str]:
+def _symbols(proof: Derivation) -> dict[str, str]:
     """Parameter -> how it is written: matrices W, scales m, biases b, with as much of the name as tells them apart."""
     names = sorted({str(p) for p in proof.block.parameters()})
     parts = {name: [p for p in name.split(".") if p not in ("weight", "bias")] or [name] for name in names}
@@ -107,7 +107,7 @@ def _letter(name: str) -> str:
     return "m" if "norm" in name else "W"
 
 
-def _patch(proof: Proof) -> list[str]:
+def _patch(proof: Derivation) -> list[str]:
     try:
         form = closed_form(proof)
     except ControllabilityError as reason:

@@ -18,7 +18,7 @@ from controllability.interfaces import (
     leaves,
     overlap,
 )
-from controllability.proof import Proof
+from controllability.prover.derivation import Derivation
 from controllability.rules import Step
 from controllability.rules.normalised import OutputNormalised
 
@@ -67,7 +67,7 @@ class Roles:
     cuts: frozenset[tuple[Path, int]] = frozenset()
 
 
-def roles(proof: Proof) -> Roles:
+def roles(proof: Derivation) -> Roles:
     """What the derivation does with every leaf of its block."""
     steps: dict[Path, Step] = {}
     states: dict[Path, State] = {}

@@ -7,14 +7,14 @@ import sys
 import textwrap
 from typing import TextIO
 
-from controllability.proof import Proof
+from controllability.prover.derivation import Derivation
 from controllability.rendering.tokens_served import reach
 from controllability.rules import Step
 
 WIDTH, NARROWEST = 100, 20  # columns of a line: also on wider, and on narrower terminals
 
 
-def proof_text(proof: Proof, width: int | None = None) -> str:
+def proof_text(proof: Derivation, width: int | None = None) -> str:
     """The tree, what moves, and the side conditions; ``width`` columns, those of the terminal if None.
 
     >>> from controllability import prove

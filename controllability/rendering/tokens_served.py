@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from controllability.proof import Proof
+from controllability.prover.derivation import Derivation
 
 NORMALISED, EXPERTS = "O-normalised jointly", "I-experts jointly"
 
 
-def reach(proof: Proof) -> list[str]:
+def reach(proof: Derivation) -> list[str]:
     """For how many tokens in general position each steered parameter serves; [] for a proof of a patch for each token.
 
     >>> from controllability import prove
@@ -34,7 +34,7 @@ def _tokens(most: int | str) -> str:
     return "tokens that ask for the same change (T = 1)" if most == 1 else f"T ≤ {most}"
 
 
-def matrix_formulas(proof: Proof) -> list[str]:
+def matrix_formulas(proof: Derivation) -> list[str]:
     """'parameter: its change' for each rule that moves one, with the tokens' vectors as columns of Z, Y and D."""
     found = [f"{s.steering.param}: {s.rule.patch}" for s in proof.root.walk() if s.steering is not None]
     for step in proof.root.walk():

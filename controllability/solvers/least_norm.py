@@ -15,6 +15,7 @@ import numpy as np
 
 from controllability.arrays import Array, arithmetic
 from controllability.solvers.growing_array import Memory
+from controllability.symbolic.definitions import Definitions, kept
 
 UNIT_ROUNDINGS = 100  # machine epsilons below which a direction of the unit rows counts as rounding
 
@@ -184,8 +185,6 @@ def _eliminated(rows: np.ndarray, xp: Any, tolerance: float, named: bool) -> Spa
 
 def _independent_somewhere(rows: np.ndarray) -> bool:
     """Whether rows of symbols are independent at a random point: then they are so in general."""
-    from controllability.symbolic.definitions import Definitions, kept
-
     table = kept() or Definitions()
     numbers = np.array([float(table.value(entry)) for entry in rows.flat]).reshape(rows.shape)
     return np.linalg.svd(numbers / _sizes(numbers), compute_uv=False)[-1] > 1e-6 and len(rows) <= rows.shape[1]

@@ -1,1 +1,22 @@
-"""SymPy arrays: normal forms, names for intermediate values, index notation with every size a symbol."""
+"""SymPy arrays: normal forms, names for intermediate values, index notation with every size a symbol.
+
+Importing this package makes its two arithmetics known to ``controllability.arrays``; SymPy itself is imported
+when the first symbol is seen.
+"""
+
+import sys
+from typing import Any
+
+from controllability.arrays import register
+from controllability.symbolic.arithmetic import SympyArithmetic
+from controllability.symbolic.indexed import IndexedArray
+from controllability.symbolic.indexed_arithmetic import IndexedArithmetic
+
+
+def _is_symbol(value: Any) -> bool:
+    sympy = sys.modules.get("sympy")
+    return sympy is not None and isinstance(value, sympy.Basic)
+
+
+register(SympyArithmetic(), element=_is_symbol)
+register(IndexedArithmetic(), array=lambda x: isinstance(x, IndexedArray))

@@ -10,6 +10,8 @@ import numpy as np
 from controllability.arrays.base import Array
 from controllability.arrays.objects import ObjectArithmetic
 from controllability.errors import NotExact
+from controllability.symbolic.definitions import named
+from controllability.symbolic.normal_form import normal_form
 
 
 class SympyArithmetic(ObjectArithmetic):
@@ -66,13 +68,9 @@ class SympyArithmetic(ObjectArithmetic):
         return self.each(abs, x)
 
     def tidy(self, x: Array) -> Array:
-        from controllability.symbolic.normal_form import normal_form
-
         return self.each(normal_form, x)
 
     def name(self, x: Array) -> Array:
-        from controllability.symbolic.definitions import named
-
         return self.each(named, x)
 
     def to_float(self, x: Array) -> Any:

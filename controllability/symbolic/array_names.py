@@ -1,4 +1,4 @@
-"""Sums over symbolic ranges, and names for arrays of symbolic size: what index notation adds to normal forms."""
+"""Names for arrays of symbolic size, what is known of them, and their values at random points."""
 
 from __future__ import annotations
 
@@ -8,18 +8,54 @@ from collections.abc import Mapping
 from typing import Any
 
 from controllability.errors import NotExact
-from controllability.symbolic.definitions import kept
+from controllability.symbolic.definitions import Definitions, kept
+from controllability.symbolic.indexed import IndexedArray
 from controllability.symbolic.normal_form import normal_form
-from controllability.symbolic.sums import heads, summed
+from controllability.symbolic.sums import axis_index, heads, summed
+
+WRONG = 1e-6  # a value at a random point that rounding does not explain
+
+
+def array_named_in(table: Definitions, x: IndexedArray) -> IndexedArray:
+    """The array under its name; a new one if its entry was not seen before."""
+    key = (x.shape, x.entry)
+    if key not in table.array_names:
+        table.array_names[key] = name = f"t{len(table.array_names) + 1}"
+        table.arrays[name] = x
+    return IndexedArray.named(table.array_names[key], x.shape)
+
+
+def known_array(table: Definitions, x: IndexedArray) -> IndexedArray:
+    """The array under its name if it has one."""
+    return array_named_in(table, x) if (x.shape, x.entry) in table.array_names else x
+
+
+def unfold_newest(table: Definitions, expression: Any) -> Any:
+    """The entry with its newest array name replaced by what it stands for, in normal form."""
+    known = [n for n in heads(expression) if n in table.arrays]
+    if not known:
+        return expression
+    newest = max(known, key=lambda name: int(name[1:]))
+    return normal_form(unfolded(expression, newest, table.arrays[newest]))
+
+
+def unfolded_to_zero(table: Definitions, expression: Any) -> Any:
+    """The entry with array names replaced, newest first, until it is 0 or has none left.
+
+    One that is not 0 at a random point is left as it is: writing it out would never end.
+    """
+    if expression != 0 and not table.relations and abs(RandomPoint(table.arrays).value(expression)) > WRONG:
+        return expression
+    while expression != 0 and expression != (expression := unfold_newest(table, expression)):
+        pass
+    return expression
 
 
 def named_array(x: Any) -> Any:
     """An array of symbolic size, its entry in normal form; named if definitions are being kept."""
-    from controllability.symbolic.indexed import IndexedArray
-
     x = IndexedArray(x.shape, normal_form(x.entry))
     table = kept()
-    return x if table is None or x.entry.is_Atom or _is_named(x) else table.array(x)
+    return x if table is None or x.entry.is_Atom or _is_named(x) else array_named_in(table, x)
 
 
 def tag(x: Any) -> Any:
@@ -28,10 +64,15 @@ def tag(x: Any) -> Any:
     A part of an array has entries of the same name, and is named anew: it is another array.
     """
     table, x = kept(), named_array(x)
-    if table is not None and not x.entry.is_Atom and table.shape(str(x.entry.func), x.shape) != x.shape:
-        x = table.array(x)
+    if table is not None and not x.entry.is_Atom and _shape_of(table, str(x.entry.func), x.shape) != x.shape:
+        x = array_named_in(table, x)
     head = x.entry.func if x.entry.args else x.entry
     return _whole(str(head)) if x.entry.is_Atom or _is_named(x) else _whole(str(x.entry))
+
+
+def _shape_of(table: Definitions, name: str, seen: Any) -> Any:
+    """The shape of the array called ``name``; of one that is no definition the first that was ``seen``."""
+    return table.arrays[name].shape if name in table.arrays else table.shapes.setdefault(name, seen)
 
 
 def _whole(name: str) -> Any:
@@ -42,8 +83,6 @@ def _whole(name: str) -> Any:
 
 def _is_named(x: Any) -> bool:
     import sympy
-
-    from controllability.symbolic.indexed import IndexedArray
 
     return isinstance(x.entry, sympy.core.function.AppliedUndef) and (
         x.entry == IndexedArray.named(str(x.entry.func), x.shape).entry
@@ -81,8 +120,6 @@ def unfolded(expression: Any, name: str, array: Any) -> Any:
     """``expression`` with every entry of the array ``name`` written out; sums are built anew around it."""
     import sympy
 
-    from controllability.symbolic.sums import axis_index
-
     if str(getattr(expression, "func", "")) == name:
         places = [axis_index(p) for p in reversed(range(array.ndim)) if array.shape[-1 - p] != 1]
         return array.entry.xreplace(dict(zip(places, expression.args, strict=True)))
@@ -105,8 +142,6 @@ def _written_whole(array: Any) -> Any:
     These indices are the array's own: no index that is put in or summed over elsewhere reaches them.
     """
     import sympy
-
-    from controllability.symbolic.sums import axis_index
 
     table = kept()
     if all(n == 1 for n in array.shape):
@@ -172,8 +207,6 @@ class RandomPoint:
         return sum((self.value(inside.xreplace({bound: sympy.Integer(i)})) for i in range(start, stop + 1)), 0j)
 
     def _written_out(self, array: Any, at: tuple[Any, ...]) -> Any:
-        from controllability.symbolic.sums import axis_index
-
         places = [axis_index(p) for p in reversed(range(array.ndim)) if array.shape[-1 - p] != 1]
         return array.entry.xreplace(dict(zip(places, at, strict=False)))
 

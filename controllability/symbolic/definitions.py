@@ -1,4 +1,4 @@
-"""Normal forms of SymPy expressions: rational functions over roots and unknown functions."""
+"""Names for intermediate values of SymPy arithmetic: equal normal forms get the same name, once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 from controllability.symbolic.normal_form import _settled, normal_form
 
-WRONG = 1e-6  # a value at a random point that rounding does not explain
 _ACTIVE: ContextVar[Definitions | None] = ContextVar("definitions", default=None)
 
 
@@ -23,52 +22,10 @@ class Definitions:
     def __init__(self) -> None:
         self.meaning: dict[Any, Any] = {}
         self._names: dict[Any, Any] = {}
-        self.arrays: dict[str, Any] = {}  # name -> array of symbolic size
-        self._array_names: dict[Any, str] = {}
+        self.arrays: dict[str, Any] = {}  # name -> array of symbolic size; array_names gives these names
+        self.array_names: dict[Any, str] = {}
         self.shapes: dict[str, Any] = {}  # of the arrays that something was a function of
         self.relations: dict[Any, Any] = {}  # sums that are known to be something else
-
-    def array(self, x: Any) -> Any:
-        """The array under its name; a new one if its entry was not seen before."""
-        from controllability.symbolic.indexed import IndexedArray
-
-        key = (x.shape, x.entry)
-        if key not in self._array_names:
-            self._array_names[key] = name = f"t{len(self._array_names) + 1}"
-            self.arrays[name] = x
-        return IndexedArray.named(self._array_names[key], x.shape)
-
-    def shape(self, name: str, seen: Any) -> Any:
-        """The shape of the array called ``name``; of one that is no definition the first that was ``seen``."""
-        return self.arrays[name].shape if name in self.arrays else self.shapes.setdefault(name, seen)
-
-    def known_array(self, x: Any) -> Any:
-        """The array under its name if it has one."""
-        return self.array(x) if (x.shape, x.entry) in self._array_names else x
-
-    def unfold_newest(self, expression: Any) -> Any:
-        """The entry with its newest array name replaced by what it stands for, in normal form."""
-        from controllability.symbolic.array_names import unfolded
-        from controllability.symbolic.sums import heads
-
-        known = [n for n in heads(expression) if n in self.arrays]
-        if not known:
-            return expression
-        newest = max(known, key=lambda name: int(name[1:]))
-        return normal_form(unfolded(expression, newest, self.arrays[newest]))
-
-    def unfolded_to_zero(self, expression: Any) -> Any:
-        """The entry with array names replaced, newest first, until it is 0 or has none left.
-
-        One that is not 0 at a random point is left as it is: writing it out would never end.
-        """
-        from controllability.symbolic.array_names import RandomPoint
-
-        if expression != 0 and not self.relations and abs(RandomPoint(self.arrays).value(expression)) > WRONG:
-            return expression
-        while expression != 0 and expression != (expression := self.unfold_newest(expression)):
-            pass
-        return expression
 
     def name(self, expression: Any) -> Any:
         """The name of a value; a new one if it was not seen before."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from controllability.arrays.base import Array
 from controllability.errors import BadInput, NotExact
-from controllability.symbolic.sums import axis_index
+from controllability.symbolic.sums import axis_index, summed
 
 
 class IndexedArray:
@@ -113,8 +113,6 @@ class IndexedArray:
 
     def sum(self, axis: int, keepdims: bool = False) -> IndexedArray:
         """The sum over one axis, counted from the end."""
-        from controllability.symbolic.sums import summed
-
         assert axis < 0, "axes are counted from the end"
         place = -1 - axis
         total = self.entry if self.shape[axis] == 1 else summed(self.entry, axis_index(place), self.shape[axis])

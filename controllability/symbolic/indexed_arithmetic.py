@@ -7,7 +7,9 @@ from typing import Any
 from controllability.arrays.base import Array
 from controllability.errors import NotExact
 from controllability.symbolic.arithmetic import SympyArithmetic
+from controllability.symbolic.array_names import assume, named_array, unused
 from controllability.symbolic.indexed import IndexedArray, _broadcast, _integer, _known
+from controllability.symbolic.normal_form import normal_form
 
 
 class IndexedArithmetic(SympyArithmetic):
@@ -23,8 +25,6 @@ class IndexedArithmetic(SympyArithmetic):
 
     def scalar(self, name: str, value: Any) -> Any:
         import sympy
-
-        from controllability.symbolic.normal_form import normal_form
 
         return getattr(sympy, name)(normal_form(value) if name == "sqrt" else value)
 
@@ -56,14 +56,10 @@ class IndexedArithmetic(SympyArithmetic):
         return IndexedArray((*x.shape[:-1], 1), x.entry)
 
     def name(self, x: Array) -> Array:
-        from controllability.symbolic.array_names import named_array
-
         return named_array(x)
 
     def root(self, name: str, function: Any, value: Array) -> Array:
         """A number with ``function(number) = value``, which is assumed to exist."""
-        from controllability.symbolic.array_names import assume, unused
-
         unknown = IndexedArray(value.shape, unused(name))
         assume(function(unknown).entry, value.entry, unknown.entry)
         return unknown

@@ -11,8 +11,8 @@ from torch import Tensor
 from controllability.deltas import Delta, ExpertLowRank, LowRank
 from controllability.errors import PatchError
 from controllability.interfaces import Param
-from controllability.models.files.peft_forms import Form
 from controllability.models.patches.applier import Entry
+from controllability.models.patches.peft_form import Form
 
 
 class Factors(NamedTuple):

@@ -12,23 +12,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import controllability
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.errors import PatchError
 from controllability.interfaces import Param, Together
 from controllability.models.files.folders import refuse_occupied, written
-from controllability.models.files.peft_forms import Form, forms_of
-from controllability.models.model_patch import ModelPatch
+from controllability.models.files.peft_forms import forms_of
 from controllability.models.patches.applier import Entry
+from controllability.models.patches.peft_form import Form
+from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.fingerprints import known_fingerprint
 from controllability.models.reading.positions import Rows
 from controllability.models.sweep.report import Report
+from controllability.version import __version__
 
 FORMAT, VERSION = "controllability-patch", 4
 TENSORS, DESCRIPTION = "patch.safetensors", "patch.json"
 
 
-def save_patch(patch: ModelPatch, directory: Path, model: nn.Module | None) -> Path:
+def save_patch(patch: PatchRecord, directory: Path, model: nn.Module | None) -> Path:
     """Write ``patch`` into ``directory``, which must be new or empty; nothing is left behind on failure.
 
     Raises ``PatchError``: directory occupied or not writable, patch applied at the moment, made on top of
@@ -69,7 +70,7 @@ def _digest(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _tensors(patch: ModelPatch) -> dict[str, Tensor]:
+def _tensors(patch: PatchRecord) -> dict[str, Tensor]:
     tensors = {"rows.sample": patch.rows.sample, "rows.position": patch.rows.position}
     for entry in patch.entries:
         if isinstance(entry.delta, LowRank):
@@ -108,7 +109,7 @@ def _described(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _description(patch: ModelPatch, mark: str, model_type: str) -> dict[str, Any]:
+def _description(patch: PatchRecord, mark: str, model_type: str) -> dict[str, Any]:
     plain = {
         role: {n: v for n, v in patch.inputs[role].items() if isinstance(v, bool | int | float | str)}
         for role in ("source", "target")
@@ -121,7 +122,7 @@ def _description(patch: ModelPatch, mark: str, model_type: str) -> dict[str, Any
     return {
         "format": FORMAT,
         "version": VERSION,
-        "written_by": f"controllability {controllability.__version__}",
+        "written_by": f"controllability {__version__}",
         "fingerprint": mark,
         "model_type": model_type,
         "scope": patch.scope,
@@ -136,12 +137,8 @@ def _description(patch: ModelPatch, mark: str, model_type: str) -> dict[str, Any
     }
 
 
-def load_patch(directory: str | Path) -> ModelPatch:
-    """A patch written by ``mp.save``.  Only JSON and safetensors are read.
-
-    Raises ``PatchError`` for a missing, truncated or corrupt patch and for another format version.
-    Whether the weights are the right ones is checked when it is applied or merged.
-    """
+def read_patch(directory: str | Path) -> PatchRecord:
+    """The patch in a directory that ``save_patch`` wrote.  See ``controllability.load_patch``."""
     directory = Path(directory)
     description = _read_description(directory)
     try:
@@ -179,7 +176,7 @@ def _read_description(directory: Path) -> dict[str, Any]:
     return description
 
 
-def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> ModelPatch:
+def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> PatchRecord:
     entries = []
     for item in description["entries"]:
         param = Param(item["parameter"], index=tuple(slice(*s) for s in item["slices"]))
@@ -203,7 +200,7 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> ModelPatc
     positions = tuple(tensors.get(f"positions::{role}") for role in ("source", "target"))
     inputs["positions"] = positions if positions[0] is not None else None
     shape = (int(description["rows_shape"][0]), int(description["rows_shape"][1]))
-    return ModelPatch(
+    return PatchRecord(
         tuple(entries),
         description["scope"],
         Rows(tensors["rows.sample"], tensors["rows.position"], shape, int(description["rows_before"])),

@@ -7,19 +7,18 @@ import copy
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from controllability.errors import NotVerified
 from controllability.models.exact_mode import exact_mode
+from controllability.models.patches.applied import applied
+from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.model_facts import input_embedding
 from controllability.models.reading.random_inputs import random_inputs
 from controllability.models.reading.tolerances import VERIFIED
-
-if TYPE_CHECKING:
-    from controllability.models.model_patch import ModelPatch
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Check:
     unpatched: float | None = None
 
 
-def check_adapter(patch: ModelPatch, directory: Path, model: nn.Module | None) -> Check:
+def check_adapter(patch: PatchRecord, directory: Path, model: nn.Module | None) -> Check:
     """Load the adapter with PEFT onto a twin of ``model`` that shares its weights, and compare outputs.
 
     Raises ``NotVerified`` when PEFT does not load it, or when the outputs differ by more than rounding explains.
@@ -58,7 +57,7 @@ def check_adapter(patch: ModelPatch, directory: Path, model: nn.Module | None) -
     dtypes = {parameter.dtype for parameter in model.parameters()} & set(VERIFIED)
     with torch.no_grad(), exact_mode() if torch.float64 in dtypes else contextlib.nullcontext():
         unpatched = result_of(model(**inputs))
-        with patch.applied(model):
+        with applied(patch, model):
             patched = result_of(model(**inputs))
         adapted = result_of(_run(_with_adapter(model, directory), inputs))
     error, control = _relative(adapted, patched), _relative(unpatched, patched)

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,15 +16,14 @@ from controllability.errors import BadInput, PatchError
 from controllability.models.files.folders import refuse_occupied, written
 from controllability.models.files.lora_factors import lora_tensors, rank_of
 from controllability.models.files.peft_check import Check, check_adapter
-from controllability.models.files.peft_forms import Form, forms_of
+from controllability.models.files.peft_forms import forms_of
 from controllability.models.files.peft_reader import CONFIG, MADE_FOR, PREFIX, TENSORS
 from controllability.models.hooks.carried_patches import carried, uncompiled
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.merging import write
+from controllability.models.patches.peft_form import Form
+from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.fingerprints import known_fingerprint
-
-if TYPE_CHECKING:
-    from controllability.models.model_patch import ModelPatch
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Exported:
         return data | data.pop("check")
 
 
-def export_peft(patch: ModelPatch, directory: Path, model: nn.Module | None = None) -> Exported:
+def export_peft(patch: PatchRecord, directory: Path, model: nn.Module | None = None) -> Exported:
     """Write ``patch`` as an adapter that ``peft.PeftModel.from_pretrained(model, directory)`` loads (peft 0.21).
 
     ``directory`` must be new or empty; nothing is left behind on failure.  ``model`` may be left out while the one
@@ -86,14 +85,14 @@ def export_peft(patch: ModelPatch, directory: Path, model: nn.Module | None = No
     return Exported(str(directory), [CONFIG, TENSORS], dense, len(ranks), max(ranks.values(), default=0), check)
 
 
-def _refuse_other(patch: ModelPatch, model: nn.Module) -> None:
+def _refuse_other(patch: PatchRecord, model: nn.Module) -> None:
     if carried(model):
         raise PatchError("patches are on the model at the moment: leave applied() or unmerge before exporting")
     if known_fingerprint(model) != (patch.fingerprint or patch.fingerprint_of(patch.model())):
         raise PatchError("this patch was made for other weights (the fingerprints differ)")
 
 
-def _refuse_formless(patch: ModelPatch, forms: dict[str, Form], model: nn.Module | None) -> None:
+def _refuse_formless(patch: PatchRecord, forms: dict[str, Form], model: nn.Module | None) -> None:
     for name in dict.fromkeys(entry.param.name for entry in patch.entries):
         if name not in forms:
             raise PatchError(f"this patch does not say how the model holds {name}: give the model that it was made for")

@@ -14,43 +14,15 @@ Everything that PEFT 0.21 does differently from one module to the next is said h
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
 
 from torch import nn
 
 from controllability.deltas import Shift
 from controllability.models.patches.applier import Entry
-
-Kind = Literal["module", "parameter", "dense", "none"]
+from controllability.models.patches.peft_form import Form
 
 # PEFT takes these for the per-expert matrices of transformers 4, in models whose experts are stacked now
 TAKEN_FOR_EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Form:
-    """How PEFT reaches one parameter.
-
-    ``kind`` says by which list of the config; "none" comes with a reason ``why``.  ``shape`` is that of the stored
-    parameter, ``swapped`` that lora_A holds its rows and lora_B its columns, ``key`` the module's name in an adapter file.
-    """
-
-    kind: Kind
-    shape: tuple[int, ...]
-    swapped: bool = False
-    key: str = ""
-    why: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> Form:
-        """What ``to_dict`` gave."""
-        fields: dict[str, Any] = data | {"shape": tuple(data["shape"])}
-        return Form(**fields)
 
 
 def forms_of(model: nn.Module, entries: Iterable[Entry]) -> dict[str, Form]:

@@ -18,11 +18,12 @@ from controllability.deltas import Delta, Shift
 from controllability.errors import BadInput, PatchError
 from controllability.interfaces import Component, OutputControllable, Param, node
 from controllability.models.files.lora_factors import lora_factors, low_rank, rank_of, split_dense
-from controllability.models.files.peft_forms import Form, plain_linear
+from controllability.models.files.peft_forms import plain_linear
 from controllability.models.files.peft_reader import MADE_FOR, PREFIX, read_adapter
 from controllability.models.hooks.carried_patches import carried, uncompiled
-from controllability.models.model_patch import ModelPatch
 from controllability.models.patches.applier import Entry
+from controllability.models.patches.peft_form import Form
+from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.fingerprints import known_fingerprint, state_of
 from controllability.models.reading.positions import Rows
@@ -47,17 +48,8 @@ class Slot:
         return low_rank(self.param, rows, columns, getattr(self.leaf, "layout", "out_in") == "in_out", experts)
 
 
-def import_peft(directory: str | Path, model: nn.Module) -> ModelPatch:
-    """A LoRA adapter as a patch of ``model``: scope "last", one set of weights, for ``applied``, ``merge`` and ``save``.
-
-    Only JSON and safetensors are read, and the ``peft`` package is not needed.  Any rank, ``lora_alpha``, rsLoRA,
-    ``target_parameters`` and ``modules_to_save`` are understood.  Raises ``PatchError`` for what a patch cannot say
-    (another method, DoRA, LoRA on attention or embeddings: the module is named) and for an adapter that was exported
-    for other weights.
-
-    >>> # mp = ct.import_peft("adapter", model)
-    >>> # with mp.applied(model): model(**inputs)
-    """
+def patch_of_adapter(directory: str | Path, model: nn.Module) -> PatchRecord:
+    """A PEFT adapter as a patch.  See ``controllability.import_peft``."""
     if not isinstance(model, nn.Module):
         raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
     config, tensors, notes = read_adapter(Path(directory))
@@ -83,7 +75,7 @@ def import_peft(directory: str | Path, model: nn.Module) -> ModelPatch:
     report = Report("last", "imported", "none", dtype, 1, numbers, dense, 0.0, [])
     one = torch.zeros(1, dtype=torch.long)
     inputs: dict[str, Any] = {"target": {}, "source": {}, "positions": None}
-    mp = ModelPatch(tuple(entries), "last", Rows(one, one, (1, 1)), report, inputs, _model=weakref.ref(model))
+    mp = PatchRecord(tuple(entries), "last", Rows(one, one, (1, 1)), report, inputs, _model=weakref.ref(model))
     mp._seen.update(state_of(model))
     return mp
 

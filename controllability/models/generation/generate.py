@@ -28,7 +28,7 @@ from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, ref
 from controllability.models.sweep.report import Layers
 from controllability.models.sweep.source_run import LayerSweep, sweep
 from controllability.models.sweep.target_run import LayerTarget, check_finite, observe_target
-from controllability.proof import Proof
+from controllability.prover.derivation import Derivation
 
 OnStep = Callable[[Step], None]
 
@@ -118,7 +118,7 @@ class _Loop:
     """The decoding loop that transformers calls, and what it leaves behind."""
 
     def __init__(
-        self, model: Any, hooks: LayerHooks, checked: Checked, proofs: list[Proof], prompts: int, follow: str,
+        self, model: Any, hooks: LayerHooks, checked: Checked, proofs: list[Derivation], prompts: int, follow: str,
         control: bool, reports: bool, on_step: OnStep | None, streamer: Any,
     ) -> None:  # fmt: skip
         self.model, self.hooks, self.checked, self.proofs = model, hooks, checked, proofs

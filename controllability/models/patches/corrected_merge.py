@@ -8,13 +8,13 @@ rounded weights already, so it makes good what their rounding did.  What is left
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from controllability.models.hooks.installation import Installation
 from controllability.models.hooks.layer_hooks import LayerHooks, Watch
 from controllability.models.patches.applier import Entry
+from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.positions import pair
@@ -22,11 +22,8 @@ from controllability.models.reading.probes import standing_last
 from controllability.models.sweep.source_run import LayerSweep, Sweeper, together_at
 from controllability.models.sweep.target_run import observe_target
 
-if TYPE_CHECKING:
-    from controllability.models.model_patch import ModelPatch
 
-
-def solved_again(patch: ModelPatch, model: nn.Module) -> Iterator[Entry]:
+def solved_again(patch: PatchRecord, model: nn.Module) -> Iterator[Entry]:
     """The entries of a patch of one set of weights, each layer's solved when it is asked for.
 
     Whoever writes them into ``model`` before asking for more gets patches that know of the rounding so far.  Costs one

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
 from controllability.errors import BadInput, PatchError
-from controllability.models.model_patch import ModelPatch
 from controllability.models.patches.applier import Entry
+from controllability.models.patches.record import PatchRecord
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Difference:
         return "\n".join(lines)
 
 
-def diff(a: ModelPatch, b: ModelPatch) -> Difference:
+def diff(a: PatchRecord, b: PatchRecord) -> Difference:
     """How two patches of one model differ: ‖ΔA‖, ‖ΔB‖, ‖ΔA − ΔB‖ and their cosine for each parameter, in float64.
 
     Patches of the same source positions are compared row by row; a single one (scope "last" or "all") with each of the other's.
@@ -99,7 +99,7 @@ def diff(a: ModelPatch, b: ModelPatch) -> Difference:
     >>> # print(ct.diff(ct.load_patch("monday"), ct.load_patch("tuesday")))
     """
     for patch in (a, b):
-        if not isinstance(patch, ModelPatch):
+        if not isinstance(patch, PatchRecord):
             raise BadInput(
                 f"diff compares two patches of a model (ct.patch_model, ct.load_patch), got {type(patch).__name__}"
             )
@@ -115,7 +115,7 @@ def diff(a: ModelPatch, b: ModelPatch) -> Difference:
     )  # fmt: skip
 
 
-def _refuse_other_models(a: ModelPatch, b: ModelPatch) -> None:
+def _refuse_other_models(a: PatchRecord, b: PatchRecord) -> None:
     if a.made_under != b.made_under:
         raise PatchError("the patches were made on top of different others: they are changes of different weights")
     if a.fingerprint is None and b.fingerprint is None and a.model() is b.model():
@@ -127,7 +127,7 @@ def _refuse_other_models(a: ModelPatch, b: ModelPatch) -> None:
         raise PatchError("the patches were made for different weights (their fingerprints differ)")
 
 
-def _pairing(a: ModelPatch, b: ModelPatch) -> tuple[str, str]:
+def _pairing(a: PatchRecord, b: PatchRecord) -> tuple[str, str]:
     """Which rows are compared, and a line that says so."""
     counts = [1 if patch.scope == "all" else len(patch.rows.sample) for patch in (a, b)]
     same = counts[0] == counts[1] and all(

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from controllability.errors import BadInput, NotVerified, PatchError, SideConditionFailed
 from controllability.models.hooks.carried_patches import carried, load_of, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.patches.applied import applied
 from controllability.models.patches.applier import Entry, own
+from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.served_sequences import (
     PLAIN,
     Learned,
@@ -29,6 +31,7 @@ from controllability.models.patches.served_sequences import (
     _only_near,
     together,
 )
+from controllability.models.patches.solve import solve
 from controllability.models.reading.checked_reading import Checked, checked_reading
 from controllability.models.reading.fingerprints import state_of
 from controllability.models.reading.inputs import refuse_bad_inputs
@@ -42,9 +45,6 @@ from controllability.models.sweep.report import LayerReport, Layers
 from controllability.models.sweep.source_run import LayerSweep, sweep
 from controllability.models.sweep.target_run import observe_target
 from controllability.solvers.served_tokens import NotContinued
-
-if TYPE_CHECKING:
-    from controllability.models.model_patch import ModelPatch
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Extension:
 
 
 def extend(
-    patch: ModelPatch, model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any = None
+    patch: PatchRecord, model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any = None
 ) -> Extension:
     """Add one sequence, or the tokens behind a known one, to ``patch``.  See ``ModelPatch.extend``."""
     started = time.perf_counter()
@@ -71,7 +71,7 @@ def extend(
     for role, inputs in (("target", target), ("source", source)):
         _refuse_inputs(inputs, role)
     with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
-        patch._refuse_misuse(model)
+        patch.refuse_misuse(model)
         checked = checked_reading(model)
         for role, inputs in (("target", target), ("source", source)):
             refuse_bad_inputs(model, checked, inputs, role)
@@ -90,7 +90,7 @@ def extend(
 
 
 def _gone_on(
-    patch: ModelPatch, model: nn.Module, checked: Checked, stream: Stream, step: _Step
+    patch: PatchRecord, model: nn.Module, checked: Checked, stream: Stream, step: _Step
 ) -> tuple[list[LayerSweep], Learned, Any] | None:
     """The new tokens solved for, with what the earlier ones give as it is; None where everything has to be solved anew."""
     if not (stream.goes_on and _complete(step.after) and is_causal(model, checked)):
@@ -109,7 +109,7 @@ def _gone_on(
         raise
 
 
-def _refuse_unfit(patch: ModelPatch, model: nn.Module) -> Stream:
+def _refuse_unfit(patch: PatchRecord, model: nn.Module) -> Stream:
     if patch.scope != "all" or patch.together is None or not patch.together.exact:
         raise PatchError(f"only an exact patch of scope 'all' can be extended, and this one is of scope '{patch.scope}'"
                          + ("" if patch.scope != "all" else ", a fit (ridge or rank)"))  # fmt: skip
@@ -179,7 +179,7 @@ class _Step:
 
 
 def _solved(
-    patch: ModelPatch, model: nn.Module, checked: Checked, stream: Stream, step: _Step, caches: Any
+    patch: PatchRecord, model: nn.Module, checked: Checked, stream: Stream, step: _Step, caches: Any
 ) -> tuple[list[LayerSweep], Learned, Any]:
     """Both runs over the new tokens (over the whole sequence without ``caches``), solving for them."""
     proofs = checked.proofs(patch.report.via, patch.report.route, True)
@@ -210,7 +210,7 @@ def _solved(
     return solvers, learned, pasts
 
 
-def _each_layer(patch: ModelPatch) -> list[LayerReport | LayerRecord]:
+def _each_layer(patch: PatchRecord) -> list[LayerReport | LayerRecord]:
     """One report a layer, of its first call; records where they are there: reports are written when they are read."""
     layers = patch.report.layers
     found: dict[int, Any] = {}
@@ -219,7 +219,7 @@ def _each_layer(patch: ModelPatch) -> list[LayerReport | LayerRecord]:
     return [found[index] for index in sorted(found)]
 
 
-def _caches(patch: ModelPatch, model: nn.Module, step: _Step) -> BothPasts | tuple[Any, Any] | None:
+def _caches(patch: PatchRecord, model: nn.Module, step: _Step) -> BothPasts | tuple[Any, Any] | None:
     """The caches of the known tokens in both runs; filled once for a sequence that has none, and side by side if that can be."""
     known = step.known
     if not step.grows or not keeps_cache(model):
@@ -228,14 +228,14 @@ def _caches(patch: ModelPatch, model: nn.Module, step: _Step) -> BothPasts | tup
         if known.caches is None:
             device = next(model.parameters()).device
             there = model(input_ids=known.target[None].to(device), use_cache=True)
-            with patch.applied(model):
+            with applied(patch, model):
                 here = model(input_ids=known.source[None].to(device), use_cache=True)
             known.caches = pasts_of(model, there, here, (known.target, known.source))
     return known.caches
 
 
 def _changes(
-    patch: ModelPatch, model: nn.Module, checked: Checked, step: _Step, solvers: list[LayerSweep], learned: Learned,
+    patch: PatchRecord, model: nn.Module, checked: Checked, step: _Step, solvers: list[LayerSweep], learned: Learned,
     caches: Any, inputs: dict[str, Any], rows: Rows,
 ) -> dict[str, Any]:  # fmt: skip
     """What of the patch is another when it is the extended one."""
@@ -267,15 +267,13 @@ def _changes(
         raise
 
 
-def _anew(patch: ModelPatch, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+def _anew(patch: PatchRecord, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """The same where every sequence is solved for at once, with the new one among them."""
-    from controllability.models.patch_model import patch_model
-
     device = next(model.parameters()).device
     runs = [{k: v.to(device) for k, v in inputs[role].items()} for role in ("target", "source")]
     asked = patch.together
     assert asked is not None
-    made = patch_model(
+    made = solve(
         model, *runs, scope="all", via=patch.report.via, route=patch.report.route, positions=inputs["positions"],
         keep_rms=asked.keep_rms,
     )  # fmt: skip

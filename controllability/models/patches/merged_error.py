@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from controllability.errors import PatchError
-
-if TYPE_CHECKING:
-    from controllability.models.model_patch import ModelPatch
+from controllability.models.patches.record import PatchRecord
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class MergedError:
 
 
 @torch.no_grad()
-def merged_error(patch: ModelPatch, model: nn.Module) -> MergedError:
+def merged_error(patch: PatchRecord, model: nn.Module) -> MergedError:
     """Run the merged model on the patch's own source and hold it against the target run's logits.
 
     Raises ``PatchError`` when the patch is not merged into ``model``, or was loaded: the target's logits are not saved.
@@ -58,7 +56,7 @@ def merged_error(patch: ModelPatch, model: nn.Module) -> MergedError:
     )  # fmt: skip
 
 
-def _at_pairs(logits: Any, patch: ModelPatch) -> Tensor:
+def _at_pairs(logits: Any, patch: PatchRecord) -> Tensor:
     """The logits of the paired positions; the target's are kept there already, unless every position has a pair."""
     at_positions = logits.ndim == 3 and logits.shape[:2] == patch.rows.shape
     return patch.rows.of(logits) if at_positions else logits

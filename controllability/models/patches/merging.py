@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,69 @@ from architectures import quantised
 from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.errors import PatchError
 from controllability.interfaces import Param
+from controllability.models.hooks.carried_patches import anything_applied, carried, carry, drop, load_of, uncompiled
 from controllability.models.patches.applier import Entry, to_device
+from controllability.models.patches.corrected_merge import solved_again
+from controllability.models.patches.record import PatchRecord
+from controllability.models.reading.fingerprints import same_again, state_of
 from controllability.models.sweep.report import Rounding
+
+
+def merge(patch: PatchRecord, model: nn.Module, corrected: bool = False) -> int:
+    """Write the patch into the weights; returns how many bytes the kept originals take.  See ``ModelPatch.merge``."""
+    if patch._merged_into is not None:
+        raise PatchError("this patch is merged already: unmerge it first")
+    patch.refuse_several("merged into one set of weights")
+    with load_of(model).lock:
+        return _merge(patch, model, corrected)
+
+
+def _merge(patch: PatchRecord, model: nn.Module, corrected: bool) -> int:
+    model = uncompiled(model)
+    patch.refuse_misuse(model)
+    if anything_applied(model):
+        raise PatchError("a patch is applied at the moment: leave its context before merging")
+    refuse_quantised(model, patch.entries)
+    refuse_shared(model, patch.entries)
+    originals: dict[str, Tensor] = {}
+    rounding: list[Rounding] = []
+    patch._before_merge = state_of(model)
+    try:
+        for entry in solved_again(patch, model) if corrected else patch.entries:
+            stored = model.get_submodule(entry.module)._parameters[entry.attribute]
+            assert stored is not None
+            originals.setdefault(entry.param.name, stored.detach().clone())
+            rounding.append(write(stored, entry.param, entry.delta))
+    except BaseException as error:
+        restore(model, originals)
+        same_again(model, originals, patch._before_merge)
+        if isinstance(error, RuntimeError):  # inference tensors, expanded weights
+            why = str(error).splitlines()[0]
+            raise PatchError(f"the weights cannot be written to: {why}; nothing was changed") from None
+        raise
+    patch._originals, patch._merged_into = originals, model
+    patch.report = replace(patch.report, rounding=rounding)
+    patch._merged_state = state_of(model)
+    carry(model, patch.id, None, patch.parameters)
+    return sum(t.numel() * t.element_size() for t in originals.values())
+
+
+def unmerge(patch: PatchRecord, model: nn.Module) -> None:
+    """Put the original weights back, bit for bit.  See ``ModelPatch.unmerge``."""
+    model = uncompiled(model)
+    with load_of(model).lock:
+        if patch._merged_into is not model:
+            raise PatchError("this patch is not merged into this model")
+        if carried(model)[-1:] != (patch.id,):
+            raise PatchError("another patch was applied or merged after this one: undo that first")
+        now = state_of(model)
+        changed = [name for name in patch._originals if now.get(name) != patch._merged_state.get(name)]
+        if changed:
+            raise PatchError(f"parameter {changed[0]} changed since the merge: unmerging would overwrite that")
+        restore(model, patch._originals)
+        same_again(model, patch._originals, patch._before_merge)
+        patch._originals, patch._merged_into = {}, None
+        drop(model, patch.id)
 
 
 def refuse_quantised(model: nn.Module, entries: tuple[Entry, ...]) -> None:

@@ -1,4 +1,4 @@
-"""``patch_model``: from two runs of a live model to the patch that turns one into the other."""
+"""From two runs of a live model to the patch that turns one into the other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import nn
 
 from controllability.errors import BadInput
 from controllability.interfaces import Together
-from controllability.models.hooks.carried_patches import carried
+from controllability.models.hooks.carried_patches import carried, load_of, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
-from controllability.models.model_patch import ModelPatch
 from controllability.models.patches.applier import Entry, own
+from controllability.models.patches.record import PatchRecord, refuse_scope
 from controllability.models.patches.served_sequences import Stream
 from controllability.models.reading.checked_reading import checked_reading, codebooks_of, streams_of
 from controllability.models.reading.fingerprints import state_of
@@ -32,8 +32,36 @@ from controllability.models.sweep.source_run import LayerSweep, sweep
 from controllability.models.sweep.target_run import Progress, check_finite, observe_target
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress is shown."""
     return None
+
+
+def solve(
+    model: nn.Module,
+    target: Mapping[str, Any],
+    source: Mapping[str, Any],
+    scope: str = "each",
+    via: str = "input-output",
+    route: str = "auto",
+    positions: tuple[Any, Any] | None = None,
+    progress: Progress = silent,
+    ridge: float = 0.0,
+    rank: int | None = None,
+    keep_rms: bool = False,
+) -> PatchRecord:
+    """The solved patch.  See ``controllability.patch_model``, which documents the options and errors."""
+    refuse_scope(scope)
+    together = together_of(scope, ridge, rank, keep_rms)
+    for name, value in (("via", via), ("route", route)):
+        if not isinstance(value, str):
+            raise BadInput(f"{name} must be a name, got {type(value).__name__}")
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
+    model = uncompiled(model)
+    # what is kept must not be made inside torch.inference_mode: autograd would refuse it later
+    with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
+        return _patch(model, target, source, scope, via, route, positions, progress, together)
 
 
 def _patch(
@@ -46,7 +74,7 @@ def _patch(
     positions: tuple[Any, Any] | None,
     progress: Progress,
     together: Together,
-) -> ModelPatch:
+) -> PatchRecord:
     started = time.perf_counter()
     for role, inputs in (("target", target), ("source", source)):
         refuse_malformed(inputs, role)
@@ -92,7 +120,7 @@ def _patch(
     )  # fmt: skip
     kept = {"target": dict(target), "source": dict(source), "positions": positions}
     source_rows = replace(source_rows, before=solvers[0].before)
-    mp = ModelPatch(
+    mp = PatchRecord(
         entries, scope, source_rows, report, kept, logits, paired, carried(model), together=together,
         _model=weakref.ref(model),
     )  # fmt: skip

@@ -19,7 +19,8 @@ from controllability.models.reading.compare_with_module import compare
 from controllability.models.reading.devices import refuse_offloaded
 from controllability.models.reading.fingerprints import looking, stored
 from controllability.models.reading.modules import modules_of
-from controllability.proof import Proof, prove
+from controllability.prover.derivation import Derivation
+from controllability.prover.search import derive
 
 
 def codebooks_of(checked: Checked) -> int:
@@ -47,9 +48,9 @@ class Checked:
     worst: float
     embedding: nn.Module | None = None
     length: int | None = None  # positions of a layer's states, for models that read no tokens
-    _proofs: dict[tuple[str, str, bool], list[Proof]] = field(default_factory=dict)
+    _proofs: dict[tuple[str, str, bool], list[Derivation]] = field(default_factory=dict)
 
-    def proofs(self, via: str, route: str, jointly: bool = False) -> list[Proof]:
+    def proofs(self, via: str, route: str, jointly: bool = False) -> list[Derivation]:
         """One proof a layer, searched once.  Raises ``NotControllable`` with the layer that has none."""
         key = (via, route, jointly)
         if key not in self._proofs:
@@ -57,9 +58,9 @@ class Checked:
         return self._proofs[key]
 
 
-def _prove(layer: Layer, via: str, route: str, jointly: bool) -> Proof:
+def _prove(layer: Layer, via: str, route: str, jointly: bool) -> Derivation:
     try:
-        return prove(layer.block, via, route, jointly=jointly)  # type: ignore[arg-type]
+        return derive(layer.block, via, route, jointly=jointly)  # type: ignore[arg-type]
     except NotControllable as refused:
         raise NotControllable(
             refused.culprit, refused.reason, refused.hint, f"layer {layer.index}", refused.remedies

@@ -24,7 +24,7 @@ from controllability.models.reading.tolerances import CACHED
 from controllability.models.sweep.one_pass import SAME, Both
 from controllability.models.sweep.source_run import LayerSweep, together_at
 from controllability.models.sweep.target_run import LayerTarget
-from controllability.proof import Proof
+from controllability.prover.derivation import Derivation
 from controllability.solvers.served_tokens import Known
 
 LOCAL = {"full_attention", "sliding_attention"}  # kinds of attention that count from the token, not from the start
@@ -134,7 +134,7 @@ class _Listener(Both):
     """Listens to one layer; a condition that fails stops the pass."""
 
     def __init__(
-        self, layer: Layer, proof: Proof, rows: Rows, last: bool, derivation: int, together: Together | None,
+        self, layer: Layer, proof: Derivation, rows: Rows, last: bool, derivation: int, together: Together | None,
         known: Mapping[tuple[int, int], Mapping[Path, Known]],
     ) -> None:  # fmt: skip
         super().__init__(layer, proof, 1, rows, last)
@@ -150,7 +150,7 @@ class _Listener(Both):
 
 
 def solved_in_one_pass(
-    hooks: LayerHooks, proofs: list[Proof], pasts: BothPasts, ids: Tensor, together: Together | None,
+    hooks: LayerHooks, proofs: list[Derivation], pasts: BothPasts, ids: Tensor, together: Together | None,
     known: Mapping[tuple[int, int], Mapping[Path, Known]], derivations: list[int],
 ) -> tuple[list[list[LayerTarget]], list[LayerSweep]]:  # fmt: skip
     """(targets, solvers) of one pass of both runs over the new tokens ``ids`` (n,).

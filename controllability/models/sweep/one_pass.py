@@ -20,7 +20,7 @@ from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.positions import Rows
 from controllability.models.sweep.source_run import LayerSweep
 from controllability.models.sweep.target_run import LayerTarget, Observer
-from controllability.proof import Proof
+from controllability.prover.derivation import Derivation
 
 # how far the states of the two ways may be apart: far above rounding, far below what seeing the context changes
 SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -29,7 +29,7 @@ SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
 class Both:
     """Listens to one layer; the first ``batch`` rows are the target's, the next ones the source's."""
 
-    def __init__(self, layer: Layer, proof: Proof, batch: int, rows: Rows, last: bool) -> None:
+    def __init__(self, layer: Layer, proof: Derivation, batch: int, rows: Rows, last: bool) -> None:
         self.layer, self.proof, self.batch, self.rows = layer, proof, batch, rows
         self.observer = Observer(layer, rows, last, lambda: None)
         self.solvers: list[LayerSweep] = []
@@ -136,7 +136,7 @@ def narrow(inputs: Mapping[str, Any], batch: int) -> None:
 
 
 def together(
-    hooks: LayerHooks, proofs: list[Proof], inputs: Mapping[str, Any], batch: int, running: Tensor
+    hooks: LayerHooks, proofs: list[Derivation], inputs: Mapping[str, Any], batch: int, running: Tensor
 ) -> tuple[list[list[LayerTarget]], list[LayerSweep] | None, Any]:
     """(targets, solvers, output) of one pass over widened inputs; solvers are None where a side condition failed.
 

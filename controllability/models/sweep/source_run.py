@@ -25,7 +25,7 @@ from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.positions import Rows
 from controllability.models.sweep.effects import effect_on, patched
 from controllability.models.sweep.target_run import LayerTarget, Progress, as_state, check_finite
-from controllability.proof import Proof
+from controllability.prover.derivation import Derivation
 from controllability.solvers.served_tokens import Known
 
 
@@ -40,7 +40,7 @@ class LayerSweep:
     def __init__(
         self,
         layer: Layer,
-        proof: Proof,
+        proof: Derivation,
         choice: int,
         target: LayerTarget,
         rows: Rows,
@@ -164,7 +164,7 @@ class Sweeper:
 
 def sweep(
     hooks: LayerHooks,
-    proofs: list[Proof],
+    proofs: list[Derivation],
     targets: list[list[LayerTarget]],
     inputs: Mapping[str, Any],
     rows: Rows,
@@ -220,7 +220,7 @@ class _Attempts:
     one may fall short of its targets: the last one makes good what is missing, or refuses.
     """
 
-    def __init__(self, proofs: list[Proof], derivations: Sequence[int] | None, together: Together | None) -> None:
+    def __init__(self, proofs: list[Derivation], derivations: Sequence[int] | None, together: Together | None) -> None:
         self.proofs, self.wish, self.fixed = proofs, together, derivations is not None
         self.choices = list(derivations or [0] * len(proofs))
         self.first: dict[int, SideConditionFailed] = {}

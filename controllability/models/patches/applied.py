@@ -1,0 +1,65 @@
+"""A patch on a live model for a while: hooks on its own modules, undone to the last bit."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from controllability.errors import PatchError
+from controllability.models.hooks.carried_patches import carry, load_of, put_down, uncompiled
+from controllability.models.hooks.installation import Installation
+from controllability.models.hooks.layer_hooks import Watch
+from controllability.models.patches.applier import Applier, refuse_other_tokens
+from controllability.models.patches.record import PatchRecord
+from controllability.models.reading.checked_reading import known_reading
+from controllability.models.reading.positions import main_input
+
+
+@contextmanager
+def applied(patch: PatchRecord, model: nn.Module) -> Iterator[nn.Module]:
+    """Within this context the model's own modules compute with the patched weights.  See ``ModelPatch.applied``."""
+    given, model = model, uncompiled(model)
+    with load_of(model).lock:  # another thread waits: two patches at once would see each other's weights
+        patch.refuse_misuse(model)
+        installation = Installation()
+        try:
+            carry(model, patch.id, installation, patch.parameters)
+            installation.assign(model, "__deepcopy__", _refuse_copy)
+            installation.assign(model, "__reduce_ex__", _refuse_copy)
+            _install(patch, model, installation)
+            yield given
+        finally:
+            in_order = put_down(model, patch.id)
+        if not in_order:
+            raise PatchError("patches were left out of order: this one and those applied after it were all undone")
+
+
+def _install(patch: PatchRecord, model: nn.Module, installation: Installation) -> None:
+    reading = known_reading(model)
+    rows = patch.rows if patch.scope == "each" else None
+    name = main_input(patch.inputs["source"]) or ""
+    if rows and name.endswith("input_ids") and name in inspect.signature(model.forward).parameters:
+        valid = patch.inputs["source"][name]
+        installation.before(model, lambda ids: refuse_other_tokens(ids, valid), name)
+    for layer in reading.layers:
+        entries = [e for e in patch.entries if e.layer == layer.index]
+        if entries:
+            applier = Applier(layer, entries, rows, 1 if rows else _samples(patch))
+            Watch(
+                model, layer, applier, installation, applier.taps, states=False,
+                sequence_first=reading.architecture.sequence_first,
+            )  # fmt: skip
+
+
+def _samples(patch: PatchRecord) -> int:
+    return len(patch.rows.sample) if patch.scope == "last" else 1
+
+
+def _refuse_copy(_: Any) -> Any:
+    raise PatchError(
+        "a patch is applied at the moment: a copy of the model, or a file of it, would keep its hooks; leave the context before copying"
+    )

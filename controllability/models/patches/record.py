@@ -1,0 +1,140 @@
+"""What a patch of a whole model is: its entries, what it was made from, and the refusals that protect it."""
+
+from __future__ import annotations
+
+import uuid
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from controllability.errors import BadInput, PatchError
+from controllability.interfaces import Together
+from controllability.models.hooks.carried_patches import carried, refuse_on_it
+from controllability.models.patches.applier import Entry
+from controllability.models.patches.peft_form import Form
+from controllability.models.patches.served_sequences import Stream
+from controllability.models.reading.devices import refuse_offloaded
+from controllability.models.reading.fingerprints import State, fingerprint, known_fingerprint, state_of
+from controllability.models.reading.positions import Rows
+from controllability.models.sweep.report import Report
+
+
+@dataclass(eq=False)
+class PatchRecord:
+    """Every layer's patch, the patched logits, and the report.
+
+    ``logits`` (B, T, vocabulary) come from the sweep itself (``last_hidden_state`` of models
+    without logits); None for a patch loaded from disk, which remembers the model's name and how PEFT would
+    reach each parameter (``forms``).
+    """
+
+    entries: tuple[Entry, ...]
+    scope: str
+    rows: Rows
+    report: Report
+    inputs: dict[str, Any]
+    logits: Tensor | None = None
+    target_logits: Tensor | None = None
+    made_under: tuple[str, ...] = ()
+    fingerprint: str | None = None
+    model_name: str = ""
+    together: Together | None = None
+    stream: Stream | None = field(default=None, repr=False)
+    extensions: list[Any] = field(default_factory=list, repr=False)
+    forms: dict[str, Form] = field(default_factory=dict, repr=False)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    _model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
+    _seen: State = field(default_factory=dict, repr=False)
+    _before_merge: State = field(default_factory=dict, repr=False)
+    _merged_state: State = field(default_factory=dict, repr=False)
+    _originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _merged_into: Any = field(default=None, repr=False)
+
+    def model(self) -> nn.Module:
+        """The model this patch was made on.  Raises ``PatchError`` when it is gone, or was never in this process."""
+        model = self._model() if self._model is not None else None
+        if model is None:
+            raise PatchError("the model that this patch was made on is gone: pass the model")
+        return model
+
+    def fingerprint_of(self, model: nn.Module) -> str:
+        """The fingerprint of the weights that this patch is for, its own merge undone in thought."""
+        on_it = carried(model)
+        if self._merged_into is model and on_it == (self.id,):
+            return fingerprint(model, self._originals)
+        if self._model is not None and self._model() is model and not on_it:
+            self._refuse_changes(model)
+        if on_it:
+            raise PatchError("patches are on the model at the moment: leave applied() or unmerge before saving")
+        return known_fingerprint(model)
+
+    def refuse_misuse(self, model: nn.Module) -> None:
+        """Raise ``PatchError`` unless this patch can be put on ``model`` as it is now."""
+        refuse_offloaded(model)
+        if carried(model) != self.made_under:
+            refuse_on_it(model, self.id, self.parameters, self.made_under)
+        self._refuse_other_model(model)
+
+    def _refuse_other_model(self, model: nn.Module) -> None:
+        if self._model is not None and self._model() is model:
+            self._refuse_changes(model)
+            return
+        if known_fingerprint(model) != (self.fingerprint or self.fingerprint_of(self.model())):
+            raise PatchError("this patch was made for other weights (the fingerprints differ)")
+
+    def _refuse_changes(self, model: nn.Module) -> None:
+        now = state_of(model)
+        if changed := [name for name, seen in self._seen.items() if now.get(name) != seen]:
+            raise PatchError(f"{changed[0]} changed since this patch was made: make it again")
+
+    def refuse_several(self, done: str) -> None:
+        """Raise ``PatchError`` unless this patch is one set of weights; ``done`` says what else cannot be done with it."""
+        if any(entry.call for entry in self.entries):
+            raise PatchError(
+                "a layer of this model runs several times in one forward pass and has one patch a call: "
+                f"they cannot be {done}; use applied()"
+            )
+        count = len(self.rows.sample)
+        if self.scope == "all":
+            return
+        if count > 1:
+            per = "position" if self.scope == "each" else "sample"
+            raise PatchError(
+                f"scope '{self.scope}' holds {count} patches, one a {per}: they cannot be {done}; "
+                + ("use scope='last'" if self.scope == "each" else "patch a batch of 1")
+            )
+        positions = self.rows.shape[0] * (self.rows.shape[1] + self.rows.before)
+        if self.scope == "each" and positions > 1:
+            raise PatchError(
+                f"scope 'each' holds a patch for one of {positions} positions and leaves the others as they are, which weights "
+                f"cannot do: it cannot be {done}; use scope='last'"
+            )
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise PatchError(
+            "a patch belongs to one model and is neither copied nor pickled: write it with mp.save(directory) and read "
+            "it with ct.load_patch(directory), in another process too"
+        )
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The names of the parameters that this patch changes."""
+        return frozenset(entry.param.name for entry in self.entries)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the patch holds."""
+        return sum(entry.delta.numbers for entry in self.entries)
+
+    @property
+    def dense_numbers(self) -> int:
+        """How many numbers the dense ΔW would be (one position's worth for each patch)."""
+        return sum(entry.delta.dense_numbers for entry in self.entries)
+
+
+def refuse_scope(scope: str) -> None:
+    """Raise ``BadInput`` unless the scope is one that exists."""
+    if scope not in ("each", "last", "all"):
+        raise BadInput(f"unknown scope {scope!r}: choose each, last or all")

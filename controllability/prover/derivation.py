@@ -1,0 +1,102 @@
+"""A derivation: the tree of rules that concludes that a block can be patched, and its execution.  (theory 6, level 1)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controllability.arrays import Array, arithmetic
+from controllability.errors import SideConditionFailed
+from controllability.execution.patch import Patch
+from controllability.execution.patched_run import PatchedRun
+from controllability.execution.trace import Trace
+from controllability.execution.validation import check_instance, check_result
+from controllability.interfaces import Component, Condition, Params, Together
+from controllability.rules import Step, construct
+from controllability.symbolic.definitions import definitions
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """``root`` concludes, rule by rule, that ``block`` is patchable; ``alternatives`` move other parameters.
+
+    ``via`` says which theorem, ``route`` what a normalised output does, ``frozen`` what may not move, ``jointly`` whether
+    one patch serves many tokens.
+    """
+
+    block: Component
+    root: Step
+    alternatives: tuple[Step, ...]
+    via: str
+    route: str
+    frozen: frozenset[str] = frozenset()
+    jointly: bool = False
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """Every side condition of the derivation; tested whenever it is executed."""
+        return tuple(condition for step in self.root.walk() for condition in step.conditions)
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """The names of the rules used, each once, in the order of the tree."""
+        return tuple(dict.fromkeys(step.rule.name for step in self.root.walk()))
+
+    @property
+    def most(self) -> dict[str, int | str]:
+        """For how many tokens in general position each steered parameter serves, by a joint proof; {} of another."""
+        found: dict[str, int | str] = {}
+        for step in self.root.walk():
+            if step.most is not None and step.steering is not None:
+                found[str(step.steering.param)] = step.most
+        return found
+
+    def patched_run(
+        self,
+        params: Params,
+        source: Trace | Array,
+        target: Trace | Array,
+        choice: int = 0,
+        together: Together | None = None,
+    ) -> PatchedRun:
+        """The source run in which this proof's patch is solved on demand; ``choice`` > 0 takes an alternative.
+
+        ``together`` says how a joint proof solves for its tokens; exactly unless it says otherwise.
+        """
+        together = (together or Together()) if self.jointly else None
+        run = PatchedRun(self.block, params, source, target, together)
+        root = (self.root, *self.alternatives)[choice]
+        construct(root, run, run.wanted)
+        return run
+
+    def construct(
+        self, params: Params, source: Trace | Array, target: Trace | Array, together: Together | None = None
+    ) -> Patch:
+        """The patch with which the block at ``source`` gives what it gave at ``target``.
+
+        A joint proof gives one patch for all tokens of states (T, d), as ``together`` says (exactly by default).
+        States are (..., d), or traces with node values that were already observed.  When a side
+        condition fails on the numbers the alternatives are tried in order; raises
+        ``SideConditionFailed`` with the first condition when none is open, and ``BadInput`` when the
+        numbers do not fit the block.
+        """
+        states = [x.state if isinstance(x, Trace) else x for x in (source, target)]
+        check_instance(self.block, params, *states)
+        failure: SideConditionFailed | None = None
+        for choice in range(1 + len(self.alternatives)):
+            run = self.patched_run(params, source, target, choice, together)
+            try:
+                first = states[0][0] if isinstance(states[0], tuple | list) else states[0]
+                if not arithmetic(first).symbolic:
+                    deltas = run.deltas()
+                    check_result(deltas)
+                    return Patch(deltas, run.journal)
+                with definitions() as table:
+                    return Patch(run.deltas(), run.journal, table)
+            except SideConditionFailed as failed:
+                failure = failure or failed
+                if failed.final:
+                    raise
+        assert failure is not None
+        if self.alternatives:
+            failure.tried = f"{1 + len(self.alternatives)} derivations that move different parameters"
+        raise failure
