@@ -8,7 +8,7 @@ from architectures.reading import Layer as Layer
 from architectures.reading import Reading as Reading
 from architectures.reading import read as read
 from architectures.registry import Architecture as Architecture
-from architectures.registry import Seen as Seen
+from architectures.registry import StatePoint as StatePoint
 from architectures.registry import add as add
 from architectures.registry import block as block
 from architectures.registry import find as find

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from architectures import quantised
-from architectures.registry import Architecture, Seen, by_layers, find, full_name
+from architectures.registry import Architecture, StatePoint, by_layers, find, full_name
 from architectures.view import View
 from architectures.widths import misfits
 from controllability.arrays import Array
@@ -160,8 +160,8 @@ class Layer:
     block: Component
     params: LiveParams
     taps: tuple[Tap, ...]
-    inputs: tuple[Seen, ...]
-    output: Seen
+    inputs: tuple[StatePoint, ...]
+    output: StatePoint
     experts: Mapping[Path, str] = field(default_factory=dict)  # the module that runs the experts of a mixture
 
 
@@ -266,7 +266,7 @@ def _layer(model: Any, architecture: Architecture, index: int, name: str, block:
     _refuse_unknown(model, architecture, name, block, found, params)
     wanted = view.sites.get("inputs") or architecture.inputs or _default_inputs(name, block, found)
     inputs = tuple(replace(s, module=_join(name, s.module)) for s in wanted)
-    output = view.sites.get("output") or architecture.output or Seen("", "after")
+    output = view.sites.get("output") or architecture.output or StatePoint("", "after")
     experts = {t.mixture: view.sites.get(f"{t.module}|experts", t.module) for t in found if t.mixture is not None}
     output = replace(output, module=_join(name, output.module))
     return Layer(index, name, block, params, found, inputs, output, experts)
@@ -278,15 +278,15 @@ def _join(layer: str, module: str) -> str:
     return f"{layer}.{module}" if module else layer
 
 
-def _default_inputs(name: str, block: Component, found: tuple[Tap, ...]) -> tuple[Seen, ...]:
+def _default_inputs(name: str, block: Component, found: tuple[Tap, ...]) -> tuple[StatePoint, ...]:
     """The block's input is what the first module that reads it gets."""
     for tap in found:
         if reads_input(block, tap.inlet):
             inside = tap.module.removeprefix(f"{name}.")
-            return (Seen(inside if tap.kind == "module" else inside.split(".")[0]),)
+            return (StatePoint(inside if tap.kind == "module" else inside.split(".")[0]),)
     raise ReadingError(
         f"layer {name}: no module reads the block's input as it is: say where it is seen, "
-        "with inputs=(architectures.Seen(module),) in the registration"
+        "with inputs=(architectures.StatePoint(module),) in the registration"
     )
 
 

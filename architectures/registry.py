@@ -15,7 +15,7 @@ Build = Callable[[View], Component | None]
 
 
 @dataclass(frozen=True)
-class Seen:
+class StatePoint:
     """Where a live model shows one of a block's inputs, or its output.
 
     ``module`` is named inside the layer ('' is the layer itself); ``when`` is before it runs (its first
@@ -57,8 +57,8 @@ class Architecture:
     feed_forward: str
     build: Build | None
     defaults: dict[str, Any] = field(default_factory=dict)
-    inputs: tuple[Seen, ...] | None = None
-    output: Seen | None = None
+    inputs: tuple[StatePoint, ...] | None = None
+    output: StatePoint | None = None
     under: str = ""
     sequence_first: bool = False
     streams: Callable[[Any], int] | None = None
@@ -81,8 +81,8 @@ class Architecture:
 def full_name(cls: type) -> str:
     """'package.module.Class'.
 
-    >>> full_name(Seen)
-    'architectures.registry.Seen'
+    >>> full_name(StatePoint)
+    'architectures.registry.StatePoint'
     """
     return f"{cls.__module__}.{cls.__qualname__}"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from architectures.feed_forward import FeedForward, Norm
-from architectures.registry import Architecture, Build, Refusal, Seen, add
+from architectures.registry import Architecture, Build, Refusal, StatePoint, add
 from architectures.view import View
 from controllability.components import Fixed, Identity, Select, Sum, Times, residual
 from controllability.interfaces import Component
@@ -22,8 +22,8 @@ class Shape:
     build: Build
     topology: str
     feed_forward: str
-    inputs: tuple[Seen, ...] | None = None
-    output: Seen | None = None
+    inputs: tuple[StatePoint, ...] | None = None
+    output: StatePoint | None = None
 
 
 def kind_of(half: FeedForward) -> str:
@@ -69,8 +69,8 @@ def post_ln(half: FeedForward, norm: Norm, state: str = "", after: str = "") -> 
         return residual(half(view)) >> norm(view)
 
     return Shape(
-        build, "post-norm after the sum", kind_of(half), (Seen(state),) if state else None,
-        Seen(after, "after") if after else None,
+        build, "post-norm after the sum", kind_of(half), (StatePoint(state),) if state else None,
+        StatePoint(after, "after") if after else None,
     )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def parallel(pre: Norm, half: FeedForward, attention: str) -> Shape:
         x, a = Select(0, "hidden state", view.size("d")), Select(1, "attention output", view.size("d"))
         return Sum((x, a, _then(Select(0, "hidden state", view.size("d")), pre(view), half(view))))
 
-    return Shape(build, "parallel", kind_of(half), (Seen(""), Seen(attention, "after")))
+    return Shape(build, "parallel", kind_of(half), (StatePoint(""), StatePoint(attention, "after")))
 
 
 def family(name: str, layers: str, shape: Shape, **options: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from architectures.experts import DEEPSEEK, multiplier
 from architectures.feed_forward import Gated, MoE, Norm, Plain, SigmoidTop, layer_norm, softmax_top, top_k
-from architectures.registry import Seen
+from architectures.registry import StatePoint
 from architectures.shapes import Shape, either, family, fixed_scale, parallel, post_ln, sequential
 from architectures.view import View
 from controllability.components import (
@@ -206,7 +206,7 @@ def gemma4(view: View) -> Component:
         )
     block = residual(mlp >> Norm("post_feedforward_layernorm")(view))
     if view.has("per_layer_input_gate"):
-        view.sites["output"] = Seen("per_layer_input_gate")
+        view.sites["output"] = StatePoint("per_layer_input_gate")
         return block
     return block >> Gate(view.param("layer_scalar", "one"))
 
@@ -234,7 +234,7 @@ def xmod(view: View) -> Component:
     """LN(x + half(x)), an adapter, the LN again: the sum is reproduced, what follows is local."""
     if view.setting("pre_norm", default=False):
         raise ReadingError("xmod with pre_norm=True is not declared")
-    view.sites["output"] = Seen(
+    view.sites["output"] = StatePoint(
         "output.adapter_layer_norm" if view.has("output.adapter_layer_norm") else "output.LayerNorm"
     )
     return residual(Plain("intermediate.dense", "output.dense")(view))
@@ -268,7 +268,7 @@ def xlm(view: View) -> Component:
     index = view.prefix.rstrip(".").rpartition(".")[2]
     norm = f"layer_norm2.{index}" if view.live else "layer_norm2"
     around = View(view.prefix.rpartition("ffns.")[0], view.sizes, view.settings, view.parent, view.config, view.index)
-    view.sites["output"] = Seen(f"../../{norm}", "after")
+    view.sites["output"] = StatePoint(f"../../{norm}", "after")
     default = "gelu" if view.setting("gelu_activation", default=True) else "relu"
     half = view.linear("lin1", "h", "d") >> Activation(default) >> view.linear("lin2", "d", "h")
     return residual(half) >> around.layer_norm(norm)
@@ -285,7 +285,7 @@ def longcat(view: View) -> Component:
 
 family(
     "longcat_flash", "LongcatFlashDecoderLayer", Shape(longcat, "parallel", "gated"),
-    inputs=(Seen("post_attention_layernorm.1"), Seen("mlp", "after")), ignored=("mlps.0",),
+    inputs=(StatePoint("post_attention_layernorm.1"), StatePoint("mlp", "after")), ignored=("mlps.0",),
 )  # fmt: skip
 
 
@@ -315,11 +315,11 @@ def zaya(view: View) -> Component:
         return Bias(view.param(f"{affine}.{name}_bias", "d")) >> Scale(view.param(f"{affine}.{name}_scale", "d"))
 
     state: Component = normed >> view.linear(f"{gate}.down_proj", "r", "d", bias=True)
-    view.sites["inputs"] = (Seen("post_attention_residual_scale", "after"),)
+    view.sites["inputs"] = (StatePoint("post_attention_residual_scale", "after"),)
     if carried:
         before = Select(1, "router state", view.size("r"))
         state = state + (before >> fixed_scale(f"{gate}.router_states_scale", "r")(view))
-        view.sites["inputs"] += (Seen("", argument="prev_router_hidden_states"),)
+        view.sites["inputs"] += (StatePoint("", argument="prev_router_hidden_states"),)
     router = state >> Norm(f"{gate}.router_mlp.norm")(view, "r")
     for module in ("fc1", "fc2"):
         router = router >> view.linear(f"{gate}.router_mlp.{module}", "r", "r", bias=True) >> Activation("gelu")

@@ -77,7 +77,7 @@ def prove(
 ) -> Proof:
     """A proof that ``block`` can be patched: f(v; θ') = f(v'; θ) for admissible states v, v'.
 
-    With ``jointly`` the patch is one for many tokens at once (theory 5), and ``proof.most`` says for how many in general position.
+    With ``jointly`` the patch is one for many tokens at once (theory 5), and ``proof.max_tokens`` says for how many in general position.
 
     ``via`` chooses Theorem 1 ("input-output") or 1b ("output"), ``route`` what a normalised output
     does (auto, scale, secular, uniform, ball), ``frozen`` names parameters that must not move.
@@ -86,6 +86,7 @@ def prove(
     Sound, not complete: a refusal means that no derivation was found.
 
     >>> from controllability.components import Linear, Activation, residual
+    >>> from controllability.interfaces import Param
     >>> up, down = Linear(Param("up", ("h", "d"))), Linear(Param("down", ("d", "h")))
     >>> proof = prove(residual(up >> Activation("silu") >> down))
     >>> proof.root.rule.name, sorted(map(str, proof.root.moved))

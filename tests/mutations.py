@@ -206,7 +206,7 @@ def output_mixture(weigh: Callable[..., Any], missing: Callable[..., Any]) -> Ca
             share = mixture.shares_of(step.place.component, run.params_at(path), y)
             return weigh(share, y) * missing(goal, raw, share)[..., None, :]
 
-        run.steer(path, mixture.Goal(step.steering, gap=gap))
+        run.steer(path, mixture.Goal(step.update, delta=gap))
 
     return wrong
 

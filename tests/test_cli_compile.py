@@ -234,8 +234,8 @@ def test_ctrl_c_while_writing_leaves_nothing(capsys, files, monkeypatch, the_mod
 
 def test_a_killed_run_leaves_no_directory_of_that_name(files):
     code = (
-        "import os, signal, sys; from controllability.compiling import writing; from controllability.cli.main import main\n"
-        "writing._verified = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys; from controllability.compiling import write; from controllability.cli.main import main\n"
+        "write._verified = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "main(sys.argv[1:])"
     )
     killed = subprocess.run([sys.executable, "-c", code, *command(files)], env=os.environ | {"OMP_NUM_THREADS": "1"})

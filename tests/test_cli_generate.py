@@ -21,7 +21,7 @@ from controllability.cli.side_by_side import Transcript
 from controllability.errors import SideConditionFailed
 from controllability.models.generation.steps import Step
 from controllability.models.loading import embedded_directory, load_model
-from controllability.models.sweep import refuse_misses as last_defence
+from controllability.models.reading import tolerances
 
 PETS = "Tom has a goat . Yan has a parrot . Ray has a horse . What animal does Yan own ?"
 CITY = "Zoe lives in Seoul . Where does Zoe live ?"
@@ -96,7 +96,7 @@ def test_options(capsys, options):
 
 
 def test_what_is_not_within_tolerance_is_not_verified(capsys, monkeypatch):
-    monkeypatch.setitem(last_defence.VERIFIED, torch.float32, 1e-12)
+    monkeypatch.setitem(tolerances.VERIFIED, torch.float32, 1e-12)
     assert main(["generate", "embedded", *prompts(PETS), "--tokens", "2"]) == 1
     shown = capsys.readouterr().out
     assert "NOT verified" in shown

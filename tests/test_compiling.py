@@ -22,7 +22,7 @@ from controllability.compiling.token_sets import Context, Sample, batches, begin
 from controllability.compiling.yardstick import Yardstick, agreement, logits_of
 from controllability.embedded.world import RELATIONS, draw_world, vocabulary
 from controllability.models.loading import load_model
-from controllability.models.reading.positions import pair
+from controllability.models.reading.positions import pair_positions
 
 load = functools.cache(lambda: load_model("embedded"))
 PAIR = "Mia lives in Oslo . Leo lives in Rome ."
@@ -374,7 +374,7 @@ def test_token_sets_pair_each_token_with_its_own():
     assert inputs["input_ids"].tolist() == [[1, 7, 8], [1, 7, 0]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert "attention_mask" not in padded(samples[:1], "target")
-    rows = [pair(padded(samples, "target"), inputs, "all", positions(samples))[i].named() for i in (0, 1)]
+    rows = [pair_positions(padded(samples, "target"), inputs, "all", positions(samples))[i].named() for i in (0, 1)]
     assert rows[0] == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]  # padding is no token of the set
     assert rows[1] == [[0, 0], [0, 4], [0, 5], [1, 0], [1, 4]]
     assert len(beginnings(samples)) == 3
@@ -385,8 +385,8 @@ def test_padding_changes_no_logit():
     model, tokenizer = load()
     context = Context.of(tokenizer, PAIR)
     samples = [context.sample(text) for text in (*ASKED, "In which city does Mia stay ?")]
-    for together, alone in zip(logits_of(model, samples), logits_of(model, samples, alone=True), strict=True):
-        assert torch.allclose(together, alone, rtol=0, atol=2e-5)
+    for joint, alone in zip(logits_of(model, samples), logits_of(model, samples, alone=True), strict=True):
+        assert torch.allclose(joint, alone, rtol=0, atol=2e-5)
 
 
 def test_agreement_can_fail():

@@ -8,7 +8,7 @@ from helpers import error, hook_count, runs, tiny_gemma, unchanged
 from torch import nn
 
 import controllability as ct
-from controllability.models.hooks.installation import Installation
+from controllability.models.hooks.installation import HookStack
 
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("accelerate.hooks")
@@ -123,7 +123,7 @@ def test_what_hooks_are_told_is_on_the_modules_device():
     """At the border of two devices torch's hooks see the input before accelerate has moved it."""
     module, told = nn.Linear(2, 2).to("meta"), []
     accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook(execution_device="meta"))
-    installation = Installation()
+    installation = HookStack()
     installation.before(module, lambda x: told.append(x.device.type))
     installation.after(module, lambda x, y: told.append(x.device.type))
     module(torch.zeros(1, 2))

@@ -18,8 +18,8 @@ import controllability as ct
 from controllability.components import Mixture
 from controllability.interfaces import node
 from controllability.models.exact_mode import exact_mode
-from controllability.models.hooks.installation import Installation
-from controllability.models.hooks.layer_hooks import Watch
+from controllability.models.hooks.installation import HookStack
+from controllability.models.hooks.layer_hooks import LayerHook
 
 TYPES = {t for name in architectures.names() for t in architectures.find(name).model_types}
 REFUSED = {name for name in RECIPES if name in TYPES and architectures.find(name).refusal}
@@ -76,11 +76,11 @@ class Choices:
 
 def choices(model, kwargs):
     """{(layer, path): (experts (B, T, k), shares)} of one run."""
-    reading, installation, found = architectures.read(model), Installation(), {}
+    reading, installation, found = architectures.read(model), HookStack(), {}
     try:
         for layer in reading.layers:
             listener = Choices()
-            Watch(model, layer, listener, installation, states=False)
+            LayerHook(model, layer, listener, installation, states=False)
             found[layer.index] = listener
         logits_of(model, kwargs)
     finally:

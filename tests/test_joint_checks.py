@@ -10,13 +10,13 @@ from joint_blocks import BLOCKS, FAMILIES, down, joint, joint_steps, up
 
 import controllability as ct
 from controllability.arrays import ARITHMETICS
-from controllability.checks import symbolic_joint as together
+from controllability.checks import symbolic_joint_block
 from controllability.checks.numeric_block import residuals_of
 from controllability.checks.symbolic_rules import rule_check
 from controllability.components import Activation, residual
 from controllability.components import updates as ways
 from controllability.deltas import ExpertLowRank
-from controllability.interfaces import Together
+from controllability.interfaces import JointOptions
 from controllability.rules import RULES
 from controllability.rules import mixture_jointly as mixture_rules
 from controllability.rules import normalised_jointly as joint_rules
@@ -57,7 +57,7 @@ def wrong_sign(self):
     return -self.basis / (self.basis * self.basis).sum(-1, keepdims=True)
 
 
-def unchecked(condition, together, xp, rest, *_):
+def unchecked(condition, joint, xp, rest, *_):
     return np.ones((len(rest), 1))
 
 
@@ -88,8 +88,8 @@ def test_a_wrong_joint_rule_fails_its_own_check(monkeypatch, block, rule, target
 STACKED = ways.one_sum_of_experts
 
 
-def shares_ignored(condition, together, x, shares, *rest):
-    return STACKED(condition, together, x, shares * 0 + 1, *rest)
+def shares_ignored(condition, joint, x, shares, *rest):
+    return STACKED(condition, joint, x, shares * 0 + 1, *rest)
 
 
 def planes_swapped(*given):
@@ -97,9 +97,9 @@ def planes_swapped(*given):
     return replace(solved, delta=replace(solved.delta, right=solved.delta.right[::-1]))
 
 
-def a_part_to_every_expert(condition, together, x, shares, index, gap, raw, transposed, experts, known=None):
+def a_part_to_every_expert(condition, joint, x, shares, index, gap, raw, transposed, experts, known=None):
     """[G]: δ/S to every chosen expert, for each token its own rank-1 term: they meet in the expert that both have."""
-    solved = STACKED(condition, together, x, shares, index, gap, raw, transposed, experts, known)
+    solved = STACKED(condition, joint, x, shares, index, gap, raw, transposed, experts, known)
     left, right = np.zeros((2, experts, len(gap), 1), dtype=object)
     left = np.broadcast_to(left, (experts, len(gap), gap.shape[1])).copy()
     for t, j in np.ndindex(*index.shape):
@@ -108,8 +108,8 @@ def a_part_to_every_expert(condition, together, x, shares, index, gap, raw, tran
     return replace(solved, delta=ExpertLowRank(left, right, transposed, np.arange(experts), experts))
 
 
-def what_they_give_now_forgotten(condition, together, x, shares, index, gap, raw, *rest):
-    return STACKED(condition, together, x, shares, index, gap + raw, raw, *rest)
+def what_they_give_now_forgotten(condition, joint, x, shares, index, gap, raw, *rest):
+    return STACKED(condition, joint, x, shares, index, gap + raw, raw, *rest)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_the_whole_block_for_two_tokens_of_symbols():
 @pytest.mark.slow
 @pytest.mark.parametrize("via", ["input-output", "output"])
 def test_the_whole_block_with_experts_for_two_tokens_of_symbols(via):
-    found, method = together.whole_block(joint("mixtral", via))
+    found, method = symbolic_joint_block.whole_block(joint("mixtral", via))
     assert found == "passed", method
     assert method == (
         "residual reduced to 0 for 2 tokens with one patch, at E = 3, d = 2 (h = 1 in an expert), of which {1, 2} and {2, 3} "
@@ -160,7 +160,7 @@ def test_the_whole_block_with_experts_for_two_tokens_of_symbols(via):
 
 
 def test_a_shared_expert_beside_others_for_two_tokens_of_symbols():
-    found, method = together.whole_block(joint("deepseek_v3"))
+    found, method = symbolic_joint_block.whole_block(joint("deepseek_v3"))
     assert found == "passed", method
 
 
@@ -168,12 +168,12 @@ def test_a_shared_expert_beside_others_for_two_tokens_of_symbols():
 def test_a_wrong_sum_of_experts_leaves_something_of_the_whole_block(monkeypatch, wrong):
     monkeypatch.setattr(mixture_rules, "one_sum_of_experts", wrong)
     proof = joint("mixtral", "output")
-    assert together.whole_block(proof)[0] == "failed"
+    assert symbolic_joint_block.whole_block(proof)[0] == "failed"
     assert proof.check("exact")[0]["status"] == "failed"
 
 
 def test_what_is_not_run_is_skipped():
-    found, method = together.whole_block(joint("flex_olmo", "output"))
+    found, method = symbolic_joint_block.whole_block(joint("flex_olmo", "output"))
     assert found == "skipped"
     assert method.startswith("not run: roots of what two tokens' experts add up to")
 
@@ -234,7 +234,7 @@ def test_many_digits_do_not_go_through_the_linear_program(monkeypatch):
     patch = proof.construct(*numbers)
     assert [r.route for r in patch.journal.routes] == ["enlarged"]
     with pytest.raises(ct.NotExact, match="keep_rms is decided by linear programming"):
-        proof.construct(*numbers, together=Together(keep_rms=True))
+        proof.construct(*numbers, joint=JointOptions(keep_rms=True))
 
 
 def test_the_exact_level_in_fractions_has_a_residual_without_a_patch():

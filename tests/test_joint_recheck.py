@@ -24,7 +24,7 @@ def test_a_joint_proof_comes_back_and_constructs_the_same_patch(name, via):
     again = ct.Proof.from_dict(data)
     assert again == proof
     assert again.to_dict() == data
-    assert (again.jointly, again.most) == (True, proof.most)
+    assert (again.jointly, again.max_tokens) == (True, proof.max_tokens)
     numbers = ct.sample(proof.block, tokens=(3,))
     here, there = (p.construct(*numbers) for p in (proof, again))
     for name in here:

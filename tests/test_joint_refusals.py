@@ -23,13 +23,13 @@ from controllability.components import (
     rms_norm,
 )
 from controllability.deltas import LowRank
-from controllability.interfaces import Param, Together
+from controllability.interfaces import JointOptions, Param
 
 
 def test_a_bias_alone_serves_tokens_with_equal_changes():
     block = residual(tanh >> Bias(Param("b", ("d",))))
     proof = ct.prove(block, via="output", jointly=True)
-    assert proof.most == {"b": 1}
+    assert proof.max_tokens == {"b": 1}
     assert [c.statement for c in proof.conditions] == ["all tokens ask for the same change of b (equal δ_t)"]
     params, v, _ = ct.sample(block, tokens=(2,))
     with pytest.raises(ct.SideConditionFailed, match="all tokens ask for the same change of b") as failed:
@@ -45,7 +45,7 @@ def test_a_bias_alone_serves_tokens_with_equal_changes():
 def test_a_scale_alone_serves_tokens_with_equal_ratios():
     block = rms_norm("pre") >> silu >> Scale(Param("m", ("d",)))
     proof = ct.prove(residual(block), via="output", jointly=True, frozen=["pre.weight"])
-    assert proof.most == {"m": 1}
+    assert proof.max_tokens == {"m": 1}
     assert "δ_t/x_t" in proof.conditions[0].statement
 
 
@@ -83,20 +83,20 @@ def test_a_certificate_is_not_about_tokens_that_agree():
     leaf = Linear(Param("W"))
     for numbers in ((x, gap), (x.astype(float), gap.astype(float))):
         with pytest.raises(ct.SideConditionFailed) as failed:
-            leaf.output_steerings()[0].jointly.solve(Together(), {}, *numbers, numbers[1] * 0)
+            leaf.output_updates()[0].jointly.solve(JointOptions(), {}, *numbers, numbers[1] * 0)
         certificate = failed.value.certificate
         assert 2 in certificate.tokens
         assert certificate.targets > 0.1
         assert certificate.inputs < 1e-15
     assert certificate.exact is False
     with pytest.raises(ct.SideConditionFailed) as failed:
-        leaf.output_steerings()[0].jointly.solve(Together(), {}, x, gap, gap * 0)
+        leaf.output_updates()[0].jointly.solve(JointOptions(), {}, x, gap, gap * 0)
     assert failed.value.certificate.holds()
 
 
 def test_nothing_to_change_is_a_patch_of_zeros():
     x = ARITHMETICS["mpmath"].array(np.zeros((2, 3)))
-    solved = Linear(Param("W")).output_steerings()[0].jointly.solve(Together(), {}, x, x, x)
+    solved = Linear(Param("W")).output_updates()[0].jointly.solve(JointOptions(), {}, x, x, x)
     assert isinstance(solved.delta, LowRank)
     assert (solved.delta.dense() == 0).all()
     assert (solved.delta.effect(x) == 0).all()

@@ -17,7 +17,7 @@ import controllability as ct
 from controllability.cli.main import main
 from controllability.components import Bias, ExpertLinear, Linear, Scale
 from controllability.components.mixture import CHOSEN
-from controllability.interfaces import Param, Solved, Together
+from controllability.interfaces import JointOptions, JointSolution, Param
 from controllability.rendering.html import proof_html
 from controllability.rules import RULES
 
@@ -30,9 +30,9 @@ def test_the_printed_formulas_are_what_the_components_do():
     z, z2, gaps = rng.normal(size=(2, 3)), rng.normal(size=(2, 3)), rng.normal(size=(2, 4))
     printed = {rule.name: rule.patch for rule in RULES if rule.jointly}
 
-    def solved(component, params, x, gap, side="output") -> Solved:
-        way = getattr(component, f"{side}_steerings")()[0].jointly
-        return way.solve(Together(), params, x, gap, gap * 0).delta.dense()
+    def solved(component, params, x, gap, side="output") -> JointSolution:
+        way = getattr(component, f"{side}_updates")()[0].jointly
+        return way.solve(JointOptions(), params, x, gap, gap * 0).delta.dense()
 
     assert printed["O-linear jointly"] == "ΔW = D Y⁺"
     assert error(solved(Linear(Param("W")), {"W": W}, z, gaps), gaps.T @ np.linalg.pinv(z.T)) < 1e-13

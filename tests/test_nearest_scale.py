@@ -16,9 +16,9 @@ from torch import nn
 
 import controllability as ct
 from controllability.execution.journal import NEAREST, SIZED
-from controllability.models.patches.solve import together_of
+from controllability.models.patches.solve import parse_joint_options
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.probes import sizes_are_free, standing_last
+from controllability.models.reading.probes import sizes_are_free, with_reader_of_last_layer
 from controllability.models.reading.tolerances import VERIFIED
 from controllability.solvers import nearest_scale as nearest
 from controllability.solvers.free_sizes import sized_scale
@@ -161,10 +161,10 @@ def test_families_end_in_a_norm_or_not(name, free):
     ids = {"input_ids": torch.arange(5, 13)[None]}
     checked = checked_reading(model, ids)
     assert sizes_are_free(model, checked, ids) is free
-    wish = together_of("all", 0.0, None, False)
-    assert standing_last(wish, model, checked, ids).behind == ("norm" if free else "anyone")
-    kept = together_of("all", 0.0, None, True)
-    assert standing_last(kept, model, checked, ids) == kept
+    wish = parse_joint_options("all", 0.0, None, False)
+    assert with_reader_of_last_layer(wish, model, checked, ids).behind == ("norm" if free else "anyone")
+    kept = parse_joint_options("all", 0.0, None, True)
+    assert with_reader_of_last_layer(kept, model, checked, ids) == kept
 
 
 def run_of(name, **changes):

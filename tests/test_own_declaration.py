@@ -136,10 +136,10 @@ def test_a_block_whose_input_no_module_shows_says_what_to_do(registered):
     registered(build, layer_class=Reversed)
     refused(
         ct.ReadingError,
-        r"layer layers.0: no module reads the block's input as it is: .* with inputs=\(architectures.Seen\(module\),\)",
+        r"layer layers.0: no module reads the block's input as it is: .* with inputs=\(architectures.StatePoint\(module\),\)",
         model,
     )
-    registered(build, layer_class=Reversed, inputs=(architectures.Seen("ff"),))
+    registered(build, layer_class=Reversed, inputs=(architectures.StatePoint("ff"),))
     mp = ct.patch_model(model, TARGET, SOURCE, via="output")
     assert error(mp.logits, mp.target_logits) < 1e-12
 

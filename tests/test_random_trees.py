@@ -105,7 +105,7 @@ def test_the_judge_notices_a_wrong_rule(monkeypatch):
 
 def test_the_judge_notices_a_missing_rule(monkeypatch):
     """A prover that no longer knows that a bias reaches everything: its refusals are contradicted."""
-    monkeypatch.setattr(Bias, "steerings", lambda self, side: ())
+    monkeypatch.setattr(Bias, "updates", lambda self, side: ())
     texts = caught(range(100))
     assert len(texts) >= 2
     assert all("the Jacobian has full row rank" in text for text in texts)

@@ -155,7 +155,7 @@ REFUSALS = {
         "prove via input-output, route auto: not controllable\n"
         "  culprit: mystery mu\n"
         "  reason:  O-after-fixed on (p = linear up >> activation silu >> linear down, g = mystery mu): Mystery does not implement OutputControllable\n"
-        "  hint:    add a bias after mystery mu (tried: it has a proof); if it can be steered, implement output_steerings in its class",
+        "  hint:    add a bias after mystery mu (tried: it has a proof); if it can be steered, implement output_updates in its class",
     ),
     "everything frozen": (
         deepseek, {"frozen": sorted(p.name for p in deepseek.parameters())},

@@ -13,7 +13,7 @@ from helpers import error, hook_count, snapshot, unchanged
 import controllability as ct
 from controllability.components.mixture import CHOSEN, ExpertLinear
 from controllability.execution.journal import SHORT
-from controllability.interfaces import Param, Together
+from controllability.interfaces import JointOptions, Param
 from controllability.solvers.dependence_certificate import Dependent
 from controllability.solvers.farkas_certificate import Farkas
 
@@ -220,10 +220,10 @@ def test_tokens_that_one_expert_cannot_serve_are_counted_among_all():
     numbers = np.random.default_rng(0)
     x, gap = numbers.normal(size=(6, 1, 8)), numbers.normal(size=(6, 2, 5))
     x[4] = x[1]
-    way = experts.input_steerings()[0].jointly
+    way = experts.input_updates()[0].jointly
     params = {"w": np.zeros((3, 5, 8)), CHOSEN: index}
     with pytest.raises(ct.SideConditionFailed) as caught:
-        way.solve(Together(), params, x, gap, gap)
+        way.solve(JointOptions(), params, x, gap, gap)
     assert sorted(caught.value.certificate.tokens) == [1, 4]
     assert caught.value.position in (1, 4)
     assert caught.value.certificate.weights.shape == (6,)

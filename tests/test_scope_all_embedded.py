@@ -157,7 +157,7 @@ def test_without_making_good_later_rounding_is_magnified(embedded, monkeypatch):
     known = facts(tokenizer, 0)
     wanted = [known.wanted(model, i) for i in range(8)]
     for module in (sweep, correcting):
-        monkeypatch.setattr(module, "together_at", lambda together, *_: replace(together, behind="anyone"))
+        monkeypatch.setattr(module, "together_at", lambda joint, *_: replace(joint, read_by="anyone"))
     mp = solved(model, known)
     assert NEAREST not in {layer.route for layer in mp.report.layers}
     with mp.applied(model):

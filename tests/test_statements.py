@@ -9,7 +9,7 @@ from helpers import error
 import controllability as ct
 from controllability.components import Bias, ExpertLinear, Linear, Scale
 from controllability.components.mixture import CHOSEN
-from controllability.interfaces import Param, Together
+from controllability.interfaces import JointOptions, Param
 from controllability.rules import RULES
 
 D, H, E = 3, 4, 5
@@ -70,10 +70,10 @@ def test_every_formula_of_a_leaf_is_here():
 def test_the_printed_joint_formula_is_what_the_component_does(formula):
     rule, component, x, gap, by_hand = JOINT_FORMULAS[formula]
     assert next(r.patch for r in RULES if r.name == f"{rule} jointly") == formula
-    way = next(s.jointly for s in component.steerings(rule[0]) if s.rule == rule)
-    solved = way.solve(Together(), PARAMS | {CHOSEN: CHOSEN_BY}, x, gap, gap * 0)
+    way = next(s.jointly for s in component.updates(rule[0]) if s.rule == rule)
+    solved = way.solve(JointOptions(), PARAMS | {CHOSEN: CHOSEN_BY}, x, gap, gap * 0)
     assert error(solved.delta.dense(), by_hand()) < 1e-13
-    assert (solved.room > 0).all()
+    assert (solved.margin > 0).all()
 
 
 @pytest.mark.parametrize("formula", FORMULAS)

@@ -9,7 +9,7 @@ from test_generation import NEVER, ragged
 
 import controllability as ct
 from controllability.models.generation import generate as generation
-from controllability.models.sweep import one_pass as together
+from controllability.models.sweep import one_pass as in_one_pass
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_one_pass_gives_what_two_give(model, passes, monkeypatch, control):
 def test_the_source_rows_meet_the_states_of_a_source_run(model, monkeypatch):
     """The states of every layer, against a run of the token alone; and against the context's, which they must not be."""
     seen = []
-    original = together.same
+    original = in_one_pass.same
 
     def watching(found, apart):
         seen.append([
@@ -94,7 +94,7 @@ def test_a_model_that_lets_the_rows_see_the_cache_is_done_in_two_passes(model, p
 
 def test_a_condition_that_fails_is_solved_by_itself(model, passes, monkeypatch):
     """The pass goes on for the contextual model, and the sweep tries the other derivations."""
-    original, failed = together.LayerSweep.computed, []
+    original, failed = in_one_pass.LayerSweep.computed, []
 
     def failing(self, tap, x, y):
         if len(failed) < 1 and passes and passes[-1] == "together":
@@ -102,7 +102,7 @@ def test_a_condition_that_fails_is_solved_by_itself(model, passes, monkeypatch):
             raise ct.SideConditionFailed("made up", "here", None, None)
         return original(self, tap, x, y)
 
-    monkeypatch.setattr(together.LayerSweep, "computed", failing)
+    monkeypatch.setattr(in_one_pass.LayerSweep, "computed", failing)
     ids = torch.arange(5, 12)[None]
     done = ct.generate(model, ids, max_new_tokens=4, **NEVER)
     assert failed

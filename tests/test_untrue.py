@@ -25,7 +25,7 @@ from controllability.components import (
 )
 from controllability.components.glu import Swish
 from controllability.deltas import Delta, LowRank, Shift
-from controllability.interfaces import Param, Steering
+from controllability.interfaces import Param, Update
 from controllability.solvers import norm_scale as routes
 from controllability.symbolic.indexed import IndexedArray
 
@@ -66,8 +66,8 @@ class Lying(Linear):
             raise TypeError("explicit sizes only")
         return super().__call__(params, x)
 
-    def steerings(self, side):
-        (way,) = super().steerings(side)
+    def updates(self, side):
+        (way,) = super().updates(side)
 
         def solve(params, x, gap):
             delta = way.solve(params, x, gap)
@@ -89,9 +89,9 @@ class TwoWays(Scale):
     def __call__(self, params, x):
         return super().__call__(params, x) + self.extra.value(params)
 
-    def steerings(self, side):
-        (way,) = super().steerings(side)
-        return way, Steering(way.rule, self.extra, (), lambda p, x, gap: Shift(gap * 2), halved)
+    def updates(self, side):
+        (way,) = super().updates(side)
+        return way, Update(way.rule, self.extra, (), lambda p, x, gap: Shift(gap * 2), halved)
 
 
 class Doubled(Sum):

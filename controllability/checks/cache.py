@@ -17,7 +17,7 @@ ROOMS = tuple(
 )
 
 
-class Memory:
+class Cache:
     """Results by question and by code: a rule that was changed meanwhile is reduced anew."""
 
     def __init__(self) -> None:

@@ -14,10 +14,10 @@ from controllability.checks.rebuilt_blocks import (
     MANY,
     Named,
     mixtures,
+    options_of,
     rebuilt,
     replace_block,
     small_sizes,
-    together_of,
     tokens_of,
     transcendental,
 )
@@ -68,7 +68,7 @@ def exact(proof: Derivation, seed: int) -> tuple[str, str]:
         )
         served = f"; one patch for {MANY} tokens, and for {MORE}, one of them repeated or not; two targets of one state are refused"
         return _told(block, left, method + _scores(block) + served)
-    if rootless and "h" in sizes and "h" not in proof.most.values():
+    if rootless and "h" in sizes and "h" not in proof.max_tokens.values():
         sizes["h"] = 1
     tokens = tokens_of(proof)
     params, v, v_target = sample(block, "rational", _admissible(same, sizes, seed), tokens, **sizes)
@@ -316,7 +316,7 @@ def reduced_residual(proof: Derivation, params: dict[str, Array], v: Any, v_targ
     xp = ARITHMETICS["sympy"]
     with definitions() as table:
         target = _Given(proof.block, params, v_target)
-        run = _Recognised(table, proof.block, params, v, target, together_of(proof))
+        run = _Recognised(table, proof.block, params, v, target, options_of(proof))
         construct(proof.root, run, lambda: target.output(()))
         difference = xp.tidy(run.output(()) - target.output(())).reshape(-1)
         if any(abs(e) > WRONG for e in run.point.values(difference)):

@@ -13,7 +13,7 @@ from controllability.components.glu import XIELU, Glu, Swish
 from controllability.components.mixture import Mixture
 from controllability.components.routing import Routing
 from controllability.errors import NotExact
-from controllability.interfaces import Component, Param, Params, Product, Sequence, Sum, Together
+from controllability.interfaces import Component, JointOptions, Param, Params, Product, Sequence, Sum
 from controllability.prover.derivation import Derivation
 from controllability.prover.search import derive
 from controllability.rules import Step
@@ -117,9 +117,9 @@ def tokens_of(proof: Derivation, many: int = MANY) -> tuple[int, ...]:
     return (many,) if proof.jointly else ()
 
 
-def together_of(proof: Derivation) -> Together | None:
+def options_of(proof: Derivation) -> JointOptions | None:
     """How a run solves for its tokens: exactly, with one patch, where the proof is a joint one."""
-    return Together() if proof.jointly else None
+    return JointOptions() if proof.jointly else None
 
 
 def _named_as(name: str, names: Mapping[str, str]) -> str:

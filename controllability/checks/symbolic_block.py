@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from controllability.arrays import ARITHMETICS, Array
-from controllability.checks.cache import Memory
+from controllability.checks.cache import Cache
 from controllability.checks.rebuilt_blocks import mixtures, rebuilt, renamed, replace_block, transcendental
 from controllability.components.activation import Activation
 from controllability.components.normalisation import Normalize
@@ -128,7 +128,7 @@ def whole_block(proof: Derivation) -> tuple[str, str]:
     return "passed", f"residual reduced to 0 in index notation: every size, entry, ε{routing} and activation a symbol"
 
 
-_MEMORY = Memory()
+_MEMORY = Cache()
 
 
 def reduced_entry(proof: Derivation) -> Any:

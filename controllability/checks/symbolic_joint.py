@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import Array
-from controllability.checks.cache import Memory
+from controllability.checks.cache import Cache
 from controllability.checks.rebuilt_blocks import MANY, small_sizes
 from controllability.checks.undefined_parts import (
     CHOICE,
@@ -26,10 +26,10 @@ from controllability.checks.undefined_parts import (
     SERVED,
     SYMPY,
     D,
-    Given,
     GivenRouting,
     H,
     Read,
+    UndefinedPart,
 )
 from controllability.components.bias import Bias
 from controllability.components.linear import Linear
@@ -40,7 +40,7 @@ from controllability.errors import SideConditionFailed
 from controllability.execution.patch import Patch
 from controllability.execution.sampling import sample
 from controllability.execution.trace import Trace
-from controllability.interfaces import Component, Param, Params, Place, Sequence, Together
+from controllability.interfaces import Component, JointOptions, Param, Params, Place, Sequence
 from controllability.rules import Step, construct
 from controllability.rules.base import Schema
 from controllability.rules.normalised_jointly import JointNormalised
@@ -48,7 +48,7 @@ from controllability.rules.schema import SchemaRun
 from controllability.symbolic.definitions import definitions
 
 RANK = f"{MANY} tokens, symbolic entries at size"
-_MEMORY = Memory()
+_MEMORY = Cache()
 
 
 def joint_check(step: Step) -> tuple[str, str]:
@@ -60,7 +60,7 @@ def joint_check(step: Step) -> tuple[str, str]:
     except Exception as failed:  # a component of somebody's own may fail in any way
         return "skipped", f"it runs on no symbols ({type(failed).__name__}: {failed})"
     shapes = tuple(sorted((str(p), str(p.shape)) for p in schema.component.parameters()))
-    way = schema.steering.jointly if schema.steering is not None else None
+    way = schema.update.jointly if schema.update is not None else None
     key = (
         type(step.rule).construct,
         step.rule.name,
@@ -97,8 +97,8 @@ def _tokens_served(schema: Schema) -> int:
     """Tokens in general position that the rule serves at these sizes, at most two."""
     if isinstance(schema.component, Mixture | Sequence):
         return MANY
-    assert schema.steering is not None and schema.steering.jointly is not None
-    return 1 if schema.steering.jointly.most == 1 else MANY
+    assert schema.update is not None and schema.update.jointly is not None
+    return 1 if schema.update.jointly.max_tokens == 1 else MANY
 
 
 def claims(step: Step, schema: Schema) -> Iterator[str]:
@@ -170,7 +170,7 @@ def _left(step: Step, schema: Schema, params: Params, x: Array, x_target: Array,
     # a name for an output would hide that outputs depend on each other: a leaf is written out
     with definitions() if composed else nullcontext() as table:
         target = Trace(component, params, x_target)
-        run = SchemaRun(component, params, x, target, Together())
+        run = SchemaRun(component, params, x, target, JointOptions())
         construct(schema.step(step), run, lambda: wanted)
         output = run.output(())
         left = {"the conclusion": output - wanted}
@@ -186,8 +186,8 @@ def _left(step: Step, schema: Schema, params: Params, x: Array, x_target: Array,
 
 def _moved_somehow(schema: Schema, params: Params) -> Params:
     """The parameters with some other value of the steered one: what it gives can be reached."""
-    assert schema.steering is not None
-    name = str(schema.steering.param)
+    assert schema.update is not None
+    name = str(schema.update.param)
     value = np.asarray(params[name])
     return {**params, name: value + _symbols("c", value.shape)}
 
@@ -206,7 +206,10 @@ def _instance(component: Component, tokens: int = MANY) -> tuple[dict[str, Array
     sizes: dict[str, Any] = {} if isinstance(component, Mixture) else small_sizes(component)
     params, x, x_target = sample(component, "sympy", tokens=(tokens,), **sizes)
     own = {
-        str(p) for part in (component, *component.children()) if isinstance(part, Given) for p in part.own_parameters()
+        str(p)
+        for part in (component, *component.children())
+        if isinstance(part, UndefinedPart)
+        for p in part.own_parameters()
     }
     params |= {name: SYMPY.zeros_like(params[name]) for name in own}
     if isinstance(component, ExpertLinear):
@@ -226,7 +229,7 @@ def explicit_schema(step: Step) -> Schema:
     if isinstance(step.rule, JointNormalised):
         import sympy
 
-        inner = Given("g", D, controlled=True)
+        inner = UndefinedPart("g", D, controlled=True)
         norm = Normalize("rms", sympy.Symbol("epsilon", positive=True))
         scale = given.children()[-1]
         assert isinstance(scale, Scale)
@@ -234,12 +237,12 @@ def explicit_schema(step: Step) -> Schema:
         return Schema(block, (inner.premise(Place(inner, (0,)), side),))
     if isinstance(given, Mixture):
         return _mixture_schema(step, SERVED)
-    assert step.steering is not None
+    assert step.update is not None
     leaf, own = _small(given), [str(p) for p in given.own_parameters()]
-    param = leaf.own_parameters()[own.index(str(step.steering.param))]
-    ways = leaf.input_steerings() if side == "input" else leaf.output_steerings()  # type: ignore[attr-defined]
+    param = leaf.own_parameters()[own.index(str(step.update.param))]
+    ways = leaf.input_updates() if side == "input" else leaf.output_updates()  # type: ignore[attr-defined]
     return Schema(
-        leaf, steering=next(w for w in ways if w.param == param and w.jointly and w.jointly.rule == step.rule.name)
+        leaf, update=next(w for w in ways if w.param == param and w.jointly and w.jointly.rule == step.rule.name)
     )
 
 
@@ -254,7 +257,7 @@ def _mixture_schema(step: Step, choice: tuple[tuple[int, ...], ...]) -> Schema:
     block = Mixture(router, GivenRouting(choice=choice), inner, last, given.weighted)
     parts = ((router, (0,)), (inner, (1,))) if controlled else ()
     premises = tuple(part.premise(Place(part, path), "input") for part, path in parts)
-    return Schema(block, premises, last.output_steerings()[0])
+    return Schema(block, premises, last.output_updates()[0])
 
 
 def _small(leaf: Component, hidden: int = H) -> Component:

@@ -47,7 +47,7 @@ def whole_block(proof: Derivation) -> tuple[str, str]:
 
     block = rebuilt(proof.block, change, route)
     same, sizes = replace_block(proof, block), small_sizes(block)
-    if many and "h" in sizes and "h" not in proof.most.values():  # no shared expert must tell the tokens apart
+    if many and "h" in sizes and "h" not in proof.max_tokens.values():  # no shared expert must tell the tokens apart
         sizes["h"] = ONE
     params, v, v_target = sample(block, "sympy", tokens=(MANY,), **sizes)
     left = reduced_residual(same, params, v, v_target)

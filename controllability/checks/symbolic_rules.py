@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array
-from controllability.checks.cache import Memory
+from controllability.checks.cache import Cache
 from controllability.checks.rebuilt_blocks import rebuilt, renamed, small_sizes
 from controllability.checks.symbolic_block import INDEXED, GivenArrays, RecognisedArrays
 from controllability.components.bias import Bias
@@ -22,7 +22,7 @@ from controllability.components.scale import Scale
 from controllability.deltas import Delta, ExpertLowRank, added
 from controllability.execution.patch import Patch
 from controllability.execution.sampling import sample
-from controllability.interfaces import Component, Steering
+from controllability.interfaces import Component, Update
 from controllability.prover.derivation import Derivation
 from controllability.rules import Step, construct
 from controllability.rules.base import Schema
@@ -38,7 +38,7 @@ CONCLUSIONS = {
     "through": "c(v; θ', φ') − any wanted output",
 }
 NOT_GENERIC = (Exception,)  # a component of somebody's own may fail in any way
-_MEMORY = Memory()
+_MEMORY = Cache()
 
 
 def rule_checks(proof: Derivation) -> list[dict[str, Any]]:
@@ -66,14 +66,14 @@ def rule_check(step: Step) -> tuple[str, str]:
         return joint_check(step)
     names: dict[str, str] = {}
     component = plain_component(step.place.component, names)
-    steering = step.steering and replace(step.steering, param=renamed(step.steering.param, names))
-    plain = replace(step, place=replace(step.place, component=component), steering=steering)
+    update = step.update and replace(step.update, param=renamed(step.update.param, names))
+    plain = replace(step, place=replace(step.place, component=component), update=update)
     try:
         schema = step.rule.schema(plain)
         left = [(f"{name}: {what}", e) for name, s in variants(plain) for what, e in known(s, schema)]
     except NOT_GENERIC as reason:
         told = f"{type(reason).__name__}: {reason}"
-        if isinstance(step.place.component, Mixture) or step.steering is None or runs_indexed(plain.place.component):
+        if isinstance(step.place.component, Mixture) or step.update is None or runs_indexed(plain.place.component):
             return "failed", f"its construction cannot be executed on its own statement ({told})"
         return explicit_check(step, told)
     wrong = [f"{what} leaves {entry}" for what, entry in left if entry != 0]
@@ -106,9 +106,9 @@ def _function(method: Any, component: Component) -> Any:
 
 def known(step: Step, schema: Schema) -> list[tuple[str, Any]]:
     """What is left of the schema's claims; reduced once for each rule, shape and construction."""
-    steering = schema.steering
-    ways = [_function(way, schema.component) for way in (steering.solve, steering.effect)] if steering else []
-    how = (steering.rule, steering.param, *ways) if steering else None
+    update = schema.update
+    ways = [_function(way, schema.component) for way in (update.solve, update.effect)] if update else []
+    how = (update.rule, update.param, *ways) if update else None
     paths = tuple(premise.place.path for premise in schema.premises)
     shapes = tuple(sorted((str(p), str(p.shape)) for p in schema.component.parameters()))  # no part of what is equal
     route = step.note if step.note.startswith("route ") else ""  # other notes are words for a reader
@@ -122,8 +122,8 @@ def claims(step: Step, schema: Schema) -> list[tuple[str, Any]]:
     component, side = schema.component, step.rule.side
     steered = component.last if isinstance(component, Mixture) else component
     experts: list[tuple[str, Any]] = []
-    if schema.steering is not None and isinstance(steered, ExpertLinear):
-        experts = [("the experts as stored", stored_experts(schema.steering, steered))]
+    if schema.update is not None and isinstance(steered, ExpertLinear):
+        experts = [("the experts as stored", stored_experts(schema.update, steered))]
     with definitions(Definitions()) as table:
         params, v, v_target = instance(component)
         target = GivenArrays(component, params, v_target)
@@ -135,20 +135,20 @@ def claims(step: Step, schema: Schema) -> list[tuple[str, Any]]:
         left = [("the conclusion", run.output(()) - goal)]
         for premise, wanted in run.asked:
             if premise.rule.side == "input":
-                gap = wanted() - target.output(premise.place.path)
-                left.append((f"what {premise.place.describe()} is asked for", gap))
+                delta = wanted() - target.output(premise.place.path)
+                left.append((f"what {premise.place.describe()} is asked for", delta))
         if not schema.premises:
-            patched = {**params, **{str(p): _stored(p.value(params), delta) for p, delta in run.deltas().items()}}
+            patched = {**params, **{str(p): _stored(p.value(params), change) for p, change in run.deltas().items()}}
             left.append(("the patched parameters", component(patched, v) - run.output(())))
         return [*((claim, unfolded_to_zero(table, INDEXED.tidy(array).entry)) for claim, array in left), *experts]
 
 
-def _stored(base: Any, delta: Delta) -> Any:
+def _stored(base: Any, change: Delta) -> Any:
     """A patched parameter as it is stored: the change is added entry by entry (experts' planes stay apart)."""
-    return added(base, delta) if isinstance(delta, ExpertLowRank) else base + delta.dense()
+    return added(base, change) if isinstance(change, ExpertLowRank) else base + change.dense()
 
 
-def stored_experts(steering: Steering, leaf: ExpertLinear) -> Any:
+def stored_experts(update: Update, leaf: ExpertLinear) -> Any:
     """The same with the change added to the stored tensor, for some experts of small explicit size: a sum of squares.
 
     Which planes of a tensor change is nothing that one symbolic entry can say.
@@ -159,9 +159,9 @@ def stored_experts(steering: Steering, leaf: ExpertLinear) -> Any:
     bias = leaf.bias and replace(leaf.bias, shape=(experts, out))
     params, _, _ = sample(replace(leaf, weight=replace(leaf.weight, shape=shape), bias=bias), "sympy")
     params[CHOSEN] = np.array([0, experts - 1][:experts])
-    x, gap = (_entries(name, len(params[CHOSEN]), width) for name, width in (("x", into), ("g", out)))
-    moved = Patch({steering.param: steering.solve(params, x, gap)}).merged_into(params)
-    left = leaf(moved, x) - leaf(params, x) - gap
+    x, delta = (_entries(name, len(params[CHOSEN]), width) for name, width in (("x", into), ("g", out)))
+    moved = Patch({update.param: update.solve(params, x, delta)}).merged_into(params)
+    left = leaf(moved, x) - leaf(params, x) - delta
     return sum(normal_form(e) ** 2 for e in left.reshape(-1))
 
 
@@ -213,19 +213,19 @@ def _any_size(leaf: Component) -> Component:
 
 def explicit_check(step: Step, reason: str) -> tuple[str, str]:
     """One leaf with symbolic entries at small explicit sizes, its parameter patched: output − what is wanted."""
-    assert step.steering is not None
+    assert step.update is not None
     leaf, xp = step.place.component, ARITHMETICS["sympy"]
     try:
         params, x, _ = sample(leaf, "sympy", **small_sizes(leaf))
         out = leaf(params, x)
     except NOT_GENERIC as failed:
         return "skipped", f"it runs on no symbols ({reason}; {failed})"
-    gap = ARITHMETICS["sympy"].array([f"delta_{i}" for i in range(out.size)]).reshape(out.shape)
+    delta = ARITHMETICS["sympy"].array([f"delta_{i}" for i in range(out.size)]).reshape(out.shape)
     try:
-        delta, param = step.steering.solve(params, x, gap), step.steering.param
-        patched = leaf(params | {str(param): _stored(param.value(params), delta)}, x)
-        left = [xp.tidy(change - gap) for change in (step.steering.effect(x, delta), patched - out)]
+        change, param = step.update.solve(params, x, delta), step.update.param
+        patched = leaf(params | {str(param): _stored(param.value(params), change)}, x)
+        left = [xp.tidy(change - delta) for change in (step.update.effect(x, change), patched - out)]
     except NOT_GENERIC as failed:
         return "failed", f"its construction cannot be executed: {failed}"
     status = "passed" if all(e == 0 for part in left for e in part.reshape(-1)) else "failed"
-    return status, f"patched output − output − δ at size {x.shape[-1]} → {gap.shape[-1]} only ({reason})"
+    return status, f"patched output − output − δ at size {x.shape[-1]} → {delta.shape[-1]} only ({reason})"

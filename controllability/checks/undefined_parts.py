@@ -11,7 +11,17 @@ from controllability.arrays import ARITHMETICS, Array
 from controllability.checks.rebuilt_blocks import MANY
 from controllability.components.routing import Routing
 from controllability.deltas import Shift
-from controllability.interfaces import Component, Condition, Jointly, Param, Params, Place, Solved, Steering, Together
+from controllability.interfaces import (
+    Component,
+    Condition,
+    JointOptions,
+    JointSolution,
+    JointUpdate,
+    Param,
+    Params,
+    Place,
+    Update,
+)
 from controllability.rules import Side, Step
 from controllability.rules.schema import Assumption
 from controllability.solvers.served_tokens import Known
@@ -24,7 +34,7 @@ CHOICE = np.array(SERVED)
 
 
 @dataclass(frozen=True)
-class Given(Component):
+class UndefinedPart(Component):
     """y_t = F(x_t) + b_t with F undefined; b_t is each token's own: a premise says that any outputs can be reached."""
 
     name: str
@@ -55,13 +65,13 @@ class Given(Component):
     def premise(self, place: Place, side: Side) -> Step:
         """The premise: a patch with which this function gives these tokens whatever is wanted."""
         (param,) = self.own_parameters()
-        any_ = Jointly("assumed", (Condition("assumed", self.name),), _shift_all, "any")
-        steering = Steering("assumed", param, (), lambda p, x, gap: Shift(gap), lambda x, delta: delta.dense(), any_)
-        return Step(Assumption(side), place, (), frozenset({param}), steering=steering)
+        any_ = JointUpdate("assumed", (Condition("assumed", self.name),), _shift_all, "any")
+        update = Update("assumed", param, (), lambda p, x, delta: Shift(delta), lambda x, change: change.dense(), any_)
+        return Step(Assumption(side), place, (), frozenset({param}), update=update)
 
 
 @dataclass(frozen=True)
-class Read(Given):
+class Read(UndefinedPart):
     """A function whose values are written in the token's own state, from ``start`` on: any values, which may depend on each other."""
 
     start: int = 0
@@ -81,9 +91,9 @@ class Read(Given):
 
 
 def _shift_all(
-    together: Together, params: Params, x: Array, gap: Array, raw: Array, known: Known | None = None
-) -> Solved:
-    return Solved(Shift(gap), SYMPY.zeros_like(gap[..., :1]) + 1)
+    joint: JointOptions, params: Params, x: Array, delta: Array, raw: Array, known: Known | None = None
+) -> JointSolution:
+    return JointSolution(Shift(delta), SYMPY.zeros_like(delta[..., :1]) + 1)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def recheck(args: argparse.Namespace, output: Output) -> int:
     moved = sorted(map(str, proof.root.moved))
     output.result({
         "name": name, "file": args.file, "verdict": "patchable", "nodes": nodes, "via": proof.via, "route": proof.route,
-        "frozen": sorted(proof.frozen), "jointly": proof.jointly, "most": proof.most, "moved": moved, "rules": [*proof.rules],
+        "frozen": sorted(proof.frozen), "jointly": proof.jointly, "most": proof.max_tokens, "moved": moved, "rules": [*proof.rules],
         "level": _reached(args.level, checks), "checks": checks,
     })  # fmt: skip
     from controllability.rendering.text import printable

@@ -51,11 +51,11 @@ def unpatched_errors(model: Any, target: Mapping[str, Any], source: Mapping[str,
     from controllability.models.hooks.layer_hooks import LayerHooks
     from controllability.models.reading.checked_reading import checked_reading
     from controllability.models.reading.inputs import without_cache
-    from controllability.models.reading.positions import pair
+    from controllability.models.reading.positions import pair_positions
     from controllability.models.sweep.source_run import residual_of
     from controllability.models.sweep.target_run import observe_target
 
-    source_rows, target_rows = pair(target, source, scope)
+    source_rows, target_rows = pair_positions(target, source, scope)
     checked = checked_reading(model)
     with LayerHooks(model, checked.reading) as hooks:
         runs = [

@@ -15,7 +15,7 @@ from controllability.cli.side_by_side import Transcript, live_view, numbers, pla
 from controllability.errors import BadInput, ControllabilityError, NotVerified
 from controllability.models import exact_mode
 from controllability.models import generate as generate_tokens
-from controllability.models.generation.steps import Generation, Step
+from controllability.models.generation.steps import GeneratedToken, Generation
 from controllability.models.loading import DTYPES, load_model
 from controllability.models.reading.tolerances import VERIFIED
 
@@ -37,7 +37,7 @@ def generate(args: argparse.Namespace, output: Output) -> int:
     stopped: BaseException | None = None
     with live_view(transcript) as show, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
 
-        def each(step: Step) -> None:
+        def each(step: GeneratedToken) -> None:
             reader.read(step)
             show()
 
@@ -60,7 +60,7 @@ class Reader:
         self.tokenizer, self.transcript, self.follow = tokenizer, transcript, follow
         self.histories = [list(ids) for ids in prompts]
 
-    def read(self, step: Step) -> None:
+    def read(self, step: GeneratedToken) -> None:
         """Add one token to every prompt that has not ended."""
         rows = [self._row(step, b) if bool(step.active[b]) else None for b in range(len(self.histories))]
         for history, row in zip(self.histories, rows, strict=True):
@@ -68,7 +68,7 @@ class Reader:
                 history.append(row[f"{self.follow}_id"])
         self.transcript.add(step, rows)
 
-    def _row(self, step: Step, sample: int) -> dict[str, Any]:
+    def _row(self, step: GeneratedToken, sample: int) -> dict[str, Any]:
         found = step.of(sample)
         ids = {f"{name}_id": found.pop(name) for name in RUNS}
         found.pop("active")

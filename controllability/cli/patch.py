@@ -17,7 +17,7 @@ from controllability.models import ModelPatch, exact_mode, load_patch, patch_mod
 from controllability.models.files.folders import refuse_occupied
 from controllability.models.loading import DTYPES, encode, load_model
 from controllability.models.reading.inputs import without_cache
-from controllability.models.reading.positions import pair
+from controllability.models.reading.positions import pair_positions
 from controllability.models.reading.tolerances import VERIFIED
 
 
@@ -55,7 +55,9 @@ def compare(target: torch.Tensor, patched: torch.Tensor, unpatched: torch.Tensor
 @torch.no_grad()
 def measure(model: Any, mp: ModelPatch) -> Comparison:
     """Fresh target, patched and unpatched runs of a patch's own inputs."""
-    source_rows, target_rows = pair(mp.inputs["target"], mp.inputs["source"], mp.scope, mp.inputs["positions"])
+    source_rows, target_rows = pair_positions(
+        mp.inputs["target"], mp.inputs["source"], mp.scope, mp.inputs["positions"]
+    )
     target = target_rows.of(model(**without_cache(model, mp.inputs["target"])).logits)
     unpatched = source_rows.of(model(**without_cache(model, mp.inputs["source"])).logits)
     with mp.applied(model):

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from controllability.cli.output import number
-from controllability.models.generation.steps import Generation, Step
+from controllability.models.generation.steps import GeneratedToken, Generation
 from controllability.rendering.text import printable
 
 COLUMNS = {"target": "contextual", "patched": "patched", "unpatched": "without"}
@@ -32,9 +32,9 @@ class Transcript:
     prompts: Sequence[str]
     asked: int
     samples: list[list[dict[str, Any]]]
-    steps: list[Step] = field(default_factory=list)
+    steps: list[GeneratedToken] = field(default_factory=list)
 
-    def add(self, step: Step, rows: list[dict[str, Any] | None]) -> None:
+    def add(self, step: GeneratedToken, rows: list[dict[str, Any] | None]) -> None:
         """One more step; no row for a prompt that has ended."""
         self.steps.append(step)
         for sample, row in zip(self.samples, rows, strict=True):

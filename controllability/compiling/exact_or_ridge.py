@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from controllability.compiling.ridge import Choice, choose_ridge
+from controllability.compiling.ridge import RidgeChoice, choose_ridge
 from controllability.compiling.token_sets import Sample, padded, positions, repeated
 from controllability.compiling.yardstick import Yardstick
 from controllability.deltas import LowRank
@@ -46,7 +46,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class ExactAttempt:
     """An exact patch that was not to be had: what was tried, why it failed, and the certificate of that as JSON-ready data.
 
     ``patch`` is one that was solved exactly and misses by little more than ``tolerance``, ``missed`` by how much.
@@ -79,8 +79,8 @@ class Solution:
     wish: Wish
     exact: bool
     ridge: float
-    choice: Choice | None
-    attempts: tuple[Attempt, ...]
+    choice: RidgeChoice | None
+    attempts: tuple[ExactAttempt, ...]
 
     @property
     def rounded(self) -> bool:
@@ -93,7 +93,7 @@ def solve(model: Any, queries: Yardstick, heldout: Yardstick | None, wish: Wish,
 
     Raises ``SideConditionFailed``, ``NotControllable`` or ``NotVerified`` where nothing less than exact was wanted.
     """
-    attempts: list[Attempt] = []
+    attempts: list[ExactAttempt] = []
     if not wish.ridge:
         for via in (wish.via,) if wish.via else EXACTLY:
             for pinned in (True, False):
@@ -122,7 +122,7 @@ def solve(model: Any, queries: Yardstick, heldout: Yardstick | None, wish: Wish,
     return Solution(patch, wish, False, ridge, choice, tuple(attempts))
 
 
-def exactly(model: Any, queries: Yardstick, wish: Wish, progress: Progress) -> ModelPatch | Attempt:
+def exactly(model: Any, queries: Yardstick, wish: Wish, progress: Progress) -> ModelPatch | ExactAttempt:
     """The exact patch within the rank that was asked for, verified on the queries one by one; or why there is none."""
     allowed = tolerance(model)
     try:
@@ -134,7 +134,7 @@ def exactly(model: Any, queries: Yardstick, wish: Wish, progress: Progress) -> M
             )  # fmt: skip
     except (SideConditionFailed, NotControllable, NotVerified) as failed:
         certificate = getattr(failed, "certificate", None)
-        return Attempt(wish, str(failed).splitlines()[0], certificate and certificate.to_dict(), failed)
+        return ExactAttempt(wish, str(failed).splitlines()[0], certificate and certificate.to_dict(), failed)
     with patch.applied(model):
         missed = queries.measure(model, alone=True).relative_error
     if missed <= allowed:
@@ -144,7 +144,9 @@ def exactly(model: Any, queries: Yardstick, wish: Wish, progress: Progress) -> M
         "counts as verified): rounding is magnified too much; try float64"
     )
     near = missed <= min(0.1, NEARLY * allowed)
-    return Attempt(wish, reason, None, NotVerified(reason), patch if near else None, missed if near else float("inf"))
+    return ExactAttempt(
+        wish, reason, None, NotVerified(reason), patch if near else None, missed if near else float("inf")
+    )
 
 
 def patch_of(model: Any, samples: Sequence[Sample], wish: Wish, progress: Progress) -> ModelPatch:

@@ -19,7 +19,7 @@ Solve = Callable[[Sequence[Sample], float], ModelPatch]
 
 
 @dataclass(frozen=True)
-class Choice:
+class RidgeChoice:
     """The λ with the smallest mean KL on ``judged_on``; ``tried`` has a row {ridge, kl, top1_agreement} for each, in order."""
 
     ridge: float
@@ -34,7 +34,7 @@ class Choice:
 def choose_ridge(
     model: Any, solve: Solve, queries: Yardstick, heldout: Yardstick | None, progress: Progress,
     grid: Sequence[float] = GRID,
-) -> Choice:  # fmt: skip
+) -> RidgeChoice:  # fmt: skip
     """Try every λ of ``grid``: fitted to the queries and judged on ``heldout``; without that, queries are left out in turn.
 
     A single query cannot be judged: it gets the smallest λ.  Raises the last ``SideConditionFailed`` (or ``NotControllable``)
@@ -46,7 +46,7 @@ def choose_ridge(
         folds = [*_folds(queries)]
         judged_on = f"queries left out in turn, {len(folds)} folds"
     if not folds:
-        return Choice(min(grid), "nothing: the queries cannot be split", [])
+        return RidgeChoice(min(grid), "nothing: the queries cannot be split", [])
     rows: list[dict[str, Any]] = []
     failed: ControllabilityError | None = None
     for i, ridge in enumerate(grid):
@@ -63,7 +63,7 @@ def choose_ridge(
     if not solved:
         assert failed is not None
         raise failed
-    return Choice(min(solved, key=lambda row: (row["kl"], -row["ridge"]))["ridge"], judged_on, rows)
+    return RidgeChoice(min(solved, key=lambda row: (row["kl"], -row["ridge"]))["ridge"], judged_on, rows)
 
 
 def _judged(model: Any, patch: ModelPatch, left_out: Yardstick) -> tuple[float, float]:

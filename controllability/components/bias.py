@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from controllability.arrays import Array
 from controllability.components.updates import one_bias
 from controllability.deltas import Delta, Shift
-from controllability.interfaces import Bijection, Component, Param, Params, Steerable, Steering
+from controllability.interfaces import Bijection, Component, Param, Params, Steerable, Update
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class Bias(Component, Steerable, Bijection):
     def width(self) -> int | str | None:
         return self.bias.shape[0] if self.bias.shape else None
 
-    def steerings(self, side: str) -> tuple[Steering, ...]:
+    def updates(self, side: str) -> tuple[Update, ...]:
         shift = one_bias(f"{side}-bias", self.bias, self.describe())
-        return (Steering(f"{side}-bias", self.bias, (), _gap, _effect, shift),)
+        return (Update(f"{side}-bias", self.bias, (), _gap, _effect, shift),)
 
     def invert(self, params: Params, y: Array) -> Array:
         return y - self.bias.value(params)
 
 
-def _gap(params: Params, x: Array, gap: Array) -> Delta:
-    return Shift(gap)
+def _gap(params: Params, x: Array, delta: Array) -> Delta:
+    return Shift(delta)
 
 
 def _effect(x: Array, delta: Delta) -> Array:

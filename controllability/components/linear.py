@@ -8,7 +8,7 @@ from typing import Literal
 from controllability.arrays import Array, arithmetic, dot
 from controllability.components.updates import one_bias, one_matrix
 from controllability.deltas import Delta, LowRank, PatchedMatrix, Shift
-from controllability.interfaces import Component, Condition, Param, Params, Steerable, Steering
+from controllability.interfaces import Component, Condition, Param, Params, Steerable, Update
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,20 @@ class Linear(Component, Steerable):
             return None
         return self.weight.shape[1 if self.layout == "out_in" else 0]
 
-    def steerings(self, side: str) -> tuple[Steering, ...]:
+    def updates(self, side: str) -> tuple[Update, ...]:
         bias = f"give {self.describe()} a bias" if self.bias is None else f"let {self.bias} move"
         hint = f"{bias}: it moves the output whatever the input is"
         nonzero = Condition(f"the input of {self.weight} is not zero", self.describe(), _size, hint)
-        together = one_matrix(
+        joint = one_matrix(
             f"{side}-linear", self.weight, self.describe(), self.width, transposed=self.layout == "in_out"
         )
-        ways = [Steering(f"{side}-linear", self.weight, (nonzero,), self._rank_one, _low_rank_effect, together)]
+        ways = [Update(f"{side}-linear", self.weight, (nonzero,), self._rank_one, _low_rank_effect, joint)]
         if self.bias is not None:
             shift = one_bias(f"{side}-bias", self.bias, self.describe())
-            ways.append(Steering(f"{side}-bias", self.bias, (), _shift_by_gap, _shift_effect, shift))
+            ways.append(Update(f"{side}-bias", self.bias, (), _shift_by_gap, _shift_effect, shift))
         return tuple(ways)
 
-    def _rank_one(self, params: Params, x: Array, gap: Array) -> Delta:
+    def _rank_one(self, params: Params, x: Array, delta: Array) -> Delta:
         xp = arithmetic(x)
         if xp.exact:
             right = x / dot(x, x)
@@ -76,10 +76,10 @@ class Linear(Component, Steerable):
             size = xp.largest(x)
             unit = x / size
             right = unit / (dot(unit, unit) * size)
-        return LowRank(gap[..., None, :], right[..., None, :], transposed=self.layout == "in_out")
+        return LowRank(delta[..., None, :], right[..., None, :], transposed=self.layout == "in_out")
 
 
-def _size(x: Array, gap: Array) -> Array:
+def _size(x: Array, delta: Array) -> Array:
     xp = arithmetic(x)
     return dot(x, x) if xp.exact else xp.largest(x)
 
@@ -89,8 +89,8 @@ def _low_rank_effect(x: Array, delta: Delta) -> Array:
     return delta.effect(x)
 
 
-def _shift_by_gap(params: Params, x: Array, gap: Array) -> Delta:
-    return Shift(gap)
+def _shift_by_gap(params: Params, x: Array, delta: Array) -> Delta:
+    return Shift(delta)
 
 
 def _shift_effect(x: Array, delta: Delta) -> Array:

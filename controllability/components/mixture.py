@@ -10,7 +10,7 @@ from controllability.arrays import Array, arithmetic, dot
 from controllability.components.routing import Routing
 from controllability.components.updates import one_set_of_experts
 from controllability.deltas import Delta, ExpertLowRank, PatchedMatrix
-from controllability.interfaces import Component, Condition, Param, Params, Steerable, Steering
+from controllability.interfaces import Component, Condition, Param, Params, Steerable, Update
 
 CHOSEN = "(chosen experts)"  # names that a mixture binds for its experts, not stored parameters
 SHARES = "(shares of the experts)"
@@ -69,15 +69,15 @@ class ExpertLinear(Component, Steerable):
             return None
         return self.weight.shape[2 if self.layout == "out_in" else 1]
 
-    def steerings(self, side: str) -> tuple[Steering, ...]:
+    def updates(self, side: str) -> tuple[Update, ...]:
         statement = f"no chosen expert's input of {self.weight} is zero where its output must change"
         hint = "an expert's matrix cannot move what it sees as zero: ask for via='output'"
         condition = Condition(statement, self.describe(), _smallest_needed_input, hint)
-        together = one_set_of_experts(
+        joint = one_set_of_experts(
             f"{side}-experts", self.weight, self.describe(), self.width, self.layout == "in_out",
             lambda params: params[CHOSEN], self.count,
         )  # fmt: skip
-        return (Steering(f"{side}-experts", self.weight, (condition,), self._rank_one, _effect, together),)
+        return (Update(f"{side}-experts", self.weight, (condition,), self._rank_one, _effect, joint),)
 
     def count(self, params: Params) -> int:
         """How many experts there are."""
@@ -85,9 +85,9 @@ class ExpertLinear(Component, Steerable):
         assert not isinstance(weight, PatchedMatrix)
         return self.stacked or weight.shape[0]
 
-    def _rank_one(self, params: Params, x: Array, gap: Array) -> Delta:
+    def _rank_one(self, params: Params, x: Array, delta: Array) -> Delta:
         index: Array = params[CHOSEN]
-        xp = arithmetic(x, gap)
+        xp = arithmetic(x, delta)
         x = _spread(x, index)
         # x/‖x‖² without squaring a number that is too large or too small to be squared; 0 where x is 0
         size = dot(x, x) if xp.exact else xp.largest(x)
@@ -96,7 +96,7 @@ class ExpertLinear(Component, Steerable):
         norm = dot(unit, unit)
         right = unit if xp.exact else unit / (xp.where(xp.is_zero(norm), norm + 1, norm) * size)
         layout = self.layout == "in_out"
-        return ExpertLowRank(gap[..., None, :], right[..., None, :], layout, index, self.count(params))
+        return ExpertLowRank(delta[..., None, :], right[..., None, :], layout, index, self.count(params))
 
 
 def _spread(x: Array, index: Array) -> Array:
@@ -105,10 +105,10 @@ def _spread(x: Array, index: Array) -> Array:
     return x if x.shape[-2] == k else arithmetic(x).repeated(x, k)
 
 
-def _smallest_needed_input(x: Array, gap: Array) -> Array:
-    xp = arithmetic(x, gap)
+def _smallest_needed_input(x: Array, delta: Array) -> Array:
+    xp = arithmetic(x, delta)
     size = dot(x, x) if xp.exact else xp.largest(x)
-    needed = dot(gap, gap) if xp.exact else xp.largest(gap)
+    needed = dot(delta, delta) if xp.exact else xp.largest(delta)
     far = xp.zeros_like(needed) + (1 if xp.exact else float("inf"))
     return xp.smallest(xp.where(xp.is_zero(needed), far, size + xp.zeros_like(needed))[..., 0])
 

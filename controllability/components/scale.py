@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from controllability.arrays import Array, arithmetic
 from controllability.components.updates import one_vector
 from controllability.deltas import Delta, Shift
-from controllability.interfaces import Bijection, Component, Condition, Param, Params, Steerable, Steering
+from controllability.interfaces import Bijection, Component, Condition, Param, Params, Steerable, Update
 
 INFINITE = float("inf")
 
@@ -46,12 +46,12 @@ class Scale(Component, Steerable, Bijection):
     def width(self) -> int | str | None:
         return self.weight.shape[0] if self.weight.shape else None
 
-    def steerings(self, side: str) -> tuple[Steering, ...]:
+    def updates(self, side: str) -> tuple[Update, ...]:
         statement = f"no input coordinate of {self.weight} is zero where its output must change"
         hint = f"a scale cannot move a zero: add a bias after {self.describe()}"
         condition = Condition(statement, self.describe(), _smallest_needed_input, hint)
-        together = one_vector(f"{side}-scale", self.weight, self.describe(), lambda x: x, self._moved, "δ_t/x_t")
-        return (Steering(f"{side}-scale", self.weight, (condition,), self._quotient, _effect, together),)
+        joint = one_vector(f"{side}-scale", self.weight, self.describe(), lambda x: x, self._moved, "δ_t/x_t")
+        return (Update(f"{side}-scale", self.weight, (condition,), self._quotient, _effect, joint),)
 
     def to_scale(self, params: Params, wanted: Array) -> Shift:
         """The delta that makes the effective scale ``wanted``, as far as the stored dtype can hold it."""
@@ -63,10 +63,10 @@ class Scale(Component, Steerable, Bijection):
     def _moved(self, params: Params, change: Array) -> Delta:
         return self.to_scale(params, self.effective(params) + change)
 
-    def _quotient(self, params: Params, x: Array, gap: Array) -> Delta:
-        xp = arithmetic(x, gap)
+    def _quotient(self, params: Params, x: Array, delta: Array) -> Delta:
+        xp = arithmetic(x, delta)
         idle = xp.is_zero(x)
-        change = xp.where(idle, xp.zeros_like(gap), gap / xp.where(idle, x + 1, x))
+        change = xp.where(idle, xp.zeros_like(delta), delta / xp.where(idle, x + 1, x))
         return self.to_scale(params, self.effective(params) + change)
 
     def invert(self, params: Params, y: Array) -> Array:
@@ -81,11 +81,11 @@ class Scale(Component, Steerable, Bijection):
         return arithmetic(m).smallest(m)
 
 
-def _smallest_needed_input(x: Array, gap: Array) -> Array:
-    xp = arithmetic(x, gap)
+def _smallest_needed_input(x: Array, delta: Array) -> Array:
+    xp = arithmetic(x, delta)
     # where nothing has to change a zero does no harm: such entries count as far from zero
     far = xp.zeros_like(x) + (1 if xp.exact else INFINITE)
-    return xp.smallest(xp.where(xp.is_zero(gap), far, x))
+    return xp.smallest(xp.where(xp.is_zero(delta), far, x))
 
 
 def _effect(x: Array, delta: Delta) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 from controllability.arrays import Arithmetic, Array, arithmetic
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
 from controllability.errors import SideConditionFailed
-from controllability.interfaces import Condition, Jointly, Param, Params, Solved, Together
+from controllability.interfaces import Condition, JointOptions, JointSolution, JointUpdate, Param, Params
 from controllability.solvers.dependence_certificate import Dependent
 from controllability.solvers.least_norm import UNIT_ROUNDINGS, Span
 from controllability.solvers.served_tokens import Known, NotContinued, among, continued
@@ -25,7 +25,7 @@ SHOWN = 1e-6  # parts of their size: a certificate's inputs add up to less, its 
 ONE_VECTOR = "one vector for all tokens: let a matrix move"
 
 
-def one_matrix(rule: str, weight: Param, where: str, width: int | str | None, transposed: bool) -> Jointly:
+def one_matrix(rule: str, weight: Param, where: str, width: int | str | None, transposed: bool) -> JointUpdate:
     """ΔW X = gaps, the least norm of all solutions; rank at most T."""
     condition = Condition(
         f"tokens whose inputs of {weight} depend on each other have targets that depend in the same way"
@@ -33,16 +33,16 @@ def one_matrix(rule: str, weight: Param, where: str, width: int | str | None, tr
     )  # fmt: skip
 
     def solve(
-        together: Together, params: Params, x: Array, gap: Array, raw: Array, known: Known | None = None
-    ) -> Solved:
-        x, gap, raw = map(_rows, (x, gap, raw))
-        xp = arithmetic(x, gap)
-        tokens = Known(xp.numbers(x), xp.numbers(gap), xp.numbers(raw))
-        fit = fitted(condition, together, xp, tokens, x, known, named=True)
-        delta = LowRank(xp.array(fit.left, like=x), xp.array(fit.right, like=x), transposed)
-        return Solved(delta, xp.array(fit.room, like=x), fit.known)
+        joint: JointOptions, params: Params, x: Array, delta: Array, raw: Array, known: Known | None = None
+    ) -> JointSolution:
+        x, delta, raw = map(_rows, (x, delta, raw))
+        xp = arithmetic(x, delta)
+        tokens = Known(xp.numbers(x), xp.numbers(delta), xp.numbers(raw))
+        fit = fitted(condition, joint, xp, tokens, x, known, named=True)
+        change = LowRank(xp.array(fit.left, like=x), xp.array(fit.right, like=x), transposed)
+        return JointSolution(change, xp.array(fit.margin, like=x), fit.known)
 
-    return Jointly(f"{rule} jointly", (condition,), solve, width or "n")
+    return JointUpdate(f"{rule} jointly", (condition,), solve, width or "n")
 
 
 def one_vector(
@@ -52,35 +52,35 @@ def one_vector(
     reads: Callable[[np.ndarray], np.ndarray],
     stored: Callable[[Params, Array], Delta],
     what: str,
-) -> Jointly:
+) -> JointUpdate:
     """Δ ∘ reads(x_t) = gap_t for all tokens, entry by entry: a bias reads 1, a scale its input."""
     condition = Condition(f"all tokens ask for the same change of {param} ({what})", where, hint=ONE_VECTOR)
 
     def solve(
-        together: Together, params: Params, x: Array, gap: Array, raw: Array, known: Known | None = None
-    ) -> Solved:
-        x, gap, raw = map(_rows, (x, gap, raw))
-        xp = arithmetic(x, gap)
-        new = Known(reads(xp.numbers(x)) + xp.numbers(gap) * 0, xp.numbers(gap), xp.numbers(raw))
+        joint: JointOptions, params: Params, x: Array, delta: Array, raw: Array, known: Known | None = None
+    ) -> JointSolution:
+        x, delta, raw = map(_rows, (x, delta, raw))
+        xp = arithmetic(x, delta)
+        new = Known(reads(xp.numbers(x)) + xp.numbers(delta) * 0, xp.numbers(delta), xp.numbers(raw))
         tokens = Known.joined(known, new)
-        read, wanted = tokens.x, tokens.gap
-        size = (read * read).sum(0) + together.ridge * (read * read).mean(0)
+        read, wanted = tokens.x, tokens.delta
+        size = (read * read).sum(0) + joint.ridge * (read * read).mean(0)
         size = np.where(size == 0, size + 1, size)
         value = (read * wanted).sum(0) / size
         rest = xp.tidy(wanted - read * value) if xp.exact else wanted - read * value
-        room = np.ones((len(wanted), 1))
-        if together.exact:
+        margin = np.ones((len(wanted), 1))
+        if joint.exact:
             evidence = lambda bad, i: (read[:, [i]], wanted[:, [i]])  # noqa: E731
-            room = reached(condition, together, xp, rest, tokens.raw, wanted, x, evidence, len(new.x))
-            if known is not None and not (room > 0).all():
+            margin = reached(condition, joint, xp, rest, tokens.raw, wanted, x, evidence, len(new.x))
+            if known is not None and not (margin > 0).all():
                 raise NotContinued(f"{param} would be another mean of what its tokens ask for")
-        moved = stored(params, xp.array(value, like=gap))
-        return Solved(moved, xp.array(room[-len(new.x) :], like=gap), tokens)
+        moved = stored(params, xp.array(value, like=delta))
+        return JointSolution(moved, xp.array(margin[-len(new.x) :], like=delta), tokens)
 
-    return Jointly(f"{rule} jointly", (condition,), solve, 1)
+    return JointUpdate(f"{rule} jointly", (condition,), solve, 1)
 
 
-def one_bias(rule: str, bias: Param, where: str) -> Jointly:
+def one_bias(rule: str, bias: Param, where: str) -> JointUpdate:
     """Δb = gap_t for all tokens."""
     return one_vector(rule, bias, where, lambda x: x[..., :1] * 0 + 1, lambda params, value: Shift(value), "equal δ_t")
 
@@ -88,7 +88,7 @@ def one_bias(rule: str, bias: Param, where: str) -> Jointly:
 def one_set_of_experts(
     rule: str, weight: Param, where: str, width: int | str | None, transposed: bool, index_of: Callable[[Params], Array],
     count: Callable[[Params], int],
-) -> Jointly:  # fmt: skip
+) -> JointUpdate:  # fmt: skip
     """The same as one matrix, expert by expert, each over the tokens that are routed to it."""
     condition = Condition(
         f"tokens that one expert of {weight} serves and whose inputs depend on each other have targets that depend in the same way"
@@ -96,13 +96,13 @@ def one_set_of_experts(
     )  # fmt: skip
 
     def solve(
-        together: Together, params: Params, x: Array, gap: Array, raw: Array, known: Known | None = None
-    ) -> Solved:
-        xp = arithmetic(x, gap)
+        joint: JointOptions, params: Params, x: Array, delta: Array, raw: Array, known: Known | None = None
+    ) -> JointSolution:
+        xp = arithmetic(x, delta)
         index = np.asarray(_plain(index_of(params)))  # (T, k)
-        rows, wanted, own = (np.broadcast_to(xp.numbers(a), (*index.shape, a.shape[-1])) for a in (x, gap, raw))
+        rows, wanted, own = (np.broadcast_to(xp.numbers(a), (*index.shape, a.shape[-1])) for a in (x, delta, raw))
         index, rows, wanted, own = _rows(index), *(_rows(a, 2) for a in (rows, wanted, own))
-        room, before = np.ones((*index.shape, 1)), 0 if known is None else len(known.x)
+        margin, before = np.ones((*index.shape, 1)), 0 if known is None else len(known.x)
         parts: dict[int, Known] = {} if known is None else dict(known.parts)
         factors = {e: (p.left, p.span.right) for e, p in parts.items() if p.span is not None and p.left is not None}
         for expert in np.unique(index).tolist():  # of different sizes: how many tokens each serves
@@ -110,32 +110,32 @@ def one_set_of_experts(
             numbers = before + at.nonzero()[0]
             numbers = numbers if part is None or part.index is None else np.concatenate([part.index, numbers])
             try:
-                fit = fitted(condition, together, xp, Known(rows[at], wanted[at], own[at]), x, part)
+                fit = fitted(condition, joint, xp, Known(rows[at], wanted[at], own[at]), x, part)
             except SideConditionFailed as failed:
                 _renumbered(failed, numbers, int(at.sum()), before, before + len(index))
                 raise
-            room[at], factors[expert] = fit.room, (fit.left, fit.right)
+            margin[at], factors[expert] = fit.margin, (fit.left, fit.right)
             if fit.known is not None:
                 parts[expert] = replace(fit.known, index=numbers)
         used = np.array(sorted(factors))
-        delta = _stacked_experts(xp, [factors[e] for e in used.tolist()], x, transposed, used, count(params))
+        change = _stacked_experts(xp, [factors[e] for e in used.tolist()], x, transposed, used, count(params))
         tokens = replace(Known.joined(known, Known(rows, wanted, own, index)), parts=parts)
-        return Solved(delta, xp.array(room.min(axis=1), like=x), tokens)
+        return JointSolution(change, xp.array(margin.min(axis=1), like=x), tokens)
 
-    return Jointly(f"{rule} jointly", (condition,), solve, width or "n")
+    return JointUpdate(f"{rule} jointly", (condition,), solve, width or "n")
 
 
 def one_sum_of_experts(
-    condition: Condition, together: Together, x: Array, shares: Array, index: Array, gap: Array, raw: Array,
+    condition: Condition, joint: JointOptions, x: Array, shares: Array, index: Array, delta: Array, raw: Array,
     transposed: bool, experts: int, known: Known | None = None,
-) -> Solved:  # fmt: skip
+) -> JointSolution:  # fmt: skip
     """Σ_j s_tj ΔW_e(t,j) y_tj = gap_t: one matrix for the stacked vectors (s_tj y_tj)_j, so T ≤ (experts used) · h.
 
-    ``x`` (T, k, h) what the experts' last matrices read, ``shares`` (T, k, 1), ``index`` (T, k), ``gap`` (T, d).
+    ``x`` (T, k, h) what the experts' last matrices read, ``shares`` (T, k, 1), ``index`` (T, k), ``delta`` (T, d).
     """
-    x, shares, index, gap, raw = _rows(x, 2), _rows(shares, 2), _rows(index), _rows(gap), _rows(raw)
-    xp = arithmetic(x, gap)
-    new = Known(xp.numbers(x) * xp.numbers(shares), xp.numbers(gap), xp.numbers(raw), np.asarray(_plain(index)))
+    x, shares, index, delta, raw = _rows(x, 2), _rows(shares, 2), _rows(index), _rows(delta), _rows(raw)
+    xp = arithmetic(x, delta)
+    new = Known(xp.numbers(x) * xp.numbers(shares), xp.numbers(delta), xp.numbers(raw), np.asarray(_plain(index)))
     rows, chosen = new.x, new.index
     assert chosen is not None
     used = np.unique(chosen) if known is None or known.used is None else np.union1d(chosen, known.used)
@@ -146,15 +146,15 @@ def one_sum_of_experts(
     each = np.arange(len(rows))
     for slot in range(chosen.shape[1]):
         stacked[each, where[:, slot]] += rows[:, slot]
-    flat = Known(stacked.reshape(len(rows), -1), new.gap, new.raw)
-    fit = fitted(condition, together, xp, flat, x, None if known is None else among(known, used))
+    flat = Known(stacked.reshape(len(rows), -1), new.delta, new.raw)
+    fit = fitted(condition, joint, xp, flat, x, None if known is None else among(known, used))
     planes = fit.right.reshape(len(fit.right), len(used), rows.shape[-1]).swapaxes(0, 1)
     spread = np.broadcast_to(xp.name(fit.left), (len(used), *fit.left.shape)).copy()
-    delta = ExpertLowRank(
+    change = ExpertLowRank(
         xp.array(spread, like=x), xp.array(planes.copy(), like=x), transposed, _places(used, x), experts
     )
     tokens = None if fit.known is None else replace(fit.known, used=used)
-    return Solved(delta, xp.array(fit.room, like=x), tokens)
+    return JointSolution(change, xp.array(fit.margin, like=x), tokens)
 
 
 class Fit(NamedTuple):
@@ -162,52 +162,52 @@ class Fit(NamedTuple):
 
     left: np.ndarray  # (r, m)
     right: np.ndarray  # (r, n)
-    room: np.ndarray  # (N, 1)
+    margin: np.ndarray  # (N, 1)
     known: Known | None = None
 
 
 def fitted(
-    condition: Condition, together: Together, xp: Arithmetic, tokens: Known, like: Array, known: Known | None = None,
+    condition: Condition, joint: JointOptions, xp: Arithmetic, tokens: Known, like: Array, known: Known | None = None,
     named: bool = False,
 ) -> Fit:  # fmt: skip
     """The least-norm ΔW with ΔW x_t = gap_t for these tokens and those ``known``; or the fit that was asked for."""
     count = len(tokens.x)
-    if known is not None and known.span is not None and known.span.basis.dtype != object and together.exact:
-        both, rest = continued(known, tokens.x, tokens.gap, tokens.raw)
+    if known is not None and known.span is not None and known.span.basis.dtype != object and joint.exact:
+        both, rest = continued(known, tokens.x, tokens.delta, tokens.raw)
         assert both.span is not None and both.left is not None
         before = len(known.x)  # what they give does not move: the new ones alone are looked at
-        evidence = lambda bad, i: (both.x, both.gap)  # noqa: E731
-        room = reached(condition, together, xp, rest, tokens.raw, tokens.gap, like, evidence, count, before)
-        return Fit(both.left, both.span.right, room, both)
-    if known is not None and known.span is None and together.short:
+        evidence = lambda bad, i: (both.x, both.delta)  # noqa: E731
+        margin = reached(condition, joint, xp, rest, tokens.raw, tokens.delta, like, evidence, count, before)
+        return Fit(both.left, both.span.right, margin, both)
+    if known is not None and known.span is None and joint.may_fall_short:
         raise NotContinued("what earlier tokens are given by least squares would change")
     tokens = Known.joined(known, tokens)
     tolerance = None if xp.exact else UNIT_ROUNDINGS * xp.machine_epsilon(xp.lift(like))
     span = Span.of(tokens.x, tolerance, named)
-    left, rest = span.solve(tokens.gap, together.ridge)
-    if together.exact:
-        evidence = lambda bad, i: (tokens.x, tokens.gap)  # noqa: E731
-        room = reached(condition, together, xp, rest, tokens.raw, tokens.gap, like, evidence, count)
+    left, rest = span.solve(tokens.delta, joint.ridge)
+    if joint.exact:
+        evidence = lambda bad, i: (tokens.x, tokens.delta)  # noqa: E731
+        margin = reached(condition, joint, xp, rest, tokens.raw, tokens.delta, like, evidence, count)
         known = replace(tokens, span=span, left=left)
         if tokens.x.dtype == object and not span.rank:  # an empty array of objects would not say of what kind
-            return Fit(tokens.gap[:1] * 0, tokens.x[:1] * 0, room[-count:], known)
-        return Fit(left, span.right, room[-count:], known)
+            return Fit(tokens.delta[:1] * 0, tokens.x[:1] * 0, margin[-count:], known)
+        return Fit(left, span.right, margin[-count:], known)
     right = span.right
-    if together.rank is not None and together.rank < span.rank:
+    if joint.rank is not None and joint.rank < span.rank:
         sizes = np.linalg.norm(span.coordinates, axis=-1, keepdims=True)
         shown = span.coordinates / np.where(sizes == 0, 1.0, sizes) @ left
-        kept = np.linalg.svd(shown, full_matrices=False)[2][: together.rank]
+        kept = np.linalg.svd(shown, full_matrices=False)[2][: joint.rank]
         left, right = kept, kept @ left.T @ right
     return Fit(left, right, np.ones((count, 1)))
 
 
 def reached(
     condition: Condition,
-    together: Together,
+    joint: JointOptions,
     xp: Arithmetic,
     rest: np.ndarray,
     raw: np.ndarray,
-    gap: np.ndarray,
+    delta: np.ndarray,
     like: Array,
     evidence: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
     new: int,
@@ -220,22 +220,22 @@ def reached(
     """
     if xp.exact:
         missed = ~np.asarray(xp.is_zero(rest)).reshape(len(rest), -1).all(-1)
-        room = np.where(missed, -1.0, 1.0)
+        margin = np.where(missed, -1.0, 1.0)
     else:
         allowed = UNIT_ROUNDINGS * xp.machine_epsilon(xp.lift(like))
-        size = np.maximum(_largest(raw), _largest(gap))
-        room = 1.0 - _largest(rest) / (allowed * np.where(size == 0, 1.0, size))
-        missed = ~(room > 0)  # NaN is missed too
-    if missed.any() and not together.short:
-        bad = int(np.argmin(room))
+        size = np.maximum(_largest(raw), _largest(delta))
+        margin = 1.0 - _largest(rest) / (allowed * np.where(size == 0, 1.0, size))
+        missed = ~(margin > 0)  # NaN is missed too
+    if missed.any() and not joint.may_fall_short:
+        bad = int(np.argmin(margin))
         entry = 0 if xp.exact else int(np.abs(rest[bad].astype(float)).argmax())
         own = bad - (len(rest) - new)
-        failed = condition.failed(None if xp.exact else float(room[bad]), own if own >= 0 else None)
+        failed = condition.failed(None if xp.exact else float(margin[bad]), own if own >= 0 else None)
         if not xp.symbolic:
             found = Dependent.of(condition.where, *evidence(bad, entry), before + bad)
             failed.certificate = found if found.inputs < SHOWN < found.targets else None  # else rounding, magnified
         raise failed
-    return room[:, None]
+    return margin[:, None]
 
 
 def _renumbered(failed: SideConditionFailed, numbers: np.ndarray, new: int, before: int, count: int) -> None:

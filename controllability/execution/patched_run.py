@@ -14,13 +14,13 @@ from controllability.execution.trace import Trace
 from controllability.interfaces import (
     Component,
     Condition,
+    JointOptions,
     Param,
     Params,
     Path,
     Place,
     Sequence,
-    Steering,
-    Together,
+    Update,
     measure,
     node,
 )
@@ -31,18 +31,18 @@ ONE_NUMBER = "one number serves all features here: steer after it, by a map or a
 
 @dataclass
 class Goal:
-    """What a leaf is steered to: a wanted output, a wanted change of it, or a delta that another rule decides."""
+    """What a leaf is steered to: a wanted output, a wanted change δ of it, or a change of the parameter that another rule decides."""
 
-    steering: Steering
+    update: Update
     wanted: Callable[[], Array] | None = None
-    gap: Callable[[], Array] | None = None
-    delta: Callable[[], Delta] | None = None
+    delta: Callable[[], Array] | None = None
+    change: Callable[[], Delta] | None = None
 
 
 class PatchedRun(Trace):
     """The source run with the patch: raw outputs are computed or observed, gaps solved, effects added.
 
-    With ``together`` axis 0 runs over the tokens and there is one delta for all of them; else every token has its own.
+    With ``joint`` axis 0 runs over the tokens and there is one delta for all of them; else every token has its own.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PatchedRun(Trace):
         params: Params,
         source: Trace | Array,
         target: Trace | Array,
-        together: Together | None = None,
+        joint: JointOptions | None = None,
     ) -> None:
         known = source if isinstance(source, Trace) else Trace(block, params, source)
         super().__init__(block, params, known.state)
@@ -62,16 +62,18 @@ class PatchedRun(Trace):
         self.solved: dict[Path, Delta] = {}
         self.same_choice: dict[Path, tuple[Condition, Condition]] = {}
         self.journal = Journal()
-        self.together = together
-        self.known: Mapping[Path, Known] = {}  # tokens that the patch serves already
-        self.learned: dict[Path, Known] = {}  # those and these
-        self.moved: dict[Path, Array] = {}  # what the known tokens' outputs must give more, (T, ·)
-        self.sizes: Array | None = None  # by which factors the block's outputs may differ from the target's, (T, 1)
+        self.joint = joint
+        self.served: Mapping[Path, Known] = {}  # tokens that the patch serves already
+        self.served_after: dict[Path, Known] = {}  # those and these
+        self.target_shift: dict[Path, Array] = {}  # what the known tokens' outputs must give more, (T, ·)
+        self.output_sizes: Array | None = (
+            None  # by which factors the block's outputs may differ from the target's, (T, 1)
+        )
 
     def wanted(self) -> Array:
         """What the block must give: the target's output, in the size that serves where sizes do not count."""
         output = self.target.output(())
-        return output if self.sizes is None else arithmetic(output).lift(output) * self.sizes
+        return output if self.output_sizes is None else arithmetic(output).lift(output) * self.output_sizes
 
     def steer(self, path: Path, goal: Goal) -> None:
         """Announce that the leaf at ``path`` will be patched."""
@@ -138,74 +140,74 @@ class PatchedRun(Trace):
         if path not in self.goals:
             return component(self._seen_by(path, component), self.input(path))
         x = self.input(path)
-        delta = self.delta(path)
-        if self.together is not None and isinstance(delta, ExpertLowRank):
+        delta = self.change(path)
+        if self.joint is not None and isinstance(delta, ExpertLowRank):
             return self.raw(path) + delta.routed(x, self.params_at(path)[CHOSEN])
-        return self.raw(path) + self.goals[path].steering.effect(x, delta)
+        return self.raw(path) + self.goals[path].update.effect(x, delta)
 
     def _seen_by(self, at: Path, component: Component) -> Params:
         """The parameters as an unsteered leaf sees them: what it shares with a steered one is patched."""
         own = component.own_parameters()
         if not own:
             return self.params_at(at)
-        shared = [(goal.steering.param, path) for path, goal in self.goals.items() if goal.steering.param in own]
+        shared = [(goal.update.param, path) for path, goal in self.goals.items() if goal.update.param in own]
         params = self.params_at(at)
         if not shared:
             return params
-        return dict(params) | {str(p): added(p.value(self.params), self.delta(path)) for p, path in shared}
+        return dict(params) | {str(p): added(p.value(self.params), self.change(path)) for p, path in shared}
 
-    def delta(self, path: Path) -> Delta:
-        """The delta of the leaf at ``path``, solved once."""
+    def change(self, path: Path) -> Delta:
+        """The change of the parameter that the leaf at ``path`` moves, solved once."""
         if path not in self.solved:
             goal = self.goals[path]
-            delta = goal.delta() if goal.delta else self._solve(path, goal)
-            if isinstance(delta, Shift):
-                self._same_size(path, delta.value, goal.steering.param.value(self.params))
-            self.solved[path] = delta
+            change = goal.change() if goal.change else self._solve(path, goal)
+            if isinstance(change, Shift):
+                self._same_size(path, change.value, goal.update.param.value(self.params))
+            self.solved[path] = change
         return self.solved[path]
 
     def _solve(self, path: Path, goal: Goal) -> Delta:
         x = self.input(path)
         xp = arithmetic(x)
         x = xp.lift(x)
-        if goal.gap is not None:
-            gap = xp.tidy(goal.gap())
+        if goal.delta is not None:
+            delta = xp.tidy(goal.delta())
         else:
             assert goal.wanted is not None
             raw, wanted = self.raw(path), goal.wanted()
-            gap = xp.tidy(xp.lift(wanted) - xp.lift(raw))
-            self._same_size(path, gap, raw)
-        if self.together is not None:
-            return self._solve_jointly(path, goal, x, gap)
-        for condition in goal.steering.conditions:
-            self.check(condition, x, gap)
-        return goal.steering.solve(self.params_at(path), x, gap)
+            delta = xp.tidy(xp.lift(wanted) - xp.lift(raw))
+            self._same_size(path, delta, raw)
+        if self.joint is not None:
+            return self._solve_jointly(path, goal, x, delta)
+        for condition in goal.update.conditions:
+            self.check(condition, x, delta)
+        return goal.update.solve(self.params_at(path), x, delta)
 
-    def _solve_jointly(self, path: Path, goal: Goal, x: Array, gap: Array) -> Delta:
-        way, params = goal.steering.jointly, self.params_at(path)
-        assert way is not None and self.together is not None
-        raw = arithmetic(gap).lift(self.raw(path))
-        solved = way.solve(self.together, params, x, gap, raw, self.known_at(path))
+    def _solve_jointly(self, path: Path, goal: Goal, x: Array, delta: Array) -> Delta:
+        way, params = goal.update.jointly, self.params_at(path)
+        assert way is not None and self.joint is not None
+        raw = arithmetic(delta).lift(self.raw(path))
+        solved = way.solve(self.joint, params, x, delta, raw, self.known_at(path))
         if solved.known is not None:
-            self.learned[path] = solved.known
-        self.fell_short(path, way.conditions[0], solved.room)
+            self.served_after[path] = solved.known
+        self.note_shortfall(path, way.conditions[0], solved.margin)
         return solved.delta
 
-    def fell_short(self, path: Path, condition: Condition, room: Array) -> None:
+    def note_shortfall(self, path: Path, condition: Condition, margin: Array) -> None:
         """Note how much room the tokens of a joint solution had, (T, 1), or that some of their targets are not reached."""
-        assert self.together is not None
-        if not self.together.exact:
+        assert self.joint is not None
+        if not self.joint.exact:
             return
-        if self.together.short and not arithmetic(room).all(room > 0):
+        if self.joint.may_fall_short and not arithmetic(margin).all(margin > 0):
             where = node(self.block, path).describe()
             self.journal.routes.append(RouteTaken(where, SHORT, lambda: f"not all targets can be reached: {condition}"))
         else:
-            self.journal.margins.append(Margin(condition, room))
+            self.journal.margins.append(Margin(condition, margin))
 
     def known_at(self, path: Path) -> Known | None:
         """The tokens that the leaf at ``path`` serves already, with the targets that they have now."""
-        known = self.known.get(path)
-        return known if known is None or path not in self.moved else known.moved(self.moved[path])
+        known = self.served.get(path)
+        return known if known is None or path not in self.target_shift else known.moved(self.target_shift[path])
 
     def _same_size(self, path: Path, change: Array, changed: Array) -> None:
         """One number cannot serve several features, though they broadcast."""
@@ -214,9 +216,9 @@ class PatchedRun(Trace):
             numbers = Condition("there is a number for every feature that must change", where, hint=ONE_NUMBER)
             raise numbers.failed(float(changed.shape[-1] - change.shape[-1]))
 
-    def check(self, condition: Condition, x: Array, gap: Array) -> None:
+    def check(self, condition: Condition, x: Array, delta: Array) -> None:
         """Test a side condition on the numbers and note its margin."""
-        self.journal.margins.append(Margin(condition, measure(condition, x, gap)))
+        self.journal.margins.append(Margin(condition, measure(condition, x, delta)))
 
     def _reaches(self, earlier: Path, later: Path) -> bool:
         """Whether a change at ``earlier`` reaches the input of ``later``: it stands before it, or routes to it."""
@@ -228,4 +230,4 @@ class PatchedRun(Trace):
     def deltas(self) -> dict[Param, Delta]:
         """Every delta of the patch; solves what is not solved yet."""
         self.output(())
-        return {goal.steering.param: self.delta(path) for path, goal in self.goals.items()}
+        return {goal.update.param: self.change(path) for path, goal in self.goals.items()}

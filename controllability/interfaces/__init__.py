@@ -12,9 +12,9 @@ from controllability.interfaces.component import Sequence as Sequence
 from controllability.interfaces.component import Sum as Sum
 from controllability.interfaces.condition import Condition as Condition
 from controllability.interfaces.condition import measure as measure
-from controllability.interfaces.joint import Jointly as Jointly
-from controllability.interfaces.joint import Solved as Solved
-from controllability.interfaces.joint import Together as Together
+from controllability.interfaces.joint import JointOptions as JointOptions
+from controllability.interfaces.joint import JointSolution as JointSolution
+from controllability.interfaces.joint import JointUpdate as JointUpdate
 from controllability.interfaces.param import Param as Param
 from controllability.interfaces.param import Params as Params
 from controllability.interfaces.param import overlap as overlap
@@ -26,5 +26,13 @@ from controllability.interfaces.update import Bijection as Bijection
 from controllability.interfaces.update import InputControllable as InputControllable
 from controllability.interfaces.update import OutputControllable as OutputControllable
 from controllability.interfaces.update import Steerable as Steerable
-from controllability.interfaces.update import Steering as Steering
+from controllability.interfaces.update import Update as Update
 from controllability.interfaces.update import first_open as first_open
+
+_RENAMED = {"Jointly": "JointUpdate", "Solved": "JointSolution", "Steering": "Update", "Together": "JointOptions"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _RENAMED:
+        raise ImportError(f"controllability.interfaces.{name} is called {_RENAMED[name]} now")
+    raise AttributeError(f"module 'controllability.interfaces' has no attribute {name!r}")

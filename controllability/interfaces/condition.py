@@ -14,7 +14,7 @@ class Condition:
     """A side condition: a statement about numbers, where it is made, and how far they are from breaking it.
 
     ``margin(x, gap)`` returns one number a token, shape (..., 1), positive when the condition holds;
-    ``x`` is the input of the component and ``gap`` the wanted change of its output.  ``hint`` is what to do
+    ``x`` is the input of the component and ``delta`` the wanted change of its output.  ``hint`` is what to do
     where it fails, or a function of the margin that says so.
     """
 
@@ -31,15 +31,15 @@ class Condition:
         return SideConditionFailed(self.statement, self.where, margin, position, tried, hint, tokens)
 
 
-def measure(condition: Condition, x: Array, gap: Array) -> Array | None:
+def measure(condition: Condition, x: Array, delta: Array) -> Array | None:
     """The margin of every token, (..., 1); None when it is vacuous or symbolic.
 
     Raises ``SideConditionFailed`` with the first offending position.
     """
     if condition.margin is None:
         return None
-    xp = arithmetic(x, gap)
-    found = condition.margin(x, gap)
+    xp = arithmetic(x, delta)
+    found = condition.margin(x, delta)
     margins = found.reshape(-1)
     if xp.symbolic:
         zeros = xp.is_zero(margins)

@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Together:
+class JointOptions:
     """How many tokens are solved for at once: exactly, or by least squares.
 
     ``ridge`` > 0 weighs ‖ΔW‖² against the tokens' errors, ``rank`` bounds the rank of every ΔW; either makes the patch a fit, and
-    no target is promised.  ``keep_rms`` refuses to let the RMS before a norm move.  ``behind`` says who reads the block's output:
+    no target is promised.  ``keep_rms`` refuses to let the RMS before a norm move.  ``read_by`` says who reads the block's output:
     a later block that reaches its own target whatever this one gives (theory 1b: the last one decides), so that
     where only a scale that magnifies rounding is exact, the nearest one is taken; or a norm alone, to which a token's size
-    does not count.  ``short``: before such a block, targets that cannot all be reached are reached as nearly as can be.
+    does not count.  ``may_fall_short``: before such a block, targets that cannot all be reached are reached as nearly as can be.
     """
 
     ridge: float = 0.0
     rank: int | None = None
     keep_rms: bool = False
-    behind: Literal["anyone", "block", "norm"] = "anyone"
-    short: bool = False
+    read_by: Literal["anyone", "block", "norm"] = "anyone"
+    may_fall_short: bool = False
 
     @property
     def exact(self) -> bool:
@@ -43,27 +43,27 @@ class Together:
 
 
 @dataclass(frozen=True, eq=False)
-class Solved:
-    """One delta for all tokens, and how much room each had, (T, 1): positive where its target is reached.
+class JointSolution:
+    """One delta for all tokens, and the margin of each, (T, 1): positive where its target is reached.
 
     ``known`` is what the solver must be given again to add tokens to these.
     """
 
     delta: Delta
-    room: Array
+    margin: Array
     known: Known | None = None
 
 
 @dataclass(frozen=True)
-class Jointly:
+class JointUpdate:
     """The same way for many tokens, one delta for all of them; axis 0 of every array runs over the tokens.
 
-    ``solve(together, params, x, gap, raw, known)`` finds the delta that adds ``gap`` (T, out) to ``raw`` (T, out), the outputs as
-    they are at ``x`` (T, in), and serves the tokens ``known`` from before as well.  It raises ``SideConditionFailed`` with a certificate where no delta does.  ``most`` names how many tokens
+    ``solve(joint, params, x, delta, raw, served)`` finds the delta that adds ``delta`` (T, out) to ``raw`` (T, out), the outputs as
+    they are at ``x`` (T, in), and serves the tokens ``known`` from before as well.  It raises ``SideConditionFailed`` with a certificate where no delta does.  ``max_tokens`` names how many tokens
     in general position it serves.
     """
 
     rule: str
     conditions: tuple[Condition, ...]
-    solve: Callable[[Together, Params, Array, Array, Array, Known | None], Solved]
-    most: int | str
+    solve: Callable[[JointOptions, Params, Array, Array, Array, Known | None], JointSolution]
+    max_tokens: int | str

@@ -5,21 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from controllability.arrays import Array
 from controllability.deltas import Delta
 from controllability.errors import SideConditionFailed
 from controllability.interfaces.component import Component
 from controllability.interfaces.condition import Condition, measure
-from controllability.interfaces.joint import Jointly
+from controllability.interfaces.joint import JointUpdate
 from controllability.interfaces.param import Param, Params
 
 
 @dataclass(frozen=True)
-class Steering:
+class Update:
     """One way to change a component's output by moving one of its parameters.
 
-    ``solve(params, x, gap)`` returns the delta that adds ``gap`` (..., out) to the output at
+    ``solve(params, x, gap)`` returns the delta that adds ``delta`` (..., out) to the output at
     input ``x`` (..., in); ``effect(x, delta)`` is what a delta adds to the output.  ``jointly`` does it for many tokens with one delta.
     """
 
@@ -28,14 +29,24 @@ class Steering:
     conditions: tuple[Condition, ...]
     solve: Callable[[Params, Array, Array], Delta]
     effect: Callable[[Array, Delta], Array]
-    jointly: Jointly | None = None
+    jointly: JointUpdate | None = None
 
 
-class InputControllable(ABC):
+class _OldWords:
+    """Refuses a class that states its updates under the words of version 0.1."""
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        for old in ("input_steerings", "output_steerings", "steerings"):
+            if old in vars(cls):
+                raise TypeError(f"{cls.__name__}.{old} is called {old.replace('steerings', 'updates')} now")
+
+
+class InputControllable(_OldWords, ABC):
     """f with, for admissible (x, x'), parameters θ' such that f(x; θ') = f(x'; θ).  [G, Def. 3]"""
 
     @abstractmethod
-    def input_steerings(self) -> tuple[Steering, ...]:
+    def input_updates(self) -> tuple[Update, ...]:
         """The ways to do it, the preferred one first."""
 
     def steer_input(self, params: Params, x: Array, x_target: Array) -> dict[str, Delta]:
@@ -44,15 +55,15 @@ class InputControllable(ABC):
         Raises ``SideConditionFailed`` when no way is open at these numbers.
         """
         assert isinstance(self, Component)
-        gap = self(params, x_target) - self(params, x)
-        return first_open(self.input_steerings(), params, x, gap)
+        delta = self(params, x_target) - self(params, x)
+        return first_open(self.input_updates(), params, x, delta)
 
 
-class OutputControllable(ABC):
+class OutputControllable(_OldWords, ABC):
     """g with, for admissible x and δ, parameters φ' such that g(x; φ') = g(x; φ) + δ.  [G, Def. 4]"""
 
     @abstractmethod
-    def output_steerings(self) -> tuple[Steering, ...]:
+    def output_updates(self) -> tuple[Update, ...]:
         """The ways to do it, the preferred one first."""
 
     def steer_output(self, params: Params, x: Array, delta: Array) -> dict[str, Delta]:
@@ -60,7 +71,7 @@ class OutputControllable(ABC):
 
         Raises ``SideConditionFailed`` when no way is open at these numbers.
         """
-        return first_open(self.output_steerings(), params, x, delta)
+        return first_open(self.output_updates(), params, x, delta)
 
 
 class Steerable(InputControllable, OutputControllable):
@@ -70,14 +81,14 @@ class Steerable(InputControllable, OutputControllable):
     """
 
     @abstractmethod
-    def steerings(self, side: str) -> tuple[Steering, ...]:
+    def updates(self, side: str) -> tuple[Update, ...]:
         """The ways to add a gap to the output; ``side`` is 'I' or 'O' and names the rule."""
 
-    def input_steerings(self) -> tuple[Steering, ...]:
-        return self.steerings("I")
+    def input_updates(self) -> tuple[Update, ...]:
+        return self.updates("I")
 
-    def output_steerings(self) -> tuple[Steering, ...]:
-        return self.steerings("O")
+    def output_updates(self) -> tuple[Update, ...]:
+        return self.updates("O")
 
 
 class Bijection(ABC):
@@ -96,16 +107,16 @@ class Bijection(ABC):
         raise NotImplementedError(f"{type(self).__name__} has image conditions but no image_margin")
 
 
-def first_open(steerings: tuple[Steering, ...], params: Params, x: Array, gap: Array) -> dict[str, Delta]:
+def first_open(updates: tuple[Update, ...], params: Params, x: Array, delta: Array) -> dict[str, Delta]:
     """The delta of the first steering whose conditions hold on these numbers."""
     failure: SideConditionFailed | None = None
-    for steering in steerings:
+    for update in updates:
         try:
-            for condition in steering.conditions:
-                measure(condition, x, gap)
+            for condition in update.conditions:
+                measure(condition, x, delta)
         except SideConditionFailed as failed:
             failure = failure or failed
             continue
-        return {str(steering.param): steering.solve(params, x, gap)}
+        return {str(update.param): update.solve(params, x, delta)}
     assert failure is not None
     raise failure

@@ -17,7 +17,7 @@ from controllability.errors import BadInput, NotVerified
 from controllability.interfaces import Component, Place
 from controllability.proof_files.codec import decode, encode
 from controllability.proof_files.json_shapes import keys, one_of, shaped, short, wrong
-from controllability.proof_files.recheck import CONDITIONS, Given, checked
+from controllability.proof_files.recheck import CONDITIONS, CheckOptions, checked
 from controllability.proof_files.write import FORMAT, proof_dict
 from controllability.prover.derivation import Derivation
 from controllability.prover.search import Via
@@ -62,7 +62,7 @@ def _derivation(data: Any, foreign: Mapping[str, type]) -> Derivation:
     if data["frozen"] != sorted(known & set(data["frozen"])):
         expected = f"parameters of the block, each once and in order, out of {', '.join(sorted(known))}"
         raise wrong("frozen", expected, data["frozen"])
-    given = Given.of(block, data["via"], data["route"], frozenset(data["frozen"]), data.get("jointly", False))
+    given = CheckOptions.of(block, data["via"], data["route"], frozenset(data["frozen"]), data.get("jointly", False))
     root = _root(data["tree"], "tree", block, given)
     others = tuple(_root(tree, f"alternatives[{i}]", block, given) for i, tree in enumerate(data["alternatives"]))
     proof = Derivation(block, root, others, given.via, given.route, given.frozen, given.jointly)
@@ -100,7 +100,7 @@ def _block(data: Any, foreign: Mapping[str, type]) -> Component:
     return block
 
 
-def _root(data: Any, where: str, block: Component, given: Given) -> Step:
+def _root(data: Any, where: str, block: Component, given: CheckOptions) -> Step:
     step = checked(data, where, block, given)
     if step.place != Place(block) or step.rule.side != "input":
         about = f"the {step.rule.side} side of {short(step.place.describe())}"

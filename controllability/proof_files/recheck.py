@@ -13,7 +13,7 @@ from controllability.errors import NotVerified
 from controllability.interfaces import Component, Param, Path, Place, Sequence
 from controllability.proof_files.json_shapes import one_of, shaped, short, wrong
 from controllability.proof_files.write import node_dict, place_dict
-from controllability.prover.search import crowded_leaves, scales_of_norms
+from controllability.prover.search import per_expert_leaves, scales_of_norms
 from controllability.rules import RULES, Attempt, Rule, Side, Step
 
 CONDITIONS = [{"statement": str, "where": str}]
@@ -25,22 +25,22 @@ NODE = {
 
 
 @dataclass
-class Given:
+class CheckOptions:
     """What a rule may ask while one node is checked: the options, and this node's own premises."""
 
     via: str
     route: str
     frozen: frozenset[str]
     normalised: frozenset[Path]
-    crowded: frozenset[Path]
+    per_expert_rows: frozenset[Path]
     jointly: bool = False
     premises: tuple[Step, ...] = ()
 
     @staticmethod
-    def of(block: Component, via: str, route: str, frozen: frozenset[str], jointly: bool = False) -> Given:
+    def of(block: Component, via: str, route: str, frozen: frozenset[str], jointly: bool = False) -> CheckOptions:
         """The options of a proof, with what its rules ask about the whole block."""
-        crowded = crowded_leaves(block, (), False, False, 1)[0]
-        return Given(via, route, frozen, frozenset(scales_of_norms(block)), frozenset(crowded), jointly)
+        per_expert_rows = per_expert_leaves(block, (), False, False, 1)[0]
+        return CheckOptions(via, route, frozen, frozenset(scales_of_norms(block)), frozenset(per_expert_rows), jointly)
 
     def is_frozen(self, param: Param) -> bool:
         """Whether a parameter must not move."""
@@ -51,7 +51,7 @@ class Given:
         return Attempt([p for p in self.premises if p.rule.side == side and p.place == place])
 
 
-def checked(data: Any, where: str, block: Component, given: Given) -> Step:
+def checked(data: Any, where: str, block: Component, given: CheckOptions) -> Step:
     """The conclusion of one node, drawn again from its premises."""
     shaped(data, NODE, where)
     rule, place = _rule(data, where), _place(data, where, block)

@@ -24,7 +24,7 @@ def place_dict(place: Place) -> dict[str, Any]:
 
 def node_dict(step: Step) -> dict[str, Any]:
     """What one node says itself, the nodes below it aside."""
-    steering = step.steering
+    update = step.update
     return {
         "rule": step.rule.name,
         "side": step.rule.side,
@@ -38,7 +38,7 @@ def node_dict(step: Step) -> dict[str, Any]:
         "conditions": conditions_list(step.conditions),
         "cost": step.cost,
         "note": step.note,
-        "steering": None if steering is None else {"rule": steering.rule, "parameter": str(steering.param)},
+        "steering": None if update is None else {"rule": update.rule, "parameter": str(update.param)},
     }
 
 
@@ -60,7 +60,7 @@ def proof_dict(proof: Derivation) -> dict[str, Any]:
         "via": proof.via,
         "route": proof.route,
         "frozen": sorted(proof.frozen),
-        **({"jointly": True, "most": proof.most} if proof.jointly else {}),
+        **({"jointly": True, "most": proof.max_tokens} if proof.jointly else {}),
         "level": "derived",
         "block": encode(proof.block),
         "tree": step_dict(proof.root),

@@ -10,7 +10,7 @@ from controllability.execution.patch import Patch
 from controllability.execution.patched_run import PatchedRun
 from controllability.execution.trace import Trace
 from controllability.execution.validation import check_instance, check_result
-from controllability.interfaces import Component, Condition, Params, Together
+from controllability.interfaces import Component, Condition, JointOptions, Params
 from controllability.rules import Step, construct
 from controllability.symbolic.definitions import definitions
 
@@ -42,12 +42,12 @@ class Derivation:
         return tuple(dict.fromkeys(step.rule.name for step in self.root.walk()))
 
     @property
-    def most(self) -> dict[str, int | str]:
+    def max_tokens(self) -> dict[str, int | str]:
         """For how many tokens in general position each steered parameter serves, by a joint proof; {} of another."""
         found: dict[str, int | str] = {}
         for step in self.root.walk():
-            if step.most is not None and step.steering is not None:
-                found[str(step.steering.param)] = step.most
+            if step.max_tokens is not None and step.update is not None:
+                found[str(step.update.param)] = step.max_tokens
         return found
 
     def patched_run(
@@ -56,24 +56,24 @@ class Derivation:
         source: Trace | Array,
         target: Trace | Array,
         choice: int = 0,
-        together: Together | None = None,
+        joint: JointOptions | None = None,
     ) -> PatchedRun:
         """The source run in which this proof's patch is solved on demand; ``choice`` > 0 takes an alternative.
 
-        ``together`` says how a joint proof solves for its tokens; exactly unless it says otherwise.
+        ``joint`` says how a joint proof solves for its tokens; exactly unless it says otherwise.
         """
-        together = (together or Together()) if self.jointly else None
-        run = PatchedRun(self.block, params, source, target, together)
+        joint = (joint or JointOptions()) if self.jointly else None
+        run = PatchedRun(self.block, params, source, target, joint)
         root = (self.root, *self.alternatives)[choice]
         construct(root, run, run.wanted)
         return run
 
     def construct(
-        self, params: Params, source: Trace | Array, target: Trace | Array, together: Together | None = None
+        self, params: Params, source: Trace | Array, target: Trace | Array, joint: JointOptions | None = None
     ) -> Patch:
         """The patch with which the block at ``source`` gives what it gave at ``target``.
 
-        A joint proof gives one patch for all tokens of states (T, d), as ``together`` says (exactly by default).
+        A joint proof gives one patch for all tokens of states (T, d), as ``joint`` says (exactly by default).
         States are (..., d), or traces with node values that were already observed.  When a side
         condition fails on the numbers the alternatives are tried in order; raises
         ``SideConditionFailed`` with the first condition when none is open, and ``BadInput`` when the
@@ -83,7 +83,7 @@ class Derivation:
         check_instance(self.block, params, *states)
         failure: SideConditionFailed | None = None
         for choice in range(1 + len(self.alternatives)):
-            run = self.patched_run(params, source, target, choice, together)
+            run = self.patched_run(params, source, target, choice, joint)
             try:
                 first = states[0][0] if isinstance(states[0], tuple | list) else states[0]
                 if not arithmetic(first).symbolic:

@@ -86,7 +86,7 @@ def leaf_failure(place: Place, side: Side) -> Failure:
         hint = "a linear map or a bias after it"
     if not (known or component.children() or isinstance(component, Identity)) and component.parameters():
         reason = f"{type(component).__name__} does not implement {side.title()}Controllable"
-        hint = f"{IMPLEMENT} {side}_steerings in its class"
+        hint = f"{IMPLEMENT} {side}_updates in its class"
     return Failure(place, f"{side} side", reason, hint, side=side)
 
 

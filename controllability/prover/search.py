@@ -60,7 +60,7 @@ class Prover:
     def __init__(self, block: Component, via: Via, route: str, frozen: frozenset[str], jointly: bool = False) -> None:
         self.via, self.route, self.frozen, self.jointly = via, route, frozen, jointly
         self.normalised = frozenset(scales_of_norms(block))  # scales whose route is to be chosen
-        self.crowded = frozenset(crowded_leaves(block, (), False, False, 1)[0])
+        self.per_expert_rows = frozenset(per_expert_leaves(block, (), False, False, 1)[0])
         self._known: dict[tuple[Path, int, int, Side], Attempt] = {}
 
     def is_frozen(self, param: Param) -> bool:
@@ -99,7 +99,7 @@ def scales_of_norms(block: Component) -> Iterator[Path]:
             yield path
 
 
-def crowded_leaves(part: Component, path: Path, rows: bool, around: bool, k: int) -> tuple[list[Path], bool]:
+def per_expert_leaves(part: Component, path: Path, rows: bool, around: bool, k: int) -> tuple[list[Path], bool]:
     """The leaves at which a token has several rows, one for each chosen expert; and whether the output has them.
 
     ``rows`` says so of the input, ``around`` of what the nearest mixture reads, which chooses ``k`` experts: its
@@ -114,12 +114,12 @@ def crowded_leaves(part: Component, path: Path, rows: bool, around: bool, k: int
         flow = rows
         for i, child in enumerate(part.children()):
             here = (rows, around, k) if i == 0 else (flow, rows, part.routing.top_k)
-            inside, out = crowded_leaves(child, (*path, i), *here)
+            inside, out = per_expert_leaves(child, (*path, i), *here)
             found, flow = found + inside, out if i else rows
         return found, rows
     outs, flow = [], rows
     for i, child in enumerate(part.children()):
-        inside, out = crowded_leaves(child, (*path, i), flow, around, k)
+        inside, out = per_expert_leaves(child, (*path, i), flow, around, k)
         found, outs = found + inside, [*outs, out]
         flow = out if isinstance(part, Sequence) else rows
     return found, flow if isinstance(part, Sequence) else any(outs)

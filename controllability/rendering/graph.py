@@ -11,7 +11,7 @@ from controllability.components.mixture import ExpertLinear, Mixture
 from controllability.components.residual import Identity
 from controllability.components.select import Select
 from controllability.interfaces import Component, Path, Product, Sequence, leaves
-from controllability.rendering.leaf_states import WORDS, Roles, Span
+from controllability.rendering.leaf_states import WORDS, Group, Roles
 from controllability.rendering.svg import (
     BOLD,
     LINE,
@@ -86,7 +86,7 @@ class Drawing:
             return self.sequence(part.parts, path)
         framed = self.spans.get((path, 0, 0))
         if isinstance(part, Mixture):
-            span = framed or Span(path, "", "group")
+            span = framed or Group(path, "", "group")
             label = "mixture of experts" + (f": {span.label}" if span.label else "")
             return _framed(self.mixture(part, path), replace(span, label=label))
         if part.children():
@@ -196,7 +196,7 @@ def _parallel(lanes: list[Fragment], skips: list[bool], join: Junction, label: s
     return Fragment(x - LANE, y + RADIUS, axis, tuple(shapes))
 
 
-def _framed(inside: Fragment, span: Span) -> Fragment:
+def _framed(inside: Fragment, span: Group) -> Fragment:
     """A border around a part, with room for the heading beside the wire that enters."""
     head, pad = 24.0, 10.0
     needed = len(span.label) * 6.6 + 24 - (inside.axis + pad)  # the heading ends before the wire

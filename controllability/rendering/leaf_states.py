@@ -36,7 +36,7 @@ WORDS: dict[State, tuple[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Span:
+class Group:
     """A part of a block that gets a frame: parts start … stop of a sequence, or (stop 0) the node at ``path``."""
 
     path: Path
@@ -63,7 +63,7 @@ class Roles:
 
     states: Mapping[Path, State]
     steps: Mapping[Path, Step] = field(default_factory=dict)
-    spans: tuple[Span, ...] = ()
+    spans: tuple[Group, ...] = ()
     cuts: frozenset[tuple[Path, int]] = frozenset()
 
 
@@ -122,7 +122,7 @@ def chain(root: Step, path: Path) -> list[Step]:
 def _decided(step: Step) -> Iterator[tuple[Path, State]]:
     """The leaves whose state this very step settles."""
     parts = step.place.parts()
-    if step.steering is not None:
+    if step.update is not None:
         side: State = "input" if step.rule.side == "input" else "output"
         yield (parts[2].path if isinstance(step.place.component, Mixture) else step.place.path), side
     elif isinstance(step.rule, OutputNormalised):
@@ -137,14 +137,14 @@ def _decided(step: Step) -> Iterator[tuple[Path, State]]:
             yield path, "undone"
 
 
-def _through(step: Step) -> Span | None:
+def _through(step: Step) -> Group | None:
     """The frame around a part whose inner functions and output are both steered."""
     place = step.place
     if step.rule.name not in ("T-split", "T-sum", "T-mixture", "T-mixture jointly"):
         return None
     if isinstance(place.component, Sequence):
-        return Span(place.path, "through", "through", place.start, place.start + len(place.component.parts))
-    return Span(place.path, "through", "through")
+        return Group(place.path, "through", "through", place.start, place.start + len(place.component.parts))
+    return Group(place.path, "through", "through")
 
 
 def _cut(step: Step) -> tuple[Path, int] | None:
@@ -157,15 +157,15 @@ def _cut(step: Step) -> tuple[Path, int] | None:
     return (sequence, index) if inner.path[: len(sequence)] == sequence else None
 
 
-def _described(part: Component, path: Path, text: str) -> Iterator[Span]:
+def _described(part: Component, path: Path, text: str) -> Iterator[Group]:
     """Every node with parts, and every run of parts of a sequence, that ``text`` describes."""
     children = part.children()
     if children and not isinstance(part, Sequence) and part.describe() == text:
-        yield Span(path, "culprit", "culprit")
+        yield Group(path, "culprit", "culprit")
     if isinstance(part, Sequence):
         for start in range(len(children)):
             for stop in range(start + 2, len(children) + 1):
                 if Sequence(children[start:stop]).describe() == text:
-                    yield Span(path, "culprit", "culprit", start, stop)
+                    yield Group(path, "culprit", "culprit", start, stop)
     for i, child in enumerate(children):
         yield from _described(child, (*path, i), text)

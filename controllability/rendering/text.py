@@ -76,7 +76,7 @@ def printable(text: str) -> str:
 def _tree(step: Step, lead: str, below: str, width: int, depth: int = 0) -> list[str]:
     rest = _cut(below, width, depth) + ("│   " if step.premises else "    ")
     lines = wrapped(f"{step.rule.name}: {_short(step, width)}", width, _cut(lead, width, depth), rest)
-    if step.steering is not None:
+    if step.update is not None:
         formula = f"   {step.rule.patch}"
         if len(lines[-1]) + len(formula) <= width:
             lines[-1] += formula

@@ -20,9 +20,9 @@ def reach(proof: Derivation) -> list[str]:
         return []
     lines = []
     for step in proof.root.walk():
-        if step.most is not None and step.steering is not None:
+        if step.max_tokens is not None and step.update is not None:
             lines.append(
-                f"{step.steering.param} serves {_tokens(step.most)}" + " an expert" * (step.rule.name == EXPERTS)
+                f"{step.update.param} serves {_tokens(step.max_tokens)}" + " an expert" * (step.rule.name == EXPERTS)
             )
         if step.rule.name == NORMALISED:
             where = step.place.parts()[-1].describe()
@@ -36,7 +36,7 @@ def _tokens(most: int | str) -> str:
 
 def matrix_formulas(proof: Derivation) -> list[str]:
     """'parameter: its change' for each rule that moves one, with the tokens' vectors as columns of Z, Y and D."""
-    found = [f"{s.steering.param}: {s.rule.patch}" for s in proof.root.walk() if s.steering is not None]
+    found = [f"{s.update.param}: {s.rule.patch}" for s in proof.root.walk() if s.update is not None]
     for step in proof.root.walk():
         if step.rule.name == NORMALISED:
             found.append(f"{step.place.parts()[-1].describe()}: {step.rule.patch}")

@@ -13,10 +13,10 @@ from typing import Literal, Protocol
 
 from controllability.arrays import Array, arithmetic
 from controllability.execution.patched_run import PatchedRun
-from controllability.interfaces import Component, Condition, Param, Path, Place, Steering, overlap
+from controllability.interfaces import Component, Condition, Param, Path, Place, Update, overlap
 
 Side = Literal["input", "output", "through"]
-Wanted = Callable[[], Array]
+Target = Callable[[], Array]
 
 
 class Search(Protocol):
@@ -26,7 +26,7 @@ class Search(Protocol):
     route: str
     jointly: bool
     normalised: frozenset[Path]
-    crowded: frozenset[Path]
+    per_expert_rows: frozenset[Path]
 
     def attempt(self, place: Place, side: Side) -> Attempt:
         """The derivations of one side at a place."""
@@ -51,8 +51,8 @@ class Step:
     conditions: tuple[Condition, ...] = ()
     cost: int = 0
     note: str = ""
-    steering: Steering | None = field(default=None, compare=False)
-    most: int | str | None = None  # tokens in general position that the rule itself serves with one patch
+    update: Update | None = field(default=None, compare=False)
+    max_tokens: int | str | None = None  # tokens in general position that the rule itself serves with one patch
 
     def walk(self) -> Iterator[Step]:
         """This step and every step below it."""
@@ -105,12 +105,12 @@ class Rule(ABC):
         """The ways in which ``construct`` may go on, each checked; '' names the only one."""
         return {"": step}
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         """Pass the wanted output on.  By default to the only premise."""
         construct(step.premises[0], run, wanted)
 
 
-def construct(step: Step, run: PatchedRun, wanted: Wanted) -> None:
+def construct(step: Step, run: PatchedRun, wanted: Target) -> None:
     """Execute ``step``: announce to ``run`` which leaves are steered and to what."""
     step.rule.construct(step, run, wanted)
 
@@ -129,7 +129,7 @@ def shared(place: Place, rule: str, params: tuple[Param, ...]) -> Failure:
     )  # fmt: skip
 
 
-def crowded(place: Place, rule: str) -> Failure:
+def per_expert_rows(place: Place, rule: str) -> Failure:
     """The failure of a rule because a token has several rows at a place, and its one change would serve all."""
     reason = "a token has one row for each chosen expert here, and one change cannot serve them all"
     return Failure(place, rule, reason, "steer the experts' own maps", weight=1)
@@ -156,12 +156,12 @@ def lifted(
     return found
 
 
-def target_output(step: Step, run: PatchedRun) -> Wanted:
+def target_output(step: Step, run: PatchedRun) -> Target:
     """What the target run gave at the place of ``step``."""
     return lambda: run.target.output(step.place.outlet)
 
 
-def rest_of_sum(step: Step, moved: Step, run: PatchedRun, wanted: Wanted) -> Wanted:
+def rest_of_sum(step: Step, moved: Step, run: PatchedRun, wanted: Target) -> Target:
     """What the moved term must give: the wanted sum less the other terms, as they are now."""
     inside = moved.place.outlet[: len(step.place.path) + 1]
     others = [part.outlet for part in step.place.parts() if part.path != inside]
@@ -183,10 +183,10 @@ class Schema:
 
     component: Component
     premises: tuple[Step, ...] = ()
-    steering: Steering | None = None
+    update: Update | None = None
 
     def step(self, of: Step) -> Step:
         """``of`` on this shape."""
         moved = frozenset[Param]().union(*(p.moved for p in self.premises))
         place = Place(self.component)
-        return Step(of.rule, place, self.premises, moved, of.conditions, of.cost, of.note, self.steering)
+        return Step(of.rule, place, self.premises, moved, of.conditions, of.cost, of.note, self.update)

@@ -13,7 +13,7 @@ from controllability.rules.base import (
     Schema,
     Search,
     Step,
-    Wanted,
+    Target,
     construct,
     disturbs,
     lifted,
@@ -40,7 +40,7 @@ class InputConstant(Rule):
     def schema(self, step: Step) -> Schema:
         return Schema(Unseeing("c"))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         return None
 
 
@@ -61,7 +61,7 @@ class InputBefore(Rule):
     def schema(self, step: Step) -> Schema:
         return schema(Sequence.of(Unknown("p"), Assumed("f")), (1,))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         construct(step.premises[0], run, target_output(step.premises[0], run))
 
 
@@ -85,7 +85,7 @@ class InputAfter(Rule):
     def schema(self, step: Step) -> Schema:
         return schema(Sequence.of(Assumed("f"), Unknown("q")), (0,))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         for mixture in mixtures_in(step.place.parts()[-1]):
             watch_choice(mixture, run)
         construct(step.premises[0], run, target_output(step.premises[0], run))
@@ -127,13 +127,13 @@ class InputCombine(Rule):
         return found
 
     def schema(self, step: Step) -> Schema:
-        together = type(step.place.component)
-        assert together in (Sum, Product)
+        joint = type(step.place.component)
+        assert joint in (Sum, Product)
         count = len(step.premises)
         parts = tuple(Assumed(f"f{i + 1}") for i in range(count))
-        return schema(Product(parts) if together is Product else Sum(parts), *((i,) for i in range(count)))
+        return schema(Product(parts) if joint is Product else Sum(parts), *((i,) for i in range(count)))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         for premise in step.premises:
             construct(premise, run, target_output(premise, run))
 

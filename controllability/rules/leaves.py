@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from controllability.execution.patched_run import Goal, PatchedRun
-from controllability.interfaces import InputControllable, OutputControllable, Place, Steering
-from controllability.rules.base import Attempt, Failure, Rule, Schema, Search, Side, Step, Wanted, crowded
+from controllability.interfaces import InputControllable, OutputControllable, Place, Update
+from controllability.rules.base import Attempt, Failure, Rule, Schema, Search, Side, Step, Target, per_expert_rows
 
 OTHER_ROUTES = "take route='auto' or 'uniform': they do not divide by the activations of the norm"
 
@@ -22,52 +22,52 @@ class LeafRule(Rule):
 
     def derive(self, place: Place, prover: Search) -> Attempt:
         found = Attempt()
-        for steering in self._ways(place):
+        for update in self._ways(place):
             if self._scales() and place.path in prover.normalised and prover.route not in ("auto", "scale"):
                 reason = f"the scale of a normalised output may move alone on route scale only, not on {prover.route}"
                 found.failures.append(Failure(place, self.name, reason, "ask for route='auto' or 'scale'", weight=1))
                 continue
-            if place.path in prover.crowded:
-                found.failures.append(crowded(place, self.name))
+            if place.path in prover.per_expert_rows:
+                found.failures.append(per_expert_rows(place, self.name))
                 continue
-            if prover.is_frozen(steering.param):
-                reason, hint = f"{steering.param} may not move (frozen)", f"allow {steering.param} to move"
+            if prover.is_frozen(update.param):
+                reason, hint = f"{update.param} may not move (frozen)", f"allow {update.param} to move"
                 found.failures.append(Failure(place, self.name, reason, hint, weight=1))
                 continue
             if self.name == "O-scale" and place.path in prover.normalised and prover.route == "scale":
-                conditions = tuple(replace(c, hint=OTHER_ROUTES) for c in steering.conditions)
-                steering = replace(steering, conditions=conditions)
-            way = steering.jointly if self.jointly else None
-            conditions, most = (way.conditions, way.most) if way else (steering.conditions, None)
+                conditions = tuple(replace(c, hint=OTHER_ROUTES) for c in update.conditions)
+                update = replace(update, conditions=conditions)
+            way = update.jointly if self.jointly else None
+            conditions, most = (way.conditions, way.max_tokens) if way else (update.conditions, None)
             found.steps.append(
-                Step(self, place, (), frozenset({steering.param}), conditions, self.cost, "", steering, most)
+                Step(self, place, (), frozenset({update.param}), conditions, self.cost, "", update, most)
             )
         return found
 
     def _scales(self) -> bool:
         return self.name.startswith("O-scale")
 
-    def _ways(self, place: Place) -> list[Steering]:
+    def _ways(self, place: Place) -> list[Update]:
         """The ways that the component states under this rule's name."""
         leaf = place.component
-        steerings: tuple[Steering, ...] = ()
+        updates: tuple[Update, ...] = ()
         if self.side == "input" and isinstance(leaf, InputControllable):
-            steerings = leaf.input_steerings()
+            updates = leaf.input_updates()
         if self.side == "output" and isinstance(leaf, OutputControllable):
-            steerings = leaf.output_steerings()
+            updates = leaf.output_updates()
         if self.jointly:
-            return [s for s in steerings if s.jointly is not None and s.jointly.rule == self.name]
-        return [steering for steering in steerings if steering.rule == self.name]
+            return [s for s in updates if s.jointly is not None and s.jointly.rule == self.name]
+        return [update for update in updates if update.rule == self.name]
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
-        assert step.steering is not None
-        run.steer(step.place.path, Goal(step.steering, wanted))
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
+        assert step.update is not None
+        run.steer(step.place.path, Goal(step.update, wanted))
 
     def schema(self, step: Step) -> Schema:
-        assert step.steering is not None
-        ways = [way for way in self._ways(step.place) if way.param == step.steering.param]
-        assert len(ways) == 1, f"{len(ways)} ways called {self.name} move {step.steering.param}"
-        return Schema(step.place.component, steering=ways[0])
+        assert step.update is not None
+        ways = [way for way in self._ways(step.place) if way.param == step.update.param]
+        assert len(ways) == 1, f"{len(ways)} ways called {self.name} move {step.update.param}"
+        return Schema(step.place.component, update=ways[0])
 
 
 LEAF_RULES = (

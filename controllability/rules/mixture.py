@@ -17,10 +17,10 @@ from controllability.rules.base import (
     Search,
     Side,
     Step,
-    Wanted,
+    Target,
     construct,
-    crowded,
     disturbs,
+    per_expert_rows,
     shared,
     target_output,
 )
@@ -64,8 +64,8 @@ class OutputMixture(Rule):
                     Failure(last, self.name, f"{weight} may not move (frozen)", f"allow {weight} to move", weight=1)
                 ]
             )
-        if last.path in prover.crowded:
-            return Attempt(failures=[crowded(last, self.name)])
+        if last.path in prover.per_expert_rows:
+            return Attempt(failures=[per_expert_rows(last, self.name)])
         mixture = place.component
         routing = frozenset(mixture.own_parameters())
         elsewhere = disturbs(frozenset({weight}), *place.parts()[:2]) + overlap(frozenset({weight}), routing)
@@ -74,11 +74,11 @@ class OutputMixture(Rule):
         statement = "some active expert has a share and an activation that are not zero"
         if self.jointly:
             statement = "tokens whose stacked activations (s_j y_j)_j depend on each other have changes that depend in the same way"
-        condition = Condition(statement, place.describe(), None if self.jointly else lambda x, gap: x, NO_EXPERT)
-        steering = last.component.output_steerings()[0]
+        condition = Condition(statement, place.describe(), None if self.jointly else lambda x, delta: x, NO_EXPERT)
+        update = last.component.output_updates()[0]
         moved = frozenset({weight}).union(*(p.moved for p in premises or ()))
         cost = sum(p.cost for p in premises or ())
-        return Attempt([Step(self, place, premises or (), moved, (condition, *also), cost, "", steering)])
+        return Attempt([Step(self, place, premises or (), moved, (condition, *also), cost, "", update)])
 
     def schema(self, step: Step) -> Schema:
         given = step.place.component
@@ -89,15 +89,15 @@ class OutputMixture(Rule):
         router = _part("router", controlled, (), "E")
         inner = _part("inner", controlled, ("k",), inner_width)
         mixture = Mixture(router, UnknownRouting(), inner, given.last, given.weighted)
-        steering = given.last.output_steerings()[0]
-        return schema(mixture, *([(0,), (1,)] if controlled else []), steering=steering)
+        update = given.last.output_updates()[0]
+        return schema(mixture, *([(0,), (1,)] if controlled else []), update=update)
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
-        assert step.steering is not None
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
+        assert step.update is not None
         mixture, path = step.place.component, (*step.place.path, step.place.start + 2)
         assert isinstance(mixture, Mixture)
 
-        def gap() -> Array:
+        def delta() -> Array:
             y, raw, goal = run.input(path), run.raw(path), wanted()
             xp = arithmetic(y, raw, goal)
             y, raw, goal = xp.lift(y), xp.lift(raw), xp.lift(goal)
@@ -111,7 +111,7 @@ class OutputMixture(Rule):
             weight = size / size.sum(-2)[..., None, :] / xp.where(xp.is_zero(share), share + 1, share)
             return xp.tidy(weight * missing[..., None, :])
 
-        run.steer(path, Goal(step.steering, gap=gap))
+        run.steer(path, Goal(step.update, delta=delta))
 
 
 def _part(name: str, controlled: bool, rows: tuple[str, ...], out: int | str) -> Unknown:
@@ -171,7 +171,7 @@ class InputMixture(Rule):
         last = Unknown("last", ("k",))
         return schema(Mixture(router, UnknownRouting(), inner, last, given.weighted), (0,), (1,))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         watch_choice(step.place, run)
         for premise in step.premises:
             construct(premise, run, target_output(premise, run))
@@ -202,7 +202,7 @@ class ThroughMixture(OutputMixture):
             found.failures += tried.failures
         return found
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         watch_choice(step.place, run)
         for premise in step.premises:
             construct(premise, run, target_output(premise, run))
@@ -228,7 +228,7 @@ def watch_choice(place: Place, run: PatchedRun) -> None:
     assert isinstance(mixture, Mixture)
     near, same = choice_conditions(place)
 
-    def margin(logits: Array, gap: Array) -> Array:
+    def margin(logits: Array, delta: Array) -> Array:
         xp = arithmetic(logits)
         room = mixture.routing.margin(run.params, xp.lift(logits))
         return room - ROUNDING * xp.machine_epsilon(xp.lift(logits))

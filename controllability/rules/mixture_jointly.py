@@ -10,7 +10,7 @@ from controllability.components.updates import one_sum_of_experts
 from controllability.deltas import Delta
 from controllability.execution.patched_run import Goal, PatchedRun
 from controllability.interfaces import Place
-from controllability.rules.base import Attempt, Search, Step, Wanted, construct, target_output
+from controllability.rules.base import Attempt, Search, Step, Target, construct, target_output
 from controllability.rules.mixture import OutputMixture, ThroughMixture, shares_of, watch_choice
 
 
@@ -26,7 +26,7 @@ class JointMixture(OutputMixture):
     def derive(self, place: Place, prover: Search) -> Attempt:
         return counted(super().derive(place, prover))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         steer_stacked(step, run, wanted)
 
 
@@ -44,7 +44,7 @@ class JointThroughMixture(ThroughMixture):
     def derive(self, place: Place, prover: Search) -> Attempt:
         return counted(super().derive(place, prover))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         watch_choice(step.place, run)
         for premise in step.premises:
             construct(premise, run, target_output(premise, run))
@@ -56,13 +56,13 @@ def counted(found: Attempt) -> Attempt:
     for i, step in enumerate(found.steps):
         mixture = step.place.component
         assert isinstance(mixture, Mixture)
-        found.steps[i] = replace(step, most=f"(experts used)·{mixture.last.width or 'h'}")
+        found.steps[i] = replace(step, max_tokens=f"(experts used)·{mixture.last.width or 'h'}")
     return found
 
 
-def steer_stacked(step: Step, run: PatchedRun, wanted: Wanted) -> None:
+def steer_stacked(step: Step, run: PatchedRun, wanted: Target) -> None:
     """Steer the experts' last matrices together."""
-    assert step.steering is not None
+    assert step.update is not None
     mixture, path = step.place.component, (*step.place.path, step.place.start + 2)
     assert isinstance(mixture, Mixture) and isinstance(mixture.last, ExpertLinear)
     last = mixture.last
@@ -74,14 +74,14 @@ def steer_stacked(step: Step, run: PatchedRun, wanted: Wanted) -> None:
         params = run.params_at(path)
         share = shares_of(mixture, params, y)
         now = (raw * share).sum(-2)
-        assert run.together is not None
+        assert run.joint is not None
         solved = one_sum_of_experts(
-            step.conditions[0], run.together, y, share, params[CHOSEN], xp.tidy(goal - now), now,
+            step.conditions[0], run.joint, y, share, params[CHOSEN], xp.tidy(goal - now), now,
             last.layout == "in_out", last.count(params), run.known_at(path),
         )  # fmt: skip
         if solved.known is not None:
-            run.learned[path] = solved.known
-        run.fell_short(path, step.conditions[0], solved.room)
+            run.served_after[path] = solved.known
+        run.note_shortfall(path, step.conditions[0], solved.margin)
         return solved.delta
 
-    run.steer(path, Goal(step.steering, delta=delta))
+    run.steer(path, Goal(step.update, change=delta))

@@ -12,7 +12,7 @@ from controllability.deltas import Delta, Shift
 from controllability.execution.journal import Margin, RouteTaken
 from controllability.execution.patched_run import Goal, PatchedRun
 from controllability.interfaces import Component, Condition, Param, Place, Sequence
-from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Wanted, construct, disturbs, shared
+from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Target, construct, disturbs, shared
 from controllability.rules.schema import Assumed, schema
 from controllability.solvers import norm_scale as routes
 
@@ -47,7 +47,7 @@ class OutputNormalised(Rule):
         inner = place.slice(0, norm)
         attempt = prover.attempt(inner, self.side)
         found = Attempt(failures=list(attempt.failures))
-        scale = parts[-1] if scaled and place.parts()[-1].path not in prover.crowded else None
+        scale = parts[-1] if scaled and place.parts()[-1].path not in prover.per_expert_rows else None
         free = isinstance(scale, Scale) and not prover.is_frozen(scale.weight)
         route = prover.route if free else "ball"
         own = frozenset({scale.weight}) if free and isinstance(scale, Scale) and route != "ball" else frozenset[Param]()
@@ -75,14 +75,14 @@ class OutputNormalised(Rule):
         taken = ("uniform", "secular", "ball", "scale") if route == "auto" else (route,)
         return {f"route {r}": replace(step, note=f"route {r}") for r in taken}
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         joint = _Normalised(step, run, wanted)
         construct(step.premises[0], run, joint.before)
         scale = joint.scale_place
         if scale is not None and joint.route != "ball":
             assert isinstance(scale.component, Scale)
-            steering = scale.component.output_steerings()[0]
-            run.steer(scale.path, Goal(steering, delta=joint.scale_delta))
+            update = scale.component.output_updates()[0]
+            run.steer(scale.path, Goal(update, change=joint.scale_delta))
 
 
 ROUTE_CONDITIONS = {
@@ -108,7 +108,7 @@ def _advice(asked: str, route: str, scale: Component | None) -> str:
 class _Normalised:
     """One execution of O-normalised: solved when first asked for, then remembered."""
 
-    def __init__(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def __init__(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         self.step, self.run, self.wanted = step, run, wanted
         self.route = step.note.removeprefix("route ")
         parts = step.place.parts()
@@ -153,8 +153,8 @@ class _Normalised:
             if self.route == "ball":
                 left = xp.to_float((1 - xp.mean(answer.unit * answer.unit)).reshape(-1)[bad])
             raise self.step.conditions[0].failed(left, bad, tokens, f"route {self.route}")
-        room = routes.room(answer) if self.route == "ball" else None
-        run.journal.margins.append(Margin(self.step.conditions[0], room))
+        margin = routes.room(answer) if self.route == "ball" else None
+        run.journal.margins.append(Margin(self.step.conditions[0], margin))
         spread = answer.amplified
         if spread is None and not xp.exact:
             spread = routes.amplification(answer, G, y, self.eps)

@@ -16,7 +16,7 @@ from controllability.errors import NotExact
 from controllability.execution.journal import NEAREST, SIZED, Margin, RouteTaken
 from controllability.execution.patched_run import Goal, PatchedRun
 from controllability.interfaces import Condition, Place
-from controllability.rules.base import Attempt, Failure, Search, Step, Wanted, construct
+from controllability.rules.base import Attempt, Failure, Search, Step, Target, construct
 from controllability.rules.normalised import OutputNormalised
 from controllability.solvers.free_sizes import sized_scale
 from controllability.solvers.joint_scale_task import Chosen, _Numbers, distinct
@@ -56,16 +56,16 @@ class JointNormalised(OutputNormalised):
     def variants(self, step: Step) -> dict[str, Step]:
         return {"": step}
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         joint = _OneScale(step, run, wanted)
         construct(step.premises[0], run, joint.before)
-        run.steer(joint.place.path, Goal(joint.scale.output_steerings()[0], delta=joint.delta))
+        run.steer(joint.place.path, Goal(joint.scale.output_updates()[0], change=joint.delta))
 
 
 class _OneScale:
     """One execution of the rule: solved when first asked for, then remembered."""
 
-    def __init__(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def __init__(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         self.step, self.run, self.wanted = step, run, wanted
         parts = step.place.parts()
         self.place = parts[-1]
@@ -97,8 +97,8 @@ class _OneScale:
     def _enlarged(self, G: Array) -> tuple[Array, Array]:
         """Fractions, symbols, many digits: m' = c·m (c alone where m is 0) with a rational c ≥ every RMS(G_t/m)."""
         xp = arithmetic(G)
-        assert self.run.together is not None
-        if self.run.together.keep_rms:
+        assert self.run.joint is not None
+        if self.run.joint.keep_rms:
             raise NotExact("keep_rms is decided by linear programming, in floating-point numbers only")
         if self.eps == 0:
             raise self.step.conditions[0].failed(None)
@@ -116,12 +116,12 @@ class _OneScale:
         run, xp = self.run, arithmetic(G, y)
         m = self.scale.effective(run.params)
         new = Known(xp.numbers(xp.mean(y * y)), xp.numbers(G), xp.numbers(G) * 0)
-        known = run.known.get(self.place.path)
+        known = run.served.get(self.place.path)
         tokens = Known.joined(known, new)
-        assert run.together is not None
+        assert run.joint is not None
         started = time.perf_counter()
-        task = _Numbers(tokens.gap, tokens.x[:, 0], xp.numbers(m), float(self.eps), self._rounding(m))
-        chosen = self._exact(task, G, known) if run.together.exact else self._fit(task, run.together.ridge)
+        task = _Numbers(tokens.delta, tokens.x[:, 0], xp.numbers(m), float(self.eps), self._rounding(m))
+        chosen = self._exact(task, G, known) if run.joint.exact else self._fit(task, run.joint.ridge)
         run.journal.margins.append(Margin(self.step.conditions[0], None))
         run.journal.scale_seconds += time.perf_counter() - started
         count = len(new.x)
@@ -130,7 +130,7 @@ class _OneScale:
         run.journal.routes.append(RouteTaken(self.place.describe(), chosen.route, lambda: told, amplification=spread))
         if known is not None:
             self._move(known, chosen.before[:-count])
-        run.learned[self.place.path] = replace(tokens, raw=chosen.before)
+        run.served_after[self.place.path] = replace(tokens, raw=chosen.before)
         return xp.array(chosen.scale, like=G), xp.array(chosen.before[-count:], like=G)
 
     def _exact(self, task: _Numbers, G: Array, known: Known | None) -> Chosen:
@@ -139,28 +139,28 @@ class _OneScale:
         from controllability.solvers.joint_scale import joint_scale  # SciPy is imported where it is needed
 
         run, xp = self.run, arithmetic(G)
-        together = run.together
-        assert together is not None
+        joint = run.joint
+        assert joint is not None
         tolerance = UNIT_ROUNDINGS * xp.machine_epsilon(G)
         kept, like = distinct(np.column_stack([task.G, np.sqrt(task.square)]), tolerance)
         try:
-            answer = joint_scale(task.G[kept], task.m, task.square[kept], task.eps, task.stored, together.keep_rms)
+            answer = joint_scale(task.G[kept], task.m, task.square[kept], task.eps, task.stored, joint.keep_rms)
         except Infeasible as refused:
-            if together.short:
+            if joint.may_fall_short:
                 return task.nearest(NEAREST)
             failed = self.step.conditions[0].failed(None)
             proof = refused.certificate
             failed.certificate = proof.among(kept, like) if proof is not None else None
-            failed.final = together.keep_rms
+            failed.final = joint.keep_rms
             raise failed from None
         remark = f"; {answer.certificate}" if answer.certificate is not None else ""
         exact = Chosen(answer.scale, task.reached(answer.scale, answer.before, like), answer.resort, remark)
         calm = max(CALM, MAGNIFIED / xp.machine_epsilon(run.params_of(self.scale.weight)))
-        if together.keep_rms or task.amplification(exact).max() <= calm:
+        if joint.keep_rms or task.amplification(exact).max() <= calm:
             return exact
-        if together.behind == "block":
+        if joint.read_by == "block":
             return task.nearest(NEAREST)
-        sized = self._sized(task, G, known) if together.behind == "norm" else None
+        sized = self._sized(task, G, known) if joint.read_by == "norm" else None
         return exact if sized is None else sized
 
     def _fit(self, task: _Numbers, ridge: float) -> Chosen:
@@ -185,20 +185,20 @@ class _OneScale:
         if one.shape[:-1] != G.shape[:-1]:
             return None  # inside a mixture
         try:
-            run.sizes = one * 2
+            run.output_sizes = one * 2
             output = xp.numbers(xp.lift(self.wanted()).reshape(G.shape)) - task.G  # what one more size adds to G
             found = sized_scale(task.G, output, task.q, (task.m, task.nearest(SIZED).scale), task.stored)
             if found is None:
-                run.sizes = None
+                run.output_sizes = None
                 return None
-            run.sizes = xp.array(found.sizes[:, None], like=G)
+            run.output_sizes = xp.array(found.sizes[:, None], like=G)
             goal = xp.numbers(xp.lift(self.wanted()).reshape(G.shape))
         except BaseException:
-            run.sizes = None
+            run.output_sizes = None
             raise
         unit = goal / found.scale
         if np.abs((unit**2).mean(-1) - task.q).max() > AFFINE:  # a bend between here and the block's output
-            run.sizes = None
+            run.output_sizes = None
             return None
         remark = f"; outputs change their sizes by factors {found.sizes.min():.3f} to {found.sizes.max():.3f}"
         return Chosen(found.scale, unit * task.root, SIZED, remark)
@@ -206,9 +206,9 @@ class _OneScale:
     def _move(self, known: Known, before: np.ndarray) -> None:
         """A new scale moves what the known tokens must give before the norm, too."""
         leaf = self.step.premises[0].place.outlet
-        if leaf not in self.run.known:
+        if leaf not in self.run.served:
             raise NotContinued(f"what stands before {self.place.describe()} is more than one map")
-        self.run.moved[leaf] = before - known.raw
+        self.run.target_shift[leaf] = before - known.raw
 
     def _rounding(self, m: Array) -> Callable[[np.ndarray], np.ndarray]:
         """A wanted scale as the parameter will hold it, on NumPy arrays."""

@@ -9,7 +9,7 @@ from controllability.components.residual import Identity
 from controllability.components.times import Times
 from controllability.execution.patched_run import PatchedRun
 from controllability.interfaces import Bijection, Condition, Place, Product, Sequence, Sum
-from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Wanted, construct, lifted, rest_of_sum
+from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Target, construct, lifted, rest_of_sum
 from controllability.rules.schema import Assumed, Unknown, index_of, schema, terms
 
 
@@ -62,7 +62,7 @@ class OutputThroughBijection(Rule):
         q = step.place.parts()[-1].component
         return schema(Sequence.of(Assumed("g", side=self.side), q), (0,))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         q = step.place.parts()[-1].component
         assert isinstance(q, Bijection)
 
@@ -70,8 +70,8 @@ class OutputThroughBijection(Rule):
             value = wanted()
             value = arithmetic(value).lift(value)
             for condition in step.conditions:
-                room = replace(condition, margin=lambda y, _: q.image_margin(run.params, y))
-                run.check(room, value, value)
+                margin = replace(condition, margin=lambda y, _: q.image_margin(run.params, y))
+                run.check(margin, value, value)
             return q.invert(run.params, value)
 
         construct(step.premises[0], run, before)
@@ -112,7 +112,7 @@ class OutputSum(Rule):
         at = index_of(step, step.premises[0].place)
         return schema(Sum(terms(step, {at: Assumed("g", side="output")})), (at,))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
 
 
@@ -143,7 +143,7 @@ class OutputFactor(Rule):
         at = index_of(step, step.premises[0].place)
         return schema(Product(terms(step, {at: Assumed("g", side="output")})), (at,))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         inside = step.premises[0].place.outlet[: len(step.place.path) + 1]
         others = [part.outlet for part in step.place.parts() if part.path != inside]
 
@@ -162,5 +162,5 @@ class OutputFactor(Rule):
 NOTHING_PASSES = "where the other factor is zero nothing passes: steer after the product, by a bias or a linear map"
 
 
-def _smallest_entry(x: Array, gap: Array) -> Array:
+def _smallest_entry(x: Array, delta: Array) -> Array:
     return arithmetic(x).smallest(x)

@@ -14,8 +14,8 @@ from controllability.arrays import Array
 from controllability.components.routing import Routing
 from controllability.deltas import Delta, PatchedMatrix, Shift
 from controllability.execution.patched_run import Goal, PatchedRun
-from controllability.interfaces import Component, Param, Params, Place, Steering
-from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Wanted
+from controllability.interfaces import Component, Param, Params, Place, Update
+from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Target
 from controllability.symbolic.indexed import IndexedArray
 
 
@@ -90,12 +90,12 @@ class Assumed(Unknown):
 
     def premise(self, place: Place) -> Step:
         """The premise: a patch of this function exists."""
-        steering = Steering("assumed", self.own_parameters()[0], (), _shift, _shifted)
-        return Step(Assumption(self.side), place, (), frozenset(self.own_parameters()), steering=steering)
+        update = Update("assumed", self.own_parameters()[0], (), _shift, _shifted)
+        return Step(Assumption(self.side), place, (), frozenset(self.own_parameters()), update=update)
 
 
-def _shift(params: Params, x: Array, gap: Array) -> Delta:
-    return Shift(gap)
+def _shift(params: Params, x: Array, delta: Array) -> Delta:
+    return Shift(delta)
 
 
 def _shifted(x: Array, delta: Delta) -> Array:
@@ -117,11 +117,11 @@ class Assumption(Rule):
     def schema(self, step: Step) -> Schema:
         return Schema(step.place.component, (step,))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
-        assert step.steering is not None
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
+        assert step.update is not None
         assert isinstance(run, SchemaRun)
         run.asked.append((step, wanted))
-        run.steer(step.place.path, Goal(step.steering, wanted))
+        run.steer(step.place.path, Goal(step.update, wanted))
 
 
 class SchemaRun(PatchedRun):
@@ -129,7 +129,7 @@ class SchemaRun(PatchedRun):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.asked: list[tuple[Step, Wanted]] = []
+        self.asked: list[tuple[Step, Target]] = []
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class UnknownRouting(Routing):
         return "any routing"
 
 
-def schema(component: Component, *paths: tuple[int, ...], steering: Steering | None = None) -> Schema:
+def schema(component: Component, *paths: tuple[int, ...], update: Update | None = None) -> Schema:
     """The schema whose premises are the assumed functions at ``paths``."""
     premises = []
     for path in paths:
@@ -166,7 +166,7 @@ def schema(component: Component, *paths: tuple[int, ...], steering: Steering | N
             part = part.children()[index]
         assert isinstance(part, Assumed)
         premises.append(part.premise(Place(part, path)))
-    return Schema(component, tuple(premises), steering)
+    return Schema(component, tuple(premises), update)
 
 
 def index_of(step: Step, part: Place) -> int:

@@ -18,7 +18,7 @@ from controllability.rules.base import (
     Schema,
     Search,
     Step,
-    Wanted,
+    Target,
     construct,
     disturbs,
     rest_of_sum,
@@ -97,7 +97,7 @@ class Theorem1(Rule):
         branch = Sequence.of(Assumed("f"), Assumed("g", side="output"))
         return schema(Sum(terms(step, {at: branch})), (at, 0), (at, 1))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         if len(step.premises) == 1:
             construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
             return
@@ -126,7 +126,7 @@ class Theorem1b(Rule):
         at = index_of(step, step.premises[0].place)
         return schema(Sum(terms(step, {at: Assumed("g", side="output")})), (at,))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
 
 
@@ -149,7 +149,7 @@ class InputByOutput(Rule):
     def schema(self, step: Step) -> Schema:
         return schema(Assumed("g", side="output"), ())
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         construct(step.premises[0], run, target_output(step.premises[0], run))
 
 

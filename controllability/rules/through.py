@@ -18,7 +18,7 @@ from controllability.rules.base import (
     Schema,
     Search,
     Step,
-    Wanted,
+    Target,
     construct,
     disturbs,
     lifted,
@@ -60,7 +60,7 @@ class ThroughSplit(Rule):
     def schema(self, step: Step) -> Schema:
         return schema(Sequence.of(Assumed("f"), Assumed("g", side="output")), (0,), (1,))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         inner, outer = step.premises
         construct(inner, run, target_output(inner, run))
         construct(outer, run, wanted)
@@ -120,7 +120,7 @@ class ThroughSum(Rule):
         assumed = {i: Assumed(f"f{i + 1}") for i in beside} | {carrier: Assumed("c", side="through")}
         return schema(Sum(terms(step, {**assumed})), (carrier,), *((i,) for i in beside))
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         carrier, *beside = step.premises
         for other in beside:
             construct(other, run, target_output(other, run))
@@ -129,4 +129,4 @@ class ThroughSum(Rule):
 
 def _earliest(step: Step) -> tuple[int, tuple[int, ...]]:
     """Among the cheapest derivations, the one that steers what comes first."""
-    return step.cost, min((s.place.path for s in step.walk() if s.steering is not None), default=())
+    return step.cost, min((s.place.path for s in step.walk() if s.update is not None), default=())

@@ -79,14 +79,14 @@ def positive_solution(equations: Equations) -> tuple[Vector | None, Vector | Non
 
     for _ in range(500):
         sigma = 1 / (1 - mu @ rows)
-        gap = right - rows @ sigma
+        delta = right - rows @ sigma
         if np.abs(equations.A @ (equations.usual * sigma) - 1).max() < CONSISTENT:
             return equations.usual * sigma, None
         certificate = equations.certificate(equations.lift @ mu)
         if certificate is not None:
             return None, certificate
-        step = _solve((rows * sigma**2) @ rows.T, gap)
-        length = _length(value, mu, step, -float(gap @ step))
+        step = _solve((rows * sigma**2) @ rows.T, delta)
+        length = _length(value, mu, step, -float(delta @ step))
         if not length:  # rounding: as good as it gets
             break
         mu = mu + length * step

@@ -30,14 +30,14 @@ class Dependent:
     names: tuple[str, ...] = ()
 
     @staticmethod
-    def of(where: str, x: np.ndarray, gap: np.ndarray, worst: int) -> Dependent:
-        """The dependency that token ``worst`` takes part in.  ``x`` (T, n), ``gap`` (T, m), floats or fractions."""
-        x, gap = (a if _exact(a) else a.astype(float) for a in (x, gap))  # many digits: as floats
-        weights = _weights(x, gap, worst)
+    def of(where: str, x: np.ndarray, delta: np.ndarray, worst: int) -> Dependent:
+        """The dependency that token ``worst`` takes part in.  ``x`` (T, n), ``delta`` (T, m), floats or fractions."""
+        x, delta = (a if _exact(a) else a.astype(float) for a in (x, delta))  # many digits: as floats
+        weights = _weights(x, delta, worst)
         exact = x.dtype == object
-        combined, missing = weights @ x, weights @ gap
+        combined, missing = weights @ x, weights @ delta
         sizes = [abs(w) * max(map(abs, row)) for w, row in zip(weights, x, strict=True)]
-        wanted = [abs(w) * max(map(abs, row)) for w, row in zip(weights, gap, strict=True)]
+        wanted = [abs(w) * max(map(abs, row)) for w, row in zip(weights, delta, strict=True)]
         held = bool(exact and all(v == 0 for v in combined))
         return Dependent(where, weights, _ratio(combined, sizes), _ratio(missing, wanted), held)
 
@@ -91,24 +91,24 @@ def _ratio(combined: np.ndarray, sizes: list[Any]) -> float:
     return max((abs(float(v)) for v in combined), default=0.0) / (largest or 1.0)
 
 
-def _weights(x: np.ndarray, gap: np.ndarray, worst: int) -> np.ndarray:
+def _weights(x: np.ndarray, delta: np.ndarray, worst: int) -> np.ndarray:
     """λ with λ_worst = 1 and Σ λ_t x_t as small as it gets; one other token where one is enough."""
     others = [t for t in range(len(x)) if t != worst]
     if x.dtype == object:
-        return _exact_weights(x, gap, worst, others)
+        return _exact_weights(x, delta, worst, others)
     weights = _nearest_weights(x, worst, others)
-    if np.abs(weights @ gap).max() > ROUNDING * (np.abs(weights) @ np.abs(gap)).max():
+    if np.abs(weights @ delta).max() > ROUNDING * (np.abs(weights) @ np.abs(delta)).max():
         return weights
-    return _null_weights(x, gap)  # a token whose target depends in the same way, and others that do not
+    return _null_weights(x, delta)  # a token whose target depends in the same way, and others that do not
 
 
-def _null_weights(x: np.ndarray, gap: np.ndarray) -> np.ndarray:
+def _null_weights(x: np.ndarray, delta: np.ndarray) -> np.ndarray:
     """λ with Σ λ_t x_t = 0, of all those the one that tells most of a gap apart."""
     sizes = np.linalg.norm(x, axis=-1, keepdims=True)
     sizes = np.where(sizes == 0, 1.0, sizes)
     u, s, _ = np.linalg.svd(x / sizes)
     null = u[:, int((s > 1e-10).sum()) :]
-    left = null.T @ (gap / sizes)
+    left = null.T @ (delta / sizes)
     worst = int((left**2).sum(0).argmax())
     weights = (null @ left[:, worst]) / sizes[:, 0]
     return weights / (np.abs(weights).max() or 1.0)
@@ -132,7 +132,7 @@ def _nearest_weights(x: np.ndarray, worst: int, others: list[int]) -> np.ndarray
     return weights
 
 
-def _exact_weights(x: np.ndarray, gap: np.ndarray, worst: int, others: list[int]) -> np.ndarray:
+def _exact_weights(x: np.ndarray, delta: np.ndarray, worst: int, others: list[int]) -> np.ndarray:
     """The same by elimination of fractions, the first one found that Σ λ_t gap_t = 0 does not hold for."""
     zero, one = x.flat[0] * 0, x.flat[0] * 0 + 1
     kept: list[tuple[np.ndarray, np.ndarray]] = []  # (reduced row, which combination of tokens it is)
@@ -153,6 +153,6 @@ def _exact_weights(x: np.ndarray, gap: np.ndarray, worst: int, others: list[int]
         row, mix = reduced(x[t], unit(t))
         if any(v != 0 for v in row):
             kept.append((row, mix))
-        elif any(v != 0 for v in mix @ gap):
+        elif any(v != 0 for v in mix @ delta):
             return mix
     return unit(worst)

@@ -37,10 +37,10 @@ class Block:
         u, s, v = np.linalg.svd(self.coordinates / self.sizes, full_matrices=False)
         return u, np.maximum(s, np.finfo(float).tiny), v
 
-    def solve(self, gap: np.ndarray, ridge: float = 0.0) -> np.ndarray:
+    def solve(self, delta: np.ndarray, ridge: float = 0.0) -> np.ndarray:
         """Least squares in units of each token's size, (r, m)."""
         u, s, v = self.factors
-        wanted = gap / self.sizes
+        wanted = delta / self.sizes
         left = v.T @ ((s / (s * s + ridge))[:, None] * (u.T @ wanted))
         if not ridge:  # one step of refinement: what rounding left of the equations
             left = left + v.T @ ((u.T @ (wanted - self.coordinates / self.sizes @ left)) / s[:, None])
@@ -96,22 +96,22 @@ class Span:
             return self.basis
         return self.basis / (self.basis * self.basis).sum(-1, keepdims=True)
 
-    def solve(self, gap: np.ndarray, ridge: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    def solve(self, delta: np.ndarray, ridge: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """(left (r, m), what is left over (T, m)): least squares in units of each token's size, exact where it can be.
 
         ``ridge`` > 0 minimises Σ_t ‖ΔW x_t − gap_t‖²/‖x_t‖² + ridge·‖ΔW‖² instead (theory 5).
         """
         if self.basis.dtype == object:
-            return _substituted(self.coordinates, gap)
+            return _substituted(self.coordinates, delta)
         if not self.rank:
-            return np.zeros((0, gap.shape[1])), gap
+            return np.zeros((0, delta.shape[1])), delta
         if self.begun is not None and not ridge:
-            left = self._one_by_one(self.begun, gap)
+            left = self._one_by_one(self.begun, delta)
         else:
-            left = Block(self.coordinates).solve(gap, ridge)
-        return left, gap - self.coordinates @ left
+            left = Block(self.coordinates).solve(delta, ridge)
+        return left, delta - self.coordinates @ left
 
-    def _one_by_one(self, begun: Block, gap: np.ndarray) -> np.ndarray:
+    def _one_by_one(self, begun: Block, delta: np.ndarray) -> np.ndarray:
         """Left factor (r, m): that of the first tokens, then a row for each later token that brought a direction.
 
         Their coordinates are lower triangular: forward substitution, O(T² m), decomposes nothing.
@@ -119,10 +119,10 @@ class Span:
         from scipy.linalg import solve_triangular
 
         count, known = begun.coordinates.shape
-        first = begun.solve(gap[:count]) if known else np.zeros((0, gap.shape[1]))
+        first = begun.solve(delta[:count]) if known else np.zeros((0, delta.shape[1]))
         brought = (self.coordinates[:, known:] != 0).argmax(0)  # the token that a direction came with
         rows = self.coordinates[brought]
-        later = solve_triangular(rows[:, known:], gap[brought] - rows[:, :known] @ first, lower=True)
+        later = solve_triangular(rows[:, known:], delta[brought] - rows[:, :known] @ first, lower=True)
         return np.concatenate([first, later])
 
     def extended(self, x: np.ndarray) -> tuple[Span, np.ndarray | None]:
@@ -196,15 +196,15 @@ def _vanishes(rest: np.ndarray, row: np.ndarray, xp: Any, tolerance: float) -> b
     return max(map(abs, rest)) <= tolerance * max(map(abs, row))
 
 
-def _substituted(coordinates: np.ndarray, gap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _substituted(coordinates: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Forward substitution along the tokens that brought a new direction; the others are checked by what is left."""
-    xp = arithmetic(gap)
+    xp = arithmetic(delta)
     left: list[np.ndarray] = []
     for t in range(len(coordinates)):
         known = len(left)
         if known < coordinates.shape[1] and coordinates[t, known] == 1:
-            done = sum((coordinates[t, k] * left[k] for k in range(known)), start=gap[t] * 0)
-            left.append(xp.tidy(gap[t] - done))
-    found = np.array(left, dtype=object).reshape(len(left), gap.shape[1])
-    rest = gap - coordinates @ found if len(left) else gap
+            done = sum((coordinates[t, k] * left[k] for k in range(known)), start=delta[t] * 0)
+            left.append(xp.tidy(delta[t] - done))
+    found = np.array(left, dtype=object).reshape(len(left), delta.shape[1])
+    rest = delta - coordinates @ found if len(left) else delta
     return found, xp.tidy(rest)

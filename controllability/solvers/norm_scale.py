@@ -133,8 +133,8 @@ def _scale(xp: Arithmetic, G: Array, m: Array, y: Array, eps: Any, stored: Any) 
     total = xp.where(xp.is_zero(total), total + 1, total)
     n = y / xp.sqrt(total)
     idle = xp.is_zero(n)
-    gap = G - m * n
-    open_ = (~idle | xp.is_zero(gap)).all(-1, **_keep(xp))
+    delta = G - m * n
+    open_ = (~idle | xp.is_zero(delta)).all(-1, **_keep(xp))
     scale = xp.where(idle, m + xp.zeros_like(G), G / xp.where(idle, n + 1, n))
     return Candidate("scale", stored(scale), n, y, open_, _alive(xp, scale, m))
 

@@ -26,14 +26,14 @@ def secular(xp: Arithmetic, G: Array, m: Array, q: Array) -> tuple[Array, Array]
             "the secular route needs the root of a polynomial of degree 2d: use uniform or scale in exact arithmetic"
         )
     lowest = xp.min(m * m)
-    gaps = m * m - lowest + xp.zeros_like(G)
-    bottom = xp.is_zero(gaps)
+    deltas = m * m - lowest + xp.zeros_like(G)
+    bottom = xp.is_zero(deltas)
     quiet = bottom & xp.is_zero(gm)  # coordinates at the bottom without a target: the hard case lives there
     a = gm * gm
     d = G.shape[-1]
-    t = xp.max(xp.sqrt(a / (d * q)) - gaps)
+    t = xp.max(xp.sqrt(a / (d * q)) - deltas)
     t = xp.where(t > 0, t, xp.zeros_like(t))
-    base = xp.where(quiet, gaps + 1, gaps)
+    base = xp.where(quiet, deltas + 1, deltas)
     hard = xp.is_zero(t) & (bottom == quiet).all(-1, **_keep(xp))
     if xp.any(hard):
         hard = hard & (xp.mean(a / xp.where(xp.is_zero(base), base + 1, base) ** 2) <= q)
@@ -47,7 +47,7 @@ def secular(xp: Arithmetic, G: Array, m: Array, q: Array) -> tuple[Array, Array]
         if xp.all(step <= tolerance * t):
             break
     t = xp.where(hard, t * 0, t)
-    spread = gaps + t
+    spread = deltas + t
     u = gm / xp.where(xp.is_zero(spread), spread + 1, spread)
     if not xp.any(hard):
         return spread / m, u

@@ -18,12 +18,12 @@ class NotContinued(Exception):
 class Known:
     """The tokens of one steered leaf, NumPy arrays with the tokens on axis 0.
 
-    ``x`` what the leaf reads, ``gap`` what was added to its outputs ``raw``; ``index`` their experts.  ``span`` and ``left`` are
+    ``x`` what the leaf reads, ``delta`` what was added to its outputs ``raw``; ``index`` their experts.  ``span`` and ``left`` are
     the solution so far, where it can be continued without solving anew.
     """
 
     x: np.ndarray
-    gap: np.ndarray
+    delta: np.ndarray
     raw: np.ndarray
     index: np.ndarray | None = None
     span: Span | None = None
@@ -37,15 +37,15 @@ class Known:
 
         Where tokens depend on each other and their new targets do not, there is no solution to go on from.
         """
-        gap = self.gap + change
+        delta = self.delta + change
         if self.span is None:
-            return replace(self, gap=gap)
-        left, rest = self.span.solve(gap)
-        if self.span.rank < len(gap):
-            size = np.maximum(np.abs(self.raw).max(-1), np.abs(gap).max(-1))
+            return replace(self, delta=delta)
+        left, rest = self.span.solve(delta)
+        if self.span.rank < len(delta):
+            size = np.maximum(np.abs(self.raw).max(-1), np.abs(delta).max(-1))
             if not bool((np.abs(rest).max(-1) <= self.span.tolerance * np.where(size == 0, 1.0, size)).all()):
-                return replace(self, gap=gap, span=None, left=None)
-        return replace(self, gap=gap, left=left)
+                return replace(self, delta=delta, span=None, left=None)
+        return replace(self, delta=delta, left=left)
 
     @staticmethod
     def joined(earlier: Known | None, later: Known) -> Known:
@@ -61,7 +61,7 @@ class Known:
             return memory.grown(name, rows, more)
 
         index = both("index") if earlier.index is not None and later.index is not None else None
-        return Known(both("x"), both("gap"), both("raw"), index, later.span, later.left, memory=memory)
+        return Known(both("x"), both("delta"), both("raw"), index, later.span, later.left, memory=memory)
 
 
 def among(known: Known, used: np.ndarray) -> Known:
@@ -79,20 +79,20 @@ def among(known: Known, used: np.ndarray) -> Known:
     return replace(known, x=wider(known.x), span=replace(known.span, basis=wider(known.span.basis)), used=used)
 
 
-def continued(known: Known, x: np.ndarray, gap: np.ndarray, raw: np.ndarray) -> tuple[Known, np.ndarray]:
-    """(the tokens with ``x`` (N, n) and ``gap`` (N, m) among them, what is left over of the new gaps).
+def continued(known: Known, x: np.ndarray, delta: np.ndarray, raw: np.ndarray) -> tuple[Known, np.ndarray]:
+    """(the tokens with ``x`` (N, n) and ``delta`` (N, m) among them, what is left over of the new gaps).
 
     Each new token brings one direction, orthogonal to the earlier tokens' inputs: what they give does not move.  O(rank · width)
     a token.  Source: theory 5, streaming (new).
     """
     span, left = known.span, known.left
     assert span is not None and left is not None
-    rest = np.zeros_like(gap)
-    for i, (row, wanted) in enumerate(zip(x, gap, strict=True)):
+    rest = np.zeros_like(delta)
+    for i, (row, wanted) in enumerate(zip(x, delta, strict=True)):
         span, direction = span.extended(row)
         place = span.coordinates[-1]
         if direction is None:
             rest[i] = wanted - place @ left
         else:
             left = known.memory.grown("left", left, ((wanted - place[:-1] @ left) / place[-1])[None])
-    return Known.joined(known, Known(x, gap, raw, None, span, left)), rest
+    return Known.joined(known, Known(x, delta, raw, None, span, left)), rest

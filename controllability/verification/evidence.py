@@ -15,7 +15,7 @@ from controllability.deltas import Delta, ExpertLowRank, LowRank
 from controllability.execution.trace import Trace
 from controllability.interfaces import Component, Path, Sequence, node
 from controllability.rules import Step
-from controllability.verification.known_mistakes import Candidate, Case, Row, largest
+from controllability.verification.known_mistakes import Case, Row, Slip, largest
 from controllability.verification.replay import (
     Instance,
     Measured,
@@ -192,7 +192,7 @@ class Evidence:
             found += [("source-output", before, wanted - source), ("target-output", after, wanted - target)]
         return found
 
-    def _candidates(self, rows: tuple[Row, ...]) -> Iterator[Candidate]:
+    def _candidates(self, rows: tuple[Row, ...]) -> Iterator[Slip]:
         """Vectors that might stand for the input: the same place in other runs, other positions, other nodes."""
         size = rows[0].x.size
         for name, trace in self._others():
@@ -201,9 +201,9 @@ class Evidence:
                 continue
             letter = WORDING[self.leaf.rule].letter
             named = f"{letter}', this input in the target run" if name == "target" else UNPATCHED
-            yield Candidate(f"{name}-vector", named, tuple(other))
+            yield Slip(f"{name}-vector", named, tuple(other))
             own = np.stack([row.x for row in rows])
-            yield Candidate("tap-point", f"the change of this input, {name} run less patched run", tuple(other - own))
+            yield Slip("tap-point", f"the change of this input, {name} run less patched run", tuple(other - own))
         runs = [("source", self.run.unpatched), ("target", self.run.target), ("patched", self.run)]
         for name, path, label, kind in self._nodes():
             for run, trace in runs:
@@ -211,7 +211,7 @@ class Evidence:
                 if value is None or value.shape[-1] != size or len(value) not in (1, len(rows)):
                     continue
                 vectors = tuple(np.repeat(value, len(rows), 0) if len(value) < len(rows) else value)
-                yield Candidate(kind, f"{label} in the {run} run", vectors)
+                yield Slip(kind, f"{label} in the {run} run", vectors)
         yield from self._other_positions(len(rows))
 
     def _nodes(self) -> Iterator[tuple[str, Path, str, str]]:
@@ -243,7 +243,7 @@ class Evidence:
             value = value - scale.offset * self.at(trace.input(path))
         return value
 
-    def _other_positions(self, count: int) -> Iterator[Candidate]:
+    def _other_positions(self, count: int) -> Iterator[Slip]:
         tokens = self.instance.tokens
         x = self.run.input(self.path)
         for i, other in enumerate(np.ndindex(*tokens)):
@@ -251,7 +251,7 @@ class Evidence:
                 continue
             vectors = numbers(x[other].reshape(-1, x.shape[-1]))
             if len(vectors) == count:
-                yield Candidate("other-position", f"the input at {place_name(other)}", tuple(vectors))
+                yield Slip("other-position", f"the input at {place_name(other)}", tuple(vectors))
 
     def _lacks(self, fit: float, tolerance: float) -> str:
         """The change of the skip, if that is exactly what the sum of the theorem lacks."""

@@ -18,7 +18,7 @@ SMALL_EPSILON = 0.1  # what an ε in the denominator may cost at most, or it is 
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Slip:
     """A vector that might have been taken for a map's input, one for each row: what it is called, what that means."""
 
     kind: str
@@ -59,7 +59,7 @@ class Case:
     moved: bool = True
     transposed: bool = False
     shares: Vector | None = None
-    candidates: tuple[Candidate, ...] = ()
+    candidates: tuple[Slip, ...] = ()
     lacks: str = ""  # what the whole sum lacks exactly, if it is one of its parts
     offset: float = 0.0
     relative: float = 0.0  # fit to rounding: relative to the vectors
@@ -245,7 +245,7 @@ def _vector(case: Case) -> Mistake | None:
     if not fits:
         return None
 
-    def reaches(c: Candidate) -> bool:
+    def reaches(c: Slip) -> bool:
         return _holds(case, [_outer(row, w) for row, w in zip(case.rows, c.vectors, strict=True)])
 
     best = next(filter(reaches, fits), fits[0])
@@ -254,7 +254,7 @@ def _vector(case: Case) -> Mistake | None:
     return Mistake(best.kind, how, case.by_rule)
 
 
-def _left(case: Case, candidate: Candidate) -> str:
+def _left(case: Case, candidate: Slip) -> str:
     """What the left factor is, where it is not the rule's."""
     if case.shares is None:
         outer = [_outer(row, w) for row, w in zip(case.rows, candidate.vectors, strict=True)]

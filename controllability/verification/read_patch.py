@@ -25,7 +25,7 @@ from controllability.interfaces import (
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenPatch:
     """A patch as it was read: deltas that can be added, those of the transposed shape (turned), its precision."""
 
     deltas: dict[Param, Delta]
@@ -33,7 +33,7 @@ class Given:
     epsilon: float
 
 
-def read_patch(block: Component, params: Params, patch: Mapping[str, Any], tokens: tuple[int, ...]) -> Given:
+def read_patch(block: Component, params: Params, patch: Mapping[str, Any], tokens: tuple[int, ...]) -> GivenPatch:
     """The deltas of a patch made elsewhere, for states with ``tokens`` leading axes.
 
     Raises one ``BadInput`` with every name and shape that does not fit.
@@ -41,7 +41,7 @@ def read_patch(block: Component, params: Params, patch: Mapping[str, Any], token
     if not isinstance(patch, Mapping):
         raise BadInput(f"a patch maps parameter names to arrays or deltas, got {type(patch).__name__}")
     own = {str(p): p for p in block.parameters()}
-    given, problems = Given({}, {}, 0.0), list[str]()
+    given, problems = GivenPatch({}, {}, 0.0), list[str]()
     epsilon = 0.0
     for name, change in patch.items():
         try:
@@ -57,7 +57,7 @@ def read_patch(block: Component, params: Params, patch: Mapping[str, Any], token
         (given.turned if turned else given.deltas)[own[name]] = delta
     if problems:
         raise BadInput("the patch does not fit the block: " + "; ".join(problems))
-    return Given(given.deltas, given.turned, epsilon)
+    return GivenPatch(given.deltas, given.turned, epsilon)
 
 
 def _unknown(name: str, own: Mapping[str, Param]) -> str:
@@ -135,8 +135,8 @@ class _Reader:
     def _place(self) -> tuple[Path, Component] | None:
         """The first leaf that is steered by this parameter."""
         for path, leaf in leaves(self.block):
-            ways = leaf.input_steerings() if isinstance(leaf, InputControllable) else ()
-            ways += leaf.output_steerings() if isinstance(leaf, OutputControllable) else ()
+            ways = leaf.input_updates() if isinstance(leaf, InputControllable) else ()
+            ways += leaf.output_updates() if isinstance(leaf, OutputControllable) else ()
             if any(way.param == self.param for way in ways):
                 return path, leaf
         return None

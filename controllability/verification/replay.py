@@ -19,7 +19,7 @@ from controllability.errors import SideConditionFailed
 from controllability.execution.patched_run import Goal, PatchedRun
 from controllability.interfaces import Component, Condition, Param, Params, Path, Place, leaves, node
 from controllability.rules import Step, construct
-from controllability.rules.base import Wanted
+from controllability.rules.base import Target
 from controllability.rules.mixture import OutputMixture, mixtures_in
 from controllability.rules.normalised import ROUTE_CONDITIONS, OutputNormalised
 
@@ -100,8 +100,8 @@ class GivenRun(PatchedRun):
         """``params`` with the given changes of ``own`` on them."""
         here = {p: self.given[p] for p in own if p in self.given}
         for path in self.mended & set(self.goals):  # a parameter that another leaf shares
-            if self.goals[path].steering.param in own:
-                here[self.goals[path].steering.param] = self.delta(path)
+            if self.goals[path].update.param in own:
+                here[self.goals[path].update.param] = self.change(path)
         return {**params, **{str(p): added(_base(p, params), delta) for p, delta in here.items()}}
 
     def leaf(self, path: Path, component: Component) -> Array:
@@ -116,7 +116,7 @@ class GivenRun(PatchedRun):
             self._bound[path] = mixture.bindings(params, lambda i: self.output((*path, i)))
         return self._bound[path]
 
-    def check(self, condition: Condition, x: Array, gap: Array) -> None:
+    def check(self, condition: Condition, x: Array, delta: Array) -> None:
         """Side conditions are about constructing a patch, and this one is there already."""
 
     def scale(self, scale: Scale) -> Array:
@@ -134,7 +134,7 @@ def _base(param: Param, params: Params) -> Array:
 class AsGiven(OutputNormalised):
     """O-normalised with the scale that the patch gives: any scale will do that the matrix before it goes with."""
 
-    def construct(self, step: Step, run: PatchedRun, wanted: Wanted) -> None:
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         assert isinstance(run, GivenRun)
         inner = step.premises[0]
         scale_path, scale = scale_of(step)
@@ -153,7 +153,7 @@ class AsGiven(OutputNormalised):
 
         construct(inner, run, before)
         if scale is not None and scale_path is not None:
-            run.steer(scale_path, Goal(scale.output_steerings()[0], wanted))
+            run.steer(scale_path, Goal(scale.output_updates()[0], wanted))
 
     def _before(self, step: Step, run: GivenRun, G: Array, scales: list[Array], theirs: Array | None) -> Array:
         """What must enter the normalisation so that the given scale makes G of it; ``theirs`` if the scale is to blame.
@@ -234,10 +234,10 @@ class Steered:
 def rules_at(step: Step) -> Iterator[tuple[Path, str, Param]]:
     """(leaf, rule, parameter) of everything that a derivation steers."""
     for part in step.walk():
-        if isinstance(part.rule, OutputMixture) and part.steering is not None:
-            yield (*part.place.path, part.place.start + 2), "O-mixture", part.steering.param
-        elif part.steering is not None:
-            yield part.place.path, part.rule.name, part.steering.param
+        if isinstance(part.rule, OutputMixture) and part.update is not None:
+            yield (*part.place.path, part.place.start + 2), "O-mixture", part.update.param
+        elif part.update is not None:
+            yield part.place.path, part.rule.name, part.update.param
         elif isinstance(part.rule, AsGiven):
             path, scale = scale_of(part)
             if path is not None and scale is not None:
@@ -289,12 +289,12 @@ def _compared(run: GivenRun, leaf: Steered) -> tuple[Array, Array]:
     if not leaf.rule:
         return xp.zeros_like(raw), out - raw
     goal = run.goals[leaf.path]
-    if goal.gap is None:
+    if goal.delta is None:
         assert goal.wanted is not None
         wanted = goal.wanted()
         demand, given = xp.lift(wanted) - raw, out - raw
     else:
-        demand, given = goal.gap(), out - raw
+        demand, given = goal.delta(), out - raw
     if leaf.rule == "O-mixture":
         share = shares(run, leaf.path)
         return (demand * share).sum(-2), (given * share).sum(-2)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.errors import PatchError
-from controllability.interfaces import Param, Together
+from controllability.interfaces import JointOptions, Param
 from controllability.models.files.folders import refuse_occupied, written
 from controllability.models.files.peft_forms import forms_of
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.peft_form import Form
 from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.fingerprints import known_fingerprint
-from controllability.models.reading.positions import Rows
+from controllability.models.reading.positions import Positions
 from controllability.models.sweep.report import Report
 from controllability.version import __version__
 
@@ -128,7 +128,7 @@ def _description(patch: PatchRecord, mark: str, model_type: str) -> dict[str, An
         "scope": patch.scope,
         "via": patch.report.via,
         "route": patch.report.route,
-        "together": patch.together.to_dict() if patch.together is not None else None,
+        "together": patch.joint.to_dict() if patch.joint is not None else None,
         "valid_for": {"token_ids": ids, "options": plain},
         "rows_shape": list(patch.rows.shape),
         "rows_before": patch.rows.before,
@@ -203,11 +203,11 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> PatchReco
     return PatchRecord(
         tuple(entries),
         description["scope"],
-        Rows(tensors["rows.sample"], tensors["rows.position"], shape, int(description["rows_before"])),
+        Positions(tensors["rows.sample"], tensors["rows.position"], shape, int(description["rows_before"])),
         Report.from_dict(description["report"]),
         inputs,
         fingerprint=description["fingerprint"],
         model_name=str(description["model"]),
-        together=Together(**description["together"]) if description["together"] is not None else None,
+        joint=JointOptions(**description["together"]) if description["together"] is not None else None,
         forms={name: Form.from_dict(form) for name, form in description["forms"].items()},
     )

@@ -26,7 +26,7 @@ from controllability.models.patches.peft_form import Form
 from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.fingerprints import known_fingerprint, state_of
-from controllability.models.reading.positions import Rows
+from controllability.models.reading.positions import Positions
 from controllability.models.sweep.report import Report
 
 _LORA = re.compile(r"(.+)\.lora_(A|B)\.weight")
@@ -75,7 +75,7 @@ def patch_of_adapter(directory: str | Path, model: nn.Module) -> PatchRecord:
     report = Report("last", "imported", "none", dtype, 1, numbers, dense, 0.0, [])
     one = torch.zeros(1, dtype=torch.long)
     inputs: dict[str, Any] = {"target": {}, "source": {}, "positions": None}
-    mp = PatchRecord(tuple(entries), "last", Rows(one, one, (1, 1)), report, inputs, _model=weakref.ref(model))
+    mp = PatchRecord(tuple(entries), "last", Positions(one, one, (1, 1)), report, inputs, _model=weakref.ref(model))
     mp._seen.update(state_of(model))
     return mp
 
@@ -86,8 +86,8 @@ def _slots(model: nn.Module) -> dict[str, list[Slot]]:
     for layer in checked_reading(model).reading.layers:
         for path in (path for tap in layer.taps for path in tap.paths):
             leaf = node(layer.block, path)
-            for steering in leaf.output_steerings() if isinstance(leaf, OutputControllable) else ():
-                slots.setdefault(steering.param.name, []).append(Slot(layer.index, steering.param, leaf))
+            for update in leaf.output_updates() if isinstance(leaf, OutputControllable) else ():
+                slots.setdefault(update.param.name, []).append(Slot(layer.index, update.param, leaf))
     return slots
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from controllability.errors import BadInput, ControllabilityError, PatchError
-from controllability.models.generation.steps import Choice, Generation, Step, compared
-from controllability.models.hooks.carried_patches import carried, load_of, uncompiled
+from controllability.models.generation.steps import GeneratedToken, Generation, Sampler, compared
+from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.checked_reading import Checked, checked_reading, codebooks_of, streams_of
 from controllability.models.reading.model_facts import input_embedding, takes_cache
-from controllability.models.reading.positions import Rows
+from controllability.models.reading.positions import Positions
 from controllability.models.reading.random_inputs import refuse_ids
-from controllability.models.sweep.one_pass import narrow, possible, same, together, widened
+from controllability.models.sweep.one_pass import in_one_pass, narrow, possible, same, widened
 from controllability.models.sweep.records import record
 from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
 from controllability.models.sweep.report import Layers
@@ -30,7 +30,7 @@ from controllability.models.sweep.source_run import LayerSweep, sweep
 from controllability.models.sweep.target_run import LayerTarget, check_finite, observe_target
 from controllability.prover.derivation import Derivation
 
-OnStep = Callable[[Step], None]
+OnStep = Callable[[GeneratedToken], None]
 
 
 def generate(
@@ -80,7 +80,7 @@ def generate(
     if seed is not None and not isinstance(seed, int):
         raise BadInput(f"seed must be an integer, got {seed!r}")
     ids, mask = left_padded(input_ids, attention_mask)
-    with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
+    with state_of_model(model).lock, torch.inference_mode(False), torch.no_grad():
         checked = _checked(model, ids)
         _refuse_prompts(model, checked, ids, mask, max_new_tokens)
         proofs = checked.proofs(via, route)
@@ -124,7 +124,7 @@ class _Loop:
         self.model, self.hooks, self.checked, self.proofs = model, hooks, checked, proofs
         self.prompts, self.follow, self.control, self.reports = prompts, follow, control, reports
         self.on_step, self.streamer = on_step, streamer
-        self.steps: list[Step] = []
+        self.steps: list[GeneratedToken] = []
         self.outside = False
         self.one_pass: bool | None = None  # whether both runs may share a pass: unknown until it was compared
         self.sequences = torch.empty(0)
@@ -150,7 +150,7 @@ class _Loop:
                 input_ids, next_sequence_length=width, is_first_iteration=first, **options
             )
             self._refuse_rewritten(input_ids, inputs)
-            step = self._step(input_ids, inputs, Choice(logits_processor, generation_config.do_sample), active)
+            step = self._step(input_ids, inputs, Sampler(logits_processor, generation_config.do_sample), active)
             options = model._update_model_kwargs_for_generation(self._output, options)
             chosen = step.target if self.follow == "target" else step.patched
             chosen = torch.where(active, chosen.to(input_ids.device), padding)
@@ -162,7 +162,7 @@ class _Loop:
         self._tell(None, None)
         return input_ids
 
-    def _tell(self, step: Step | None, chosen: Tensor | None) -> None:
+    def _tell(self, step: GeneratedToken | None, chosen: Tensor | None) -> None:
         """The caller's own code; what it raises is the caller's."""
         self.outside = True
         with torch.inference_mode(False):
@@ -172,7 +172,7 @@ class _Loop:
                 self.on_step(step)
         self.outside = False
 
-    def _step(self, input_ids: Tensor, inputs: dict[str, Any], choice: Choice, active: Tensor) -> Step:
+    def _step(self, input_ids: Tensor, inputs: dict[str, Any], choice: Sampler, active: Tensor) -> GeneratedToken:
         running = active.nonzero()[:, 0].cpu()  # samples that ended are decoded on by the batch, and not patched
         position = self._position(inputs, input_ids)
         source = self._source(input_ids[running], position[running])
@@ -191,7 +191,7 @@ class _Loop:
         """The target's step with its cache, then the sweep."""
         started = time.perf_counter()
         batch, length = inputs["input_ids"].shape
-        rows = Rows(running, torch.full_like(running, length - 1), (batch, length))
+        rows = Positions(running, torch.full_like(running, length - 1), (batch, length))
         targets, self._output = observe_target(self.hooks, {**inputs, "return_dict": True}, self._all(rows), _silent)
         target = self._output.logits[: len(input_ids)][running, -1]
         observed = time.perf_counter()
@@ -201,7 +201,7 @@ class _Loop:
 
     def _sweep(self, targets: list[list[LayerTarget]], source: dict[str, Any]) -> tuple[list[LayerSweep], Tensor]:
         count = len(source["input_ids"])
-        rows = Rows(torch.arange(count), torch.zeros(count, dtype=torch.long), (count, 1))
+        rows = Positions(torch.arange(count), torch.zeros(count, dtype=torch.long), (count, 1))
         solvers, output = sweep(self.hooks, self.proofs, targets, source, self._all(rows), "each", _silent)
         return solvers, output.logits[:, -1]
 
@@ -213,7 +213,7 @@ class _Loop:
         started = time.perf_counter()
         batch = len(input_ids)
         wide = widened(inputs, input_ids, 3 if self.control else 2)
-        targets, solvers, self._output = together(self.hooks, self.proofs, wide, batch, running)
+        targets, solvers, self._output = in_one_pass(self.hooks, self.proofs, wide, batch, running)
         groups = self._output.logits[:, -1].split(batch)
         target, patched, without = groups[0][running], groups[1][running], groups[2][running] if self.control else None
         half = (time.perf_counter() - started) / 2
@@ -239,7 +239,7 @@ class _Loop:
                 "rows of them): there is no current token that the patched model could see alone"
             )
 
-    def _all(self, rows: Rows) -> Rows:
+    def _all(self, rows: Positions) -> Positions:
         """The rows of every state that the model keeps a position."""
         streams = streams_of(self.checked)
         return rows.streamed(streams) if streams > 1 else rows

@@ -12,7 +12,7 @@ from controllability.models.sweep.report import Layers
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class GeneratedToken:
     """One generated token of every sample; tensors are (B,), one entry a sample.
 
     ``target``, ``patched`` and ``unpatched`` are the chosen token ids (the last is None without control);
@@ -65,7 +65,7 @@ class Generation:
 
     sequences: Tensor
     prompt_lengths: Tensor
-    steps: tuple[Step, ...]
+    steps: tuple[GeneratedToken, ...]
     route: str
     dtype: str
 
@@ -137,7 +137,7 @@ class Generation:
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class Sampler:
     """How a token is chosen from logits: the user's processors, then the largest, or a draw."""
 
     processors: Any
@@ -175,9 +175,9 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def compared(
-    input_ids: Tensor, target: Tensor, patched: Tensor, unpatched: Tensor | None, choice: Choice, active: Tensor,
+    input_ids: Tensor, target: Tensor, patched: Tensor, unpatched: Tensor | None, choice: Sampler, active: Tensor,
     position: Tensor, seconds: dict[str, float], layers: Layers | None = None,
-) -> Step:  # fmt: skip
+) -> GeneratedToken:  # fmt: skip
     """The step in which the contextual model gave ``target`` and the patched one ``patched``.
 
     Logits have one row for each of the A active samples, (A, vocabulary); what is not active gets 0.
@@ -197,7 +197,7 @@ def compared(
         "relative_error": error / largest.clamp_min(torch.finfo(target.dtype).tiny), "max_logit_error": error,
         "kl": kl, "top1_gap": best[:, 0] - best[:, 1],
     }  # fmt: skip
-    return Step(
+    return GeneratedToken(
         target=tokens[0].cpu(), patched=tokens[1].cpu(), unpatched=tokens[2].cpu() if rest else None,
         max_logit_error_unpatched=spread((rest[0] - target).abs().amax(-1)).cpu() if rest else None,
         near_tie=_near_tie(scores[0], scores[1]).cpu(), active=active.cpu().clone(), position=position.cpu().clone(), seconds=seconds,

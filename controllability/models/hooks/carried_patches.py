@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from controllability.errors import BadInput, PatchError
-from controllability.models.hooks.installation import Installation, finishing
+from controllability.models.hooks.installation import HookStack, finishing
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -54,7 +54,7 @@ class _Uncompiled:
                 self._inside -= 1
 
 
-class Turn:
+class ModelLock:
     """One thread at a time on one model, as often as it likes; meanwhile torch runs everything uncompiled."""
 
     _uncompiled = _Uncompiled()
@@ -78,52 +78,52 @@ class Turn:
 
 
 @dataclass
-class Carried:
+class AppliedPatch:
     """One patch on a model: applied for a while (with its installation) or merged (without)."""
 
     patch_id: str
-    installation: Installation | None
+    installation: HookStack | None
     parameters: frozenset[str] = frozenset()
 
 
 @dataclass
-class Load:
+class ModelState:
     """Everything that is on one model.  The lock lets one thread at a time solve, apply or merge."""
 
-    lock: Turn = field(default_factory=Turn)
-    patches: list[Carried] = field(default_factory=list)
+    lock: ModelLock = field(default_factory=ModelLock)
+    patches: list[AppliedPatch] = field(default_factory=list)
 
 
-_LOADS: weakref.WeakKeyDictionary[nn.Module, Load] = weakref.WeakKeyDictionary()
+_LOADS: weakref.WeakKeyDictionary[nn.Module, ModelState] = weakref.WeakKeyDictionary()
 _LOADS_LOCK = threading.Lock()
 
 
-def load_of(model: nn.Module) -> Load:
+def state_of_model(model: nn.Module) -> ModelState:
     """What is on ``model``, and its lock; a compiled model and the one inside it are the same."""
     if not isinstance(model, nn.Module):
         raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
     with _LOADS_LOCK:
-        return _LOADS.setdefault(uncompiled(model), Load())
+        return _LOADS.setdefault(uncompiled(model), ModelState())
 
 
 def carried(model: nn.Module) -> tuple[str, ...]:
     """The ids of the patches that are applied to or merged into ``model``, in order."""
-    return tuple(item.patch_id for item in load_of(model).patches)
+    return tuple(item.patch_id for item in state_of_model(model).patches)
 
 
 def anything_applied(model: nn.Module) -> bool:
     """Whether a patch is applied (not merged) at the moment."""
-    return any(item.installation is not None for item in load_of(model).patches)
+    return any(item.installation is not None for item in state_of_model(model).patches)
 
 
-def carry(model: nn.Module, patch_id: str, installation: Installation | None, parameters: Iterable[str] = ()) -> None:
+def carry(model: nn.Module, patch_id: str, installation: HookStack | None, parameters: Iterable[str] = ()) -> None:
     """Note that ``model`` now carries a patch of these parameters."""
-    load_of(model).patches.append(Carried(patch_id, installation, frozenset(parameters)))
+    state_of_model(model).patches.append(AppliedPatch(patch_id, installation, frozenset(parameters)))
 
 
 def refuse_on_it(model: nn.Module, patch_id: str, parameters: frozenset[str], made_under: tuple[str, ...]) -> None:
     """Raise ``PatchError`` for a patch that was made under ``made_under``, and the model carries something else."""
-    on_it = load_of(model).patches
+    on_it = state_of_model(model).patches
     if any(item.patch_id == patch_id for item in on_it):
         raise PatchError("this patch is on the model already: undo it first (leave its context, or unmerge it)")
     count = "1 patch" if len(on_it) == 1 else f"{len(on_it)} patches"
@@ -145,10 +145,10 @@ def refuse_on_it(model: nn.Module, patch_id: str, parameters: frozenset[str], ma
 
 def put_down(model: nn.Module, patch_id: str) -> bool:
     """Undo an applied patch; False if patches above it had to be undone as well, to restore every bit."""
-    return finishing(lambda: _put_down(load_of(model).patches, patch_id))
+    return finishing(lambda: _put_down(state_of_model(model).patches, patch_id))
 
 
-def _put_down(patches: list[Carried], patch_id: str) -> bool:
+def _put_down(patches: list[AppliedPatch], patch_id: str) -> bool:
     if patch_id not in (item.patch_id for item in patches):
         return True  # undone already, by a context that was left out of order
     in_order = patches[-1].patch_id == patch_id
@@ -163,5 +163,5 @@ def _put_down(patches: list[Carried], patch_id: str) -> bool:
 
 def drop(model: nn.Module, patch_id: str) -> None:
     """Note that a merged patch is out again."""
-    patches = load_of(model).patches
+    patches = state_of_model(model).patches
     patches[:] = [item for item in patches if item.patch_id != patch_id]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from controllability.arrays import ARITHMETICS
-from controllability.models.hooks.installation import Installation
+from controllability.models.hooks.installation import HookStack
 
 NAME = "controllability"
 
@@ -40,7 +40,7 @@ class ExpertListener(Protocol):
 _LISTENERS: weakref.WeakKeyDictionary[nn.Module, list[ExpertListener]] = weakref.WeakKeyDictionary()
 
 
-def listen(installation: Installation, layer: nn.Module, experts: nn.Module, listener: ExpertListener) -> None:
+def listen(installation: HookStack, layer: nn.Module, experts: nn.Module, listener: ExpertListener) -> None:
     """Let ``listener`` be told what ``experts`` (inside ``layer``) compute, until the installation is undone."""
     listeners = _LISTENERS.setdefault(experts, [])
     listeners.append(listener)
@@ -133,7 +133,7 @@ def _grouped(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
 # ------------------------------------------------------- classes that do not look their experts' forward up
 
 
-def _dbrx(installation: Installation, layer: nn.Module, experts: Any) -> None:
+def _dbrx(installation: HookStack, layer: nn.Module, experts: Any) -> None:
     """Gate and up matrices are two parameters, stored (experts · h, d): listeners are told of one after the other."""
     glu = experts.mlp
 
@@ -155,7 +155,7 @@ def _dbrx(installation: Installation, layer: nn.Module, experts: Any) -> None:
     installation.assign(experts, "forward", forward)
 
 
-def _llama4(installation: Installation, layer: nn.Module, experts: Any) -> None:
+def _llama4(installation: HookStack, layer: nn.Module, experts: Any) -> None:
     """All experts run densely on inputs that are already multiplied with the shares (0 for those not chosen)."""
     router = next(m for m in layer.modules() if type(m).__name__ == "Llama4Router")
     chosen: list[tuple[Tensor, Tensor]] = []
@@ -192,7 +192,7 @@ def _told(listeners: list[ExpertListener], stage: str, index: Tensor, x: Tensor,
     return y
 
 
-def _jetmoe(installation: Installation, layer: nn.Module, experts: Any) -> None:
+def _jetmoe(installation: HookStack, layer: nn.Module, experts: Any) -> None:
     """Tokens are sorted by expert: row p of a stage belongs to the (token, choice) pair ``order[p]``."""
     told: dict[str, Any] = {}
 

@@ -52,7 +52,7 @@ def finishing(action: Callable[[], T]) -> T:
     return result
 
 
-class Installation:
+class HookStack:
     """Hooks and exchanged attributes of one context; ``undo`` restores every bit, whatever happened.
 
     What is to be undone is noted before it is done, and undoing it twice does no harm: so Ctrl-C may come anywhere.

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from architectures.reading import Layer, Reading, Tap
-from architectures.registry import Seen
+from architectures.registry import StatePoint
 from controllability.errors import ReadingError
 from controllability.interfaces import Path, node
 from controllability.models.hooks.expert_hooks import listen
-from controllability.models.hooks.installation import Installation, first_tensor
+from controllability.models.hooks.installation import HookStack, first_tensor
 from controllability.models.hooks.telling_weight import TellingWeight
 
 
@@ -45,7 +45,7 @@ class LayerListener(Protocol):
         ...
 
 
-class Watch:
+class LayerHook:
     """Attaches to one layer and tells ``listener``, if there is one.  ``taps`` are those it wants to hear of."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Watch:
         model: nn.Module,
         layer: Layer,
         listener: LayerListener | None,
-        installation: Installation,
+        installation: HookStack,
         taps: Iterable[Tap] | None = None,
         states: bool = True,
         sequence_first: bool = False,
@@ -85,7 +85,7 @@ class Watch:
             self.grid = (x.shape[1], x.shape[0]) if self.sequence_first else (x.shape[0], x.shape[1])
         self.listener.begins()
 
-    def _at(self, installation: Installation, model: nn.Module, seen: Seen, index: int | None = None) -> None:
+    def _at(self, installation: HookStack, model: nn.Module, seen: StatePoint, index: int | None = None) -> None:
         """Tell of a state: input ``index`` of the block, or its output."""
 
         def tell(value: Tensor) -> None:
@@ -102,7 +102,7 @@ class Watch:
         else:
             installation.after(module, lambda x, output: tell(first_tensor(output)))
 
-    def _tap(self, installation: Installation, model: nn.Module, tap: Tap) -> None:
+    def _tap(self, installation: HookStack, model: nn.Module, tap: Tap) -> None:
         module = model.get_submodule(tap.module)
 
         inside = any(tap.inlet[: len(m) + 1] == (*m, 1) for m in self.layer.experts)
@@ -172,14 +172,14 @@ class LayerHooks:
 
     def __init__(self, model: nn.Module, reading: Reading) -> None:
         self.model, self.reading = model, reading
-        self._installation = Installation()
-        self._watches: list[Watch] = []
+        self._installation = HookStack()
+        self._watches: list[LayerHook] = []
 
     def __enter__(self) -> LayerHooks:
         sequence_first = self.reading.architecture.sequence_first
         try:
             for layer in self.reading.layers:
-                watch = Watch(self.model, layer, None, self._installation, sequence_first=sequence_first)
+                watch = LayerHook(self.model, layer, None, self._installation, sequence_first=sequence_first)
                 self._watches.append(watch)
         except BaseException:
             self._installation.undo()
@@ -203,7 +203,7 @@ class LayerHooks:
 class _Slots:
     """Turns what experts tell, (N, k, ·) in the router's order, into (B, T, k, ·) with experts ascending."""
 
-    def __init__(self, watch: Watch, path: Path, stages: list[Tap], wanted: set[Tap]) -> None:
+    def __init__(self, watch: LayerHook, path: Path, stages: list[Tap], wanted: set[Tap]) -> None:
         self.watch, self.path, self.wanted = watch, path, wanted
         self.taps = {"first": [t for t in stages if t.kind == "first"], "last": [t for t in stages if t.kind == "last"]}
         self.told = {"first": 0, "last": 0}

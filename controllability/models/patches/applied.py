@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from controllability.errors import PatchError
-from controllability.models.hooks.carried_patches import carry, load_of, put_down, uncompiled
-from controllability.models.hooks.installation import Installation
-from controllability.models.hooks.layer_hooks import Watch
+from controllability.models.hooks.carried_patches import carry, put_down, state_of_model, uncompiled
+from controllability.models.hooks.installation import HookStack
+from controllability.models.hooks.layer_hooks import LayerHook
 from controllability.models.patches.applier import Applier, refuse_other_tokens
 from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.checked_reading import known_reading
@@ -23,9 +23,9 @@ from controllability.models.reading.positions import main_input
 def applied(patch: PatchRecord, model: nn.Module) -> Iterator[nn.Module]:
     """Within this context the model's own modules compute with the patched weights.  See ``ModelPatch.applied``."""
     given, model = model, uncompiled(model)
-    with load_of(model).lock:  # another thread waits: two patches at once would see each other's weights
+    with state_of_model(model).lock:  # another thread waits: two patches at once would see each other's weights
         patch.refuse_misuse(model)
-        installation = Installation()
+        installation = HookStack()
         try:
             carry(model, patch.id, installation, patch.parameters)
             installation.assign(model, "__deepcopy__", _refuse_copy)
@@ -38,7 +38,7 @@ def applied(patch: PatchRecord, model: nn.Module) -> Iterator[nn.Module]:
             raise PatchError("patches were left out of order: this one and those applied after it were all undone")
 
 
-def _install(patch: PatchRecord, model: nn.Module, installation: Installation) -> None:
+def _install(patch: PatchRecord, model: nn.Module, installation: HookStack) -> None:
     reading = known_reading(model)
     rows = patch.rows if patch.scope == "each" else None
     name = main_input(patch.inputs["source"]) or ""
@@ -49,7 +49,7 @@ def _install(patch: PatchRecord, model: nn.Module, installation: Installation) -
         entries = [e for e in patch.entries if e.layer == layer.index]
         if entries:
             applier = Applier(layer, entries, rows, 1 if rows else _samples(patch))
-            Watch(
+            LayerHook(
                 model, layer, applier, installation, applier.taps, states=False,
                 sequence_first=reading.architecture.sequence_first,
             )  # fmt: skip

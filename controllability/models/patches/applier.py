@@ -14,8 +14,8 @@ from controllability.deltas import Delta
 from controllability.errors import PatchError
 from controllability.interfaces import Param
 from controllability.interfaces import Path as NodePath
-from controllability.models.reading.positions import Rows
-from controllability.models.sweep.effects import Effect, Move, per_sample, ready, steering_of
+from controllability.models.reading.positions import Positions
+from controllability.models.sweep.effects import Effect, Move, per_sample, ready, update_of
 from controllability.models.sweep.source_run import parameters_at
 
 
@@ -45,7 +45,7 @@ class Entry:
 class Applier:
     """Listens to one layer while a patch is applied, and adds the effect of its entries."""
 
-    def __init__(self, layer: Layer, entries: list[Entry], rows: Rows | None, samples: int) -> None:
+    def __init__(self, layer: Layer, entries: list[Entry], rows: Positions | None, samples: int) -> None:
         self.layer, self.rows, self.samples = layer, rows, samples
         self.calls = 1 + max(entry.call for entry in entries)
         self.call = -1
@@ -63,7 +63,7 @@ class Applier:
                 delta = per_sample(delta)
             elif self.whole:
                 delta = on_grid(delta, rows.shape)
-            calls[entry.call].append((steering_of(layer, tap, entry.param), delta))
+            calls[entry.call].append((update_of(layer, tap, entry.param), delta))
         self.taps = tuple(self.moves)
 
     def begins(self) -> None:
@@ -100,7 +100,7 @@ class Applier:
         """What this call adds at a tap, made ready on the device where it is computed."""
         key = (id(tap), self.call, like.device)
         if key not in self.effects:
-            moves = [(steering, to_device(delta, like)) for steering, delta in self.moves[tap][self.call]]
+            moves = [(update, to_device(delta, like)) for update, delta in self.moves[tap][self.call]]
             self.effects[key] = ready(self.layer, tap, moves)
         return self.effects[key]
 

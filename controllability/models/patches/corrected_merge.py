@@ -11,15 +11,15 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from controllability.models.hooks.installation import Installation
-from controllability.models.hooks.layer_hooks import LayerHooks, Watch
+from controllability.models.hooks.installation import HookStack
+from controllability.models.hooks.layer_hooks import LayerHook, LayerHooks
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.inputs import without_cache
-from controllability.models.reading.positions import pair
-from controllability.models.reading.probes import standing_last
-from controllability.models.sweep.source_run import LayerSweep, Sweeper, together_at
+from controllability.models.reading.positions import pair_positions
+from controllability.models.reading.probes import with_reader_of_last_layer
+from controllability.models.sweep.source_run import LayerSweep, Sweeper, options_at
 from controllability.models.sweep.target_run import observe_target
 
 
@@ -35,12 +35,12 @@ def solved_again(patch: PatchRecord, model: nn.Module) -> Iterator[Entry]:
     checked = checked_reading(model, inputs["target"])
     jointly = patch.scope == "all"
     reading, proofs = checked.reading, checked.proofs(patch.report.via, patch.report.route, jointly)
-    source_rows, target_rows = pair(
+    source_rows, target_rows = pair_positions(
         inputs["target"], inputs["source"], patch.scope, inputs["positions"], codebooks_of(checked), checked.length
     )
-    together = patch.together
-    if together is not None and jointly:
-        together = standing_last(together, model, checked, inputs["target"])
+    joint = patch.joint
+    if joint is not None and jointly:
+        joint = with_reader_of_last_layer(joint, model, checked, inputs["target"])
     with LayerHooks(model, reading) as hooks:
         targets, _ = observe_target(hooks, without_cache(model, inputs["target"]), target_rows, lambda *_: None)
     source = without_cache(model, inputs["source"])
@@ -55,11 +55,11 @@ def solved_again(patch: PatchRecord, model: nn.Module) -> Iterator[Entry]:
             calls[0],
             source_rows,
             patch.scope,
-            together_at(together, layer is reading.layers[-1], True),
+            options_at(joint, layer is reading.layers[-1], True),
         )
-        sweeper, installation = Sweeper(layer, [solver], lambda: None), Installation()
+        sweeper, installation = Sweeper(layer, [solver], lambda: None), HookStack()
         try:
-            Watch(model, layer, sweeper, installation, sequence_first=reading.architecture.sequence_first)
+            LayerHook(model, layer, sweeper, installation, sequence_first=reading.architecture.sequence_first)
             model(**source)
         finally:
             installation.undo()

@@ -206,9 +206,9 @@ def _gap(a: Delta, b: Delta) -> tuple[Tensor, Tensor]:
     partner_left, partner_right = (torch.einsum("nab,nbri->nari", same, f) for f in (left_b, right_b))
     alone = _product_norm(left_b, right_b) * (1 - same.amax(1))  # experts that only b changes
     left_a, right_a = left_a.expand(len(same), *left_a.shape[1:]), right_a.expand(len(same), *right_a.shape[1:])
-    together = torch.cat([_product_norm(*_subtracted(left_a, right_a, partner_left, partner_right)), alone], -1)
+    joint = torch.cat([_product_norm(*_subtracted(left_a, right_a, partner_left, partner_right)), alone], -1)
     products = (left_a @ partner_left.transpose(-1, -2)) * (right_a @ partner_right.transpose(-1, -2))
-    return together.norm(dim=-1), products.sum((-3, -2, -1))
+    return joint.norm(dim=-1), products.sum((-3, -2, -1))
 
 
 def _subtracted(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> tuple[Tensor, Tensor]:

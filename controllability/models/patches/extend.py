@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from controllability.errors import BadInput, NotVerified, PatchError, SideConditionFailed
-from controllability.models.hooks.carried_patches import carried, load_of, uncompiled
+from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.patches.applied import applied
 from controllability.models.patches.applier import Entry, own
@@ -25,18 +25,18 @@ from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.served_sequences import (
     PLAIN,
     Learned,
-    Sequence,
     Stream,
+    TokenSequence,
     _complete,
     _only_near,
-    together,
+    batch_of,
 )
 from controllability.models.patches.solve import solve
 from controllability.models.reading.checked_reading import Checked, checked_reading
 from controllability.models.reading.fingerprints import state_of
 from controllability.models.reading.inputs import refuse_bad_inputs
 from controllability.models.reading.model_facts import keeps_cache
-from controllability.models.reading.positions import Rows, pair
+from controllability.models.reading.positions import Positions, pair_positions
 from controllability.models.reading.probes import is_causal
 from controllability.models.sweep.cached_pass import BothPasts, pasts_of, solved_in_one_pass
 from controllability.models.sweep.records import LayerRecord, joined, record
@@ -70,13 +70,13 @@ def extend(
     stream = _refuse_unfit(patch, model)
     for role, inputs in (("target", target), ("source", source)):
         _refuse_inputs(inputs, role)
-    with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
+    with state_of_model(model).lock, torch.inference_mode(False), torch.no_grad():
         patch.refuse_misuse(model)
         checked = checked_reading(model)
         for role, inputs in (("target", target), ("source", source)):
             refuse_bad_inputs(model, checked, inputs, role)
         step = _Step.of(stream, target, source, positions)
-        inputs, rows = together(step.among(stream.sequences))
+        inputs, rows = batch_of(step.among(stream.sequences))
         done = _gone_on(patch, model, checked, stream, step)
         changes = _changes(patch, model, checked, step, *done, inputs, rows) if done else _anew(patch, model, inputs)
         scales = sum(s.run.journal.scale_seconds for s in done[0]) if done else 0.0
@@ -110,7 +110,7 @@ def _gone_on(
 
 
 def _refuse_unfit(patch: PatchRecord, model: nn.Module) -> Stream:
-    if patch.scope != "all" or patch.together is None or not patch.together.exact:
+    if patch.scope != "all" or patch.joint is None or not patch.joint.exact:
         raise PatchError(f"only an exact patch of scope 'all' can be extended, and this one is of scope '{patch.scope}'"
                          + ("" if patch.scope != "all" else ", a fit (ridge or rank)"))  # fmt: skip
     if patch._merged_into is not None or patch.id in carried(model):
@@ -137,8 +137,8 @@ def _refuse_inputs(inputs: Mapping[str, Any], role: str) -> None:
 class _Step:
     """One extension: the sequence as it will be, and which of its positions are new."""
 
-    known: Sequence  # as it was; empty for a new one
-    after: Sequence
+    known: TokenSequence  # as it was; empty for a new one
+    after: TokenSequence
     new: Tensor  # (k, 2)
     grows: bool
 
@@ -147,7 +147,7 @@ class _Step:
         """How many tokens are added."""
         return len(self.new)
 
-    def inputs(self, caches: Any, device: torch.device, keep: bool) -> tuple[list[dict[str, Any]], list[Rows]]:
+    def inputs(self, caches: Any, device: torch.device, keep: bool) -> tuple[list[dict[str, Any]], list[Positions]]:
         """(inputs of both runs, their rows of the new tokens), the target's first; what is in ``caches`` is left out."""
         inputs, rows = [], []
         for side, role in ((1, "target"), (0, "source")):
@@ -156,10 +156,10 @@ class _Step:
             past = {"past_key_values": caches[1 - side]} if caches else {}
             inputs.append({"input_ids": ids[None].to(device)} | past | ({"use_cache": True} if keep else {}))
             positions = self.new[:, side] - skip
-            rows.append(Rows(torch.zeros_like(positions), positions, (1, len(ids))))
+            rows.append(Positions(torch.zeros_like(positions), positions, (1, len(ids))))
         return inputs, rows
 
-    def among(self, sequences: list[Sequence]) -> list[Sequence]:
+    def among(self, sequences: list[TokenSequence]) -> list[TokenSequence]:
         """All sequences as they will be."""
         if self.grows:
             return [self.after if s is self.known else s for s in sequences]
@@ -172,10 +172,10 @@ class _Step:
             for known in stream.sequences:
                 if count := known.new_tokens(there, here):
                     new = torch.arange(count)[:, None] + torch.tensor([len(known.source), len(known.target)])
-                    return _Step(known, Sequence(there, here, torch.cat([known.pairs, new])), new, True)
-        rows, wanted = pair({"input_ids": there[None]}, {"input_ids": here[None]}, "all", positions)
+                    return _Step(known, TokenSequence(there, here, torch.cat([known.pairs, new])), new, True)
+        rows, wanted = pair_positions({"input_ids": there[None]}, {"input_ids": here[None]}, "all", positions)
         new = torch.stack([rows.position, wanted.position], -1).long()
-        return _Step(Sequence(there[:0], here[:0], new[:0]), Sequence(there, here, new), new, False)
+        return _Step(TokenSequence(there[:0], here[:0], new[:0]), TokenSequence(there, here, new), new, False)
 
 
 def _solved(
@@ -185,8 +185,8 @@ def _solved(
     proofs = checked.proofs(patch.report.via, patch.report.route, True)
     derivations = [layer.derivation for layer in _each_layer(patch)]
     device = next(model.parameters()).device
-    assert patch.together is not None
-    wish = replace(patch.together, behind="norm")  # if that would count, everything is solved anew
+    assert patch.joint is not None
+    wish = replace(patch.joint, read_by="norm")  # if that would count, everything is solved anew
     with LayerHooks(model, checked.reading) as hooks, torch.inference_mode():
         if isinstance(caches, BothPasts):
             ids = step.after.source[-step.count :].to(device)
@@ -206,7 +206,7 @@ def _solved(
     refuse_unreached(solvers)
     if _only_near(solvers):
         raise NotContinued("a layer that later ones make good gives its earlier tokens something else now")
-    learned = {(s.layer.index, targets[s.layer.index].index(s.target)): dict(s.run.learned) for s in solvers}
+    learned = {(s.layer.index, targets[s.layer.index].index(s.target)): dict(s.run.served_after) for s in solvers}
     return solvers, learned, pasts
 
 
@@ -236,7 +236,7 @@ def _caches(patch: PatchRecord, model: nn.Module, step: _Step) -> BothPasts | tu
 
 def _changes(
     patch: PatchRecord, model: nn.Module, checked: Checked, step: _Step, solvers: list[LayerSweep], learned: Learned,
-    caches: Any, inputs: dict[str, Any], rows: Rows,
+    caches: Any, inputs: dict[str, Any], rows: Positions,
 ) -> dict[str, Any]:  # fmt: skip
     """What of the patch is another when it is the extended one."""
     try:
@@ -271,7 +271,7 @@ def _anew(patch: PatchRecord, model: nn.Module, inputs: dict[str, Any]) -> dict[
     """The same where every sequence is solved for at once, with the new one among them."""
     device = next(model.parameters()).device
     runs = [{k: v.to(device) for k, v in inputs[role].items()} for role in ("target", "source")]
-    asked = patch.together
+    asked = patch.joint
     assert asked is not None
     made = solve(
         model, *runs, scope="all", via=patch.report.via, route=patch.report.route, positions=inputs["positions"],

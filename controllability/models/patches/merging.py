@@ -11,7 +11,14 @@ from architectures import quantised
 from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.errors import PatchError
 from controllability.interfaces import Param
-from controllability.models.hooks.carried_patches import anything_applied, carried, carry, drop, load_of, uncompiled
+from controllability.models.hooks.carried_patches import (
+    anything_applied,
+    carried,
+    carry,
+    drop,
+    state_of_model,
+    uncompiled,
+)
 from controllability.models.patches.applier import Entry, to_device
 from controllability.models.patches.corrected_merge import solved_again
 from controllability.models.patches.record import PatchRecord
@@ -24,7 +31,7 @@ def merge(patch: PatchRecord, model: nn.Module, corrected: bool = False) -> int:
     if patch._merged_into is not None:
         raise PatchError("this patch is merged already: unmerge it first")
     patch.refuse_several("merged into one set of weights")
-    with load_of(model).lock:
+    with state_of_model(model).lock:
         return _merge(patch, model, corrected)
 
 
@@ -61,7 +68,7 @@ def _merge(patch: PatchRecord, model: nn.Module, corrected: bool) -> int:
 def unmerge(patch: PatchRecord, model: nn.Module) -> None:
     """Put the original weights back, bit for bit.  See ``ModelPatch.unmerge``."""
     model = uncompiled(model)
-    with load_of(model).lock:
+    with state_of_model(model).lock:
         if patch._merged_into is not model:
             raise PatchError("this patch is not merged into this model")
         if carried(model)[-1:] != (patch.id,):

@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from controllability.errors import BadInput, PatchError
-from controllability.interfaces import Together
+from controllability.interfaces import JointOptions
 from controllability.models.hooks.carried_patches import carried, refuse_on_it
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.peft_form import Form
 from controllability.models.patches.served_sequences import Stream
 from controllability.models.reading.devices import refuse_offloaded
 from controllability.models.reading.fingerprints import State, fingerprint, known_fingerprint, state_of
-from controllability.models.reading.positions import Rows
+from controllability.models.reading.positions import Positions
 from controllability.models.sweep.report import Report
 
 
@@ -32,7 +32,7 @@ class PatchRecord:
 
     entries: tuple[Entry, ...]
     scope: str
-    rows: Rows
+    rows: Positions
     report: Report
     inputs: dict[str, Any]
     logits: Tensor | None = None
@@ -40,7 +40,7 @@ class PatchRecord:
     made_under: tuple[str, ...] = ()
     fingerprint: str | None = None
     model_name: str = ""
-    together: Together | None = None
+    joint: JointOptions | None = None
     stream: Stream | None = field(default=None, repr=False)
     extensions: list[Any] = field(default_factory=list, repr=False)
     forms: dict[str, Form] = field(default_factory=dict, repr=False)

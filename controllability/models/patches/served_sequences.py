@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from controllability.errors import BadInput
 from controllability.execution.journal import NEAREST, SIZED
 from controllability.interfaces import Path
-from controllability.models.reading.positions import Rows
+from controllability.models.reading.positions import Positions
 from controllability.models.sweep.cached_pass import BothPasts
 from controllability.models.sweep.source_run import LayerSweep
 from controllability.solvers.served_tokens import Known
@@ -23,7 +23,7 @@ PLAIN = ("input_ids", "attention_mask")
 
 
 @dataclass(eq=False)
-class Sequence:
+class TokenSequence:
     """One sequence of the set: ids (n,) of both runs, pairs (k, 2) of (source, target), and the caches of both runs."""
 
     target: Tensor
@@ -49,7 +49,7 @@ class Stream:
     """
 
     learned: Learned
-    sequences: list[Sequence] = field(default_factory=list)
+    sequences: list[TokenSequence] = field(default_factory=list)
     goes_on: bool = True
 
     @staticmethod
@@ -57,7 +57,7 @@ class Stream:
         solvers: list[LayerSweep], calls: list[tuple[int, int]], inputs: Mapping[str, Any], pairs: list[Any]
     ) -> Stream:
         """From a solved patch; ``pairs`` are its (source rows, target rows)."""
-        learned = {at: dict(solver.run.learned) for at, solver in zip(calls, solvers, strict=True)}
+        learned = {at: dict(solver.run.served_after) for at, solver in zip(calls, solvers, strict=True)}
         sequences = _sequences(inputs, *pairs)
         masks = [mask for role in ("target", "source") if (mask := inputs[role].get("attention_mask")) is not None]
         padded_left = bool(sequences) and any(not bool((mask[:, 0] != 0).all()) for mask in masks)
@@ -71,12 +71,12 @@ def _only_near(solvers: list[LayerSweep]) -> bool:
     return any(taken.route in (NEAREST, SIZED) for s in solvers for taken in s.run.journal.routes)
 
 
-def _complete(sequence: Sequence) -> bool:
+def _complete(sequence: TokenSequence) -> bool:
     """Whether every position of the source has its pair."""
     return len(sequence.pairs) == len(sequence.source)
 
 
-def together(sequences: list[Sequence]) -> tuple[dict[str, Any], Rows]:
+def batch_of(sequences: list[TokenSequence]) -> tuple[dict[str, Any], Positions]:
     """(the inputs of all sequences as one batch padded on the right, the source's rows)."""
     batch: dict[str, dict[str, Tensor]] = {}
     for role in ("target", "source"):
@@ -98,13 +98,13 @@ def together(sequences: list[Sequence]) -> tuple[dict[str, Any], Rows]:
         chosen.append(torch.cat([s.pairs, torch.stack([padding, 0 * padding], -1)]) if missing else s.pairs)
     found = torch.stack(chosen)
     sample = torch.cat([torch.full((len(s.pairs),), b) for b, s in enumerate(sequences)])
-    rows = Rows(sample, torch.cat([s.pairs[:, 0] for s in sequences]), (len(sequences), length))
+    rows = Positions(sample, torch.cat([s.pairs[:, 0] for s in sequences]), (len(sequences), length))
     return {**batch, "positions": (found[..., 0], found[..., 1])}, rows
 
 
-def _sequences(inputs: Mapping[str, Any], rows: Rows, wanted: Rows) -> list[Sequence]:
+def _sequences(inputs: Mapping[str, Any], rows: Positions, wanted: Positions) -> list[TokenSequence]:
     """The samples of a batch as sequences of their own, padding left out; [] for inputs that are not plain token ids."""
-    found: list[Sequence] = []
+    found: list[TokenSequence] = []
     kept: dict[str, list[Tensor]] = {}
     for role in ("target", "source"):
         given = {k: v for k, v in inputs[role].items() if v is not None}
@@ -121,5 +121,5 @@ def _sequences(inputs: Mapping[str, Any], rows: Rows, wanted: Rows) -> list[Sequ
         pairs = torch.tensor([(here[int(rows.position[i])], there[int(wanted.position[i])]) for i in at])
         pairs = pairs.reshape(-1, 2).long()  # a sample without pairs has numbers of no kind
         ids = [inputs[role]["input_ids"][b].cpu()[kept[role][b]] for role in ("target", "source")]
-        found.append(Sequence(ids[0], ids[1], pairs))
+        found.append(TokenSequence(ids[0], ids[1], pairs))
     return found

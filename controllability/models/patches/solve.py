@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from controllability.errors import BadInput
-from controllability.interfaces import Together
-from controllability.models.hooks.carried_patches import carried, load_of, uncompiled
+from controllability.interfaces import JointOptions
+from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.patches.applier import Entry, own
 from controllability.models.patches.record import PatchRecord, refuse_scope
@@ -23,8 +23,8 @@ from controllability.models.reading.checked_reading import checked_reading, code
 from controllability.models.reading.fingerprints import state_of
 from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed, without_cache
 from controllability.models.reading.logits import result_of
-from controllability.models.reading.positions import Rows, pair
-from controllability.models.reading.probes import standing_last
+from controllability.models.reading.positions import Positions, pair_positions
+from controllability.models.reading.probes import with_reader_of_last_layer
 from controllability.models.sweep.records import record
 from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
 from controllability.models.sweep.report import Layers, Report
@@ -52,7 +52,7 @@ def solve(
 ) -> PatchRecord:
     """The solved patch.  See ``controllability.patch_model``, which documents the options and errors."""
     refuse_scope(scope)
-    together = together_of(scope, ridge, rank, keep_rms)
+    joint = parse_joint_options(scope, ridge, rank, keep_rms)
     for name, value in (("via", via), ("route", route)):
         if not isinstance(value, str):
             raise BadInput(f"{name} must be a name, got {type(value).__name__}")
@@ -60,8 +60,8 @@ def solve(
         raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
     model = uncompiled(model)
     # what is kept must not be made inside torch.inference_mode: autograd would refuse it later
-    with load_of(model).lock, torch.inference_mode(False), torch.no_grad():
-        return _patch(model, target, source, scope, via, route, positions, progress, together)
+    with state_of_model(model).lock, torch.inference_mode(False), torch.no_grad():
+        return _patch(model, target, source, scope, via, route, positions, progress, joint)
 
 
 def _patch(
@@ -73,7 +73,7 @@ def _patch(
     route: str,
     positions: tuple[Any, Any] | None,
     progress: Progress,
-    together: Together,
+    joint: JointOptions,
 ) -> PatchRecord:
     started = time.perf_counter()
     for role, inputs in (("target", target), ("source", source)):
@@ -81,7 +81,7 @@ def _patch(
     checked = checked_reading(model, target)
     for role, inputs in (("target", target), ("source", source)):
         refuse_bad_inputs(model, checked, inputs, role)
-    source_rows, target_rows = pair(target, source, scope, positions, codebooks_of(checked), checked.length)
+    source_rows, target_rows = pair_positions(target, source, scope, positions, codebooks_of(checked), checked.length)
     shown = source_rows, target_rows  # where the logits are, one row of ids after the other
     if (books := codebooks_of(checked)) > 1:
         shown = source_rows.repeated(books), target_rows.repeated(books)
@@ -95,7 +95,7 @@ def _patch(
     proofs = checked.proofs(via, route, scope == "all")
     reading = checked.reading
     with LayerHooks(model, reading) as hooks, torch.inference_mode():  # small operations cost less there
-        standing = standing_last(together, model, checked, target) if scope == "all" else together
+        standing = with_reader_of_last_layer(joint, model, checked, target) if scope == "all" else joint
         targets, target_output = observe_target(hooks, without_cache(model, target), target_rows, progress)
         solvers, output = sweep(
             hooks, proofs, targets, without_cache(model, source), source_rows, scope, progress, standing
@@ -110,29 +110,29 @@ def _patch(
     check_finite(logits, "source", last, "of the logits after")
     records = [record(s) for s in solvers]
     paired = paired_logits(wanted, shown[1], logits, shown[0]).clone()
-    if together.exact:
+    if joint.exact:
         _refuse_unverified(solvers, logits, shown[0], wanted, shown[1])
     report = Report(
         scope, via, route, str(logits.dtype).removeprefix("torch."), len(source_rows.sample),
         sum(e.delta.numbers for e in entries), sum(e.delta.dense_numbers for e in entries),
         time.perf_counter() - started, Layers(records, checked.norms), source_rows.named(),
-        fit=None if together.exact else {"ridge": together.ridge, "rank": together.rank},
+        fit=None if joint.exact else {"ridge": joint.ridge, "rank": joint.rank},
     )  # fmt: skip
     kept = {"target": dict(target), "source": dict(source), "positions": positions}
     source_rows = replace(source_rows, before=solvers[0].before)
     mp = PatchRecord(
-        entries, scope, source_rows, report, kept, logits, paired, carried(model), together=together,
+        entries, scope, source_rows, report, kept, logits, paired, carried(model), joint=joint,
         _model=weakref.ref(model),
     )  # fmt: skip
     mp._seen.update(state_of(model))
-    if scope == "all" and together.exact:
+    if scope == "all" and joint.exact:
         calls = [(s.layer.index, targets[s.layer.index].index(s.target)) for s in solvers]
         stream = Stream.of(solvers, calls, kept, [source_rows, target_rows])
         mp.stream = stream if stream.sequences else None
     return mp
 
 
-def together_of(scope: str, ridge: float, rank: int | None, keep_rms: bool) -> Together:
+def parse_joint_options(scope: str, ridge: float, rank: int | None, keep_rms: bool) -> JointOptions:
     """How many tokens are solved for at once.  Raises ``BadInput`` for options that make no sense."""
     number = isinstance(ridge, int | float) and not isinstance(ridge, bool)
     if not number or not 0 <= ridge <= sys.float_info.max:
@@ -143,11 +143,11 @@ def together_of(scope: str, ridge: float, rank: int | None, keep_rms: bool) -> T
         raise BadInput(f"keep_rms must be True or False, got {keep_rms!r}")
     if scope != "all" and (ridge or rank is not None or keep_rms):
         raise BadInput(f"ridge, rank and keep_rms belong to scope 'all' (one patch for many tokens), not to {scope!r}")
-    return Together(float(ridge), rank, keep_rms)
+    return JointOptions(float(ridge), rank, keep_rms)
 
 
 def _refuse_unverified(
-    solvers: list[LayerSweep], logits: torch.Tensor, rows: Rows, target: torch.Tensor, target_rows: Rows
+    solvers: list[LayerSweep], logits: torch.Tensor, rows: Positions, target: torch.Tensor, target_rows: Positions
 ) -> None:
     """Every layer must have reached its target, and so must what is computed from the last one."""
     worst = refuse_unreached(solvers)
@@ -159,7 +159,7 @@ def _refuse_unverified(
         refuse_other_output(logits, target, worst, "sample {}".format, head)
 
 
-def paired_logits(target: torch.Tensor, rows: Rows, logits: torch.Tensor, source_rows: Rows) -> torch.Tensor:
+def paired_logits(target: torch.Tensor, rows: Positions, logits: torch.Tensor, source_rows: Positions) -> torch.Tensor:
     """The target's logits where the source's are: (B, T, vocabulary) if every source position has a pair.
 
     Otherwise one row a pair, (N, vocabulary), as ``mp.rows.of(mp.logits)`` gives the patched ones.  Where the caller

@@ -14,8 +14,8 @@ from controllability.components.mixture import CHOSEN, SHARES, Mixture
 from controllability.errors import BadInput, ControllabilityError, ReadingError
 from controllability.execution.trace import Trace
 from controllability.interfaces import Path, Sequence, node
-from controllability.models.hooks.installation import Installation
-from controllability.models.hooks.layer_hooks import Watch
+from controllability.models.hooks.installation import HookStack
+from controllability.models.hooks.layer_hooks import LayerHook
 from controllability.models.reading.random_inputs import random_inputs, refuse_ids
 from controllability.models.reading.tolerances import EIGHT_BITS, TOLERANCE
 
@@ -80,12 +80,12 @@ def compare(
 def _compare_once(
     model: nn.Module, reading: Reading, inputs: Mapping[str, Any] | None, seed: int
 ) -> tuple[float, nn.Module | None, int | None]:
-    installation, drawn = Installation(), random_inputs(model, inputs, seed)
+    installation, drawn = HookStack(), random_inputs(model, inputs, seed)
     embeddings = _listen_for(drawn.get("input_ids"), model, inputs, installation)
     comparers = [Comparer() for _ in reading.layers]
     try:
         for layer, comparer in zip(reading.layers, comparers, strict=True):
-            Watch(model, layer, comparer, installation, sequence_first=reading.architecture.sequence_first)
+            LayerHook(model, layer, comparer, installation, sequence_first=reading.architecture.sequence_first)
         model(**drawn)
     finally:
         installation.undo()
@@ -105,7 +105,7 @@ def _compare_once(
 
 
 def _listen_for(
-    ids: Any, model: nn.Module, example: Mapping[str, Any] | None, installation: Installation
+    ids: Any, model: nn.Module, example: Mapping[str, Any] | None, installation: HookStack
 ) -> list[nn.Module]:
     """The embeddings that are given ``ids`` in the run that follows: models need not say which one it is."""
     found: list[nn.Module] = []

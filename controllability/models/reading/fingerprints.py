@@ -61,9 +61,9 @@ def sampled(values: list[Tensor]) -> list[float]:
         if value.numel() and not value.is_meta:
             groups.setdefault((value.device, value.dtype), []).append((index, _spread(value)))
     for group in groups.values():
-        together = torch.cat([picked for _, picked in group]).double().cpu().numpy()
+        joint = torch.cat([picked for _, picked in group]).double().cpu().numpy()
         starts = np.cumsum([0, *(len(picked) for _, picked in group[:-1])])
-        for (index, _), total in zip(group, np.add.reduceat(together, starts).tolist(), strict=True):
+        for (index, _), total in zip(group, np.add.reduceat(joint, starts).tolist(), strict=True):
             sums[index] = total
     return sums
 

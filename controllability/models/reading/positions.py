@@ -15,7 +15,7 @@ Scope = Literal["each", "last"]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class Positions:
     """N positions of a (B, T, …) tensor, as index tensors (N,); row i of a patch belongs to pair i."""
 
     sample: Tensor
@@ -72,19 +72,19 @@ class Rows:
     before: int = 0
     _complete: bool = False
 
-    def streamed(self, count: int) -> Rows:
+    def streamed(self, count: int) -> Positions:
         """The rows of a model that keeps ``count`` states a position, one after the other on the sequence axis."""
         batch, length = self.shape
         shift = torch.arange(count)[:, None] * length
         position = (self.position[None] + shift).reshape(-1)
-        return Rows(self.sample.repeat(count), position, (batch, length * count))
+        return Positions(self.sample.repeat(count), position, (batch, length * count))
 
-    def repeated(self, count: int) -> Rows:
+    def repeated(self, count: int) -> Positions:
         """The rows of a tensor that has ``count`` rows a sample: one for each codebook."""
         sample = (self.sample[:, None] * count + torch.arange(count)).reshape(-1)
         position = self.position[:, None].expand(-1, count).reshape(-1)
         order = sample.argsort(stable=True)
-        return Rows(sample[order], position[order], (self.shape[0] * count, self.shape[1]))
+        return Positions(sample[order], position[order], (self.shape[0] * count, self.shape[1]))
 
     def name(self, row: int) -> str:
         """'sample 0, position 3' for messages."""
@@ -139,14 +139,14 @@ def _valid(inputs: Mapping[str, Any], role: str, length: int | None) -> Tensor:
     return valid
 
 
-def pair(
+def pair_positions(
     target: Mapping[str, Any],
     source: Mapping[str, Any],
     scope: str,
     positions: tuple[Any, Any] | None = None,
     codebooks: int = 1,
     length: int | None = None,
-) -> tuple[Rows, Rows]:
+) -> tuple[Positions, Positions]:
     """(source rows, target rows): by default the source corresponds to the last positions of the target.
 
     Padding is respected per sample.  ``positions=(source positions, target positions)``, each (n,) or
@@ -176,7 +176,7 @@ def pair(
         sample, s, t = (x[last] if last is not None else x[:, -1] for x in (sample, s, t))
     sample, s, t = sample.reshape(-1), s.reshape(-1), t.reshape(-1)
     shape_here, shape_there = (here.shape[0], here.shape[1]), (there.shape[0], there.shape[1])
-    return Rows(sample, s, shape_here), Rows(sample, t, shape_there)
+    return Positions(sample, s, shape_here), Positions(sample, t, shape_there)
 
 
 def _refuse_other_images(target: Mapping[str, Any], source: Mapping[str, Any], positions: Any) -> None:

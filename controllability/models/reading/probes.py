@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from controllability.arrays import relative_error
-from controllability.interfaces import Together
-from controllability.models.hooks.installation import Installation
+from controllability.interfaces import JointOptions
+from controllability.models.hooks.installation import HookStack
 from controllability.models.reading.checked_reading import Checked
 from controllability.models.reading.logits import result_of
 from controllability.models.reading.random_inputs import random_inputs
@@ -24,12 +24,14 @@ COARSE = (
 )
 
 
-def standing_last(together: Together, model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> Together:
-    """``together`` with what stands behind the last layer, where it matters."""
+def with_reader_of_last_layer(
+    joint: JointOptions, model: nn.Module, checked: Checked, example: Mapping[str, Any]
+) -> JointOptions:
+    """``joint`` with what stands behind the last layer, where it matters."""
     coarse = any(torch.finfo(d).eps > COARSE for layer in checked.reading.layers[-1:] for d in layer.params.dtypes)
-    if not coarse or not together.exact or together.keep_rms:
-        return together
-    return replace(together, behind="norm" if sizes_are_free(model, checked, example) else "anyone")
+    if not coarse or not joint.exact or joint.keep_rms:
+        return joint
+    return replace(joint, read_by="norm" if sizes_are_free(model, checked, example) else "anyone")
 
 
 def sizes_are_free(model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> bool:
@@ -42,7 +44,7 @@ def sizes_are_free(model: nn.Module, checked: Checked, example: Mapping[str, Any
     with torch.no_grad():
         plain = result_of(model(**inputs))
         for factor in FACTORS:
-            installation = Installation()
+            installation = HookStack()
             installation.after(module, lambda x, output, factor=factor: _times(output, factor))
             try:
                 found = result_of(model(**inputs))

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from architectures.reading import Layer
 from controllability.arrays import relative_error
-from controllability.interfaces import Path, Together
+from controllability.interfaces import JointOptions, Path
 from controllability.models.hooks.layer_hooks import LayerHooks
-from controllability.models.reading.positions import Rows
+from controllability.models.reading.positions import Positions
 from controllability.models.reading.tolerances import CACHED
 from controllability.models.sweep.one_pass import SAME, Both
-from controllability.models.sweep.source_run import LayerSweep, together_at
+from controllability.models.sweep.source_run import LayerSweep, options_at
 from controllability.models.sweep.target_run import LayerTarget
 from controllability.prover.derivation import Derivation
 from controllability.solvers.served_tokens import Known
@@ -78,13 +78,13 @@ class BothPasts:
 
     def _same_as_apart(self, model: nn.Module, there: Any, here: Any, token: Tensor) -> bool:
         probe = BothPasts(copy.deepcopy(self.cache), self.mask, self.lengths)
-        together = model(**probe.inputs(token)).logits
+        joint = model(**probe.inputs(token)).logits
         apart = [
             model(input_ids=token[None], past_key_values=copy.deepcopy(c), use_cache=True).logits for c in (there, here)
         ]
         wanted = torch.cat(apart)
         allowed = SAME[wanted.dtype] * float(wanted.abs().max()) if wanted.dtype in SAME else 0.0
-        return float((together - wanted).abs().max()) <= allowed
+        return float((joint - wanted).abs().max()) <= allowed
 
     def inputs(self, ids: Tensor) -> dict[str, Any]:
         """Of a pass over the tokens ``ids`` (n,), which follow both pasts."""
@@ -134,23 +134,23 @@ class _Listener(Both):
     """Listens to one layer; a condition that fails stops the pass."""
 
     def __init__(
-        self, layer: Layer, proof: Derivation, rows: Rows, last: bool, derivation: int, together: Together | None,
+        self, layer: Layer, proof: Derivation, rows: Positions, last: bool, derivation: int, joint: JointOptions | None,
         known: Mapping[tuple[int, int], Mapping[Path, Known]],
     ) -> None:  # fmt: skip
         super().__init__(layer, proof, 1, rows, last)
         self.derivation, self.known = derivation, known
-        self.together = together_at(together, last, True)
+        self.joint = options_at(joint, last, True)
 
     def solver(self, target: LayerTarget) -> LayerSweep:
         known = self.known[self.layer.index, len(self.solvers)]
-        return LayerSweep(self.layer, self.proof, self.derivation, target, self.rows, "all", self.together, known)
+        return LayerSweep(self.layer, self.proof, self.derivation, target, self.rows, "all", self.joint, known)
 
     def _try(self, solve: Any) -> Any:
         return solve()
 
 
 def solved_in_one_pass(
-    hooks: LayerHooks, proofs: list[Derivation], pasts: BothPasts, ids: Tensor, together: Together | None,
+    hooks: LayerHooks, proofs: list[Derivation], pasts: BothPasts, ids: Tensor, joint: JointOptions | None,
     known: Mapping[tuple[int, int], Mapping[Path, Known]], derivations: list[int],
 ) -> tuple[list[list[LayerTarget]], list[LayerSweep]]:  # fmt: skip
     """(targets, solvers) of one pass of both runs over the new tokens ``ids`` (n,).
@@ -158,9 +158,9 @@ def solved_in_one_pass(
     Raises ``SideConditionFailed`` on the way; the cache is then not to be used again.
     """
     layers, count = hooks.reading.layers, len(ids)
-    rows = Rows(torch.zeros(count, dtype=torch.long), torch.arange(count), (1, count))
+    rows = Positions(torch.zeros(count, dtype=torch.long), torch.arange(count), (1, count))
     listeners = [
-        _Listener(layer, proof, rows, layer is layers[-1], derivation, together, known)
+        _Listener(layer, proof, rows, layer is layers[-1], derivation, joint, known)
         for layer, proof, derivation in zip(layers, proofs, derivations, strict=True)
     ]
     hooks.run(listeners, pasts.inputs(ids))

@@ -12,9 +12,9 @@ from architectures.reading import Layer, Tap
 from controllability.arrays import arithmetic
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift, added
-from controllability.interfaces import Component, OutputControllable, Param, Steering, node
+from controllability.interfaces import Component, OutputControllable, Param, Update, node
 
-Move = tuple[Steering, Delta]  # how a leaf is steered, and what is added to its parameter
+Move = tuple[Update, Delta]  # how a leaf is steered, and what is added to its parameter
 HALF = (torch.float16, torch.bfloat16)
 Effect = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, y, chosen experts) -> y with the deltas' effects
 
@@ -26,7 +26,7 @@ def patched(
 
     ``chosen`` (B, T, k) are the experts.
     """
-    moves = [(steering, per_sample(delta)) for steering, delta in moves]
+    moves = [(update, per_sample(delta)) for update, delta in moves]
     return effect_on(layer, tap, x, y, moves, chosen).to(y.dtype)
 
 
@@ -44,7 +44,7 @@ def ready(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
     """``effect_on`` of these moves; what does not depend on the input is computed here, once for any number of passes."""
     if len(tap.paths) > 1:
         return _formula(layer, tap, moves)
-    adds = [_adding(steering, delta) for steering, delta in moves]
+    adds = [_adding(update, delta) for update, delta in moves]
 
     def effect(x: Tensor, y: Tensor, chosen: Tensor | None) -> Tensor:
         if x.dtype in HALF or y.dtype in HALF:
@@ -79,14 +79,14 @@ def _part(leaf: Component, params: dict[str, Any]) -> Callable[[Tensor], Tensor]
     return lambda x: leaf(params, x)
 
 
-def _adding(steering: Steering, delta: Delta) -> Effect:
+def _adding(update: Update, delta: Delta) -> Effect:
     """Adds the effect of one delta to ``y``; x and y are lifted."""
     if isinstance(delta, ExpertLowRank):
         return lambda x, y, chosen: y + _routed(x, delta, chosen)
     if isinstance(delta, LowRank) and delta.left.shape[-2] == 1:
         left, right = delta.left[..., 0, :], delta.right[..., 0, :]
         return lambda x, y, _: torch.addcmul(y, (x * right).sum(-1, keepdim=True), left)
-    return lambda x, y, _: y + steering.effect(x, delta)
+    return lambda x, y, _: y + update.effect(x, delta)
 
 
 def patched_params(layer: Layer, tap: Tap, moves: Sequence[Move]) -> dict[str, Any]:
@@ -94,9 +94,9 @@ def patched_params(layer: Layer, tap: Tap, moves: Sequence[Move]) -> dict[str, A
     params: dict[str, Any] = {}
     for path in tap.paths:
         params |= {str(p): p.value(layer.params) for p in node(layer.block, path).own_parameters()}
-    for steering, delta in moves:
-        value = steering.param.value(layer.params)
-        params[str(steering.param)] = added(arithmetic(value).lift(value), delta)
+    for update, delta in moves:
+        value = update.param.value(layer.params)
+        params[str(update.param)] = added(arithmetic(value).lift(value), delta)
     return params
 
 
@@ -107,13 +107,13 @@ def _routed(x: Tensor, delta: ExpertLowRank, chosen: Tensor | None) -> Tensor:
     return delta.routed(x, chosen)
 
 
-def steering_of(layer: Layer, tap: Tap, param: Param) -> Steering:
+def update_of(layer: Layer, tap: Tap, param: Param) -> Update:
     """How the leaf that holds ``param`` at a tap is steered by it."""
     for path in tap.paths:
         leaf = node(layer.block, path)
         if param in leaf.own_parameters():
             assert isinstance(leaf, OutputControllable)
-            return next(s for s in leaf.output_steerings() if s.param == param)
+            return next(s for s in leaf.output_updates() if s.param == param)
     raise AssertionError(f"no leaf of {tap.module} holds {param}")
 
 

@@ -17,7 +17,7 @@ from architectures.reading import Layer, Tap
 from controllability.errors import SideConditionFailed
 from controllability.interfaces import Path
 from controllability.models.hooks.layer_hooks import LayerHooks
-from controllability.models.reading.positions import Rows
+from controllability.models.reading.positions import Positions
 from controllability.models.sweep.source_run import LayerSweep
 from controllability.models.sweep.target_run import LayerTarget, Observer
 from controllability.prover.derivation import Derivation
@@ -29,7 +29,7 @@ SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
 class Both:
     """Listens to one layer; the first ``batch`` rows are the target's, the next ones the source's."""
 
-    def __init__(self, layer: Layer, proof: Derivation, batch: int, rows: Rows, last: bool) -> None:
+    def __init__(self, layer: Layer, proof: Derivation, batch: int, rows: Positions, last: bool) -> None:
         self.layer, self.proof, self.batch, self.rows = layer, proof, batch, rows
         self.observer = Observer(layer, rows, last, lambda: None)
         self.solvers: list[LayerSweep] = []
@@ -135,14 +135,14 @@ def narrow(inputs: Mapping[str, Any], batch: int) -> None:
     cache.reorder_cache(torch.arange(batch, device=inputs["input_ids"].device))
 
 
-def together(
+def in_one_pass(
     hooks: LayerHooks, proofs: list[Derivation], inputs: Mapping[str, Any], batch: int, running: Tensor
 ) -> tuple[list[list[LayerTarget]], list[LayerSweep] | None, Any]:
     """(targets, solvers, output) of one pass over widened inputs; solvers are None where a side condition failed.
 
     ``running`` are the samples that are patched.  All rows' logits are in the output, one group after the other.
     """
-    rows = Rows(running, torch.zeros_like(running), (batch, 1))
+    rows = Positions(running, torch.zeros_like(running), (batch, 1))
     layers = hooks.reading.layers
     both = [Both(layer, proof, batch, rows, layer is layers[-1]) for layer, proof in zip(layers, proofs, strict=True)]
     output = hooks.run(both, inputs)

@@ -115,7 +115,7 @@ def record(solver: LayerSweep) -> LayerRecord:
     run, wanted = solver.run, solver.wanted()
     xp = arithmetic(wanted)
     leaves = {
-        str(goal.steering.param): _leaf(run, path, goal.steering.param.name, run.solved[path])
+        str(goal.update.param): _leaf(run, path, goal.update.param.name, run.solved[path])
         for path, goal in run.goals.items()
     }
     seen: dict[tuple[str, str], Any] = {}
@@ -132,7 +132,7 @@ def record(solver: LayerSweep) -> LayerRecord:
     return LayerRecord(
         solver.layer.index, solver.choice, _largest(xp.lift(solver.output) - xp.lift(wanted)), _largest(xp.lift(wanted)),
         leaves, [(s, w, values) for (s, w), values in seen.items()], run.journal.routes,
-        any(goal.steering.rule == "O-scale" for goal in run.goals.values()),
+        any(goal.update.rule == "O-scale" for goal in run.goals.values()),
     )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def _leaf(run: PatchedRun, path: Path, parameter: str, delta: Delta) -> LeafReco
         own = total - delta.value
     if own is None or total is None:
         return LeafRecord(parameter, delta)
-    own_token = run.together is None  # one delta a token, made for its one input
+    own_token = run.joint is None  # one delta a token, made for its one input
     one_input = isinstance(delta, Shift) or (delta.left.shape[-2] == 1 and not isinstance(delta, ExpertLowRank))
     added = None if own_token and one_input else _largest(total - own)
     return LeafRecord(parameter, delta, _largest(own), _largest(total), added)

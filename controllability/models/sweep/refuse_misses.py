@@ -57,7 +57,7 @@ def refuse_other_output(found: Tensor, wanted: Tensor, worst: float, name: Calla
 def _explained(solver: LayerSweep) -> float:
     """The error that rounding explains where one scale for many tokens left little to normalise; 0 elsewhere."""
     spread = [r.amplification for r in solver.run.journal.routes if r.amplification is not None]
-    if solver.together is None or not solver.proof.jointly or not spread:
+    if solver.joint is None or not solver.proof.jointly or not spread:
         return 0.0
     eps = max(torch.finfo(d).eps for d in {_output(solver).dtype, *solver.layer.params.dtypes} & set(UNREACHED))
     return 100 * eps * max(float(s.max()) for s in spread)

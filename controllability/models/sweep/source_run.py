@@ -20,9 +20,9 @@ from controllability.components.mixture import CHOSEN, SHARES
 from controllability.deltas import Delta
 from controllability.errors import PatchError, SideConditionFailed
 from controllability.execution.patched_run import PatchedRun
-from controllability.interfaces import Param, Path, Together, node
+from controllability.interfaces import JointOptions, Param, Path, node
 from controllability.models.hooks.layer_hooks import LayerHooks
-from controllability.models.reading.positions import Rows
+from controllability.models.reading.positions import Positions
 from controllability.models.sweep.effects import effect_on, patched
 from controllability.models.sweep.target_run import LayerTarget, Progress, as_state, check_finite
 from controllability.prover.derivation import Derivation
@@ -43,13 +43,13 @@ class LayerSweep:
         proof: Derivation,
         choice: int,
         target: LayerTarget,
-        rows: Rows,
+        rows: Positions,
         scope: str,
-        together: Together | None = None,
+        joint: JointOptions | None = None,
         known: Mapping[Path, Known] | None = None,
     ) -> None:
         self.layer, self.proof, self.choice, self.target = layer, proof, choice, target
-        self.together, self.known = together, known or {}
+        self.joint, self.served = joint, known or {}
         self.rows = rows
         self.each = scope == "each"
         self.states: list[Tensor | None] = [None] * len(layer.inputs)
@@ -63,9 +63,9 @@ class LayerSweep:
         """The patched run of the block; it starts when the first input of the block is known."""
         if self._run is None:
             self._run = self.proof.patched_run(
-                self.layer.params, as_state(self.states), self.target.trace(), self.choice, self.together
+                self.layer.params, as_state(self.states), self.target.trace(), self.choice, self.joint
             )
-            self._run.known = self.known
+            self._run.served = self.served
         return self._run
 
     def entering(self, index: int, value: Tensor) -> None:
@@ -80,7 +80,7 @@ class LayerSweep:
 
     def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor | None:
         run, rows = self.run, self.rows
-        goals = [(path, run.goals[path].steering) for path in tap.paths if path in run.goals]
+        goals = [(path, run.goals[path].update) for path in tap.paths if path in run.goals]
         x_rows, y_rows = rows.of(x), rows.of(y)
         if tap.kind != "output":
             run.observe_input(tap.inlet, x_rows)
@@ -90,7 +90,7 @@ class LayerSweep:
         if len(tap.paths) == 1:
             run.observe_raw(tap.outlet, rows.taken(y))
         with self._located():
-            moves = [(steering, run.delta(path)) for path, steering in goals]
+            moves = [(update, run.change(path)) for path, update in goals]
         chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
         if self.each:  # every position is patched: what the run goes on with is what was solved for
             index = rows.of(chosen) if chosen is not None else None
@@ -125,7 +125,7 @@ class LayerSweep:
 
     def deltas(self) -> dict[Param, Delta]:
         """The solved patch of this layer, one row a pair."""
-        return {goal.steering.param: self.run.solved[path] for path, goal in self.run.goals.items()}
+        return {goal.update.param: self.run.solved[path] for path, goal in self.run.goals.items()}
 
 
 class Sweeper:
@@ -167,10 +167,10 @@ def sweep(
     proofs: list[Derivation],
     targets: list[list[LayerTarget]],
     inputs: Mapping[str, Any],
-    rows: Rows,
+    rows: Positions,
     scope: str,
     progress: Progress,
-    together: Together | None = None,
+    joint: JointOptions | None = None,
     known: Mapping[tuple[int, int], Mapping[Path, Known]] | None = None,
     derivations: Sequence[int] | None = None,
 ) -> tuple[list[LayerSweep], Any]:
@@ -181,12 +181,12 @@ def sweep(
     Raises ``SideConditionFailed`` with layer, position and component when none is left.
     """
     layers = hooks.reading.layers
-    attempts = _Attempts(proofs, derivations, together if scope == "all" else None)
+    attempts = _Attempts(proofs, derivations, joint if scope == "all" else None)
     while True:
         solvers = [
             [
                 LayerSweep(
-                    layer, proof, attempts.choices[layer.index], call, rows, scope, attempts.together(layer.index),
+                    layer, proof, attempts.choices[layer.index], call, rows, scope, attempts.joint(layer.index),
                     None if known is None else known[layer.index, i],
                 )
                 for i, call in enumerate(calls)
@@ -220,15 +220,15 @@ class _Attempts:
     one may fall short of its targets: the last one makes good what is missing, or refuses.
     """
 
-    def __init__(self, proofs: list[Derivation], derivations: Sequence[int] | None, together: Together | None) -> None:
-        self.proofs, self.wish, self.fixed = proofs, together, derivations is not None
+    def __init__(self, proofs: list[Derivation], derivations: Sequence[int] | None, joint: JointOptions | None) -> None:
+        self.proofs, self.wish, self.fixed = proofs, joint, derivations is not None
         self.choices = list(derivations or [0] * len(proofs))
         self.first: dict[int, SideConditionFailed] = {}
         self.short = self.fixed  # tokens that are served already leave no other derivation
 
-    def together(self, layer: int) -> Together | None:
+    def joint(self, layer: int) -> JointOptions | None:
         """How a layer is solved."""
-        return together_at(self.wish, layer == len(self.proofs) - 1, self.short)
+        return options_at(self.wish, layer == len(self.proofs) - 1, self.short)
 
     def after(self, failed: SideConditionFailed) -> None:
         """Go on to the next derivation of the layer; raises the first failure when there is none."""
@@ -240,8 +240,8 @@ class _Attempts:
         if not self.fixed and self.choices[layer] < len(self.proofs[layer].alternatives):
             self.choices[layer] += 1
             return
-        changed = together_at(self.wish, layer == len(self.proofs) - 1, True)
-        if self.short or changed is None or not changed.short:
+        changed = options_at(self.wish, layer == len(self.proofs) - 1, True)
+        if self.short or changed is None or not changed.may_fall_short:
             if not self.fixed:
                 first.tried = f"{self.choices[layer] + 1} derivations that move different parameters"
             raise first from None
@@ -249,14 +249,14 @@ class _Attempts:
         self.choices[layer] = 0
 
 
-def together_at(together: Together | None, last: bool, short: bool = False) -> Together | None:
+def options_at(joint: JointOptions | None, last: bool, short: bool = False) -> JointOptions | None:
     """How a layer is solved: all but the last one leave something to those behind them, if need be.
 
-    What stands behind the last one is said in ``together``.  ``short``: the layer need not reach all its targets.
+    What stands behind the last one is said in ``joint``.  ``short``: the layer need not reach all its targets.
     """
-    if together is None or last or not together.exact or together.keep_rms:
-        return together
-    return replace(together, behind="block", short=short)
+    if joint is None or last or not joint.exact or joint.keep_rms:
+        return joint
+    return replace(joint, read_by="block", may_fall_short=short)
 
 
 def residual_of(output: Tensor, target: Tensor) -> float:

@@ -15,7 +15,7 @@ from controllability.errors import BadInput, PatchError
 from controllability.execution.trace import Trace
 from controllability.interfaces import Path
 from controllability.models.hooks.layer_hooks import LayerHooks
-from controllability.models.reading.positions import Rows
+from controllability.models.reading.positions import Positions
 
 Progress = Callable[[str, int, int], None]
 
@@ -58,7 +58,7 @@ def check_finite(states: Tensor, run: str, layer: Layer, where: str) -> None:
 class Observer:
     """Listens to one layer in the target run; one ``LayerTarget`` a call."""
 
-    def __init__(self, layer: Layer, rows: Rows, last: bool, finished: Callable[[], None]) -> None:
+    def __init__(self, layer: Layer, rows: Positions, last: bool, finished: Callable[[], None]) -> None:
         self.layer, self.rows, self.last, self.finished = layer, rows, last, finished
         self.calls: list[LayerTarget] = []
 
@@ -83,7 +83,7 @@ class Observer:
 
 
 def observe_target(
-    hooks: LayerHooks, inputs: Mapping[str, Any], rows: Rows, progress: Progress
+    hooks: LayerHooks, inputs: Mapping[str, Any], rows: Positions, progress: Progress
 ) -> tuple[list[list[LayerTarget]], Any]:
     """Run the model on the target's inputs; keep what the layers' taps compute at the paired rows.
 
