@@ -31,7 +31,10 @@ def test_every_token_reaches_its_target_at_its_own_rms(tokens, d, seed):
     assert answer.shrinkage == 1
 
 
-@pytest.mark.parametrize(("tokens", "d", "seed"), [(2, 6, 2), (4, 16, 1), (24, 96, 0), (46, 96, 1), (40, 128, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "d", "seed"),
+    [(2, 6, 2), (4, 16, 1), (24, 96, 0), (46, 96, 1), (40, 128, 1), (64, 1152, 0), (8, 2048, 0)],
+)
 def test_no_smaller_change_would_do(tokens, d, seed):
     G, m, r2 = instance(tokens, d, seed)
     answer = joint_scale(G, m, r2, EPS)

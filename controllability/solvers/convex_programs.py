@@ -1,13 +1,17 @@
 """The convex programs behind a joint scale: positive solutions of A σ = 1 close to 1, and inequalities.
 
-All follow a central path by Newton's method on T x T systems: at T = 200, d = 1152 about ten times faster
-than a general linear programming solver, and exact where 1 − mean(u²) is far below that solver's tolerance.
+All follow a central path by Newton's method on T x T systems.  Why not a library, in seconds of one core: T = 200, d = 1152
+takes 0.8 here, 1.1 with the conic solver Clarabel 0.11, and HiGHS takes 10 for a positive solution alone.  As the programs are
+stated here Clarabel misses ε = 1e-12, noisy copies of a token and very unequal channels (6 of 81 tests).  Restated (L ≤ σ ≤ K,
+L·K ≥ 1; slacks in units of w), rescaled and polished it misses none, and κ agrees within 0.5 %; but on the embedded model's
+scales it takes 1.05 times (questions) to 1.6 times as long (40 to 160 tokens of random text).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +20,7 @@ from scipy.linalg import LinAlgError, cho_factor, cho_solve
 Vector = np.ndarray
 CLOSE, ROUGH = 0.04, 0.2  # relative precision of κ² − 1, and of the shrinkage²
 CONSISTENT = 1e-9  # equations whose left sides agree must agree this well on the right
-HURRY = 2.0  # growth of the weight per stage; at 3 and above Newton's method is caught at the curved boundary
+HURRY, SLOW = 2.0, 1.02  # growth of the weight per stage, and at least where Newton's method is caught at the boundary
 LOST = float("inf")
 
 
@@ -107,9 +111,8 @@ def _length(value: Callable[[Vector], float], x: Vector, step: Vector, slope: fl
 
 def least_spread(equations: Equations, sigma: Vector) -> Vector:
     """σ with rows·σ = right whose max(σ, 1/σ) is least, to a few per cent of its distance from 1; starts at a solution."""
-    bound = 1.1 * max(sigma.max(), 1 / sigma.min())
-    x = _Spread(equations).follow(np.append(sigma, bound), lambda x: x[-1] - 1, CLOSE)
-    better = x[:-1]
+    start = np.append(sigma, 1.1 * _spread(sigma))
+    better = _Spread(equations).follow(start, lambda x: x[-1] - 1, CLOSE)[:-1]
     return better if _spread(better) < _spread(sigma) else sigma
 
 
@@ -134,21 +137,18 @@ def polished(A: Vector, sigma: Vector) -> Vector:
 
     Directions in which the equations nearly repeat are left out as long as the residual allows.
     """
-    best, error = sigma, np.abs(A @ sigma - 1).max()
+    error = np.abs(A @ sigma - 1).max()
     for cutoff in (1e-6, 1e-9, 1e-13):
-        current = best
         for _ in range(5):
             if error <= 4e-15:
-                return best
-            step = np.linalg.lstsq(A * current, 1 - A @ current, rcond=cutoff)[0]
-            if step.min() <= -0.9 or step.max() > 10:
+                return sigma
+            step = np.linalg.lstsq(A * sigma, 1 - A @ sigma, rcond=cutoff)[0]
+            moved = sigma * (1 + step)
+            now = np.abs(A @ moved - 1).max()
+            if step.min() <= -0.9 or step.max() > 10 or now >= error:
                 break
-            current = current * (1 + step)
-            now = np.abs(A @ current - 1).max()
-            if now >= error:
-                break
-            best, error = current, now
-    return best
+            sigma, error = moved, now
+    return sigma
 
 
 def _spread(sigma: Vector) -> float:
@@ -163,11 +163,8 @@ def _solve(matrix: Vector, right: Vector) -> Vector:
     if not (np.isfinite(unit).all() and np.isfinite(right).all()):
         return np.full_like(right, np.nan)
     for shift in (1e-14, 1e-12, 1e-10, 1e-8):
-        try:
-            factor = cho_factor(unit + shift * np.eye(len(unit)))
-        except LinAlgError:
-            continue
-        return (cho_solve(factor, right).T / size).T
+        with suppress(LinAlgError):
+            return (cho_solve(cho_factor(unit + shift * np.eye(len(unit))), right).T / size).T
     return (np.linalg.lstsq(unit, right, rcond=1e-8)[0].T / size).T
 
 
@@ -193,36 +190,38 @@ class _Path(ABC):
 
     def follow(self, x: Vector, goal: Callable[[Vector], float], close: float) -> Vector:
         """The (x, z) at which the gap is below ``close`` of the goal (or rounding stops the way)."""
-        t = self.degree / max(goal(x), 1e-300)
-        for _ in range(100):
-            ahead, centred = self._centre(x, t)
-            if np.abs(self._missing(ahead)).max() > 0.1 * self.slacks(ahead).min():
-                break  # what rounding leaves of the equations is no longer small beside what is left to gain
-            x = ahead
-            if not centred or self.degree / t <= close * goal(x):
+        t, growth = self.degree / max(goal(x), 1e-300) / HURRY, HURRY
+        for _ in range(200):
+            ahead = self._centre(x, t * growth)
+            if ahead is not None:
+                x, t, growth = ahead, t * growth, HURRY
+            else:
+                growth = growth**0.5
+            if growth < SLOW or self.degree <= close * t * goal(x):
                 break
-            t *= HURRY
         return x
 
     def _missing(self, x: Vector) -> Vector:
         return self.right - self.rows @ x[:-1] - self.v * x[-1]
 
-    def _value(self, x: Vector, t: float) -> float:
-        slacks = self.slacks(x)
-        return LOST if min(slacks.min(), x[-1]) <= 0 else float(t * x[-1] - np.log(slacks).sum())
+    def _centre(self, x: Vector, t: float) -> Vector | None:
+        """The path at weight t; None where Newton's method does not get there, or rounding outgrows what is left to gain."""
 
-    def _centre(self, x: Vector, t: float) -> tuple[Vector, bool]:
-        for _ in range(60):
+        def value(ahead: Vector) -> float:
+            room = self.slacks(ahead)
+            inside = ahead[-1] > 0 and (room > 0.1 * slacks).all()
+            return float(t * ahead[-1] - np.log(room).sum()) if inside else LOST
+
+        for _ in range(20):
             step, slope = self._direction(x, t)
-            if not np.isfinite(step).all():
-                return x, False
+            slacks = self.slacks(x)
             if -slope < 0.2:
-                return x, True
-            length = _length(lambda x: self._value(x, t), x, step, slope)
+                return x if np.abs(self._missing(x)).max() <= 0.1 * slacks.min() else None
+            length = _length(value, x, step, slope) if np.isfinite(step).all() else 0.0
             if not length:
-                return x, False
+                return None
             x = x + length * step
-        return x, True
+        return None
 
     def _direction(self, x: Vector, t: float) -> tuple[Vector, float]:
         """(Newton step of t·z + barrier within the equations, its slope)."""
@@ -280,8 +279,7 @@ class _Shrinkage(_Path):
         self.margin, self.limit = margin, limit
 
     def _slacks(self, x: Vector) -> tuple[Vector, Vector, Vector, Vector]:
-        d = len(x) - 1 - len(self.v)
-        sigma, below = x[:d], x[d:-1]
+        sigma, below = np.split(x[:-1], [-len(self.v)])
         return sigma - 1 / self.limit, self.limit - sigma, below, x[-1] * self.v - self.margin - below
 
     def slacks(self, x: Vector) -> Vector:
