@@ -33,7 +33,14 @@ from controllability.models.patches.merged_error import MergedError, merged_erro
 from controllability.models.patches.merging import refuse_quantised, refuse_shared, restore, write
 from controllability.models.reading.checked_reading import known_reading
 from controllability.models.reading.devices import refuse_offloaded
-from controllability.models.reading.fingerprints import State, fingerprint, known_fingerprint, same_again, state_of
+from controllability.models.reading.fingerprints import (
+    State,
+    changes,
+    fingerprint,
+    known_fingerprint,
+    same_again,
+    state_of,
+)
 from controllability.models.reading.positions import Rows, main_input
 from controllability.models.sweep.report import Report, Rounding
 
@@ -136,8 +143,7 @@ class ModelPatch:
             raise PatchError("this patch was made for other weights (the fingerprints differ)")
 
     def _refuse_changes(self, model: nn.Module) -> None:
-        now = state_of(model)
-        if changed := [name for name, seen in self._seen.items() if now.get(name) != seen]:
+        if changed := changes(self._seen, state_of(model)):
             raise PatchError(f"{changed[0]} changed since this patch was made: make it again")
 
     def extend(
