@@ -78,7 +78,7 @@ class LiveParams(Mapping[str, Array]):
         held = module._parameters.get(attribute)
         held = held if held is not None else module._buffers[attribute]
         if name in self.quantised:
-            return quantised.dequantised(module, held)
+            return quantised.dequantised(module, held, name)
         return getattr(held, "stored", held).detach()  # a weight that is listened to: the one behind it
 
     def __contains__(self, name: object) -> bool:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from architectures import quantised
 from controllability.compiling import fresh_process
 from controllability.compiling.exact_or_ridge import tolerance
 from controllability.compiling.rank_figure import RankRow, rank_picture
@@ -24,7 +25,7 @@ from controllability.compiling.token_sets import padded
 from controllability.compiling.yardstick import Yardstick, agreement, logits_of
 from controllability.errors import BadInput, NotVerified
 from controllability.models.files.folders import written
-from controllability.models.files.peft_check import twin
+from controllability.models.files.peft_check import on_twin
 from controllability.models.model_patch import load_patch
 from controllability.models.reading.tolerances import VERIFIED
 
@@ -89,11 +90,9 @@ def _peft(compiled: Compiled, model: Any, tokenizer: Any, folder: Path) -> dict[
     done = compiled.patch.export_peft(folder, model)
     if not done.verified:
         return {"passed": None, "how": done.check.note}
-    import peft
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # export_peft has heard them
-        adapted = peft.PeftModel.from_pretrained(twin(model), str(folder)).eval()  # type: ignore[arg-type]
+        adapted = on_twin(model, folder).eval()
     found = logits_of(adapted, compiled.sets["queries"].samples, alone=True)
     return _verified(compiled, model, found, "the adapter, loaded by peft")
 
@@ -101,7 +100,8 @@ def _peft(compiled: Compiled, model: Any, tokenizer: Any, folder: Path) -> dict[
 def _merged(compiled: Compiled, model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
     compiled.patch.merge(model)
     try:
-        model.save_pretrained(folder)
+        with quantised.kept(model):
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     finally:
         compiled.patch.unmerge(model)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from architectures import quantised
 from controllability.errors import NotVerified
 from controllability.models.exact_mode import exact_mode
 from controllability.models.patches.applied import applied
@@ -73,12 +74,10 @@ def check_adapter(patch: PatchRecord, directory: Path, model: nn.Module | None) 
 
 def _with_adapter(model: nn.Module, directory: Path) -> nn.Module:
     """What PEFT makes of a twin of ``model``.  Whatever it complains of means that the adapter does not fit."""
-    import peft
-
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            adapted = peft.PeftModel.from_pretrained(twin(model), str(directory))  # type: ignore[arg-type]
+            adapted = on_twin(model, directory)
         except Exception as error:  # whatever PEFT raises about names and shapes
             text = " ".join(str(error).split())[:300]
             raise NotVerified(
@@ -88,6 +87,15 @@ def _with_adapter(model: nn.Module, directory: Path) -> nn.Module:
     if missing:
         raise NotVerified(f"PEFT does not find all of the adapter: {missing[0][:300]}; nothing was written")
     return adapted.eval()
+
+
+def on_twin(model: nn.Module, directory: Path) -> nn.Module:
+    """An adapter, loaded by PEFT onto a twin of ``model``."""
+    import peft
+
+    other = twin(model)
+    with quantised.kept(other):  # PEFT asks for its state_dict
+        return peft.PeftModel.from_pretrained(other, str(directory))  # type: ignore[arg-type]
 
 
 def _run(adapted: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -116,7 +124,10 @@ def twin(model: nn.Module) -> nn.Module:
         packed = type(p) is not nn.Parameter and issubclass(
             type(p), nn.Parameter
         )  # 4 bits: more than a tensor, and frozen
-        shared[id(p)] = p if packed else nn.Parameter(p.data, requires_grad=p.requires_grad)
+        if quantised.kind(p) == "bitsandbytes 4":
+            shared[id(p)] = quantised.beside(p)
+        else:
+            shared[id(p)] = p if packed else nn.Parameter(p.data, requires_grad=p.requires_grad)
     return copy.deepcopy(model, shared)
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from architectures import quantised
 from controllability.errors import BadInput, PatchError
 from controllability.models.files.folders import refuse_occupied, written
 from controllability.models.files.lora_factors import lora_tensors, rank_of
@@ -121,7 +122,9 @@ def _dense_tensors(
     model: nn.Module, path: str, entries: tuple[Entry, ...], forms: dict[str, Form]
 ) -> dict[str, Tensor]:
     """Everything that a module holds, its patched parameters with their patches added (and rounded, as merging does)."""
-    held = {name: value.detach().clone() for name, value in model.get_submodule(path).state_dict().items()}
+    module = model.get_submodule(path)
+    with quantised.kept(module):
+        held = {name: value.detach().clone() for name, value in module.state_dict().items()}
     key = ""
     for entry in entries:
         if entry.module == path:

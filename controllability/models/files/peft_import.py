@@ -183,7 +183,8 @@ def _from_copy(model: nn.Module, path: str, held: Mapping[str, Tensor], slots: M
     """What a whole module changes: vectors as they are, matrices split into factors."""
     bare, module = _module(model, path)
     entries: list[Entry] = []
-    own = module.state_dict()
+    # not its state_dict, for which bitsandbytes would unpack four-bit weights in place
+    own = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
     for attribute, value in held.items():
         name, stored = f"{bare}.{attribute}", own.get(attribute)
         if stored is None or stored.shape != value.shape:

@@ -13,6 +13,7 @@ from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
 from controllability.errors import BadInput, PatchError
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import PatchRecord
+from controllability.models.reading.fingerprints import changes
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def _refuse_other_models(a: PatchRecord, b: PatchRecord) -> None:
     if a.made_under != b.made_under:
         raise PatchError("the patches were made on top of different others: they are changes of different weights")
     if a.fingerprint is None and b.fingerprint is None and a.model() is b.model():
-        if a._seen == b._seen:
+        in_turn = changes(a._seen, b._seen), changes(b._seen, a._seen)  # either may have been made first
+        if a._seen.keys() == b._seen.keys() and [] in in_turn:
             return
         raise PatchError("the model changed between the two patches: they are changes of different weights")
     marks = [patch.fingerprint or patch.fingerprint_of(patch.model()) for patch in (a, b)]

@@ -16,7 +16,7 @@ from controllability.models.patches.applier import Entry
 from controllability.models.patches.peft_form import Form
 from controllability.models.patches.served_sequences import Stream
 from controllability.models.reading.devices import refuse_offloaded
-from controllability.models.reading.fingerprints import State, fingerprint, known_fingerprint, state_of
+from controllability.models.reading.fingerprints import State, changes, fingerprint, known_fingerprint, state_of
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.report import Report
 
@@ -85,8 +85,7 @@ class PatchRecord:
             raise PatchError("this patch was made for other weights (the fingerprints differ)")
 
     def _refuse_changes(self, model: nn.Module) -> None:
-        now = state_of(model)
-        if changed := [name for name, seen in self._seen.items() if now.get(name) != seen]:
+        if changed := changes(self._seen, state_of(model)):
             raise PatchError(f"{changed[0]} changed since this patch was made: make it again")
 
     def refuse_several(self, done: str) -> None:

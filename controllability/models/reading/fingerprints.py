@@ -20,7 +20,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyD
 
 
 def stored(model: nn.Module, exchanged: bool = True, parameters: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by name, once; a quantised one as the plain tensors that it consists of.
+    """Every parameter and buffer by name, once; a quantised one as the plain tensors that it consists of when it runs.
 
     ``exchanged`` says whether what an applied patch holds in place of a parameter counts too; without ``parameters``
     buffers alone are listed.
@@ -36,7 +36,7 @@ def stored(model: nn.Module, exchanged: bool = True, parameters: bool = True) ->
                 seen.add(id(value))
                 name = f"{prefix}.{attribute}" if prefix else attribute
                 if quantised.kind(value):
-                    yield from quantised.pieces(name, module, value)
+                    yield from quantised.pieces(name, module, quantised.as_run(module, value))
                 else:
                     yield name, value
 
@@ -79,7 +79,7 @@ def _spread(value: Tensor) -> Tensor:
 
 looking = torch._C.DisableTorchFunction  # a context for many looks at tensors: modes like ``exact_mode`` would see each
 
-State = dict[str, tuple[int, int, float]]  # name -> storage, version, sample
+State = dict[str, tuple[int | None, int, float]]  # name -> storage (None: not yet where it will be), version, sample
 
 # versions of parameters at which their bits are those of an earlier version: after a merge was undone
 _SAME_AGAIN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, int], int]] = weakref.WeakKeyDictionary()
@@ -97,9 +97,31 @@ def state_of(model: nn.Module, parameters: bool = True) -> State:
     state: State = {}
     with looking():
         for (name, value), sample in zip(held.items(), sampled(list(held.values())), strict=True):
-            version = 0 if value.is_inference() else value._version
-            state[name] = (value.data_ptr(), aliases.get((name, version), version), sample)
+            place, version = _place(value)
+            state[name] = (place, aliases.get((name, version), version), sample)
     return state
+
+
+def _place(value: Tensor) -> tuple[int | None, int]:
+    """A tensor's storage and version; no storage, where the first forward has yet to pack a weight."""
+    to_come = getattr(value, "to_come", None)
+    if to_come is not None:
+        return None, to_come
+    return value.data_ptr(), 0 if value.is_inference() else value._version
+
+
+def changes(seen: State, now: State) -> list[str]:
+    """The names in ``seen`` of what is another now; that a weight was packed in its first forward since is no change.
+
+    >>> changes({"w": (None, 0, 1.5)}, {"w": (4096, 0, 1.5)}), changes({"w": (512, 0, 1.5)}, {"w": (4096, 0, 1.5)})
+    ([], ['w'])
+    """
+    found = []
+    for name, before in seen.items():
+        after = now.get(name)
+        if after is None or after[1:] != before[1:] or before[0] not in (None, after[0]):
+            found.append(name)
+    return found
 
 
 def same_again(model: nn.Module, names: Iterable[str], before: State) -> None:
