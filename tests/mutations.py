@@ -23,9 +23,8 @@ from controllability.components import (
     gated,
     residual,
     rms_norm,
+    updates,
 )
-from controllability.components import bias as bias_file
-from controllability.components import linear as linear_file
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.interfaces import Component, Param
 from controllability.rules import construct, input_side, mixture, normalised, output_side, theorems, through
@@ -70,9 +69,8 @@ class Mutation:
 def rank_one(left: Callable[..., Any], right: Callable[..., Any], flip: bool = False) -> Callable[..., Any]:
     """A wrong rank-1 construction: left and right factors from (x, gap)."""
 
-    def wrong(self: Linear, params: Any, x: Any, gap: Any) -> LowRank:
-        transposed = (self.layout == "in_out") != flip
-        return LowRank(left(x, gap)[..., None, :], right(x, gap)[..., None, :], transposed)
+    def wrong(x: Any, gap: Any, transposed: bool) -> LowRank:
+        return LowRank(left(x, gap)[..., None, :], right(x, gap)[..., None, :], transposed != flip)
 
     return wrong
 
@@ -91,13 +89,13 @@ def root(x: Any) -> Any:
 
 def expert_rank_one(change: Callable[..., Any]) -> Callable[..., Any]:
     """The experts' construction with its delta changed."""
-    plain = ExpertLinear._rank_one
-    return lambda self, params, x, gap: change(plain(self, params, x, gap), x)
+    plain = updates.expert_change
+    return lambda index, x, *given: change(plain(index, x, *given), x)
 
 
-def quotient(wrong: Callable[..., Any]) -> Callable[..., Any]:
-    """A wrong Δm from (the scale, its parameters, x, gap)."""
-    return lambda self, params, x, gap: Shift(wrong(self, params, x, gap))
+def moved(wrong: Callable[..., Any]) -> Callable[..., Any]:
+    """A wrong Δm from (the scale, its parameters, the right change)."""
+    return lambda self, params, change: Shift(wrong(self, params, change))
 
 
 def other_rest(combine: Callable[..., Any]) -> Callable[..., Any]:
@@ -226,28 +224,28 @@ NO_DOWN = (("frozen", ("down",)),)
 CAPPED = residual(square >> SoftCap(30.0))
 MUTATIONS = {
     # rank-1 patches of a linear map
-    "linear: sign": Mutation("I-linear", Linear, "_rank_one", rank_one(lambda x, g: -g, plain_right), LLAMA),
-    "linear: norm not squared": Mutation("I-linear", Linear, "_rank_one", rank_one(plain_left, lambda x, g: x / root(dot(x, x))), LLAMA),
-    "linear: norm forgotten": Mutation("O-linear", Linear, "_rank_one", rank_one(plain_left, lambda x, g: x), LLAMA),
-    "linear: squared norm squared again": Mutation("O-linear", Linear, "_rank_one", rank_one(plain_left, lambda x, g: x / dot(x, x) ** 2), LLAMA),
-    "linear: ε added to the norm": Mutation("I-linear", Linear, "_rank_one", rank_one(plain_left, lambda x, g: x / (dot(x, x) + 1e-8)), LLAMA),
-    "linear: norm of the gap": Mutation("I-linear", Linear, "_rank_one", rank_one(plain_left, lambda x, g: x / dot(g, g)), LLAMA),
-    "linear: wrong vector": Mutation("I-linear", Linear, "_rank_one", rank_one(plain_left, lambda x, g: (x + 1) / dot(x, x)), LLAMA),
-    "linear: factors exchanged": Mutation("I-linear", Linear, "_rank_one", rank_one(lambda x, g: x / dot(x, x), lambda x, g: g), LLAMA),
-    "linear: stored transposed": Mutation("O-linear", Linear, "_rank_one", rank_one(plain_left, plain_right, flip=True), LLAMA),
-    "linear: half the gap": Mutation("O-linear", Linear, "_rank_one", rank_one(lambda x, g: g / 2, plain_right), LLAMA),
+    "linear: sign": Mutation("I-linear", updates, "rank_one_change", rank_one(lambda x, g: -g, plain_right), LLAMA),
+    "linear: norm not squared": Mutation("I-linear", updates, "rank_one_change", rank_one(plain_left, lambda x, g: x / root(dot(x, x))), LLAMA),
+    "linear: norm forgotten": Mutation("O-linear", updates, "rank_one_change", rank_one(plain_left, lambda x, g: x), LLAMA),
+    "linear: squared norm squared again": Mutation("O-linear", updates, "rank_one_change", rank_one(plain_left, lambda x, g: x / dot(x, x) ** 2), LLAMA),
+    "linear: ε added to the norm": Mutation("I-linear", updates, "rank_one_change", rank_one(plain_left, lambda x, g: x / (dot(x, x) + 1e-8)), LLAMA),
+    "linear: norm of the gap": Mutation("I-linear", updates, "rank_one_change", rank_one(plain_left, lambda x, g: x / dot(g, g)), LLAMA),
+    "linear: wrong vector": Mutation("I-linear", updates, "rank_one_change", rank_one(plain_left, lambda x, g: (x + 1) / dot(x, x)), LLAMA),
+    "linear: factors exchanged": Mutation("I-linear", updates, "rank_one_change", rank_one(lambda x, g: x / dot(x, x), lambda x, g: g), LLAMA),
+    "linear: stored transposed": Mutation("O-linear", updates, "rank_one_change", rank_one(plain_left, plain_right, flip=True), LLAMA),
+    "linear: half the gap": Mutation("O-linear", updates, "rank_one_change", rank_one(lambda x, g: g / 2, plain_right), LLAMA),
     # biases and scales
-    "bias of a linear map: sign": Mutation("O-bias", linear_file, "_shift_by_gap", lambda p, x, g: Shift(-g), residual(up >> silu >> biased), NO_DOWN),
-    "bias of a linear map, input side: doubled": Mutation("I-bias", linear_file, "_shift_by_gap", lambda p, x, g: Shift(g + g), residual(wide >> silu >> down), (("frozen", ("up",)),)),
-    "bias: what is wanted, not what is missing": Mutation("O-bias", bias_file, "_gap", lambda p, x, g: Shift(g + x), residual(up >> silu >> down >> Bias(Param("b", ("d",)))), NO_DOWN),
-    "scale: times instead of divided": Mutation("O-scale", Scale, "_quotient", quotient(lambda s, p, x, g: g * x), POST, SCALE),
-    "scale: upside down": Mutation("O-scale", Scale, "_quotient", quotient(lambda s, p, x, g: x / g), POST, SCALE),
-    "scale: m forgotten": Mutation("O-scale", Scale, "_quotient", quotient(lambda s, p, x, g: g / x - s.effective(p)), POST, SCALE),
-    "scale, input side: offset forgotten": Mutation("I-scale", Scale, "_quotient", quotient(lambda s, p, x, g: g / x + s.effective(p)), residual(rms_norm("pre", offset=1) >> silu >> down)),
+    "bias of a linear map: sign": Mutation("O-bias", updates, "offset_change", lambda x, g: Shift(-g), residual(up >> silu >> biased), NO_DOWN),
+    "bias of a linear map, input side: doubled": Mutation("I-bias", updates, "offset_change", lambda x, g: Shift(g + g), residual(wide >> silu >> down), (("frozen", ("up",)),)),
+    "bias: what is wanted, not what is missing": Mutation("O-bias", updates, "offset_change", lambda x, g: Shift(g + x), residual(up >> silu >> down >> Bias(Param("b", ("d",)))), NO_DOWN),
+    "scale: times instead of divided": Mutation("O-scale", updates, "quotient", lambda x, g: g * x, POST, SCALE),
+    "scale: upside down": Mutation("O-scale", updates, "quotient", lambda x, g: x / g, POST, SCALE),
+    "scale: m forgotten": Mutation("O-scale", Scale, "moved", moved(lambda s, p, c: c - s.effective(p)), POST, SCALE),
+    "scale, input side: offset forgotten": Mutation("I-scale", Scale, "moved", moved(lambda s, p, c: c + s.effective(p)), residual(rms_norm("pre", offset=1) >> silu >> down)),
     # experts
-    "experts: sign": Mutation("I-experts", ExpertLinear, "_rank_one", expert_rank_one(lambda d, x: replace(d, left=-d.left)), EXPERTS),
-    "experts: norm forgotten": Mutation("I-experts", ExpertLinear, "_rank_one", expert_rank_one(lambda d, x: replace(d, right=d.right * dot(x, x)[..., None, :])), EXPERTS),
-    "experts: one expert for all": Mutation("I-experts", ExpertLinear, "_rank_one", expert_rank_one(lambda d, x: replace(d, index=d.index[..., :1])), EXPERTS),
+    "experts: sign": Mutation("I-experts", updates, "expert_change", expert_rank_one(lambda d, x: replace(d, left=-d.left)), EXPERTS),
+    "experts: norm forgotten": Mutation("I-experts", updates, "expert_change", expert_rank_one(lambda d, x: replace(d, right=d.right * dot(x, x)[..., None, :])), EXPERTS),
+    "experts: one expert for all": Mutation("I-experts", updates, "expert_change", expert_rank_one(lambda d, x: replace(d, index=d.index[..., :1])), EXPERTS),
     "experts, as stored: sign": Mutation("I-experts", ExpertLowRank, "dense", lambda self: -PLANES(self), EXPERTS),
     "experts, as stored: every change to the first": Mutation("T-mixture", ExpertLowRank, "dense", lambda self: PLANES(replace(self, index=self.index * 0)), EXPERTS),
     "experts, as stored: rows for columns": Mutation("O-mixture", ExpertLowRank, "dense", lambda self: PLANES(self) if not self.transposed else PLANES(replace(self, transposed=False)).swapaxes(-1, -2) * 2, TURNED, OUT),

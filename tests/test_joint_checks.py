@@ -14,7 +14,7 @@ from controllability.checks import symbolic_joint_block
 from controllability.checks.numeric_block import residuals_of
 from controllability.checks.symbolic_rules import rule_check
 from controllability.components import Activation, residual
-from controllability.components import updates as ways
+from controllability.components import joint_updates as ways
 from controllability.deltas import ExpertLowRank
 from controllability.interfaces import JointOptions
 from controllability.rules import RULES

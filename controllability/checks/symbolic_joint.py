@@ -241,9 +241,7 @@ def explicit_schema(step: Step) -> Schema:
     leaf, own = _small(given), [str(p) for p in given.own_parameters()]
     param = leaf.own_parameters()[own.index(str(step.update.param))]
     ways = leaf.input_updates() if side == "input" else leaf.output_updates()  # type: ignore[attr-defined]
-    return Schema(
-        leaf, update=next(w for w in ways if w.param == param and w.jointly and w.jointly.rule == step.rule.name)
-    )
+    return Schema(leaf, update=next(w for w in ways if w.param == param and w.jointly))
 
 
 def _mixture_schema(step: Step, choice: tuple[tuple[int, ...], ...]) -> Schema:

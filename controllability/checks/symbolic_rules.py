@@ -99,16 +99,15 @@ def _parts(component: Component) -> list[Component]:
     return [component, *(p for child in component.children() for p in _parts(child))]
 
 
-def _function(method: Any, component: Component) -> Any:
-    """What a method of a part of ``component`` runs, or the method of something else."""
-    return method.__func__ if getattr(method, "__self__", None) in _parts(component) else method
+def _code(method: Any) -> Any:
+    """What a method or a function runs: closures of one formula are alike."""
+    return getattr(getattr(method, "__func__", method), "__code__", method)
 
 
 def known(step: Step, schema: Schema) -> list[tuple[str, Any]]:
     """What is left of the schema's claims; reduced once for each rule, shape and construction."""
     update = schema.update
-    ways = [_function(way, schema.component) for way in (update.solve, update.effect)] if update else []
-    how = (update.rule, update.param, *ways) if update else None
+    how = (update.kind, update.param, _code(update.solve), _code(update.effect)) if update else None
     paths = tuple(premise.place.path for premise in schema.premises)
     shapes = tuple(sorted((str(p), str(p.shape)) for p in schema.component.parameters()))  # no part of what is equal
     route = step.note if step.note.startswith("route ") else ""  # other notes are words for a reader
@@ -224,7 +223,7 @@ def explicit_check(step: Step, reason: str) -> tuple[str, str]:
     try:
         change, param = step.update.solve(params, x, delta), step.update.param
         patched = leaf(params | {str(param): _stored(param.value(params), change)}, x)
-        left = [xp.tidy(change - delta) for change in (step.update.effect(x, change), patched - out)]
+        left = [xp.tidy(change - delta) for change in (step.update.effect(params, x, change), patched - out)]
     except NOT_GENERIC as failed:
         return "failed", f"its construction cannot be executed: {failed}"
     status = "passed" if all(e == 0 for part in left for e in part.reshape(-1)) else "failed"

@@ -65,8 +65,10 @@ class UndefinedPart(Component):
     def premise(self, place: Place, side: Side) -> Step:
         """The premise: a patch with which this function gives these tokens whatever is wanted."""
         (param,) = self.own_parameters()
-        any_ = JointUpdate("assumed", (Condition("assumed", self.name),), _shift_all, "any")
-        update = Update("assumed", param, (), lambda p, x, delta: Shift(delta), lambda x, change: change.dense(), any_)
+        any_ = JointUpdate((Condition("assumed", self.name),), _shift_all, "any")
+        update = Update(
+            "assumed", param, (), lambda p, x, delta: Shift(delta), lambda p, x, change: change.dense(), any_
+        )
         return Step(Assumption(side), place, (), frozenset({param}), update=update)
 
 

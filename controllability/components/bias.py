@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controllability.arrays import Array
-from controllability.components.updates import one_bias
-from controllability.deltas import Delta, Shift
+from controllability.components.updates import offset
 from controllability.interfaces import Bijection, Component, Param, Params, Steerable, Update
 
 
@@ -14,7 +13,7 @@ from controllability.interfaces import Bijection, Component, Param, Params, Stee
 class Bias(Component, Steerable, Bijection):
     """y = x + b.  x, b: (..., d).
 
-    Rules I-bias, O-bias: Δb = gap, with no condition.  Source: [G] `lem:output_bias`.
+    It moves by an offset (rules I-bias, O-bias).
 
     >>> import numpy as np
     >>> Bias(Param("b")).steer_output({"b": np.zeros(2)}, np.zeros(2), np.array([1.0, 2.0]))["b"].value
@@ -36,18 +35,8 @@ class Bias(Component, Steerable, Bijection):
     def width(self) -> int | str | None:
         return self.bias.shape[0] if self.bias.shape else None
 
-    def updates(self, side: str) -> tuple[Update, ...]:
-        shift = one_bias(f"{side}-bias", self.bias, self.describe())
-        return (Update(f"{side}-bias", self.bias, (), _gap, _effect, shift),)
+    def updates(self) -> tuple[Update, ...]:
+        return (offset(self, self.bias),)
 
     def invert(self, params: Params, y: Array) -> Array:
         return y - self.bias.value(params)
-
-
-def _gap(params: Params, x: Array, delta: Array) -> Delta:
-    return Shift(delta)
-
-
-def _effect(x: Array, delta: Delta) -> Array:
-    assert isinstance(delta, Shift)
-    return delta.value

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from controllability.arrays import Array, arithmetic
-from controllability.interfaces import Component, Param, Params
+from controllability.interfaces import Component, Param, Params, Size
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class Glu(Component):
     @property
     def module(self) -> str:
         return ""
+
+    def output_width(self, width: Size) -> Size:
+        return width // 2 if isinstance(width, int) else width.removeprefix("2") if width else None
 
     def describe(self) -> str:
         clamp = f", clamped at {self.limit}" if self.limit is not None else ""

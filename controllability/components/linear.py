@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from controllability.arrays import Array, arithmetic, dot
-from controllability.components.updates import one_bias, one_matrix
-from controllability.deltas import Delta, LowRank, PatchedMatrix, Shift
-from controllability.interfaces import Component, Condition, Param, Params, Steerable, Update
+from controllability.arrays import Array, arithmetic
+from controllability.components.updates import offset, rank_one
+from controllability.deltas import PatchedMatrix
+from controllability.interfaces import Component, Param, Params, Size, Steerable, Update
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,7 @@ class Linear(Component, Steerable):
     """y = W x (+ b).  x: (..., in), y: (..., out).
 
     ``layout`` says how W is stored: "out_in" as in ``torch.nn.Linear``, "in_out" as in Conv1D.
-    Rules I-linear, O-linear: ΔW = gap xᵀ/‖x‖², the unique solution of least Frobenius norm, for
-    x ≠ 0; I-bias, O-bias: Δb = gap, always.  Source: [D] Thm 2.2; [G] Lemmas on weight and bias.
+    Its weight moves by a rank-one change, its bias by an offset (rules I-linear, O-linear, I-bias, O-bias).
 
     >>> import numpy as np
     >>> params = {"W": np.eye(2)}
@@ -55,44 +54,11 @@ class Linear(Component, Steerable):
             return None
         return self.weight.shape[1 if self.layout == "out_in" else 0]
 
-    def updates(self, side: str) -> tuple[Update, ...]:
+    def output_width(self, width: Size) -> Size:
+        return self.weight.shape[-2 if self.layout == "out_in" else -1] if self.weight.shape else None
+
+    def updates(self) -> tuple[Update, ...]:
         bias = f"give {self.describe()} a bias" if self.bias is None else f"let {self.bias} move"
         hint = f"{bias}: it moves the output whatever the input is"
-        nonzero = Condition(f"the input of {self.weight} is not zero", self.describe(), _size, hint)
-        joint = one_matrix(
-            f"{side}-linear", self.weight, self.describe(), self.width, transposed=self.layout == "in_out"
-        )
-        ways = [Update(f"{side}-linear", self.weight, (nonzero,), self._rank_one, _low_rank_effect, joint)]
-        if self.bias is not None:
-            shift = one_bias(f"{side}-bias", self.bias, self.describe())
-            ways.append(Update(f"{side}-bias", self.bias, (), _shift_by_gap, _shift_effect, shift))
-        return tuple(ways)
-
-    def _rank_one(self, params: Params, x: Array, delta: Array) -> Delta:
-        xp = arithmetic(x)
-        if xp.exact:
-            right = x / dot(x, x)
-        else:  # x/‖x‖² without squaring a number that is too large or too small to be squared
-            size = xp.largest(x)
-            unit = x / size
-            right = unit / (dot(unit, unit) * size)
-        return LowRank(delta[..., None, :], right[..., None, :], transposed=self.layout == "in_out")
-
-
-def _size(x: Array, delta: Array) -> Array:
-    xp = arithmetic(x)
-    return dot(x, x) if xp.exact else xp.largest(x)
-
-
-def _low_rank_effect(x: Array, delta: Delta) -> Array:
-    assert isinstance(delta, LowRank)
-    return delta.effect(x)
-
-
-def _shift_by_gap(params: Params, x: Array, delta: Array) -> Delta:
-    return Shift(delta)
-
-
-def _shift_effect(x: Array, delta: Delta) -> Array:
-    assert isinstance(delta, Shift)
-    return delta.value
+        way = rank_one(self, self.weight, hint, transposed=self.layout == "in_out")
+        return (way,) if self.bias is None else (way, offset(self, self.bias))

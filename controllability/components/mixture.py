@@ -6,14 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from controllability.arrays import Array, arithmetic, dot
+from controllability.arrays import Array, arithmetic
 from controllability.components.routing import Routing
-from controllability.components.updates import one_set_of_experts
-from controllability.deltas import Delta, ExpertLowRank, PatchedMatrix
-from controllability.interfaces import Component, Condition, Param, Params, Steerable, Update
-
-CHOSEN = "(chosen experts)"  # names that a mixture binds for its experts, not stored parameters
-SHARES = "(shares of the experts)"
+from controllability.components.updates import CHOSEN, SHARES, expertwise, spread
+from controllability.deltas import ExpertLowRank, PatchedMatrix
+from controllability.interfaces import Component, Param, Params, Size, Steerable, Update
 
 
 @dataclass(frozen=True)
@@ -21,8 +18,7 @@ class ExpertLinear(Component, Steerable):
     """y_j = W_e x_j (+ b_e) with e the j-th chosen expert.  x: (..., k, in), y: (..., k, out).
 
     ``weight`` is stored (experts, out, in), or (experts, in, out) with layout "in_out"; ``bias``
-    (experts, out).  Rules I-experts, O-experts: ΔW_e = gap_j x_jᵀ/‖x_j‖² for every chosen expert whose
-    output must change; the others stay as they are.  Source: [D] Thm 2.2, expert by expert.
+    (experts, out).  Its weight moves expert by expert (rules I-experts, O-experts); those that are not chosen stay as they are.
 
     >>> import numpy as np
     >>> experts = ExpertLinear(Param("W", ("E", "h", "d")))
@@ -40,7 +36,7 @@ class ExpertLinear(Component, Steerable):
         weight = self.weight.value(params)
         base = self._matrices(weight.base if isinstance(weight, PatchedMatrix) else weight)
         xp = arithmetic(x, base)
-        x = _spread(x, index)
+        x = spread(x, index)
         y = xp.routed(x, base, index)
         if isinstance(weight, PatchedMatrix):
             assert isinstance(weight.delta, ExpertLowRank)
@@ -69,53 +65,24 @@ class ExpertLinear(Component, Steerable):
             return None
         return self.weight.shape[2 if self.layout == "out_in" else 1]
 
-    def updates(self, side: str) -> tuple[Update, ...]:
-        statement = f"no chosen expert's input of {self.weight} is zero where its output must change"
-        hint = "an expert's matrix cannot move what it sees as zero: ask for via='output'"
-        condition = Condition(statement, self.describe(), _smallest_needed_input, hint)
-        joint = one_set_of_experts(
-            f"{side}-experts", self.weight, self.describe(), self.width, self.layout == "in_out",
-            lambda params: params[CHOSEN], self.count,
-        )  # fmt: skip
-        return (Update(f"{side}-experts", self.weight, (condition,), self._rank_one, _effect, joint),)
+    def output_width(self, width: Size) -> Size:
+        shape = self.weight.shape
+        if self.stacked:
+            return shape[0] // self.stacked if shape and isinstance(shape[0], int) else None
+        return shape[-2 if self.layout == "out_in" else -1] if shape else None
+
+    @property
+    def per_expert(self) -> bool:
+        return True
+
+    def updates(self) -> tuple[Update, ...]:
+        return (expertwise(self, self.weight, self.layout == "in_out", self.count),)
 
     def count(self, params: Params) -> int:
         """How many experts there are."""
         weight = self.weight.value(params)
         assert not isinstance(weight, PatchedMatrix)
         return self.stacked or weight.shape[0]
-
-    def _rank_one(self, params: Params, x: Array, delta: Array) -> Delta:
-        index: Array = params[CHOSEN]
-        xp = arithmetic(x, delta)
-        x = _spread(x, index)
-        # x/‖x‖² without squaring a number that is too large or too small to be squared; 0 where x is 0
-        size = dot(x, x) if xp.exact else xp.largest(x)
-        size = xp.where(xp.is_zero(size), size + 1, size)
-        unit = x / size
-        norm = dot(unit, unit)
-        right = unit if xp.exact else unit / (xp.where(xp.is_zero(norm), norm + 1, norm) * size)
-        layout = self.layout == "in_out"
-        return ExpertLowRank(delta[..., None, :], right[..., None, :], layout, index, self.count(params))
-
-
-def _spread(x: Array, index: Array) -> Array:
-    """(..., 1 or k, in) -> (..., k, in): every chosen expert reads the same token."""
-    k = index.shape[-1]
-    return x if x.shape[-2] == k else arithmetic(x).repeated(x, k)
-
-
-def _smallest_needed_input(x: Array, delta: Array) -> Array:
-    xp = arithmetic(x, delta)
-    size = dot(x, x) if xp.exact else xp.largest(x)
-    needed = dot(delta, delta) if xp.exact else xp.largest(delta)
-    far = xp.zeros_like(needed) + (1 if xp.exact else float("inf"))
-    return xp.smallest(xp.where(xp.is_zero(needed), far, size + xp.zeros_like(needed))[..., 0])
-
-
-def _effect(x: Array, delta: Delta) -> Array:
-    assert isinstance(delta, ExpertLowRank)
-    return delta.effect(x)
 
 
 @dataclass(frozen=True)
@@ -134,6 +101,10 @@ class Share(Component):
 
     def describe(self) -> str:
         return "share of the expert"
+
+    @property
+    def per_expert(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -184,12 +155,24 @@ class Mixture(Component):
     def width(self) -> int | str | None:
         return self.router.width or self.inner.width
 
+    def output_width(self, width: Size) -> Size:
+        return self.last.output_width(self.child_width(2, width))
+
+    def source_of(self, index: int) -> int | None:
+        return 1 if index == 2 else None
+
     def child_input(self, index: int, x: Array, output: Callable[[int], Array]) -> Array:
-        if index == 0:
-            return x
-        if index == 2:
-            return output(1)
+        if index != 1:
+            return super().child_input(index, x, output)
         return [a[..., None, :] for a in x] if isinstance(x, tuple | list) else x[..., None, :]
+
+    @property
+    def binds(self) -> tuple[int, ...]:
+        return (1, 2)
+
+    @property
+    def chosen(self) -> int:
+        return self.routing.top_k
 
     def bindings(self, params: Params, output: Callable[[int], Array]) -> dict[str, Array]:
         chosen, shares = self.routing(params, output(0))

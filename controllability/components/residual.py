@@ -18,6 +18,10 @@ class Identity(Component, Bijection):
     def describe(self) -> str:
         return "identity"
 
+    @property
+    def is_skip(self) -> bool:
+        return True
+
     def invert(self, params: Params, y: Array) -> Array:
         return y
 

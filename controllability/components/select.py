@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controllability.arrays import Array
-from controllability.interfaces import Component, Params
+from controllability.interfaces import Component, Params, Size
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,13 @@ class Select(Component):
 
     def describe(self) -> str:
         return f"input {self.name or self.index}"
+
+    @property
+    def reads_input(self) -> int:
+        return self.index
+
+    def output_width(self, width: Size) -> Size:
+        return self.size
 
     @property
     def width(self) -> int | str | None:

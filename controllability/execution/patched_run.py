@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from controllability.arrays import Array, arithmetic
-from controllability.components.mixture import CHOSEN, SHARES, Mixture
-from controllability.deltas import Delta, ExpertLowRank, Shift, added
-from controllability.errors import SideConditionFailed
+from controllability.deltas import Delta, Shift, added
 from controllability.execution.journal import SHORT, Journal, Margin, RouteTaken
 from controllability.execution.trace import Trace
 from controllability.interfaces import (
@@ -19,7 +17,6 @@ from controllability.interfaces import (
     Params,
     Path,
     Place,
-    Sequence,
     Update,
     measure,
     node,
@@ -60,7 +57,7 @@ class PatchedRun(Trace):
         self.goals: dict[Path, Goal] = {}
         self.raw_outputs: dict[Path, Array] = {}
         self.solved: dict[Path, Delta] = {}
-        self.same_choice: dict[Path, tuple[Condition, Condition]] = {}
+        self.watched: dict[Path, Callable[[Params], None]] = {}  # what a rule asks of bound values, once they are known
         self.journal = Journal()
         self.joint = joint
         self.served: Mapping[Path, Known] = {}  # tokens that the patch serves already
@@ -97,10 +94,10 @@ class PatchedRun(Trace):
         """The output of ``place`` at its patched input, with none of its own parameters moved."""
         if not place.component.children():
             return self.raw(place.path)
-        parts = place.parts()
-        if isinstance(place.component, Sequence):
-            value = self.raw_of(parts[0])
-            for part in parts[1:]:
+        if place.component.outlet is not None:
+            first, *rest = (place.parts()[i] for i in place.component.chain())
+            value = self.raw_of(first)
+            for part in rest:
                 value = part.component(self.params_at(part.path), value)
             return value
         return place.component(self.params_at(place.path), self.input(place.inlet))
@@ -108,42 +105,21 @@ class PatchedRun(Trace):
     def bound(self, path: Path) -> Params:
         new = path not in self._bound
         values = super().bound(path)
-        if new and path in self.same_choice:
-            self._compare_choice(path, values)
+        if new and path in self.watched:
+            self.watched[path](values)
         return values
 
     def bind(self, path: Path, values: Params) -> None:
         super().bind(path, values)
-        if path in self.same_choice:
-            self._compare_choice(path, values)
-
-    def _compare_choice(self, path: Path, values: Params) -> None:
-        """The patched router must choose the experts that the target run chose."""
-        near, same = self.same_choice[path]
-        logits = self.target.output((*path, 0))
-        try:
-            self.check(near, logits, logits)
-        except SideConditionFailed as tie:
-            # another derivation would leave the choice to rounding: whoever asks for the target's experts must know
-            tie.final = True
-            raise
-        here: Array = values[CHOSEN]
-        there: Array = self.target.bound(path)[CHOSEN]
-        same_experts: Array = (here == there) & ((values[SHARES] == 0) == (self.target.bound(path)[SHARES] == 0))
-        differs = ~same_experts.all(-1).reshape(-1)
-        if bool(differs.any()):
-            bad = int(differs.nonzero()[0].reshape(-1)[0])
-            others = int((~same_experts).reshape(-1, same_experts.shape[-1])[bad].sum())
-            raise same.failed(-float(others), bad, tuple(same_experts.shape[:-1]))
+        if path in self.watched:
+            self.watched[path](values)
 
     def leaf(self, path: Path, component: Component) -> Array:
         if path not in self.goals:
             return component(self._seen_by(path, component), self.input(path))
         x = self.input(path)
         delta = self.change(path)
-        if self.joint is not None and isinstance(delta, ExpertLowRank):
-            return self.raw(path) + delta.routed(x, self.params_at(path)[CHOSEN])
-        return self.raw(path) + self.goals[path].update.effect(x, delta)
+        return self.raw(path) + self.goals[path].update.effect(self.params_at(path), x, delta)
 
     def _seen_by(self, at: Path, component: Component) -> Params:
         """The parameters as an unsteered leaf sees them: what it shares with a steered one is patched."""
@@ -224,7 +200,7 @@ class PatchedRun(Trace):
         """Whether a change at ``earlier`` reaches the input of ``later``: it stands before it, or routes to it."""
         for depth, (a, b) in enumerate(zip(earlier, later, strict=False)):
             if a != b:
-                return a < b and isinstance(node(self.block, earlier[:depth]), Sequence | Mixture)
+                return node(self.block, earlier[:depth]).feeds(a, b)
         return False
 
     def deltas(self) -> dict[Param, Delta]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from controllability.arrays import Array, arithmetic
-from controllability.components.mixture import Mixture
-from controllability.interfaces import Component, Param, Params, Path, Sequence, node
+from controllability.interfaces import Component, Param, Params, Path, node
 
 
 class Trace:
@@ -47,8 +46,9 @@ class Trace:
             return self.state
         parent, index = path[:-1], path[-1]
         component = node(self.block, parent)
-        if isinstance(component, Sequence) and index > 0:
-            return self.output((*parent, index - 1))
+        source = component.source_of(index)
+        if source is not None:
+            return self.output((*parent, source))
         return component.child_input(index, self.input(parent), lambda i: self.output((*parent, i)))
 
     def output(self, path: Path) -> Array:
@@ -67,7 +67,7 @@ class Trace:
             value = self.leaf(path, component)
         else:
             value = component.assemble(self.params_inside(path), lambda i: self.output((*path, i)))
-            if isinstance(component, Sequence):
+            if component.outlet is not None:
                 return value
         return arithmetic(value).tidy(value)
 
@@ -85,17 +85,17 @@ class Trace:
     def params_inside(self, path: Path) -> Params:
         """The parameters as the parts of the component at ``path`` see them: with what it binds."""
         known = self.params_at(path)
-        return {**known, **self.bound(path)} if isinstance(node(self.block, path), Mixture) else known
+        return {**known, **self.bound(path)} if node(self.block, path).binds else known
 
     def params_of(self, param: Param) -> Array:
         """The stored value of a parameter."""
         return param.value(self.params)
 
     def params_at(self, path: Path) -> Params:
-        """The parameters as the component at ``path`` sees them: with what the mixtures around it bind."""
+        """The parameters as the component at ``path`` sees them: with what those around it name for it."""
         params = self.params
         for depth in range(len(path)):
-            if path[depth] > 0 and isinstance(node(self.block, path[:depth]), Mixture):
+            if path[depth] in node(self.block, path[:depth]).binds:
                 params = {**params, **self.bound(path[:depth])}
         return params
 

@@ -9,6 +9,7 @@ from controllability.deltas import added as added
 from controllability.interfaces.component import Component as Component
 from controllability.interfaces.component import Product as Product
 from controllability.interfaces.component import Sequence as Sequence
+from controllability.interfaces.component import Size as Size
 from controllability.interfaces.component import Sum as Sum
 from controllability.interfaces.condition import Condition as Condition
 from controllability.interfaces.condition import measure as measure

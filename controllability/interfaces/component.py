@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import reduce
+from typing import Any
 
 from controllability.arrays import Array
 from controllability.errors import BadInput
 from controllability.interfaces.param import Param, Params
+
+Size = int | str | None
 
 
 class Component(ABC):
@@ -31,17 +34,52 @@ class Component(ABC):
         """The parameters that this very component reads, its parts aside."""
         return ()
 
+    # what runs where: the facts from which a run, a picture and a width follow
+
+    def source_of(self, index: int) -> int | None:
+        """The part whose output part ``index`` reads; None where it reads this component's own input."""
+        return None
+
     def child_input(self, index: int, x: Array, output: Callable[[int], Array]) -> Array:
         """What part ``index`` reads, from this component's input and the outputs of other parts."""
-        return x
+        source = self.source_of(index)
+        return x if source is None else output(source)
+
+    @property
+    def outlet(self) -> int | None:
+        """The part whose output is this component's own, as it is; None where the parts are put together otherwise."""
+        return None
+
+    def chain(self) -> tuple[int, ...]:
+        """The parts from the one that reads this component's input to its ``outlet``; () where it has none."""
+        found, index = (), self.outlet
+        while index is not None:
+            found, index = (index, *found), self.source_of(index)
+        return found
 
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
         """This component's value from the outputs of its parts."""
-        raise NotImplementedError(f"{type(self).__name__} has parts but does not say how they are put together")
+        if self.outlet is None:
+            raise NotImplementedError(f"{type(self).__name__} has parts but does not say how they are put together")
+        return output(self.outlet)
 
     def bindings(self, params: Params, output: Callable[[int], Array]) -> Params:
         """Values that this component names for its parts (a mixture: the chosen experts); none by default."""
         return {}
+
+    @property
+    def binds(self) -> tuple[int, ...]:
+        """The parts that see what ``bindings`` names; the other parts decide it."""
+        return ()
+
+    def feeds(self, earlier: int, later: int) -> bool:
+        """Whether a change inside part ``earlier`` reaches what part ``later`` reads."""
+        if later in self.binds and earlier not in self.binds:
+            return True
+        source = self.source_of(later)
+        return source is not None and (source == earlier or self.feeds(earlier, source))
+
+    # what it is, where a rule or a picture has to know
 
     @property
     def module(self) -> str:
@@ -50,9 +88,76 @@ class Component(ABC):
         return own[0].name.rpartition(".")[0] if own else ""
 
     @property
+    def is_skip(self) -> bool:
+        """Whether it passes its input on as it is."""
+        return False
+
+    @property
+    def reads_input(self) -> int:
+        """Which of a block's inputs it reads, where a block has several."""
+        return 0
+
+    @property
+    def chosen(self) -> int:
+        """How many of its experts serve a token; 0 where there are none to choose from."""
+        return 0
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether it computes expert by expert, one row for each chosen one."""
+        return False
+
+    # sizes
+
+    @property
     def width(self) -> int | str | None:
         """The size of the input's last axis, where the component knows it."""
-        return None
+        return next((w for c in self.children() if (w := c.width) is not None), None)
+
+    def output_width(self, width: Size) -> Size:
+        """The size of the output's last axis for an input of size ``width``; None where it is not known."""
+        sizes = [part.output_width(self.child_width(i, width)) for i, part in enumerate(self.children())]
+        if self.outlet is not None:
+            return sizes[self.outlet]
+        wide = [size for size in sizes if size not in (1, "one", None)]  # one number is spread over all features
+        return next(iter(wide or sizes), width)
+
+    def child_width(self, index: int, width: Size) -> Size:
+        """The size of what part ``index`` reads, for an input of size ``width``."""
+        source = self.source_of(index)
+        if source is None:
+            return width
+        return self.children()[source].output_width(self.child_width(source, width))
+
+    # the expression as data
+
+    def map_children(self, change: Callable[[int, Component], Component]) -> Component:
+        """This component with ``change(i, part)`` in place of each part.
+
+        A dataclass that keeps its parts in its fields, in their order, need not override it.  Raises ``BadInput`` where the parts
+        are kept elsewhere, or a part is not taken.
+        """
+        children = self.children()
+        if not children:
+            return self
+        count, changes = 0, dict[str, Any]()
+        for name in (f.name for f in fields(self)) if is_dataclass(self) else ():
+            value = getattr(self, name)
+            held = value if isinstance(value, tuple) else (value,)
+            if (
+                held
+                and all(isinstance(part, Component) for part in held)
+                and held == children[count : count + len(held)]
+            ):
+                new = tuple(change(count + i, part) for i, part in enumerate(held))
+                changes[name] = new if isinstance(value, tuple) else new[0]
+                count += len(held)
+        if count != len(children):
+            raise BadInput(f"{type(self).__name__} does not keep its parts in its fields: give it a map_children")
+        try:
+            return replace(self, **changes)  # type: ignore[type-var]
+        except TypeError as error:  # it takes other arguments than its fields
+            raise BadInput(f"{type(self).__name__} cannot be made anew from its fields: {error}") from None
 
     def parameters(self) -> frozenset[Param]:
         """Every parameter that the component or one of its parts reads."""
@@ -97,21 +202,18 @@ class Sequence(Component):
     def __call__(self, params: Params, x: Array) -> Array:
         return reduce(lambda value, part: part(params, value), self.parts, x)
 
-    def child_input(self, index: int, x: Array, output: Callable[[int], Array]) -> Array:
-        return x if index == 0 else output(index - 1)
+    def source_of(self, index: int) -> int | None:
+        return index - 1 if index else None
 
-    def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
-        return output(len(self.parts) - 1)
+    @property
+    def outlet(self) -> int:
+        return len(self.parts) - 1
 
     def describe(self) -> str:
         return " >> ".join(part.describe() for part in self.parts)
 
     def children(self) -> tuple[Component, ...]:
         return self.parts
-
-    @property
-    def width(self) -> int | str | None:
-        return next((w for p in self.parts if (w := p.width) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -136,10 +238,6 @@ class Sum(Component):
     def children(self) -> tuple[Component, ...]:
         return self.terms
 
-    @property
-    def width(self) -> int | str | None:
-        return next((w for t in self.terms if (w := t.width) is not None), None)
-
 
 @dataclass(frozen=True)
 class Product(Component):
@@ -162,7 +260,3 @@ class Product(Component):
 
     def children(self) -> tuple[Component, ...]:
         return self.factors
-
-    @property
-    def width(self) -> int | str | None:
-        return next((w for f in self.factors if (w := f.width) is not None), None)

@@ -63,7 +63,6 @@ class JointUpdate:
     in general position it serves.
     """
 
-    rule: str
     conditions: tuple[Condition, ...]
     solve: Callable[[JointOptions, Params, Array, Array, Array, Known | None], JointSolution]
     max_tokens: int | str

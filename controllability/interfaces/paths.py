@@ -31,12 +31,14 @@ class Place:
     @property
     def inlet(self) -> Path:
         """The node whose input is this place's input."""
-        return self.parts()[0].inlet if isinstance(self.component, Sequence) else self.path
+        chain = self.component.chain()
+        return self.parts()[chain[0]].inlet if chain else self.path
 
     @property
     def outlet(self) -> Path:
         """The node whose output is this place's output."""
-        return self.parts()[-1].outlet if isinstance(self.component, Sequence) else self.path
+        last = self.component.outlet
+        return self.path if last is None else self.parts()[last].outlet
 
     def describe(self) -> str:
         """The component's own description."""

@@ -20,16 +20,21 @@ from controllability.interfaces.param import Param, Params
 class Update:
     """One way to change a component's output by moving one of its parameters.
 
-    ``solve(params, x, gap)`` returns the delta that adds ``delta`` (..., out) to the output at
-    input ``x`` (..., in); ``effect(x, delta)`` is what a delta adds to the output.  ``jointly`` does it for many tokens with one delta.
+    ``kind`` names the rule: linear, bias, scale, experts.  ``solve(params, x, delta)`` returns the change of ``param`` that adds
+    ``delta`` (..., out) to the output at input ``x`` (..., in); ``effect(params, x, change)`` is what a change adds to the output.
+    ``jointly`` does it for many tokens with one change.
     """
 
-    rule: str
+    kind: str
     param: Param
     conditions: tuple[Condition, ...]
     solve: Callable[[Params, Array, Array], Delta]
-    effect: Callable[[Array, Delta], Array]
+    effect: Callable[[Params, Array, Any], Array]
     jointly: JointUpdate | None = None
+
+    def rule(self, side: str) -> str:
+        """The name of the leaf's own rule on one side, "input" or another."""
+        return f"{'I' if side == 'input' else 'O'}-{self.kind}"
 
 
 class _OldWords:
@@ -77,18 +82,18 @@ class OutputControllable(_OldWords, ABC):
 class Steerable(InputControllable, OutputControllable):
     """A leaf whose output is affine in its own parameters: one construction serves both sides.
 
-    The input rule is the output rule with gap = f(x') − f(x).
+    On the input side the wanted change is f(x') − f(x).
     """
 
     @abstractmethod
-    def updates(self, side: str) -> tuple[Update, ...]:
-        """The ways to add a gap to the output; ``side`` is 'I' or 'O' and names the rule."""
+    def updates(self) -> tuple[Update, ...]:
+        """The ways to add a wanted change δ to the output, the preferred one first."""
 
     def input_updates(self) -> tuple[Update, ...]:
-        return self.updates("I")
+        return self.updates()
 
     def output_updates(self) -> tuple[Update, ...]:
-        return self.updates("O")
+        return self.updates()
 
 
 class Bijection(ABC):

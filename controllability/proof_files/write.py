@@ -38,7 +38,7 @@ def node_dict(step: Step) -> dict[str, Any]:
         "conditions": conditions_list(step.conditions),
         "cost": step.cost,
         "note": step.note,
-        "steering": None if update is None else {"rule": update.rule, "parameter": str(update.param)},
+        "steering": None if update is None else {"rule": update.rule(step.rule.side), "parameter": str(update.param)},
     }
 
 

@@ -299,8 +299,8 @@ def _nodes(part: Component, path: Path = ()) -> Iterable[tuple[Component, Path]]
 
 
 def _own_rules(part: Component) -> list[Any]:
-    names = [s.rule for s in part.input_updates()] if isinstance(part, InputControllable) else []
-    names += [s.rule for s in part.output_updates()] if isinstance(part, OutputControllable) else []
+    names = [way.rule("input") for way in part.input_updates()] if isinstance(part, InputControllable) else []
+    names += [way.rule("output") for way in part.output_updates()] if isinstance(part, OutputControllable) else []
     return [rule for rule in RULES if rule.name in names]
 
 

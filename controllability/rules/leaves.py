@@ -19,11 +19,13 @@ class LeafRule(Rule):
     ) -> None:  # fmt: skip
         self.name, self.side, self.statement, self.when = name, side, statement, when
         self.patch, self.source, self.cost, self.jointly = patch, source, cost, jointly
+        self.kind = name.removesuffix(" jointly")[2:]  # of the updates that it is about
 
     def derive(self, place: Place, prover: Search) -> Attempt:
         found = Attempt()
+        scales = self.kind == "scale" and self.side == "output"
         for update in self._ways(place):
-            if self._scales() and place.path in prover.normalised and prover.route not in ("auto", "scale"):
+            if scales and place.path in prover.normalised and prover.route not in ("auto", "scale"):
                 reason = f"the scale of a normalised output may move alone on route scale only, not on {prover.route}"
                 found.failures.append(Failure(place, self.name, reason, "ask for route='auto' or 'scale'", weight=1))
                 continue
@@ -34,7 +36,7 @@ class LeafRule(Rule):
                 reason, hint = f"{update.param} may not move (frozen)", f"allow {update.param} to move"
                 found.failures.append(Failure(place, self.name, reason, hint, weight=1))
                 continue
-            if self.name == "O-scale" and place.path in prover.normalised and prover.route == "scale":
+            if scales and not self.jointly and place.path in prover.normalised and prover.route == "scale":
                 conditions = tuple(replace(c, hint=OTHER_ROUTES) for c in update.conditions)
                 update = replace(update, conditions=conditions)
             way = update.jointly if self.jointly else None
@@ -44,9 +46,6 @@ class LeafRule(Rule):
             )
         return found
 
-    def _scales(self) -> bool:
-        return self.name.startswith("O-scale")
-
     def _ways(self, place: Place) -> list[Update]:
         """The ways that the component states under this rule's name."""
         leaf = place.component
@@ -55,9 +54,7 @@ class LeafRule(Rule):
             updates = leaf.input_updates()
         if self.side == "output" and isinstance(leaf, OutputControllable):
             updates = leaf.output_updates()
-        if self.jointly:
-            return [s for s in updates if s.jointly is not None and s.jointly.rule == self.name]
-        return [update for update in updates if update.rule == self.name]
+        return [way for way in updates if way.kind == self.kind and (way.jointly is not None or not self.jointly)]
 
     def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         assert step.update is not None

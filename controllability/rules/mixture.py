@@ -7,6 +7,7 @@ from itertools import islice, product
 
 from controllability.arrays import Array, arithmetic, dot
 from controllability.components.mixture import CHOSEN, SHARES, ExpertLinear, Mixture
+from controllability.errors import SideConditionFailed
 from controllability.execution.patched_run import Goal, PatchedRun
 from controllability.interfaces import Condition, Param, Params, Place, overlap
 from controllability.rules.base import (
@@ -223,8 +224,8 @@ def mixtures_in(place: Place) -> list[Place]:
 
 
 def watch_choice(place: Place, run: PatchedRun) -> None:
-    """Let the run test the choice of experts as soon as it is made."""
-    mixture = place.component
+    """Let the run test the choice of experts as soon as it is made: the patched router must repeat the target run's."""
+    mixture, path = place.component, place.path
     assert isinstance(mixture, Mixture)
     near, same = choice_conditions(place)
 
@@ -233,7 +234,27 @@ def watch_choice(place: Place, run: PatchedRun) -> None:
         room = mixture.routing.margin(run.params, xp.lift(logits))
         return room - ROUNDING * xp.machine_epsilon(xp.lift(logits))
 
-    run.same_choice[place.path] = (replace(near, margin=margin), same)
+    def compare(here: Params) -> None:
+        logits = run.target.output((*path, 0))
+        try:
+            run.check(replace(near, margin=margin), logits, logits)
+        except SideConditionFailed as tie:
+            # another derivation would leave the choice to rounding: whoever asks for the target's experts must know
+            tie.final = True
+            raise
+        _refuse_other_choice(same, here, run.target.bound(path))
+
+    run.watched[path] = compare
+
+
+def _refuse_other_choice(same: Condition, here: Params, there: Params) -> None:
+    """Raise ``SideConditionFailed`` for the first token whose experts, or their shares that are 0, are not those of the target run."""
+    as_there: Array = (here[CHOSEN] == there[CHOSEN]) & ((here[SHARES] == 0) == (there[SHARES] == 0))
+    differs = ~as_there.all(-1).reshape(-1)
+    if bool(differs.any()):
+        bad = int(differs.nonzero()[0].reshape(-1)[0])
+        others = int((~as_there).reshape(-1, as_there.shape[-1])[bad].sum())
+        raise same.failed(-float(others), bad, tuple(as_there.shape[:-1]))
 
 
 __all__ = ["CHOSEN", "InputMixture", "OutputMixture", "ThroughMixture"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from controllability.arrays import arithmetic
+from controllability.components.joint_updates import one_sum_of_experts
 from controllability.components.mixture import CHOSEN, ExpertLinear, Mixture
-from controllability.components.updates import one_sum_of_experts
 from controllability.deltas import Delta
 from controllability.execution.patched_run import Goal, PatchedRun
 from controllability.interfaces import Place

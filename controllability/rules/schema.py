@@ -98,7 +98,7 @@ def _shift(params: Params, x: Array, delta: Array) -> Delta:
     return Shift(delta)
 
 
-def _shifted(x: Array, delta: Delta) -> Array:
+def _shifted(params: Params, x: Array, delta: Delta) -> Array:
     assert isinstance(delta, Shift)
     return delta.value
 

@@ -315,7 +315,7 @@ def other_choice(run: GivenRun, path: Path, like: Array) -> Array:
     """Where the patch chooses other experts than the target run: what is demanded of them cannot be compared."""
     xp = arithmetic(like)
     differs = xp.zeros_like(like) != 0
-    for mixture in run.same_choice:
+    for mixture in run.watched:
         if path[: len(mixture)] == mixture and len(path) > len(mixture) and path[len(mixture)] > 0:
             here: Array = run.bound(mixture)[CHOSEN]
             other: Array = here != run.target.bound(mixture)[CHOSEN]

@@ -12,7 +12,7 @@ from architectures.reading import Layer, Tap
 from controllability.arrays import arithmetic
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift, added
-from controllability.interfaces import Component, OutputControllable, Param, Update, node
+from controllability.interfaces import Component, OutputControllable, Param, Params, Update, node
 
 Move = tuple[Update, Delta]  # how a leaf is steered, and what is added to its parameter
 HALF = (torch.float16, torch.bfloat16)
@@ -44,7 +44,7 @@ def ready(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
     """``effect_on`` of these moves; what does not depend on the input is computed here, once for any number of passes."""
     if len(tap.paths) > 1:
         return _formula(layer, tap, moves)
-    adds = [_adding(update, delta) for update, delta in moves]
+    adds = [_adding(layer.params, update, delta) for update, delta in moves]
 
     def effect(x: Tensor, y: Tensor, chosen: Tensor | None) -> Tensor:
         if x.dtype in HALF or y.dtype in HALF:
@@ -79,14 +79,14 @@ def _part(leaf: Component, params: dict[str, Any]) -> Callable[[Tensor], Tensor]
     return lambda x: leaf(params, x)
 
 
-def _adding(update: Update, delta: Delta) -> Effect:
+def _adding(params: Params, update: Update, delta: Delta) -> Effect:
     """Adds the effect of one delta to ``y``; x and y are lifted."""
     if isinstance(delta, ExpertLowRank):
         return lambda x, y, chosen: y + _routed(x, delta, chosen)
     if isinstance(delta, LowRank) and delta.left.shape[-2] == 1:
         left, right = delta.left[..., 0, :], delta.right[..., 0, :]
         return lambda x, y, _: torch.addcmul(y, (x * right).sum(-1, keepdim=True), left)
-    return lambda x, y, _: y + update.effect(x, delta)
+    return lambda x, y, _: y + update.effect(params, x, delta)
 
 
 def patched_params(layer: Layer, tap: Tap, moves: Sequence[Move]) -> dict[str, Any]:

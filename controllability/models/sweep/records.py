@@ -132,7 +132,7 @@ def record(solver: LayerSweep) -> LayerRecord:
     return LayerRecord(
         solver.layer.index, solver.choice, _largest(xp.lift(solver.output) - xp.lift(wanted)), _largest(xp.lift(wanted)),
         leaves, [(s, w, values) for (s, w), values in seen.items()], run.journal.routes,
-        any(goal.update.rule == "O-scale" for goal in run.goals.values()),
+        any(goal.update.kind == "scale" for goal in run.goals.values()),
     )  # fmt: skip
 
 
