@@ -22,6 +22,8 @@ class Bias(Component, Steerable, Bijection):
 
     bias: Param
 
+    takes_patched = True
+
     def __call__(self, params: Params, x: Array) -> Array:
         return x + self.bias.value(params)
 

@@ -29,6 +29,8 @@ class Linear(Component, Steerable):
     bias: Param | None = None
     layout: Literal["out_in", "in_out"] = "out_in"
 
+    takes_patched = True
+
     def __call__(self, params: Params, x: Array) -> Array:
         weight = self.weight.value(params)
         base = weight.base if isinstance(weight, PatchedMatrix) else weight

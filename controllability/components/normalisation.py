@@ -37,6 +37,10 @@ class Normalize(Component):
         return f"normalise ({self.kind})" + (f" {self.computed_by}" if self.computed_by else "")
 
     @property
+    def normalises(self) -> str:
+        return self.kind
+
+    @property
     def module(self) -> str:
         return self.computed_by
 

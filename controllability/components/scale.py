@@ -30,6 +30,8 @@ class Scale(Component, Steerable, Bijection):
         stored = self.weight.value(params)
         return arithmetic(stored).lift(stored) + self.offset
 
+    takes_patched = True
+
     def __call__(self, params: Params, x: Array) -> Array:
         return self.effective(params) * x
 
@@ -38,6 +40,10 @@ class Scale(Component, Steerable, Bijection):
 
     def own_parameters(self) -> tuple[Param, ...]:
         return (self.weight,)
+
+    @property
+    def scales(self) -> bool:
+        return True
 
     @property
     def width(self) -> int | str | None:

@@ -98,6 +98,16 @@ class Component(ABC):
         return 0
 
     @property
+    def normalises(self) -> str:
+        """How it normalises its input, "rms" or "layer"; "" where it does not."""
+        return ""
+
+    @property
+    def scales(self) -> bool:
+        """Whether it multiplies its input, entry by entry, by a parameter: the scale after a norm."""
+        return False
+
+    @property
     def chosen(self) -> int:
         """How many of its experts serve a token; 0 where there are none to choose from."""
         return 0

@@ -85,6 +85,8 @@ class Steerable(InputControllable, OutputControllable):
     On the input side the wanted change is f(x') − f(x).
     """
 
+    takes_patched = False  # whether it computes with a parameter on which a patch of each token's own lies
+
     @abstractmethod
     def updates(self) -> tuple[Update, ...]:
         """The ways to add a wanted change δ to the output, the preferred one first."""

@@ -66,7 +66,7 @@ def checked(data: Any, where: str, block: Component, given: CheckOptions) -> Ste
         )
     below = enumerate(data["premises"])
     premises = tuple(checked(premise, f"{where}.premises[{i}]", block, given) for i, premise in below)
-    found = rule.derive(place, replace(given, premises=premises))
+    found = rule.conclude(place, replace(given, premises=premises))
     stated = {key: value for key, value in data.items() if key != "premises"}
     differences = []
     for step in found.steps:

@@ -7,11 +7,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, get_args
 
-from controllability.components.mixture import ExpertLinear, Mixture, Share
-from controllability.components.normalisation import Normalize
-from controllability.components.scale import Scale
 from controllability.errors import BadInput
-from controllability.interfaces import Component, Param, Path, Place, Sequence, leaves
+from controllability.interfaces import Component, Param, Path, Place, leaves
 from controllability.prover.derivation import Derivation
 from controllability.prover.explain import explained, leaf_failure, refusal
 from controllability.prover.remedies import Remedy
@@ -78,7 +75,7 @@ class Prover:
         found = Attempt()
         for rule in RULES:
             if rule.side == side and rule.jointly in (None, self.jointly):
-                tried = rule.derive(place, self)
+                tried = rule.conclude(place, self)
                 found.steps += tried.steps
                 found.failures += [f if f.side else replace(f, side=side) for f in tried.failures]
         best: dict[frozenset[Param], Step] = {}
@@ -95,7 +92,7 @@ def scales_of_norms(block: Component) -> Iterator[Path]:
     found = leaves(block)
     for (before, norm), (path, scale) in pairwise(found):
         same_sequence = before[:-1] == path[:-1] and before[-1:] != path[-1:]
-        if same_sequence and isinstance(norm, Normalize) and isinstance(scale, Scale):
+        if same_sequence and norm.normalises and scale.scales:
             yield path
 
 
@@ -105,21 +102,19 @@ def per_expert_leaves(part: Component, path: Path, rows: bool, around: bool, k: 
     ``rows`` says so of the input, ``around`` of what the nearest mixture reads, which chooses ``k`` experts: its
     experts' own maps change expert by expert, and only the rows of mixtures further out are too many for them.
     """
-    if isinstance(part, ExpertLinear | Share):
+    if part.per_expert:
         return [path] if around else [], rows or k > 1
     if not part.children():
         return [path] if rows else [], rows
     found: list[Path] = []
-    if isinstance(part, Mixture):
-        flow = rows
-        for i, child in enumerate(part.children()):
-            here = (rows, around, k) if i == 0 else (flow, rows, part.routing.top_k)
-            inside, out = per_expert_leaves(child, (*path, i), *here)
-            found, flow = found + inside, out if i else rows
-        return found, rows
-    outs, flow = [], rows
+    outs: list[bool] = []
     for i, child in enumerate(part.children()):
-        inside, out = per_expert_leaves(child, (*path, i), flow, around, k)
+        source = part.source_of(i)
+        flow = rows if source is None else outs[source]
+        inside, out = per_expert_leaves(
+            child, (*path, i), flow, *((rows, part.chosen) if i in part.binds else (around, k))
+        )
         found, outs = found + inside, [*outs, out]
-        flow = out if isinstance(part, Sequence) else rows
-    return found, flow if isinstance(part, Sequence) else any(outs)
+    if part.chosen:  # it adds its experts up
+        return found, rows
+    return found, any(outs) if part.outlet is None else outs[part.outlet]

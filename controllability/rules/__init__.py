@@ -3,6 +3,7 @@
 The leaves' own rules (I-linear, O-scale, …) state their formulas beside the component.
 """
 
+from controllability.errors import BadInput
 from controllability.rules.base import Attempt as Attempt
 from controllability.rules.base import Failure as Failure
 from controllability.rules.base import Rule as Rule
@@ -25,11 +26,39 @@ from controllability.rules.output_side import (
 from controllability.rules.theorems import InputByOutput, Theorem1, Theorem1b
 from controllability.rules.through import ThroughBefore, ThroughSplit, ThroughSum
 
-RULES: tuple[Rule, ...] = (
+RULES: list[Rule] = [
     *LEAF_RULES, InputConstant(), InputBefore(), InputAfter(), InputCombine(), InputMixture(), Theorem1(), Theorem1b(),
     InputByOutput(),
     OutputAfterFixed(), OutputThroughBijection(), OutputTimes(), OutputNormalised(), OutputSum(), OutputFactor(),
     OutputMixture(), ThroughSplit(), ThroughBefore(), ThroughSum(), ThroughMixture(),
     OutputThroughBijection("through"), OutputTimes("through"), OutputNormalised("through"),
     JointNormalised(), JointMixture(), JointThroughMixture(), JointNormalised("through"),
-)  # fmt: skip
+]  # fmt: skip
+
+
+def register(rule: Rule) -> Rule:
+    """Add a rule of one's own to the table: the prover, the checks and ``recheck`` know it from then on.
+
+    Raises ``BadInput`` for a rule whose name and side are taken, or that lacks one of its texts.  (new)
+
+    >>> from controllability.rules.through import ThroughBefore
+    >>> register(ThroughBefore())
+    Traceback (most recent call last):
+    controllability.errors.BadInput: the rule T-before (through side) is registered already
+    """
+    if not isinstance(rule, Rule):
+        raise BadInput(f"register takes a rule, an instance of a class of controllability.rules.Rule, got {rule!r}")
+    for text in ("name", "side", "statement", "when", "patch", "source"):
+        if not getattr(rule, text, ""):
+            raise BadInput(f"the rule {getattr(rule, 'name', type(rule).__name__)} has no {text}")
+    if any((known.name, known.side) == (rule.name, rule.side) for known in RULES):
+        raise BadInput(f"the rule {rule.name} ({rule.side} side) is registered already")
+    RULES.append(rule)
+    return rule
+
+
+def unregister(rule: Rule) -> None:
+    """Take a rule out of the table again.  Raises ``BadInput`` for one that is not in it."""
+    if rule not in RULES:
+        raise BadInput(f"the rule {rule.name} is not registered")
+    RULES.remove(rule)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Literal, Protocol
 
 from controllability.arrays import Array, arithmetic
@@ -92,6 +93,11 @@ class Rule(ABC):
     patch: str
     source: str
     jointly: bool | None = None  # whether it serves many tokens with one patch, or each with its own; None for both
+    about: type | UnionType = Component  # the class of component that its statement names; any by default
+
+    def conclude(self, place: Place, prover: Search) -> Attempt:
+        """``derive`` where the component is of the class that the rule is about, else nothing."""
+        return self.derive(place, prover) if isinstance(place.component, self.about) else Attempt()
 
     @abstractmethod
     def derive(self, place: Place, prover: Search) -> Attempt:

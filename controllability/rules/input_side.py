@@ -48,13 +48,12 @@ class InputBefore(Rule):
     """f∘p with p fixed."""
 
     name, side = "I-before", "input"
+    about = Sequence
     statement = "f∘p, p fixed"
     when, patch, source = "f is input-controllable at (p(z), p(z'))", "that of f", "[G] s.5"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Sequence):
-            return Attempt()
-        last = len(place.component.parts) - 1
+        last = len(place.component.children()) - 1
         before, f = place.slice(0, last), place.parts()[last]
         return lifted(self, place, f, (before,), prover.attempt(f, "input"), note=before.describe())
 
@@ -69,14 +68,13 @@ class InputAfter(Rule):
     """q∘f with q fixed."""
 
     name, side = "I-after", "input"
+    about = Sequence
     statement = "q∘f, q fixed"
     when = "f is input-controllable; a choice of experts inside q is no near-tie"
     patch, source = "that of f", "[G] s.5"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Sequence):
-            return Attempt()
-        last = len(place.component.parts) - 1
+        last = len(place.component.children()) - 1
         f, after = place.slice(0, last), place.parts()[last]
         # q reads what f reproduces up to rounding, which must not decide between experts
         choices = tuple(c for mixture in mixtures_in(after) for c in choice_conditions(mixture))
@@ -95,12 +93,11 @@ class InputCombine(Rule):
     """q(f₁, …, f_k) with disjoint parameters: I-tuple, then I-after with q the sum or product."""
 
     name, side = "I-combine", "input"
+    about = Sum | Product
     statement = "q(f₁, …, f_k), disjoint parameters (I-tuple, then I-after)"
     when, patch, source = "every f_i is input-controllable", "the union", "[G] s.5"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Sum | Product):
-            return Attempt()
         parts = place.parts()
         attempts = [prover.attempt(part, "input") for part in parts]
         failures = [

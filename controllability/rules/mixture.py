@@ -39,6 +39,7 @@ class OutputMixture(Rule):
     """Σ_j s_j W_j y_j: the least-norm change of the active experts' last matrices."""
 
     name, side = "O-mixture", "output"
+    about = Mixture
     statement = "Σ_j s_j W_j y_j over the active experts"
     when = "some active j has s_j ≠ 0 and y_j ≠ 0"
     patch = "ΔW_j = s_j δ y_jᵀ / Σ_k s_k²‖y_k‖²"
@@ -46,8 +47,6 @@ class OutputMixture(Rule):
     jointly: bool | None = False
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Mixture):
-            return Attempt()
         last = place.parts()[2]
         if not isinstance(last.component, ExpertLinear):
             reason = "the experts do not end in their own linear map"
@@ -131,13 +130,12 @@ class InputMixture(Rule):
 
     name: str = "I-mixture"
     side: Side = "input"
+    about = Mixture
     statement = "Σ_j s_j E_j: (router, experts' inner functions), disjoint parameters"
     when = "router and inner functions are input-controllable; the target's choice of experts is no near-tie"
     patch, source = "the union; experts that are not chosen stay as they are", "[G] s.5 (mixture of experts)"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Mixture):
-            return Attempt()
         found = Attempt()
         for steps in self._inner(place, prover, found):
             if twice := disturbs(steps[0].moved | steps[1].moved, place.parts()[2]):
@@ -188,8 +186,6 @@ class ThroughMixture(OutputMixture):
     source = "[G, Thm 5] with theory 2, O-mixture"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Mixture):
-            return Attempt()
         last = place.parts()[2]
         if not isinstance(last.component, ExpertLinear):
             return Attempt()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from controllability.arrays import Array, arithmetic
-from controllability.components.residual import Identity
 from controllability.components.times import Times
 from controllability.execution.patched_run import PatchedRun
 from controllability.interfaces import Bijection, Condition, Place, Product, Sequence, Sum
@@ -17,13 +16,12 @@ class OutputAfterFixed(Rule):
     """g∘p with p fixed."""
 
     name, side = "O-after-fixed", "output"
+    about = Sequence
     statement = "g∘p, p fixed"
     when, patch, source = "g is output-controllable at p(y)", "that of g", "[G] s.5"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Sequence):
-            return Attempt()
-        last = len(place.component.parts) - 1
+        last = len(place.component.children()) - 1
         before, g = place.slice(0, last), place.parts()[last]
         return lifted(self, place, g, (before,), prover.attempt(g, "output"), note=before.describe())
 
@@ -35,6 +33,7 @@ class OutputThroughBijection(Rule):
     """q∘g with q a bijection onto its image and the target in the image."""
 
     name: str = "O-through-bijection"
+    about = Sequence
     statement = "q∘g, q a bijection onto its image"
     when = "g is output-controllable and the target lies in the image of q"
     patch, source = "g reaches q⁻¹(q(g(y)) + δ)", "theory 2"
@@ -47,9 +46,7 @@ class OutputThroughBijection(Rule):
         return isinstance(q.component, Bijection) and not isinstance(q.component, Times)
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Sequence):
-            return Attempt()
-        last = len(place.component.parts) - 1
+        last = len(place.component.children()) - 1
         inner, q = place.slice(0, last), place.parts()[last]
         if not self.applies(q):
             return Attempt()
@@ -92,19 +89,18 @@ class OutputSum(Rule):
     """g₁ + g₂ with one of them output-controllable, the other not reading what it moves."""
 
     name, side = "O-sum", "output"
+    about = Sum
     statement = "g₁ + … + g_k"
     when = "one term is output-controllable and the others do not read what it moves"
     patch, source = "that term's", "theory 2"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Sum):
-            return Attempt()
         found = Attempt()
         for term in place.parts():
             others = tuple(p for p in place.parts() if p.path != term.path)
             lift = lifted(self, place, term, others, prover.attempt(term, "output"))
             found.steps += lift.steps
-            if not isinstance(term.component, Identity):
+            if not term.component.is_skip:
                 found.failures += lift.failures
         return found
 
@@ -120,13 +116,12 @@ class OutputFactor(Rule):
     """p∘g elementwise, p fixed and nowhere zero: g reaches the wanted output divided by p."""
 
     name, side = "O-factor", "output"
+    about = Product
     statement = "p(y) ∘ g(y), p fixed"
     when = "g is output-controllable, no entry of p(y) is zero"
     patch, source = "g's with δ/p(y)", "O-times, entry by entry (new)"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Product):
-            return Attempt()
         found = Attempt()
         for factor in place.parts():
             others = tuple(p for p in place.parts() if p.path != factor.path)

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from itertools import product
 
-from controllability.components.bias import Bias
-from controllability.components.linear import Linear
 from controllability.components.mixture import Mixture
-from controllability.components.residual import Identity
-from controllability.components.scale import Scale
 from controllability.execution.patched_run import PatchedRun
-from controllability.interfaces import Component, Param, Place, Sequence, Sum
+from controllability.interfaces import Component, Param, Place, Sequence, Steerable, Sum
 from controllability.rules.base import (
     Attempt,
     Failure,
@@ -33,23 +29,24 @@ class Theorem1(Rule):
     """s + g∘f: steer f on the input side, then g on the output side by s(v') − s(v)."""
 
     name, side = "theorem-1", "input"
+    about = Sum
     statement = "s + g∘f, disjoint parameters"
     when = "f is input-controllable at (v, v') and g output-controllable at f(v')"
     patch = "θ' of f; then φ' of g with δ = s(v') − s(v), s read after the input patch"
     source = "[G, Thm 5]"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Sum) or prover.via != "input-output":
+        if prover.via != "input-output":
             return Attempt()
         found = Attempt()
         for branch in place.parts():
             others = tuple(p for p in place.parts() if p.path != branch.path)
             if branches_inside(branch.component):
                 self._through(place, branch, others, prover, found)
-            if isinstance(branch.component, Sequence):
-                for split in reversed(range(1, len(branch.component.parts))):  # the largest f first
+            if branch.component.outlet is not None:
+                for split in reversed(range(1, len(branch.parts()))):  # the largest f first
                     self._split(place, branch, others, split, prover, found)
-            elif not isinstance(branch.component, Identity):
+            elif not branch.component.is_skip:
                 outer = prover.attempt(branch, "output")
                 reason = "the branch is one component: there is no inner function before the outer one"
                 found.failures.append(
@@ -110,15 +107,16 @@ class Theorem1b(Rule):
     """s + g: steer g at the source activation, whether or not anything before it can be steered."""
 
     name, side = "theorem-1b", "input"
+    about = Sum
     statement = "s + g"
     when = "g is output-controllable at the source activation"
     patch = "φ' of g with δ = s(v') − s(v) + g(v') − g(v)"
     source = "theory 1b (new)"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Sum) or prover.via != "output":
+        if prover.via != "output":
             return Attempt()
-        inner = OutputSum().derive(place, prover)
+        inner = OutputSum().conclude(place, prover)
         steps = [Step(self, place, s.premises, s.moved, cost=s.cost) for s in inner.steps]
         return Attempt(steps, inner.failures)
 
@@ -168,10 +166,10 @@ def _misread(moved: frozenset[Param], others: tuple[Place, ...]) -> tuple[Param,
 
 def _reads(component: Component, plainly: bool = True) -> list[tuple[Param, bool]]:
     """Every parameter that is read, and whether by a map that takes one row a token and a patch for each."""
-    here = plainly and isinstance(component, Linear | Scale | Bias)
+    here = plainly and isinstance(component, Steerable) and component.takes_patched
     reads = [(q, here) for q in component.own_parameters()]
     for i, child in enumerate(component.children()):
-        reads += _reads(child, plainly and not (isinstance(component, Mixture) and i > 0))
+        reads += _reads(child, plainly and i not in component.binds)
     return reads
 
 

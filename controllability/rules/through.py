@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from itertools import product
 
-from controllability.components.residual import Identity
 from controllability.execution.patched_run import PatchedRun
 from controllability.interfaces import Place, Sequence, Sum
 from controllability.rules.base import (
@@ -35,14 +34,13 @@ class ThroughSplit(Rule):
     """g∘f: f on the input side, g on the output side."""
 
     name, side = "T-split", "through"
+    about = Sequence
     statement = "g∘f, disjoint parameters"
     when = "f is input-controllable and g output-controllable"
     patch, source = "that of f; then that of g", "[G, Thm 5]"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Sequence):
-            return Attempt()
-        count, found = len(place.component.parts), Attempt()
+        count, found = len(place.component.children()), Attempt()
         for split in reversed(range(1, count)):
             inner, outer = place.slice(0, split), place.slice(split, count)
             g = prover.attempt(outer, "output")
@@ -70,13 +68,12 @@ class ThroughBefore(Rule):
     """c∘p with p fixed."""
 
     name, side = "T-before", "through"
+    about = Sequence
     statement = "c∘p, p fixed"
     when, patch, source = "c is controllable through", "that of c", "[G] s.5"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Sequence):
-            return Attempt()
-        before, rest = place.parts()[0], place.slice(1, len(place.component.parts))
+        before, rest = place.parts()[0], place.slice(1, len(place.component.children()))
         return lifted(self, place, rest, (before,), prover.attempt(rest, "through"), note=before.describe())
 
     def schema(self, step: Step) -> Schema:
@@ -87,18 +84,17 @@ class ThroughSum(Rule):
     """f₁ + … + f_k: one term is carried through, the others are given the values of the target run."""
 
     name, side = "T-sum", "through"
+    about = Sum
     statement = "f₁ + … + f_k, disjoint parameters"
     when = "one term is controllable through; terms that are input-controllable are steered, others left as they are"
     patch, source = "the union; the first term makes up for the others", "[G, Thm 5] (new for several branches)"
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Sum):
-            return Attempt()
         found = Attempt()
         for carrier in reversed(place.parts()):  # a live model computes the last term last: nothing is missing then
             others = [p for p in place.parts() if p.path != carrier.path]
             attempt = prover.attempt(carrier, "through")
-            found.failures += attempt.failures if not isinstance(carrier.component, Identity) else []
+            found.failures += attempt.failures if not carrier.component.is_skip else []
             inside = {other: prover.attempt(other, "input").steps for other in others}
             beside = [(other, min(steps, key=_earliest)) for other, steps in inside.items() if steps]
             twice = tuple(
