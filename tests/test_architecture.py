@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -134,6 +135,26 @@ def excuse(one: Import) -> tuple[str, str]:
     return one.module, one.target if ours else one.target.partition(".")[0]
 
 
+def remembered(house: House) -> list[tuple[str, str]]:
+    """(file, name) of what outlives a call: cached functions, weak tables, context variables, tables that begin empty."""
+    found = []
+    for module, path in house.files.items():
+        file = "/".join(path.parts[path.parts.index(module.partition(".")[0]) :]).removeprefix("controllability/")
+        for node in ast.walk(house.trees[module]):
+            decorators = getattr(node, "decorator_list", [])
+            if any("cache" in ast.unparse(one) for one in decorators):
+                found.append((file, node.name))
+        for node in house.trees[module].body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+                value = ast.unparse(node.value)
+                if value in ("{}", "[]", "set()", "dict()", "Cache()") or re.match(
+                    r"[\w.]*(Weak\w+|ContextVar)\(", value
+                ):
+                    target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                    found.append((file, ast.unparse(target)))
+    return found
+
+
 def too_long(house: House) -> list[str]:
     found = []
     for module, path in house.files.items():
@@ -172,6 +193,16 @@ def test_imports_inside_functions_are_of_heavy_packages_or_run_down(house, rooms
 def test_no_excuse_outlives_its_import(house, rooms):
     found = {excuse(one) for one in lazy(house, rooms)}
     assert [key for key in LAZY if key not in found] == [], "delete these lines of LAZY"
+
+
+def test_what_is_remembered_stands_on_the_page(house):
+    paragraphs = PAGE.read_text(encoding="utf-8").replace("\n\n", "\n|").split("\n|")
+    for file, name in remembered(house):
+        assert any(f"`{file}" in text and f"`{name}`" in text for text in paragraphs), (file, name)
+    names = {name for _, name in remembered(house)}
+    rows = [text.split(" | ") for text in paragraphs if ".py` | `" in text]
+    stated = {name.strip("`") for row in rows for name in row[1].split(", ")}
+    assert stated <= names, stated - names
 
 
 def test_no_file_and_no_function_is_too_long(house):
@@ -302,6 +333,12 @@ def test_a_lazy_import_of_the_own_room_or_of_a_light_package_is_named(tmp_path):
         "controllability.top.other, line 3, imports json",
         "controllability.top.other, line 4, imports controllability.top.face",
     ]
+
+
+def test_what_is_remembered_is_found(tmp_path):
+    text = "from functools import lru_cache\nimport weakref\n\n@lru_cache\ndef f(): ...\n\n_SEEN: dict = {}\nT = weakref.WeakKeyDictionary()\nFIXED = {1: 2}\n"
+    found = remembered(made_up(tmp_path, left=text))
+    assert found == [("left.py", "f"), ("left.py", "_SEEN"), ("left.py", "T")]
 
 
 def test_what_is_too_long_is_named(tmp_path):
