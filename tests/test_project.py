@@ -1,4 +1,4 @@
-"""Promises about the project itself: import time, imports one way, every rule and component in its places."""
+"""Promises about the project itself: import time, every rule and component in its places (imports: test_architecture.py)."""
 
 from __future__ import annotations
 
@@ -41,33 +41,6 @@ def test_the_mathematics_runs_without_torch():
         "assert ct.verify(block, params, patch, v, t).residual < 1e-12"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# who may import whom: each room and the rooms below it (design: imports run one way)
-ORDER = [
-    {"errors", "version"}, {"arrays"}, {"symbolic"}, {"deltas"}, {"solvers"}, {"interfaces"}, {"components"}, {"execution"}, {"rules"}, {"prover"}, {"checks", "verification"},
-    {"rendering", "proof_files"}, {"proof"}, {"models"}, {"embedded"}, {"compiling"}, {"cli"},
-]  # fmt: skip
-
-
-def test_imports_run_one_way():
-    level = {room: i for i, rooms in enumerate(ORDER) for room in rooms}
-    for path in (ROOT / "controllability").rglob("*.py"):
-        room = path.relative_to(ROOT / "controllability").parts[0].removesuffix(".py")
-        if room in ("__init__", "__main__"):
-            continue
-        for node in ast.parse(path.read_text()).body:  # imports inside functions are deliberate exceptions
-            modules = (
-                [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else []
-            )
-            for module in modules:
-                if module.startswith("controllability."):
-                    below = module.split(".")[1]
-                    assert level[below] <= level[room], f"{path.name} ({room}) imports {module}"
 
 
 def test_every_rule_is_complete_and_named_once():
