@@ -27,14 +27,14 @@ def symbolic_sizes(block: Component) -> dict[str, Any]:
 
     names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)} | {*DEFAULT_SIZES}
     symbols = {n: sympy.Symbol(n, integer=True, positive=True) for n in names}
-    return symbols | {"2h": 2 * symbols["h"], "E+1": symbols["E"] + 1, "one": 1}
+    return symbols | {f"2{n}": 2 * size for n, size in symbols.items()} | {"E+1": symbols["E"] + 1, "one": 1}
 
 
 def sizes_of(block: Component, **sizes: int) -> dict[str, int]:
     """Numbers for the named sizes of a block's parameters; raises ``BadInput`` for an unknown name."""
     known = DEFAULT_SIZES | sizes
-    # gate and up in one matrix; a class for each expert and one for none
-    known = {"2h": 2 * known["h"], "E+1": known["E"] + 1} | known
+    # two of a size in one (gate and up in one matrix); a class for each expert and one for none
+    known = {f"2{n}": 2 * size for n, size in known.items()} | {"E+1": known["E"] + 1} | known
     names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
     unknown = names - set(known)
     if unknown:

@@ -6,6 +6,7 @@ Axis names used in every docstring: ``...`` tokens (any number of leading axes),
 
 import controllability.symbolic  # noqa: F401  makes symbols known to controllability.arrays
 from controllability.deltas import added as added
+from controllability.interfaces.component import Combinator as Combinator
 from controllability.interfaces.component import Component as Component
 from controllability.interfaces.component import Product as Product
 from controllability.interfaces.component import Sequence as Sequence

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from itertools import product
 
-from controllability.components.mixture import Mixture
 from controllability.execution.patched_run import PatchedRun
-from controllability.interfaces import Component, Param, Place, Sequence, Steerable, Sum
+from controllability.interfaces import Component, Param, Place, Product, Sequence, Steerable, Sum
 from controllability.rules.base import (
     Attempt,
     Failure,
@@ -153,9 +152,8 @@ class InputByOutput(Rule):
 
 def branches_inside(component: Component) -> bool:
     """Whether a branch has branches of its own, in which inner and outer functions stand side by side."""
-    return any(isinstance(c, Sum | Mixture) or branches_inside(c) for c in (component, *component.children())[1:]) or (
-        isinstance(component, Sum | Mixture)
-    )
+    side_by_side = component.children() and component.outlet is None and not isinstance(component, Product)
+    return bool(side_by_side) or any(map(branches_inside, component.children()))
 
 
 def _misread(moved: frozenset[Param], others: tuple[Place, ...]) -> tuple[Param, ...]:
