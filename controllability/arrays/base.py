@@ -128,6 +128,10 @@ class Arithmetic:
         """Boolean array: which entries are (known to be) zero."""
         return x == 0
 
+    def is_finite(self, x: Array) -> bool:
+        """Whether no entry is NaN or infinite."""
+        return self.exact or bool(self.is_zero(x * 0).all())
+
     def or_one(self, x: Array) -> Array:
         """``x``, and 1 where it is zero: a divisor that can be divided by."""
         return self.where(self.is_zero(x), x + 1, x)

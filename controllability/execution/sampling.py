@@ -10,15 +10,10 @@ import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array
 from controllability.errors import BadInput
-from controllability.interfaces import Component, leaves
+from controllability.interfaces import Component, Layout
 from controllability.symbolic.indexed import IndexedArray
 
 DEFAULT_SIZES = {"d": 4, "h": 6, "E": 4, "l": 3, "r": 2, "one": 1}  # width, hidden, experts, latent, rank
-
-
-def inputs_of(block: Component) -> int:
-    """How many inputs a block has: more than one when it selects among them (parallel blocks)."""
-    return 1 + max(leaf.reads_input for _, leaf in leaves(block))
 
 
 def symbolic_sizes(block: Component) -> dict[str, Any]:
@@ -73,7 +68,7 @@ def sample(
         raise BadInput("the width of the block's input is not known: no parameter of it says so")
     state = (*tokens, _number(width, known))
     params = {name: _draw(kind, name, shape, rng) for name, shape in shapes.items()}
-    v, v_target = _states(kind, inputs_of(block), state, rng)
+    v, v_target = _states(kind, Layout.of(block).inputs, state, rng)
     return (_told_apart(params, v, v_target) if kind == "sympy" else params), v, v_target
 
 

@@ -20,6 +20,7 @@ from controllability.interfaces.joint import JointUpdate as JointUpdate
 from controllability.interfaces.param import Param as Param
 from controllability.interfaces.param import Params as Params
 from controllability.interfaces.param import overlap as overlap
+from controllability.interfaces.paths import Layout as Layout
 from controllability.interfaces.paths import Path as Path
 from controllability.interfaces.paths import Place as Place
 from controllability.interfaces.paths import leaves as leaves

@@ -176,7 +176,7 @@ class RandomPoint:
         if isinstance(e, sympy.Sum):
             return self._total(e)
         if isinstance(e, sympy.Piecewise):
-            return self.value(next(part for part, where in e.args if self._holds(where)))
+            return self.value(next(case.args[0] for case in e.args if self._holds(case.args[1])))
         if isinstance(e, sympy.KroneckerDelta):
             return complex(self.value(e.args[0]) == self.value(e.args[1]))
         head = str(e if e.is_Symbol else e.func)
