@@ -158,11 +158,11 @@ class Arithmetic:
         return None
 
     def tidy(self, x: Array) -> Array:
-        """The same value in a normal form, where the arithmetic has one."""
+        """The value in a normal form, where the arithmetic has one."""
         return x
 
     def name(self, x: Array) -> Array:
-        """The same value, from here on treated as given: symbols get a name for it."""
+        """The value, from here on treated as given: symbols get a name for it."""
         return x
 
     def root(self, name: str, function: Any, value: Array) -> Array:

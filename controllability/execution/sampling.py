@@ -101,7 +101,7 @@ def _draw(kind: str, name: str, shape: tuple[int, ...], rng: np.random.Generator
 
 
 def _told_apart(params: dict[str, Array], *states: Any) -> dict[str, Array]:
-    """The same parameters, their symbols called otherwise where one stands for two entries (a.up and b.up, W_111)."""
+    """The parameters, their symbols renamed where one stands for two entries (a.up and b.up, W_111)."""
     import sympy
 
     def entries(x: Any) -> list[Any]:

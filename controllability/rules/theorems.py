@@ -102,11 +102,10 @@ class Theorem1(Rule):
         construct(outer, run, rest_of_sum(step, outer, run, wanted))
 
 
-class Theorem1b(Rule):
+class Theorem1b(OutputSum):
     """s + g: steer g at the source activation, whether or not anything before it can be steered."""
 
     name, side = "theorem-1b", "input"
-    about = Sum
     statement = "s + g"
     when = "g is output-controllable at the source activation"
     patch = "φ' of g with δ = s(v') − s(v) + g(v') − g(v)"
@@ -118,13 +117,6 @@ class Theorem1b(Rule):
         inner = OutputSum().conclude(place, prover)
         steps = [Step(self, place, s.premises, s.moved, cost=s.cost) for s in inner.steps]
         return Attempt(steps, inner.failures)
-
-    def schema(self, step: Step) -> Schema:
-        at = index_of(step, step.premises[0].place)
-        return schema(Sum(terms(step, {at: Assumed("g", side="output")})), (at,))
-
-    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
-        construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
 
 
 class InputByOutput(Rule):
