@@ -33,7 +33,7 @@ class ExpertListener(Protocol):
         ...
 
     def last(self, x: Tensor, y: Tensor) -> Tensor:
-        """What the experts' last matrices computed."""
+        """The last matrices read ``x`` and gave ``y``; returns what to go on with."""
         ...
 
 
