@@ -111,8 +111,7 @@ def known(step: Step, schema: Schema) -> list[tuple[str, Any]]:
     how = (update.rule, update.param, *ways) if update else None
     paths = tuple(premise.place.path for premise in schema.premises)
     shapes = tuple(sorted((str(p), str(p.shape)) for p in schema.component.parameters()))  # no part of what is equal
-    route = step.note if step.note.startswith("route ") else ""  # other notes are words for a reader
-    rule = (type(step.rule).construct, step.rule.name, step.rule.side, route)
+    rule = (type(step.rule).construct, step.rule.name, step.rule.side, step.route)
     key = (*rule, how, schema.component, shapes, paths)
     return _MEMORY.recall(key, schema.component, lambda: claims(step, schema))
 

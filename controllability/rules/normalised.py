@@ -59,7 +59,7 @@ class OutputNormalised(Rule):
             hint = _advice(prover.route, route, scale)
             condition = Condition(ROUTE_CONDITIONS[route], place.parts()[-1].describe(), hint=hint)
             cost = step.cost if own or prover.route == "ball" else step.cost + LAST_RESORT
-            found.steps.append(Step(self, place, (step,), step.moved | own, (condition,), cost, f"route {route}"))
+            found.steps.append(Step(self, place, (step,), step.moved | own, (condition,), cost, route=route))
         return found
 
     def schema(self, step: Step) -> Schema:
@@ -71,9 +71,8 @@ class OutputNormalised(Rule):
         return schema(Sequence.of(Assumed("g", side=self.side), norm, *parts[-1:] if scaled else ()), (0,))
 
     def variants(self, step: Step) -> dict[str, Step]:
-        route = step.note.removeprefix("route ")
-        taken = ("uniform", "secular", "ball", "scale") if route == "auto" else (route,)
-        return {f"route {r}": replace(step, note=f"route {r}") for r in taken}
+        taken = ("uniform", "secular", "ball", "scale") if step.route == "auto" else (step.route,)
+        return {f"route {r}": replace(step, route=r) for r in taken}
 
     def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         joint = _Normalised(step, run, wanted)
@@ -110,7 +109,7 @@ class _Normalised:
 
     def __init__(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         self.step, self.run, self.wanted = step, run, wanted
-        self.route = step.note.removeprefix("route ")
+        self.route = step.route
         parts = step.place.parts()
         self.scale_place = parts[-1] if isinstance(parts[-1].component, Scale) else None
         norm = parts[-2 if self.scale_place else -1].component

@@ -46,11 +46,12 @@ class JointNormalised(OutputNormalised):
         condition = Condition(
             "one scale serves all tokens: Σ_i G_ti² s_i/d = q_t with s_i = 1/m'_i² > 0", where, hint=KEEP
         )
-        steps = [step for step in found.steps if step.note != "route ball"]
+        steps = [step for step in found.steps if step.route != "ball"]
         if found.steps and not steps:
             reason = "one patch for many tokens moves the scale after the normalisation, and none may move"
             found.failures.append(Failure(place, self.name, reason, "let a scale after the norm move", weight=1))
-        found.steps = [replace(step, conditions=(condition,), note="one scale for all tokens") for step in steps]
+        note = "one scale for all tokens"
+        found.steps = [replace(step, conditions=(condition,), note=note, route="") for step in steps]
         return found
 
     def variants(self, step: Step) -> dict[str, Step]:
