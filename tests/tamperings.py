@@ -67,7 +67,7 @@ WRONG = {  # name: (how the JSON of Gemma 3's proof is changed, the node that is
     "up and down are tied": (lambda d: renamed(d, "up_proj", "down_proj"), r"^tree \(theorem-1 ", "is used twice"),
     "the skip reads what moves": (lambda d: renamed(d, "mlp.gate_proj.weight", "pre_feedforward_layernorm.weight"), r"^tree\.premises\[0\] \(I-before", "is used twice"),
     "another steering": (lambda d: at(d, *DOWN)["steering"].update(parameter="mlp.up_proj.weight"), r"\(O-linear", "steering is"),
-    "no steering": (lambda d: at(d, *GATE).update(update=None), r"\(I-linear", "steering is None"),
+    "no steering": (lambda d: at(d, *GATE).update(steering=None), r"\(I-linear", "steering is None"),
     "a lower cost": (lambda d: d["alternatives"][-1].update(cost=0), r"^alternatives\[\d+\] \(theorem-1 ", "cost is 0"),
     "another note": (lambda d: at(d, *NORMED).update(note="route ball"), r"\(O-normalised", "note is route ball"),
     "the rule's words": (lambda d: at(d, *DOWN).update(when="always"), r"\(O-linear", "when is always"),
