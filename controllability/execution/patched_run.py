@@ -9,7 +9,7 @@ from controllability.arrays import Array, arithmetic
 from controllability.components.mixture import CHOSEN, SHARES, Mixture
 from controllability.deltas import Delta, ExpertLowRank, Shift, added
 from controllability.errors import SideConditionFailed
-from controllability.execution.journal import SHORT, Journal, Margin, RouteTaken
+from controllability.execution.journal import Journal, Margin, RouteTaken
 from controllability.execution.trace import Trace
 from controllability.interfaces import (
     Component,
@@ -24,6 +24,7 @@ from controllability.interfaces import (
     measure,
     node,
 )
+from controllability.solvers.resorts import Resort
 from controllability.solvers.served_tokens import Known
 
 ONE_NUMBER = "one number serves all features here: steer after it, by a map or a bias with a number for each feature"
@@ -200,7 +201,9 @@ class PatchedRun(Trace):
             return
         if self.joint.may_fall_short and not arithmetic(margin).all(margin > 0):
             where = node(self.block, path).describe()
-            self.journal.routes.append(RouteTaken(where, SHORT, lambda: f"not all targets can be reached: {condition}"))
+            self.journal.routes.append(
+                RouteTaken(where, Resort.SHORT, lambda: f"not all targets can be reached: {condition}")
+            )
         else:
             self.journal.margins.append(Margin(condition, margin))
 

@@ -13,7 +13,7 @@ from controllability.components.normalisation import Normalize
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, Shift
 from controllability.errors import NotExact
-from controllability.execution.journal import NEAREST, SIZED, Margin, RouteTaken
+from controllability.execution.journal import Margin, RouteTaken
 from controllability.execution.patched_run import Goal, PatchedRun
 from controllability.interfaces import Condition, Place
 from controllability.rules.base import Attempt, Failure, Search, Step, Target, construct
@@ -21,12 +21,12 @@ from controllability.rules.normalised import OutputNormalised
 from controllability.solvers.free_sizes import sized_scale
 from controllability.solvers.joint_scale_task import Chosen, _Numbers, distinct
 from controllability.solvers.least_norm import UNIT_ROUNDINGS
+from controllability.solvers.resorts import Resort
 from controllability.solvers.served_tokens import Known, NotContinued
 
 MAGNIFIED = 5e-6  # amplification, times machine epsilon, above which a block had better do something else
 CALM = 10.0  # amplification up to which it need not in any precision
 AFFINE = 1e-6  # differences of mean(u²) from q that count as none
-FITTED = "nearest"
 KEEP = "let the RMS before the norm move (leave keep_rms out), or patch fewer tokens at once"
 
 
@@ -109,7 +109,7 @@ class _OneScale:
         u = xp.name(ratio / c)
         eps = xp.number(self.eps)
         self.run.journal.routes.append(
-            RouteTaken(self.place.describe(), "enlarged", lambda: "not in floating-point numbers: closed form")
+            RouteTaken(self.place.describe(), Resort.ENLARGED, lambda: "not in floating-point numbers: closed form")
         )
         return c * m, xp.name(u * xp.sqrt(eps / (1 - xp.mean(u * u))))
 
@@ -128,7 +128,7 @@ class _OneScale:
         count = len(new.x)
         spread = xp.array(task.amplification(chosen)[-count:], like=G)
         told = f"largest relative change of the scale {task.change(chosen):.3g}{chosen.remark}"
-        run.journal.routes.append(RouteTaken(self.place.describe(), chosen.route, lambda: told, amplification=spread))
+        run.journal.routes.append(RouteTaken(self.place.describe(), chosen.resort, lambda: told, amplification=spread))
         if known is not None:
             self._move(known, chosen.before[:-count])
         run.served_after[self.place.path] = replace(tokens, raw=chosen.before)
@@ -148,7 +148,7 @@ class _OneScale:
             answer = joint_scale(task.G[kept], task.m, task.square[kept], task.eps, task.stored, joint.keep_rms)
         except Infeasible as refused:
             if joint.may_fall_short:
-                return task.nearest(NEAREST)
+                return task.nearest(Resort.NEAREST)
             failed = self.step.conditions[0].failed(None)
             proof = refused.certificate
             failed.certificate = proof.among(kept, like) if proof is not None else None
@@ -160,7 +160,7 @@ class _OneScale:
         if joint.keep_rms or task.amplification(exact).max() <= calm:
             return exact
         if joint.read_by == "block":
-            return task.nearest(NEAREST)
+            return task.nearest(Resort.NEAREST)
         sized = self._sized(task, G, known) if joint.read_by == "norm" else None
         return exact if sized is None else sized
 
@@ -175,7 +175,7 @@ class _OneScale:
                 return Chosen(answer.scale, answer.before, answer.resort)
             except Infeasible:
                 pass
-        return task.nearest(FITTED, ridge)
+        return task.nearest(Resort.FITTED, ridge)
 
     def _sized(self, task: _Numbers, G: Array, known: Known | None) -> Chosen | None:
         """Every RMS kept, the sizes of the block's outputs free; None where that cannot be had."""
@@ -188,7 +188,7 @@ class _OneScale:
         try:
             run.output_sizes = one * 2
             output = xp.numbers(xp.lift(self.wanted()).reshape(G.shape)) - task.G  # what one more size adds to G
-            found = sized_scale(task.G, output, task.q, (task.m, task.nearest(SIZED).scale), task.stored)
+            found = sized_scale(task.G, output, task.q, (task.m, task.nearest(Resort.SIZED).scale), task.stored)
             if found is None:
                 run.output_sizes = None
                 return None
@@ -202,7 +202,7 @@ class _OneScale:
             run.output_sizes = None
             return None
         remark = f"; outputs change their sizes by factors {found.sizes.min():.3f} to {found.sizes.max():.3f}"
-        return Chosen(found.scale, unit * task.root, SIZED, remark)
+        return Chosen(found.scale, unit * task.root, Resort.SIZED, remark)
 
     def _move(self, known: Known, before: np.ndarray) -> None:
         """A new scale moves what the known tokens must give before the norm, too."""

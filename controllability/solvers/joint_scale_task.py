@@ -9,14 +9,15 @@ from typing import NamedTuple
 import numpy as np
 
 from controllability.solvers.nearest_scale import STAY, nearest_scale, to_keep
+from controllability.solvers.resorts import Resort
 
 
 class Chosen(NamedTuple):
-    """A scale m' (d,), what must enter the norm (T, d), the route's name, and what else there is to say of it."""
+    """A scale m' (d,), what must enter the norm (T, d), the order of resort, and what else there is to say of it."""
 
     scale: np.ndarray
     before: np.ndarray
-    route: str
+    resort: Resort
     remark: str = ""
 
 
@@ -45,10 +46,10 @@ class _Numbers:
         """√(r²+ε) of a token that keeps its RMS, (T, 1)."""
         return np.sqrt(self.usual + self.eps)[:, None]
 
-    def nearest(self, route: str, ridge: float = 0.0) -> Chosen:
+    def nearest(self, resort: Resort, ridge: float = 0.0) -> Chosen:
         """Every token keeps its RMS and comes as near to its target as one scale allows."""
         found = nearest_scale(self.G, self.m, self.q, ridge or STAY, self.stored)
-        return Chosen(found.scale, found.unit * self.root, route)
+        return Chosen(found.scale, found.unit * self.root, resort)
 
     def reached(self, scale: np.ndarray, before: np.ndarray, like: np.ndarray) -> np.ndarray:
         """What must enter the norm for every token: one that repeats another enters with the same RMS."""
