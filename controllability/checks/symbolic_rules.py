@@ -182,7 +182,7 @@ def instance(component: Component) -> tuple[dict[str, Array], Array, Array]:
     params, v, v_target = sample(component, "indexed")
     if isinstance(component, ExpertLinear):
         k = sympy_size("k")
-        chosen = undefined("expert", (k,), v)
+        chosen = undefined("expert", (k,), v, distinct=True)
         v, v_target = (IndexedArray.named(name, (k, v.shape[-1])) for name in ("v", "v'"))
         params = params | {CHOSEN: chosen}
     return params, v, v_target
