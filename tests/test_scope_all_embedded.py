@@ -214,5 +214,5 @@ def test_a_fit_takes_the_nearest_scale(embedded, monkeypatch):
         answer = joint_scale(task.G, task.m, task.square, task.eps, task.stored)
         return joint_normalised.Chosen(answer.scale, answer.before, route)
 
-    monkeypatch.setattr(joint_normalised._Numbers, "nearest", exact)
+    monkeypatch.setattr(joint_normalised.ScaleTask, "nearest", exact)
     assert off(fitted(1e-2)[1], wanted) > 5

@@ -14,7 +14,7 @@ import numpy as np
 from controllability.errors import BadInput
 from controllability.solvers import convex_programs as programs
 from controllability.solvers.farkas_certificate import Farkas, Infeasible, find_farkas
-from controllability.solvers.nearest_scale import to_keep
+from controllability.solvers.nearest_scale import largest_change, to_keep
 from controllability.solvers.resorts import Resort
 
 Vector = np.ndarray
@@ -152,11 +152,9 @@ class _Task:
         unit = np.divide(self.G, scale, out=np.zeros_like(self.G), where=scale != 0)
         root = self._roots(np.mean(unit * unit, -1), resort is Resort.KEPT)
         before = unit * root[:, None]
-        alive = (self.m != 0) & (scale != 0)
-        ratio = np.abs(scale[alive] / self.m[alive])
         return JointScale(
             scale, unit, before, resort,
-            change=float(max(ratio.max(), 1 / ratio.min())) if ratio.size else 1.0,
+            change=largest_change(scale, self.m),
             shrinkage=float((self.wanted / root)[self.live].max(initial=1)),
             residual=self._residual(scale, before), certificate=certificate,
         )  # fmt: skip
