@@ -18,7 +18,7 @@ from controllability.components import updates as ways
 from controllability.deltas import ExpertLowRank
 from controllability.interfaces import JointOptions
 from controllability.rules import RULES
-from controllability.rules import mixture_jointly as mixture_rules
+from controllability.rules import mixture as mixture_rules
 from controllability.rules import normalised_jointly as joint_rules
 from controllability.solvers import least_norm as span
 
