@@ -190,7 +190,7 @@ def equation(of: Callable[..., Any]) -> Callable[..., Any]:
 
 def unscaled(plain: Callable[..., Any]) -> Callable[..., Any]:
     """The scale's delta taken as the new scale itself: m is forgotten."""
-    return lambda self: Shift(self.solve().scale)
+    return lambda self: Shift(self.answer.scale)
 
 
 def output_mixture(weigh: Callable[..., Any], missing: Callable[..., Any]) -> Callable[..., Any]:
@@ -294,7 +294,7 @@ MUTATIONS = {
     "secular: μ not divided by m": Mutation("O-normalised", routes, "secular", wrong_secular(lambda G, m, mu: (m - mu, G * m / (m * m - mu))), POST, SECULAR),
     "secular: an equation without its unknown": Mutation("O-normalised", routes, "secular", equation(lambda xp, G, m, mu: xp.mean((G / m) ** 2)), POST, SECULAR),
     "secular: an equation with something added": Mutation("O-normalised", routes, "secular", equation(lambda xp, G, m, mu: xp.mean((G * m / (m * m - mu)) ** 2) + 1), POST, SECULAR),
-    "normalised: Δm is m'": Mutation("O-normalised", normalised._Normalised, "scale_delta", unscaled(normalised._Normalised.scale_delta), POST, UNIFORM),
+    "normalised: Δm is m'": Mutation("O-normalised", normalised.OneToken, "scale_delta", unscaled(normalised.OneToken.scale_delta), POST, UNIFORM),
     # Theorem 1 inside branches
     "through a split: outer repeats the target": Mutation("T-split", through.ThroughSplit, "construct", outer_repeats_the_target, LAST),
     "through a split: outer asked of the inner": Mutation("T-split", through.ThroughSplit, "construct", asks_for_the_whole, LAST),

@@ -140,7 +140,10 @@ class Random:
         given["expert"] = self.rng.permutation(sizes[E])[: sizes[M]].astype(float)
         self.numbers = Numbers(table, sizes, dict(given))
         self.pool = [(IndexedArray.named(n, SHAPES[n]), given[n]) for n in SHAPES]
-        self.index = undefined("expert", (M,), IndexedArray.named("x", (N,))), given["expert"].astype(int)
+        self.index = (
+            undefined("expert", (M,), IndexedArray.named("x", (N,)), distinct=True),
+            given["expert"].astype(int),
+        )
 
     def pick(self, *ndim: int):
         fitting = [pair for pair in self.pool if not ndim or pair[0].ndim in ndim]

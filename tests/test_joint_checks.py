@@ -18,7 +18,7 @@ from controllability.components import joint_updates as ways
 from controllability.deltas import ExpertLowRank
 from controllability.interfaces import JointOptions
 from controllability.rules import RULES
-from controllability.rules import mixture_jointly as mixture_rules
+from controllability.rules import mixture as mixture_rules
 from controllability.rules import normalised_jointly as joint_rules
 from controllability.solvers import least_norm as span
 
@@ -74,7 +74,7 @@ def without_root(self, G):
         ("theorem 1", "I-linear jointly", ways, "reached", unchecked, "are not refused"),
         ("vectors", "O-bias jointly", ways, "reached", unchecked, "are not refused"),
         ("experts", "I-experts jointly", ways, "reached", unchecked, "are not refused"),
-        ("normalised", "O-normalised jointly", joint_rules._OneScale, "_enlarged", without_root, "leaves"),
+        ("normalised", "O-normalised jointly", joint_rules.OneScale, "_enlarged", without_root, "leaves"),
     ],
 )
 def test_a_wrong_joint_rule_fails_its_own_check(monkeypatch, block, rule, target, attribute, wrong, said):
@@ -230,7 +230,7 @@ def test_many_digits_do_not_go_through_the_linear_program(monkeypatch):
 
     proof = joint("gemma3")
     numbers = ct.sample(proof.block, "mpmath", tokens=(2,))
-    monkeypatch.setattr(joint_rules._OneScale, "_programmed", program)
+    monkeypatch.setattr(joint_rules.OneScale, "_programmed", program)
     patch = proof.construct(*numbers)
     assert [r.route for r in patch.journal.routes] == ["enlarged"]
     with pytest.raises(ct.NotExact, match="keep_rms is decided by linear programming"):

@@ -15,7 +15,6 @@ from scipy.optimize import minimize
 from torch import nn
 
 import controllability as ct
-from controllability.execution.journal import NEAREST, SIZED
 from controllability.models.patches.solve import parse_joint_options
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.probes import sizes_are_free, with_reader_of_last_layer
@@ -23,6 +22,7 @@ from controllability.models.reading.tolerances import VERIFIED
 from controllability.solvers import nearest_scale as nearest
 from controllability.solvers.free_sizes import sized_scale
 from controllability.solvers.nearest_scale import nearest_scale
+from controllability.solvers.resorts import Resort
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from scope_all import CONTEXT, random_model, task
@@ -162,7 +162,7 @@ def test_families_end_in_a_norm_or_not(name, free):
     checked = checked_reading(model, ids)
     assert sizes_are_free(model, checked, ids) is free
     wish = parse_joint_options("all", 0.0, None, False)
-    assert with_reader_of_last_layer(wish, model, checked, ids).behind == ("norm" if free else "anyone")
+    assert with_reader_of_last_layer(wish, model, checked, ids).read_by == ("norm" if free else "anyone")
     kept = parse_joint_options("all", 0.0, None, True)
     assert with_reader_of_last_layer(kept, model, checked, ids) == kept
 
@@ -184,8 +184,8 @@ def run_of(name, **changes):
 def test_the_last_layer_keeps_every_rms_before_a_norm(name):
     mp, found, wanted, unpatched = run_of(name)
     first, last = mp.report.layers
-    assert first.route == NEAREST
-    assert last.route == SIZED and last.residual < 1e-5
+    assert first.route == Resort.NEAREST
+    assert last.route == Resort.SIZED and last.residual < 1e-5
     assert "outputs change their sizes by factors" in last.why
     assert error(found, wanted) < 1e-5 < 0.1 < error(unpatched, wanted)
 
@@ -203,7 +203,7 @@ def test_half_precision_too(name, dtype):
         found = model(**source).logits
     mp.merge(model, corrected=True)
     merged = model(**source).logits
-    assert mp.report.layers[-1].route == SIZED
+    assert mp.report.layers[-1].route == Resort.SIZED
     assert error(found, wanted) < VERIFIED[dtype] < 0.1 < error(unpatched, wanted)
     assert error(merged, wanted) < VERIFIED[dtype]
 

@@ -12,10 +12,10 @@ from helpers import error, hook_count, snapshot, unchanged
 
 import controllability as ct
 from controllability.components.mixture import CHOSEN, ExpertLinear
-from controllability.execution.journal import SHORT
 from controllability.interfaces import JointOptions, Param
 from controllability.solvers.dependence_certificate import Dependent
 from controllability.solvers.farkas_certificate import Farkas
+from controllability.solvers.resorts import Resort
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import scope_all
@@ -250,7 +250,7 @@ def test_a_repeated_token_in_a_parallel_block_is_made_good_by_later_layers(small
         with mp.applied(model):
             found = model(**source).logits
     first, last = mp.report.layers
-    assert first.route == SHORT
+    assert first.route == Resort.SHORT
     assert first.residual > 1e-3
     off = first.tokens.residual
     assert min(off[3], off[9]) > 1e-3 > 1e-9 > max(r for t, r in enumerate(off) if t not in (3, 9))

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import controllability as ct
 from controllability.embedded.world import draw_world
-from controllability.execution.journal import NEAREST, SIZED
 from controllability.models.loading import load_model
 from controllability.models.patches import corrected_merge as correcting
 from controllability.models.sweep import source_run as sweep
 from controllability.rules import normalised_jointly as joint_normalised
 from controllability.solvers.joint_scale import joint_scale
+from controllability.solvers.resorts import Resort
 
 WANTED = 1e-3  # largest logit error
 FRESH = Path(ct.__file__).parent / "compiling" / "fresh_process.py"
@@ -110,8 +110,8 @@ def test_eight_facts_in_one_set_of_weights(embedded, seed, via):
     unpatched = asked(model, known)
     mp = solved(model, known, via=via)
     routes = [layer.route for layer in mp.report.layers]
-    assert NEAREST in routes[:-1]
-    assert routes[-1] in ("kept rms", SIZED), "nothing but a norm comes after the last layer"
+    assert Resort.NEAREST in routes[:-1]
+    assert routes[-1] in ("kept rms", Resort.SIZED), "nothing but a norm comes after the last layer"
     with mp.applied(model):
         source = mp.inputs["source"]
         batch = [x[m.bool()] for x, m in zip(model(**source).logits, source["attention_mask"], strict=True)]
@@ -157,9 +157,9 @@ def test_without_making_good_later_rounding_is_magnified(embedded, monkeypatch):
     known = facts(tokenizer, 0)
     wanted = [known.wanted(model, i) for i in range(8)]
     for module in (sweep, correcting):
-        monkeypatch.setattr(module, "together_at", lambda joint, *_: replace(joint, read_by="anyone"))
+        monkeypatch.setattr(module, "options_at", lambda joint, *_: replace(joint, read_by="anyone"))
     mp = solved(model, known)
-    assert NEAREST not in {layer.route for layer in mp.report.layers}
+    assert Resort.NEAREST not in {layer.route for layer in mp.report.layers}
     with mp.applied(model):
         alone = asked(model, known)
     assert mp.report.layers[-1].residual < 1e-5
@@ -171,10 +171,10 @@ def test_the_last_layer_alone_is_held_to_its_target(embedded):
     model, tokenizer = embedded
     mp = solved(model, facts(tokenizer, 0))
     *before, last = mp.report.layers
-    near = [layer for layer in before if layer.route == NEAREST]
+    near = [layer for layer in before if layer.route == Resort.NEAREST]
     assert near
     assert all(layer.residual > 1e-3 for layer in near)
-    assert {route for layer in near for route in layer.tokens.route} == {NEAREST}
+    assert {route for layer in near for route in layer.tokens.route} == {Resort.NEAREST}
     assert last.residual < 1e-5
     assert float((mp.logits[mp.rows.sample, mp.rows.position] - mp.target_logits).abs().max()) <= WANTED
 
@@ -214,5 +214,5 @@ def test_a_fit_takes_the_nearest_scale(embedded, monkeypatch):
         answer = joint_scale(task.G, task.m, task.square, task.eps, task.stored)
         return joint_normalised.Chosen(answer.scale, answer.before, route)
 
-    monkeypatch.setattr(joint_normalised._Numbers, "nearest", exact)
+    monkeypatch.setattr(joint_normalised.ScaleTask, "nearest", exact)
     assert off(fitted(1e-2)[1], wanted) > 5

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 import controllability as ct
-from controllability.execution.journal import SHORT, SIZED
 from controllability.solvers.least_norm import Span
+from controllability.solvers.resorts import Resort
 from controllability.solvers.served_tokens import Known, continued
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
@@ -280,7 +280,7 @@ def test_a_word_that_comes_again_in_a_parallel_block(via: str) -> None:
             assert (done.tokens, done.anew) == (1, False)
         streamed, unpatched = talk.errors(model, mp, 14)
     first, last = mp.report.layers
-    assert SHORT in first.route and first.residual > 1e-3
+    assert Resort.SHORT in first.route and first.residual > 1e-3
     assert last.residual < 1e-9
     assert streamed < 1e-9 < 1e-2 < unpatched
 
@@ -289,10 +289,10 @@ def test_in_float32_the_last_layers_sizes_stay_free() -> None:
     """So many tokens that no scale keeps every RMS: what a new one changes in sizes is solved anew."""
     model, talk = random_model("gemma3", 32, 48, 2).float(), Talk(5)
     mp = talk.patch(model, 29)
-    assert mp.report.layers[-1].route == SIZED
+    assert mp.report.layers[-1].route == Resort.SIZED
     done = mp.extend(model, target=talk.target(30), source=talk.source(30))
     assert done.anew
-    assert mp.report.layers[-1].route == SIZED
+    assert mp.report.layers[-1].route == Resort.SIZED
     streamed, unpatched = talk.errors(model, mp, 30)
     assert streamed < 1e-4 < 1e-2 < unpatched
 

@@ -11,10 +11,10 @@ from test_streaming import SIZES, Talk, built, random_model
 from transformers import BertConfig, BertForMaskedLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 import controllability as ct
-from controllability.execution.journal import SHORT
 from controllability.models.patches import extend as streaming
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.probes import is_causal
+from controllability.solvers.resorts import Resort
 
 
 def narrow_window() -> Any:
@@ -43,7 +43,7 @@ def test_a_layer_that_falls_short_before_a_joint_scale() -> None:
     talk.words = torch.cat([words[:2], one, words[:1], words[2:4], one, words[:1], words[4:]])
     with ct.exact_mode():
         mp = talk.patch(model, 6)
-        assert SHORT in mp.report.layers[0].route
+        assert Resort.SHORT in mp.report.layers[0].route
         for count in (7, 8, 9):
             mp.extend(model, talk.target(count), talk.source(count))
             streamed, unpatched = talk.errors(model, mp, count)
@@ -138,7 +138,7 @@ def test_what_going_on_refuses_is_tried_at_once(error: Exception, monkeypatch: p
         assert talk.errors(model, mp, 7)[0] < 1e-9
 
 
-@pytest.mark.parametrize("name", ["record", "joined", "state_of", "own", "together"])
+@pytest.mark.parametrize("name", ["record", "joined", "state_of", "own", "batch_of"])
 def test_an_interrupted_extension_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C anywhere behind the pass: the same token can be added again, and another one instead of it."""
     model, talk = built("llama"), Talk(12)

@@ -129,9 +129,8 @@ def _named_as(name: str, names: Mapping[str, str]) -> str:
 
 def _signature(root: Step, names: Mapping[str, str] | None = None) -> list[tuple[Any, ...]]:
     def one(s: Step) -> tuple[Any, ...]:
-        route = s.note if s.note.startswith("route ") else ""
         moved = sorted(_named_as(str(p), names or {}) for p in s.moved)
-        return s.rule.name, s.rule.side, s.place.path, s.place.start, route, moved
+        return s.rule.name, s.rule.side, s.place.path, s.place.start, s.route, moved
 
     return [one(step) for step in root.walk()]
 

@@ -110,8 +110,7 @@ def known(step: Step, schema: Schema) -> list[tuple[str, Any]]:
     how = (update.kind, update.param, _code(update.solve), _code(update.effect)) if update else None
     paths = tuple(premise.place.path for premise in schema.premises)
     shapes = tuple(sorted((str(p), str(p.shape)) for p in schema.component.parameters()))  # no part of what is equal
-    route = step.note if step.note.startswith("route ") else ""  # other notes are words for a reader
-    rule = (type(step.rule).construct, step.rule.name, step.rule.side, route)
+    rule = (type(step.rule).construct, step.rule.name, step.rule.side, step.route)
     key = (*rule, how, schema.component, shapes, paths)
     return _MEMORY.recall(key, schema.component, lambda: claims(step, schema))
 
@@ -182,7 +181,7 @@ def instance(component: Component) -> tuple[dict[str, Array], Array, Array]:
     params, v, v_target = sample(component, "indexed")
     if isinstance(component, ExpertLinear):
         k = sympy_size("k")
-        chosen = undefined("expert", (k,), v)
+        chosen = undefined("expert", (k,), v, distinct=True)
         v, v_target = (IndexedArray.named(name, (k, v.shape[-1])) for name in ("v", "v'"))
         params = params | {CHOSEN: chosen}
     return params, v, v_target

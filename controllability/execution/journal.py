@@ -8,10 +8,6 @@ from dataclasses import dataclass, field
 from controllability.arrays import Array, arithmetic
 from controllability.interfaces import Condition
 
-NEAREST = "nearest, made good later"  # routes of a block whose rest a later one makes good: one scale that is near,
-SHORT = "least squares, made good later"  # and targets that cannot all be reached
-SIZED = "kept rms, sizes free"  # and of one whose sizes do not count behind it
-
 
 @dataclass(frozen=True, eq=False)
 class Margin:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from controllability.arrays import Array, arithmetic
 from controllability.deltas import Delta, Shift, added
-from controllability.execution.journal import SHORT, Journal, Margin, RouteTaken
+from controllability.execution.journal import Journal, Margin, RouteTaken
 from controllability.execution.trace import Trace
 from controllability.interfaces import (
     Component,
@@ -21,6 +21,7 @@ from controllability.interfaces import (
     Update,
     measure,
 )
+from controllability.solvers.resorts import Resort
 from controllability.solvers.served_tokens import Known
 
 ONE_NUMBER = "one number serves all features here: steer after it, by a map or a bias with a number for each feature"
@@ -177,7 +178,9 @@ class PatchedRun(Trace):
             return
         if self.joint.may_fall_short and not arithmetic(margin).all(margin > 0):
             where = self.layout.nodes[path].describe()
-            self.journal.routes.append(RouteTaken(where, SHORT, lambda: f"not all targets can be reached: {condition}"))
+            self.journal.routes.append(
+                RouteTaken(where, Resort.SHORT, lambda: f"not all targets can be reached: {condition}")
+            )
         else:
             self.journal.margins.append(Margin(condition, margin))
 

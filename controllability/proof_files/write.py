@@ -37,7 +37,7 @@ def node_dict(step: Step) -> dict[str, Any]:
         "moved": sorted(map(str, step.moved)),
         "conditions": conditions_list(step.conditions),
         "cost": step.cost,
-        "note": step.note,
+        "note": step.printed_note,
         "steering": None if update is None else {"rule": update.rule(step.rule.side), "parameter": str(update.param)},
     }
 

@@ -317,7 +317,8 @@ def _counted(count: int, what: str) -> str:
 
 def _note(step: Step) -> str:
     """What the step says of this very place."""
-    return f"fixed: {step.note}" if step.rule.name.endswith(("-before", "-after", "-after-fixed")) else step.note
+    fixed = step.rule.name.endswith(("-before", "-after", "-after-fixed"))
+    return f"fixed: {step.note}" if fixed else step.printed_note
 
 
 def _list(rows: Iterable[tuple[str, str]]) -> str:

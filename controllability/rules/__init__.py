@@ -12,8 +12,13 @@ from controllability.rules.base import Step as Step
 from controllability.rules.base import construct as construct
 from controllability.rules.input_side import InputAfter, InputBefore, InputCombine, InputConstant
 from controllability.rules.leaves import LEAF_RULES
-from controllability.rules.mixture import InputMixture, OutputMixture, ThroughMixture
-from controllability.rules.mixture_jointly import JointMixture, JointThroughMixture
+from controllability.rules.mixture import (
+    InputMixture,
+    JointMixture,
+    JointThroughMixture,
+    OutputMixture,
+    ThroughMixture,
+)
 from controllability.rules.normalised import OutputNormalised
 from controllability.rules.normalised_jointly import JointNormalised
 from controllability.rules.output_side import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Literal, Protocol
 
@@ -42,7 +42,8 @@ class Search(Protocol):
 class Step:
     """A node of a proof: a rule applied at a place, from premises, moving some parameters.
 
-    ``cost`` orders alternatives: 0 moves weights, 1 a bias, 2 a scale whose condition is fragile.
+    ``cost`` orders alternatives: 0 moves weights, 1 a bias, 2 a scale whose condition is fragile.  ``route`` says how a
+    normalised output chooses its scale; ``note`` is for a reader only.
     """
 
     rule: Rule
@@ -54,6 +55,12 @@ class Step:
     note: str = ""
     update: Update | None = field(default=None, compare=False)
     max_tokens: int | str | None = None  # tokens in general position that the rule itself serves with one patch
+    route: str = ""
+
+    @property
+    def printed_note(self) -> str:
+        """What a proof prints beside the step: its route, or its note."""
+        return f"route {self.route}" if self.route else self.note
 
     def walk(self) -> Iterator[Step]:
         """This step and every step below it."""
@@ -194,5 +201,4 @@ class Schema:
     def step(self, of: Step) -> Step:
         """``of`` on this shape."""
         moved = frozenset[Param]().union(*(p.moved for p in self.premises))
-        place = Place(self.component)
-        return Step(of.rule, place, self.premises, moved, of.conditions, of.cost, of.note, self.update)
+        return replace(of, place=Place(self.component), premises=self.premises, moved=moved, update=self.update)

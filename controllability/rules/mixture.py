@@ -6,10 +6,12 @@ from dataclasses import replace
 from itertools import islice, product
 
 from controllability.arrays import Array, arithmetic, dot
+from controllability.components.joint_updates import one_sum_of_experts
 from controllability.components.mixture import CHOSEN, SHARES, ExpertLinear, Mixture
+from controllability.deltas import Delta
 from controllability.errors import SideConditionFailed
 from controllability.execution.patched_run import Goal, PatchedRun
-from controllability.interfaces import Condition, Param, Params, Place, overlap
+from controllability.interfaces import Condition, Param, Params, Path, Place, overlap
 from controllability.rules.base import (
     Attempt,
     Failure,
@@ -59,11 +61,8 @@ class OutputMixture(Rule):
         assert isinstance(last.component, ExpertLinear)
         weight = last.component.weight
         if prover.is_frozen(weight):
-            return Attempt(
-                failures=[
-                    Failure(last, self.name, f"{weight} may not move (frozen)", f"allow {weight} to move", weight=1)
-                ]
-            )
+            reason, hint = f"{weight} may not move (frozen)", f"allow {weight} to move"
+            return Attempt(failures=[Failure(last, self.name, reason, hint, weight=1)])
         if last.path in prover.per_expert_rows:
             return Attempt(failures=[per_expert_rows(last, self.name)])
         mixture = place.component
@@ -78,7 +77,8 @@ class OutputMixture(Rule):
         update = last.component.output_updates()[0]
         moved = frozenset({weight}).union(*(p.moved for p in premises or ()))
         cost = sum(p.cost for p in premises or ())
-        return Attempt([Step(self, place, premises or (), moved, (condition, *also), cost, "", update)])
+        most = f"(experts used)·{last.component.width or 'h'}" if self.jointly else None
+        return Attempt([Step(self, place, premises or (), moved, (condition, *also), cost, "", update, most)])
 
     def schema(self, step: Step) -> Schema:
         given = step.place.component
@@ -94,15 +94,11 @@ class OutputMixture(Rule):
 
     def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         assert step.update is not None
-        mixture, path = step.place.component, (*step.place.path, step.place.start + 2)
-        assert isinstance(mixture, Mixture)
+        path = _last_of(step)
 
         def delta() -> Array:
-            y, raw, goal = run.input(path), run.raw(path), wanted()
-            xp = arithmetic(y, raw, goal)
-            y, raw, goal = xp.lift(y), xp.lift(raw), xp.lift(goal)
-            share = shares_of(mixture, run.params_at(path), y)
-            missing = goal - (raw * share).sum(-2)
+            y, share, now, goal = _seen(step, run, wanted)
+            xp, missing = arithmetic(y, now, goal), goal - now
             part = share * y  # (..., k, h)
             room = dot(part, part).sum(-2) if xp.exact else xp.max(xp.largest(part)[..., 0])
             run.check(step.conditions[0], room, missing)
@@ -112,6 +108,52 @@ class OutputMixture(Rule):
             return xp.tidy(weight * missing[..., None, :])
 
         run.steer(path, Goal(step.update, delta=delta))
+
+
+class JointMixture(OutputMixture):
+    """Σ_j s_tj W_j y_tj for many tokens: joint O-linear on the stacked vectors (s_tj y_tj)_j."""
+
+    name = "O-mixture jointly"
+    when = "dependent stacked vectors (s_tj y_tj)_j have dependent δ_t: T ≤ (experts used)·h"
+    patch = "[ΔW_j]_j = D Y⁺ with Y the stacked vectors"
+    source = "theory 5 (new)"
+    jointly = True
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
+        assert step.update is not None
+        path, last = _last_of(step), step.place.parts()[2].component
+        assert isinstance(last, ExpertLinear)
+
+        def change() -> Delta:
+            y, share, now, goal = _seen(step, run, wanted)
+            params, missing = run.params_at(path), arithmetic(y, now, goal).tidy(goal - now)
+            assert run.joint is not None
+            solved = one_sum_of_experts(
+                step.conditions[0], run.joint, y, share, params[CHOSEN], missing, now,
+                last.layout == "in_out", last.count(params), run.known_at(path),
+            )  # fmt: skip
+            if solved.known is not None:
+                run.served_after[path] = solved.known
+            run.note_shortfall(path, step.conditions[0], solved.margin)
+            return solved.delta
+
+        run.steer(path, Goal(step.update, change=change))
+
+
+def _last_of(step: Step) -> Path:
+    """Where the experts' last maps stand."""
+    return (*step.place.path, step.place.start + 2)
+
+
+def _seen(step: Step, run: PatchedRun, wanted: Target) -> tuple[Array, Array, Array, Array]:
+    """(the last maps' inputs y, the shares, the sum that they give now, the wanted sum)."""
+    mixture, path = step.place.component, _last_of(step)
+    assert isinstance(mixture, Mixture)
+    y, raw, goal = run.input(path), run.raw(path), wanted()
+    xp = arithmetic(y, raw, goal)
+    y, raw, goal = xp.lift(y), xp.lift(raw), xp.lift(goal)
+    share = shares_of(mixture, run.params_at(path), y)
+    return y, share, (raw * share).sum(-2), goal
 
 
 def _part(name: str, controlled: bool, rows: tuple[str, ...], out: int | str) -> Unknown:
@@ -206,6 +248,17 @@ class ThroughMixture(OutputMixture):
         super().construct(step, run, wanted)
 
 
+class JointThroughMixture(ThroughMixture, JointMixture):
+    """Theorem 1 inside a mixture, for many tokens with one patch: router and first maps as for one, then O-mixture jointly."""
+
+    name = "T-mixture jointly"
+    when = (
+        "router and every f_j are jointly input-controllable; as O-mixture jointly; the target's choice is no near-tie"
+    )
+    patch = "those of the router and of f_j; [ΔW_j]_j = D Y⁺"
+    source = JointMixture.source
+
+
 def choice_conditions(place: Place) -> tuple[Condition, Condition]:
     """That the target run's choice of experts has a margin, and that the patched router repeats it."""
     where = place.describe()
@@ -251,6 +304,3 @@ def _refuse_other_choice(same: Condition, here: Params, there: Params) -> None:
         bad = int(differs.nonzero()[0].reshape(-1)[0])
         others = int((~as_there).reshape(-1, as_there.shape[-1])[bad].sum())
         raise same.failed(-float(others), bad, tuple(as_there.shape[:-1]))
-
-
-__all__ = ["CHOSEN", "InputMixture", "OutputMixture", "ThroughMixture"]

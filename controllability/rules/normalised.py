@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
 
 from controllability.arrays import Array, arithmetic
 from controllability.components.normalisation import Normalize
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, Shift
+from controllability.errors import SideConditionFailed
 from controllability.execution.journal import Margin, RouteTaken
 from controllability.execution.patched_run import Goal, PatchedRun
 from controllability.interfaces import Component, Condition, Param, Place, Sequence
@@ -23,6 +26,98 @@ def _is_rms(component: Component) -> bool:
     return isinstance(component, Normalize) and component.kind == "rms"
 
 
+class NewScale(NamedTuple):
+    """A scale m', and what must enter the normalisation for it, y*."""
+
+    scale: Array
+    before: Array
+
+
+class Solution(ABC):
+    """One execution of the rule: m' and y* are solved for when somebody first asks, and then remembered."""
+
+    def __init__(self, step: Step, run: PatchedRun, wanted: Target) -> None:
+        self.step, self.run, self.wanted = step, run, wanted
+        parts = step.place.parts()
+        self.place = parts[-1]
+        last = self.place.component
+        self.scale = last if isinstance(last, Scale) else None
+        norm = parts[-1 if self.scale is None else -2].component
+        assert isinstance(norm, Normalize)
+        self.eps = norm.eps
+
+    @abstractmethod
+    def solve(self, G: Array, y: Array) -> NewScale:
+        """m' and y* for what must come out and what enters the normalisation without them."""
+
+    @cached_property
+    def answer(self) -> NewScale:
+        """m' and y*."""
+        run, inner = self.run, self.step.premises[0].place
+        # through: the inner functions are those of the target run, and so is what enters the normalisation
+        through = self.step.rule.side == "through"
+        G, y = self.wanted(), run.target.output(inner.outlet) if through else run.raw_of(inner)
+        xp = arithmetic(G, y)
+        return self.solve(xp.lift(G), xp.lift(y))
+
+    @cached_property
+    def m(self) -> Array:
+        """The effective scale as it is."""
+        assert self.scale is not None
+        return self.scale.effective(self.run.params)
+
+    def stored(self, wanted: Array) -> Array:
+        """A wanted scale as the parameter will hold it: stored + Δ, exactly as it is applied."""
+        assert self.scale is not None
+        return self.m + self.scale.to_scale(self.run.params, wanted).value
+
+    def before(self) -> Array:
+        """y*, what must enter the normalisation."""
+        return self.answer.before
+
+    def scale_delta(self) -> Delta:
+        """Δm, in stored form."""
+        return Shift(self.answer.scale - self.m)
+
+
+class OneToken(Solution):
+    """Every token has a scale of its own, by a route."""
+
+    def solve(self, G: Array, y: Array) -> NewScale:
+        xp, route = arithmetic(G, y), self.step.route
+        G, y = xp.name(G), xp.name(y)
+        m = xp.zeros_like(y) + 1 if self.scale is None else xp.name(self.m)
+        given = (G, m, y, self.eps, self.stored if route != "ball" else lambda scale: scale)
+        if route == "auto":
+            answer, used, why = routes.choose(*given)
+        else:
+            answer, used, why = routes.candidate(route, *given), route, lambda: "asked for"
+        if not xp.all(answer.open):
+            raise self._closed(answer, G, y)
+        self.run.journal.margins.append(
+            Margin(self.step.conditions[0], routes.room(answer) if route == "ball" else None)
+        )
+        spread = answer.amplified
+        if spread is None and not xp.exact:
+            spread = routes.amplification(answer, G, y, self.eps)
+        where = self.place.describe()
+        self.run.journal.routes.append(RouteTaken(where, used, why, answer.options, answer.winner, spread))
+        return NewScale(answer.scale, arithmetic(answer.before).name(answer.before))
+
+    def _closed(self, answer: routes.Candidate, G: Array, y: Array) -> SideConditionFailed:
+        """What to say of the first token for which no route is open."""
+        xp, where, route = arithmetic(G, y), self.place.describe(), self.step.route
+        bad, tokens = int((~answer.open).reshape(-1).nonzero()[0].reshape(-1)[0]), tuple(answer.open.shape[:-1])
+        if not xp.exact and not xp.all(xp.is_zero((G + y) * 0)):
+            hint = "the layer overflows on this input: take another dtype"
+            finite = Condition("the activations around the normalisation are finite", where, hint=hint)
+            return finite.failed(None, bad, tokens)
+        left = None
+        if route == "ball":
+            left = xp.to_float((1 - xp.mean(answer.unit * answer.unit)).reshape(-1)[bad])
+        return self.step.conditions[0].failed(left, bad, tokens, f"route {route}")
+
+
 class OutputNormalised(Rule):
     """m∘n(g) with n the RMS normalisation: choose a scale m', then let g reach y* with m'∘n(y*) = G."""
 
@@ -31,15 +126,17 @@ class OutputNormalised(Rule):
     when = "g is output-controllable; the route's own condition (theory 4)"
     patch = "m' by the route (auto, secular, uniform, ball); g reaches y* = u·√(r²+ε), u = G/m'"
     source = "[G, App. B]; uniform, ball and auto new"
+    about = Sequence
     jointly: bool | None = False
+    solution: type[Solution] = OneToken
 
     def __init__(self, side: Side = "output") -> None:
         self.side = side  # "through": the same with g controllable through
 
     def derive(self, place: Place, prover: Search) -> Attempt:
-        if not isinstance(place.component, Sequence) or prover.route == "scale":
+        if prover.route == "scale":
             return Attempt()
-        parts = place.component.parts
+        parts = place.component.children()
         scaled = isinstance(parts[-1], Scale)
         norm = len(parts) - (2 if scaled else 1)
         if norm < 1 or not _is_rms(parts[norm]):
@@ -59,7 +156,7 @@ class OutputNormalised(Rule):
             hint = _advice(prover.route, route, scale)
             condition = Condition(ROUTE_CONDITIONS[route], place.parts()[-1].describe(), hint=hint)
             cost = step.cost if own or prover.route == "ball" else step.cost + LAST_RESORT
-            found.steps.append(Step(self, place, (step,), step.moved | own, (condition,), cost, f"route {route}"))
+            found.steps.append(Step(self, place, (step,), step.moved | own, (condition,), cost, route=route))
         return found
 
     def schema(self, step: Step) -> Schema:
@@ -71,18 +168,14 @@ class OutputNormalised(Rule):
         return schema(Sequence.of(Assumed("g", side=self.side), norm, *parts[-1:] if scaled else ()), (0,))
 
     def variants(self, step: Step) -> dict[str, Step]:
-        route = step.note.removeprefix("route ")
-        taken = ("uniform", "secular", "ball", "scale") if route == "auto" else (route,)
-        return {f"route {r}": replace(step, note=f"route {r}") for r in taken}
+        taken = ("uniform", "secular", "ball", "scale") if step.route == "auto" else (step.route,)
+        return {f"route {r}": replace(step, route=r) for r in taken}
 
     def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
-        joint = _Normalised(step, run, wanted)
-        construct(step.premises[0], run, joint.before)
-        scale = joint.scale_place
-        if scale is not None and joint.route != "ball":
-            assert isinstance(scale.component, Scale)
-            update = scale.component.output_updates()[0]
-            run.steer(scale.path, Goal(update, change=joint.scale_delta))
+        found = self.solution(step, run, wanted)
+        construct(step.premises[0], run, found.before)
+        if found.scale is not None and step.route != "ball":
+            run.steer(found.place.path, Goal(found.scale.output_updates()[0], change=found.scale_delta))
 
 
 ROUTE_CONDITIONS = {
@@ -103,81 +196,3 @@ def _advice(asked: str, route: str, scale: Component | None) -> str:
     if isinstance(scale, Scale):
         return f"{inside}: let {scale.weight} move"
     return f"{inside}: let a scale after the norm move, or add a bias after it"
-
-
-class _Normalised:
-    """One execution of O-normalised: solved when first asked for, then remembered."""
-
-    def __init__(self, step: Step, run: PatchedRun, wanted: Target) -> None:
-        self.step, self.run, self.wanted = step, run, wanted
-        self.route = step.note.removeprefix("route ")
-        parts = step.place.parts()
-        self.scale_place = parts[-1] if isinstance(parts[-1].component, Scale) else None
-        norm = parts[-2 if self.scale_place else -1].component
-        assert isinstance(norm, Normalize)
-        self.eps = norm.eps
-        self.answer: routes.Candidate | None = None
-
-    def solve(self) -> routes.Candidate:
-        """The route's answer for these numbers."""
-        if self.answer is None:
-            self.answer = self._solve()
-        return self.answer
-
-    def _solve(self) -> routes.Candidate:
-        run = self.run
-        inner = self.step.premises[0].place
-        # through: the inner functions are those of the target run, and so is what enters the normalisation
-        through = self.step.rule.side == "through"
-        G, y = self.wanted(), run.target.output(inner.outlet) if through else run.raw_of(inner)
-        xp = arithmetic(G, y)
-        G, y = xp.name(xp.lift(G)), xp.name(xp.lift(y))
-        scale = self.scale_place.component if self.scale_place else None
-        if isinstance(scale, Scale):
-            m = xp.name(scale.effective(run.params))
-            stored = self._rounding(scale)
-        else:
-            m, stored = xp.zeros_like(y) + 1, lambda value: value
-        where = self.step.place.parts()[-1].describe()
-        if self.route == "auto":
-            answer, used, why = routes.choose(G, m, y, self.eps, stored)
-        else:
-            answer, used, why = routes.candidate(self.route, G, m, y, self.eps, stored), self.route, lambda: "asked for"
-        if not xp.all(answer.open):
-            bad, tokens = int((~answer.open).reshape(-1).nonzero()[0].reshape(-1)[0]), tuple(answer.open.shape[:-1])
-            if not xp.exact and not xp.all(xp.is_zero((G + y) * 0)):
-                hint = "the layer overflows on this input: take another dtype"
-                finite = Condition("the activations around the normalisation are finite", where, hint=hint)
-                raise finite.failed(None, bad, tokens)
-            left = None
-            if self.route == "ball":
-                left = xp.to_float((1 - xp.mean(answer.unit * answer.unit)).reshape(-1)[bad])
-            raise self.step.conditions[0].failed(left, bad, tokens, f"route {self.route}")
-        margin = routes.room(answer) if self.route == "ball" else None
-        run.journal.margins.append(Margin(self.step.conditions[0], margin))
-        spread = answer.amplified
-        if spread is None and not xp.exact:
-            spread = routes.amplification(answer, G, y, self.eps)
-        run.journal.routes.append(RouteTaken(where, used, why, answer.options, answer.winner, spread))
-        return answer
-
-    def _rounding(self, scale: Scale) -> Callable[[Array], Array]:
-        """A wanted scale as the parameter will hold it: stored + Δ, exactly as it is applied."""
-        params = self.run.params
-        current = scale.effective(params)
-        if self.route == "ball":
-            return lambda value: value
-        return lambda value: current + scale.to_scale(params, value).value
-
-    def before(self) -> Array:
-        """y*, what must enter the normalisation."""
-        before = self.solve().before
-        return arithmetic(before).name(before)
-
-    def scale_delta(self) -> Delta:
-        """Δm, in stored form."""
-        assert self.scale_place is not None
-        scale = self.scale_place.component
-        assert isinstance(scale, Scale)
-        delta = self.solve().scale - scale.effective(self.run.params)
-        return Shift(delta)

@@ -19,14 +19,17 @@ from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step
 from controllability.symbolic.indexed import IndexedArray
 
 
-def undefined(name: str, shape: tuple[Any, ...], *read: Array) -> IndexedArray:
-    """name(read): an array that is known to be the same whenever what it reads is the same."""
+def undefined(name: str, shape: tuple[Any, ...], *read: Array, distinct: bool = False) -> IndexedArray:
+    """name(read): an array that is known to be the same whenever what it reads is the same.
+
+    ``distinct`` says that no two entries of its last axis are equal, as no expert is chosen twice.
+    """
     import sympy
 
     from controllability.symbolic.array_names import tag
 
     places = IndexedArray.named("x", shape).entry.args if any(n != 1 for n in shape) else ()
-    head = sympy.Function(name, real=True)
+    head = sympy.Function(name, real=True, **({"distinct": True} if distinct else {}))
     return IndexedArray(shape, head(*map(tag, read), *places))
 
 
@@ -145,7 +148,8 @@ class UnknownRouting(Routing):
 
         given = [logits, *(p.value(params) for p in self.read)]
         shape = (sympy.Symbol(f"k{self.name}", integer=True, positive=True),)
-        return undefined(f"expert{self.name}", shape, *given), undefined(f"share{self.name}", shape, *given)
+        experts = undefined(f"expert{self.name}", shape, *given, distinct=True)
+        return experts, undefined(f"share{self.name}", shape, *given)
 
     def margin(self, params: Params, logits: Array) -> Array:
         return IndexedArray((1,), logits.entry * 0 + 1)

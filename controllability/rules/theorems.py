@@ -118,6 +118,9 @@ class Theorem1b(OutputSum):
         steps = [Step(self, place, s.premises, s.moved, cost=s.cost) for s in inner.steps]
         return Attempt(steps, inner.failures)
 
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
+        construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
+
 
 class InputByOutput(Rule):
     """Theorem 1b without a skip: what reaches any output reaches that of the target run."""

@@ -9,7 +9,6 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linprog
 
 from controllability.errors import ControllabilityError
 
@@ -115,6 +114,8 @@ def find_farkas(coefficients: Any, right: Any, guess: np.ndarray | None = None) 
 
 def _proposals(A: np.ndarray, q: np.ndarray, guess: np.ndarray | None) -> Iterator[np.ndarray]:
     """Vectors λ with max |λ| = 1 that may prove it."""
+    from scipy.optimize import linprog  # imported where it is needed
+
     if guess is not None and guess.any():
         yield guess / np.abs(guess).max()
     live = np.asarray(A.any(1))

@@ -14,7 +14,8 @@ import numpy as np
 from controllability.errors import BadInput
 from controllability.solvers import convex_programs as programs
 from controllability.solvers.farkas_certificate import Farkas, Infeasible, find_farkas
-from controllability.solvers.nearest_scale import to_keep
+from controllability.solvers.nearest_scale import largest_change, to_keep
+from controllability.solvers.resorts import Resort
 
 Vector = np.ndarray
 ROUNDING = 32 * np.finfo(float).eps  # differences of mean(u²) from q that count as none
@@ -40,7 +41,7 @@ class JointScale:
     scale: Vector
     unit: Vector
     before: Vector
-    resort: str
+    resort: Resort
     change: float
     shrinkage: float
     residual: float
@@ -75,7 +76,7 @@ def joint_scale(
     """
     task = _Task.of(G, m, r2, eps, stored)
     if not task.live.any():
-        return task.finished(np.ones(task.d), "kept rms", None)
+        return task.finished(np.ones(task.d), Resort.KEPT, None)
     kept, hopeless = _keeping(task)
     if kept is not None:
         return kept
@@ -145,17 +146,15 @@ class _Task:
             held = np.asarray(self.stored(scale), dtype=float)
         return held
 
-    def finished(self, sigma: Vector, resort: str, certificate: Farkas | None) -> JointScale:
+    def finished(self, sigma: Vector, resort: Resort, certificate: Farkas | None) -> JointScale:
         """The answer of σ: u of the scale as stored, and the RMS that belongs to it."""
         scale = self.hold(sigma)
         unit = np.divide(self.G, scale, out=np.zeros_like(self.G), where=scale != 0)
-        root = self._roots(np.mean(unit * unit, -1), resort == "kept rms")
+        root = self._roots(np.mean(unit * unit, -1), resort is Resort.KEPT)
         before = unit * root[:, None]
-        alive = (self.m != 0) & (scale != 0)
-        ratio = np.abs(scale[alive] / self.m[alive])
         return JointScale(
             scale, unit, before, resort,
-            change=float(max(ratio.max(), 1 / ratio.min())) if ratio.size else 1.0,
+            change=largest_change(scale, self.m),
             shrinkage=float((self.wanted / root)[self.live].max(initial=1)),
             residual=self._residual(scale, before), certificate=certificate,
         )  # fmt: skip
@@ -188,13 +187,13 @@ def _keeping(task: _Task) -> tuple[JointScale | None, Vector | None]:
     sigma: Vector | None = np.ones(task.d)
     if np.abs(rows.sum(1) - 1).max() > ROUNDING:
         if len(rows) == 1:
-            return task.finished(sigma / rows.sum(), "kept rms", None), None  # route uniform: no scale changes less
+            return task.finished(sigma / rows.sum(), Resort.KEPT, None), None  # route uniform: no scale changes less
         sigma, weights = _solution(rows)
         if sigma is None:
             hopeless = np.zeros(len(task.q))
             hopeless[task.live] = 0 if weights is None else weights / q
             return None, hopeless
-    return task.finished(sigma, "kept rms", None), None
+    return task.finished(sigma, Resort.KEPT, None), None
 
 
 def _solution(rows: Vector) -> tuple[Vector | None, Vector | None]:
@@ -219,7 +218,7 @@ def _moved(task: _Task, certificate: Farkas | None) -> Iterator[JointScale]:
             sigma = programs.least_shrinkage(rows, w, margin, factor)
             if sigma is None:
                 break
-            answer = task.finished(sigma, "moved rms", certificate)
+            answer = task.finished(sigma, Resort.MOVED, certificate)
             if answer.residual <= ACCEPTED:
                 yield answer
                 break
@@ -232,7 +231,7 @@ def _enlarged(task: _Task, certificate: Farkas | None) -> Iterator[JointScale]:
     inside = 0.5
     for _ in range(8):
         sigma = np.full(task.d, inside / rows.sum(1).max())
-        answer = task.finished(sigma, "enlarged", certificate)
+        answer = task.finished(sigma, Resort.ENLARGED, certificate)
         yield answer
         if answer.residual <= ACCEPTED:
             return

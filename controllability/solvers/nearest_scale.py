@@ -28,6 +28,13 @@ def to_keep(r2: np.ndarray, eps: float) -> np.ndarray:
     return np.where(r2 <= NOTHING * eps, eps, r2) if eps > 0 else np.where(r2 < 1e-30, 1.0, r2)
 
 
+def largest_change(scale: np.ndarray, m: np.ndarray) -> float:
+    """The largest m'/m or m/m' of a channel that neither scale shuts down (1: unchanged)."""
+    alive = (m != 0) & (scale != 0)
+    ratio = np.abs(scale[alive] / m[alive])
+    return float(max(ratio.max(), 1 / ratio.min())) if ratio.size else 1.0
+
+
 class Nearest(NamedTuple):
     """The scale m' (d,) as the parameter holds it, and u_t (T, d): m'∘u_t is what comes out."""
 

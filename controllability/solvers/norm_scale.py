@@ -127,6 +127,19 @@ def _usable_mean_square(xp: Arithmetic, y: Array, eps: Any) -> Array:
     return xp.where(small, xp.zeros_like(r2) + floor, r2) if xp.any(small) else r2
 
 
+def enlarged(G: Array, m: Array, eps: Any) -> tuple[Array, Array]:
+    """(m', y* (T, d)) for all tokens at once: m' = c·m (c alone where m is 0) with a rational c ≥ every RMS(G_t/m); ε > 0.
+
+    In closed form, for every arithmetic.
+    """
+    xp = arithmetic(G)
+    m, eps = xp.or_one(m), xp.number(eps)
+    ratio = G / m
+    c = xp.mean(ratio * ratio).sum() + 1
+    u = xp.name(ratio / c)
+    return c * m, xp.name(u * xp.sqrt(eps / (1 - xp.mean(u * u))))
+
+
 def _scale(xp: Arithmetic, G: Array, m: Array, y: Array, eps: Any, stored: Any) -> Candidate:
     r2 = xp.mean(y * y)
     total = r2 + eps

@@ -207,10 +207,8 @@ def _known(truth: bool, ndim: int) -> Array:
 def _delta(a: Any, b: Any) -> Any:
     import sympy
 
-    if (
-        a.func == b.func and str(a.func).startswith("expert") and a.args[:-1] == b.args[:-1]
-    ):  # no expert is chosen twice
-        a, b = a.args[-1], b.args[-1]
+    if a.func == b.func and getattr(a.func, "distinct", False) and a.args[:-1] == b.args[:-1]:
+        a, b = a.args[-1], b.args[-1]  # equal values stand in one place
     return sympy.KroneckerDelta(a, b)
 
 

@@ -212,7 +212,7 @@ def scale_of(step: Step) -> tuple[Path | None, Scale | None]:
     last = step.place.parts()[-1]
     if not isinstance(last.component, Scale):
         return None, None
-    own = last.component.weight in step.moved and not step.note.endswith("ball")
+    own = last.component.weight in step.moved and step.route != "ball"
     return (last.path if own else None), last.component
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from controllability.errors import BadInput
-from controllability.execution.journal import NEAREST, SIZED
 from controllability.interfaces import Path
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.cached_pass import BothPasts
 from controllability.models.sweep.source_run import LayerSweep
+from controllability.solvers.resorts import Resort
 from controllability.solvers.served_tokens import Known
 
 Learned = dict[tuple[int, int], dict[Path, Known]]  # (layer, call) -> what each steered leaf knows of its tokens
@@ -68,7 +68,7 @@ class Stream:
 
 def _only_near(solvers: list[LayerSweep]) -> bool:
     """Whether a layer gives its tokens what another scale would not give them."""
-    return any(taken.route in (NEAREST, SIZED) for s in solvers for taken in s.run.journal.routes)
+    return any(taken.route in (Resort.NEAREST, Resort.SIZED) for s in solvers for taken in s.run.journal.routes)
 
 
 def _complete(sequence: TokenSequence) -> bool:

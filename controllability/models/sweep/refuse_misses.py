@@ -9,9 +9,9 @@ from torch import Tensor
 
 from controllability.arrays import arithmetic
 from controllability.errors import NotVerified
-from controllability.execution.journal import NEAREST, SHORT
 from controllability.models.reading.tolerances import UNREACHED
 from controllability.models.sweep.source_run import LayerSweep
+from controllability.solvers.resorts import Resort
 
 AFTER_THE_LAST_LAYER = (
     "something after the last patched layer depends on the context or on the token (a mixer, per-layer embeddings, "
@@ -27,7 +27,7 @@ def refuse_unreached(solvers: list[LayerSweep]) -> float:
     for solver, errors, error in zip(solvers, rows, worst, strict=True):
         if solver.proof.route in ("ball", "scale"):
             continue  # asked for, and known to amplify rounding
-        if any(taken.route in (NEAREST, SHORT) for taken in solver.run.journal.routes):
+        if any(taken.route in (Resort.NEAREST, Resort.SHORT) for taken in solver.run.journal.routes):
             continue  # a later layer makes good, and is held to its target
         dtypes = {_output(solver).dtype, *solver.layer.params.dtypes} & set(UNREACHED)
         held.append(error)
