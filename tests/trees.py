@@ -35,8 +35,7 @@ from controllability.components import (
     Times,
     gated,
 )
-from controllability.execution.sampling import inputs_of
-from controllability.interfaces import Component, Param
+from controllability.interfaces import Component, Layout, Param
 
 D = 3  # the width, and the number of experts: so that any tree may be a router
 HALF = 2  # the experts' hidden width
@@ -295,7 +294,7 @@ def grown(seed: int) -> Case:
         "via": rng.choice(("input-output", "output")),
         "route": rng.choice(("auto", "auto", "scale", "secular", "uniform", "ball")),
     }
-    states = np.random.default_rng(seed).normal(size=(2, inputs_of(block), 2, D))
+    states = np.random.default_rng(seed).normal(size=(2, Layout.of(block).inputs, 2, D))
     if rng.random() < 0.05:
         states[0, 0, 0] = 0
     return Case(seed, block, grower.values, grower.frozen(block), options, states)
