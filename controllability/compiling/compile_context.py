@@ -21,11 +21,7 @@ from controllability.compiling.yardstick import Yardstick, agreement
 from controllability.errors import BadInput
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.model_facts import position_limit
-from controllability.models.sweep.target_run import Progress
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None
+from controllability.models.sweep.target_run import Progress, silent
 
 
 def compile_context(
@@ -40,7 +36,7 @@ def compile_context(
     ridge: float | str | None = None,
     keep_rms: bool = False,
     via: str | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Compiled:
     """One set of weights with which ``model`` answers the queries as if the context stood before them.
 

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from architectures import quantised
+from controllability.arrays import relative_error
 from controllability.errors import NotVerified
 from controllability.models.exact_mode import exact_mode
 from controllability.models.patches.applied import applied
 from controllability.models.patches.record import PatchRecord
+from controllability.models.reading.inputs import without_cache
+from controllability.models.reading.logits import result_of
 from controllability.models.reading.model_facts import input_embedding
 from controllability.models.reading.random_inputs import random_inputs
 from controllability.models.reading.tolerances import VERIFIED
@@ -41,9 +44,6 @@ def check_adapter(patch: PatchRecord, directory: Path, model: nn.Module | None) 
 
     Raises ``NotVerified`` when PEFT does not load it, or when the outputs differ by more than rounding explains.
     """
-    from controllability.models.reading.inputs import without_cache
-    from controllability.models.reading.logits import result_of
-
     if model is None:
         return Check(None, "not verified: no model was given")
     try:
@@ -61,7 +61,7 @@ def check_adapter(patch: PatchRecord, directory: Path, model: nn.Module | None) 
         with applied(patch, model):
             patched = result_of(model(**inputs))
         adapted = result_of(_run(_with_adapter(model, directory), inputs))
-    error, control = _relative(adapted, patched), _relative(unpatched, patched)
+    error, control = (relative_error(found.double(), patched.double()) for found in (adapted, unpatched))
     tolerance = max(VERIFIED[dtype] for dtype in dtypes)
     if not error <= tolerance or error > control:
         raise NotVerified(
@@ -129,7 +129,3 @@ def twin(model: nn.Module) -> nn.Module:
         else:
             shared[id(p)] = p if packed else nn.Parameter(p.data, requires_grad=p.requires_grad)
     return copy.deepcopy(model, shared)
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())

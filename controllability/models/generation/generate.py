@@ -27,7 +27,7 @@ from controllability.models.sweep.records import record
 from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
 from controllability.models.sweep.report import Layers
 from controllability.models.sweep.source_run import LayerSweep, sweep
-from controllability.models.sweep.target_run import LayerTarget, check_finite, observe_target
+from controllability.models.sweep.target_run import LayerTarget, check_finite, observe_target, silent
 from controllability.prover.derivation import Derivation
 
 OnStep = Callable[[GeneratedToken], None]
@@ -192,7 +192,7 @@ class _Loop:
         started = time.perf_counter()
         batch, length = inputs["input_ids"].shape
         rows = Positions(running, torch.full_like(running, length - 1), (batch, length))
-        targets, self._output = observe_target(self.hooks, {**inputs, "return_dict": True}, self._all(rows), _silent)
+        targets, self._output = observe_target(self.hooks, {**inputs, "return_dict": True}, self._all(rows), silent)
         target = self._output.logits[: len(input_ids)][running, -1]
         observed = time.perf_counter()
         solvers, patched = self._sweep(targets, source)
@@ -202,7 +202,7 @@ class _Loop:
     def _sweep(self, targets: list[list[LayerTarget]], source: dict[str, Any]) -> tuple[list[LayerSweep], Tensor]:
         count = len(source["input_ids"])
         rows = Positions(torch.arange(count), torch.zeros(count, dtype=torch.long), (count, 1))
-        solvers, output = sweep(self.hooks, self.proofs, targets, source, self._all(rows), "each", _silent)
+        solvers, output = sweep(self.hooks, self.proofs, targets, source, self._all(rows), "each", silent)
         return solvers, output.logits[:, -1]
 
     def _without(self, source: dict[str, Any]) -> Tensor | None:
@@ -329,10 +329,6 @@ def _takes_positions(model: nn.Module) -> bool:
     import inspect
 
     return "position_ids" in inspect.signature(model.forward).parameters
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None
 
 
 def _refuse_misuse(model: Any, follow: str, count: Any, options: Mapping[str, Any]) -> None:

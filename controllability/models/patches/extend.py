@@ -43,7 +43,7 @@ from controllability.models.sweep.records import LayerRecord, joined, record
 from controllability.models.sweep.refuse_misses import refuse_unreached
 from controllability.models.sweep.report import LayerReport, Layers
 from controllability.models.sweep.source_run import LayerSweep, sweep
-from controllability.models.sweep.target_run import observe_target
+from controllability.models.sweep.target_run import observe_target, silent
 from controllability.solvers.served_tokens import NotContinued
 
 
@@ -194,7 +194,6 @@ def _solved(
             pasts: Any = caches.after(step.count)
         else:
             inputs, (wanted, rows) = step.inputs(caches, device, keeps_cache(model))
-            silent = lambda *_: None  # noqa: E731
             targets, there = observe_target(hooks, inputs[0], wanted, silent)
             solvers, here = sweep(
                 hooks, proofs, targets, inputs[1], rows, "all", silent, wish, stream.learned, derivations

@@ -29,12 +29,7 @@ from controllability.models.sweep.records import record
 from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
 from controllability.models.sweep.report import Layers, Report
 from controllability.models.sweep.source_run import LayerSweep, sweep
-from controllability.models.sweep.target_run import Progress, check_finite, observe_target
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """No progress is shown."""
-    return None
+from controllability.models.sweep.target_run import Progress, check_finite, observe_target, silent
 
 
 def solve(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from architectures.reading import Layer, Reading, Tap
-from controllability.arrays import arithmetic, relative_error
+from controllability.arrays import arithmetic, errors_and_sizes, relative_error
 from controllability.components.mixture import CHOSEN, SHARES, Mixture
 from controllability.errors import BadInput, ControllabilityError, ReadingError
 from controllability.execution.trace import Trace
@@ -252,10 +252,8 @@ def _compare_choice(layer: Layer, trace: Trace, path: Path, real: dict[str, Tens
     assert isinstance(component, Mixture)
     margin = component.routing.margin(trace.params, trace.output((*path, 0)))[..., 0]
     wrong = ~same & (margin > tolerance)
-    shares = (expected[SHARES].to(real[SHARES].dtype) - real[SHARES]).abs().amax(-1) / real[
-        SHARES
-    ].abs().amax().clamp_min(1e-30)
-    off = same & (shares > tolerance) & (margin > tolerance)
+    errors, sizes = errors_and_sizes(expected[SHARES].to(real[SHARES].dtype), real[SHARES])
+    off = same & (errors / sizes.max().clamp_min(1e-30) > tolerance) & (margin > tolerance)
     for what, bad in (("experts", wrong), ("shares of the experts", off)):
         if bool(bad.any()):
             at = tuple(bad.nonzero()[0].tolist())

@@ -83,8 +83,7 @@ class BothPasts:
             model(input_ids=token[None], past_key_values=copy.deepcopy(c), use_cache=True).logits for c in (there, here)
         ]
         wanted = torch.cat(apart)
-        allowed = SAME[wanted.dtype] * float(wanted.abs().max()) if wanted.dtype in SAME else 0.0
-        return float((joint - wanted).abs().max()) <= allowed
+        return relative_error(joint, wanted) <= SAME.get(wanted.dtype, 0.0)
 
     def inputs(self, ids: Tensor) -> dict[str, Any]:
         """Of a pass over the tokens ``ids`` (n,), which follow both pasts."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from architectures.reading import Layer, Tap
+from controllability.arrays import relative_error
 from controllability.errors import SideConditionFailed
 from controllability.interfaces import Path
 from controllability.models.hooks.layer_hooks import LayerHooks
@@ -158,6 +159,6 @@ def same(found: list[LayerSweep], apart: list[LayerSweep]) -> bool:
         for x, y in zip(a.states, b.states, strict=True):
             assert x is not None
             assert y is not None
-            if not float((x - y).abs().max()) <= SAME.get(x.dtype, 0) * float(y.abs().max()):
+            if not relative_error(x, y) <= SAME.get(x.dtype, 0.0):
                 return False
     return True

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from controllability.arrays import arithmetic
+from controllability.arrays import errors_and_sizes
 from controllability.errors import NotVerified
 from controllability.execution.journal import NEAREST, SHORT
 from controllability.models.reading.tolerances import UNREACHED
@@ -70,8 +70,6 @@ def _output(solver: LayerSweep) -> Tensor:
 
 def _row_errors(found: Tensor, wanted: Tensor) -> Tensor:
     """The relative error of each row of (N, n), each against its own size, (N,)."""
-    xp = arithmetic(wanted)
-    found, wanted = xp.lift(found), xp.lift(wanted)
-    size = xp.largest(wanted)[..., 0]
+    error, size = errors_and_sizes(found, wanted)
     floor = 1e-6 * size.max() + torch.finfo(size.dtype).tiny
-    return xp.largest(found - wanted)[..., 0] / torch.maximum(size, floor)
+    return error / torch.maximum(size, floor)

@@ -11,11 +11,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from architectures.reading import Layer, Tap
-from controllability.arrays import arithmetic
 from controllability.components.mixture import CHOSEN, SHARES
 from controllability.deltas import Delta
 from controllability.errors import PatchError, SideConditionFailed
@@ -257,10 +255,3 @@ def options_at(joint: JointOptions | None, last: bool, short: bool = False) -> J
     if joint is None or last or not joint.exact or joint.keep_rms:
         return joint
     return replace(joint, read_by="block", may_fall_short=short)
-
-
-def residual_of(output: Tensor, target: Tensor) -> float:
-    """max |difference| / max |target| of a layer's output over the paired rows."""
-    xp = arithmetic(output)
-    difference = (xp.lift(output) - xp.lift(target)).abs().max()
-    return float(difference / xp.lift(target).abs().max().clamp_min(torch.finfo(torch.float32).tiny))
