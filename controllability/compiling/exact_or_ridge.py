@@ -164,4 +164,4 @@ def rank_of(patch: ModelPatch) -> int:
 
 def tolerance(model: Any) -> float:
     """The relative error within which a model of this dtype counts as verified."""
-    return max(VERIFIED[dtype] for dtype in {p.dtype for p in model.parameters()} & set(VERIFIED))
+    return VERIFIED.of({p.dtype for p in model.parameters()})

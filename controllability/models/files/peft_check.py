@@ -55,14 +55,14 @@ def check_adapter(patch: PatchRecord, directory: Path, model: nn.Module | None) 
         if input_embedding(model) is None:
             return Check(None, "not verified: this patch holds no input to compare on")
         inputs, note = random_inputs(model, None), "compared on random tokens"
-    dtypes = {parameter.dtype for parameter in model.parameters()} & set(VERIFIED)
+    dtypes = {parameter.dtype for parameter in model.parameters()}
     with torch.no_grad(), exact_mode() if torch.float64 in dtypes else contextlib.nullcontext():
         unpatched = result_of(model(**inputs))
         with applied(patch, model):
             patched = result_of(model(**inputs))
         adapted = result_of(_run(_with_adapter(model, directory), inputs))
     error, control = (relative_error(found.double(), patched.double()) for found in (adapted, unpatched))
-    tolerance = max(VERIFIED[dtype] for dtype in dtypes)
+    tolerance = VERIFIED.of(dtypes)
     if not error <= tolerance or error > control:
         raise NotVerified(
             f"PEFT loads the adapter, and its output misses the patched model's by {error:.2g} (relative; rounding "

@@ -130,8 +130,7 @@ def _listen_for(
 def _compare_layer(layer: Layer, comparer: Comparer) -> float:
     states = [comparer.states[i] for i in range(len(layer.inputs))]
     xp = arithmetic(states[0])
-    dtypes = [s.dtype for s in states] + [v.dtype for v in layer.params.values() if v.dtype in TOLERANCE]
-    tolerance = max(TOLERANCE[d] for d in dtypes)
+    tolerance = TOLERANCE.of({value.dtype for value in (*states, *layer.params.values())})
     params = {name: xp.lift(value) if value.is_floating_point() else value for name, value in layer.params.items()}
     lifted = [xp.lift(s) for s in states]
     trace = Trace(layer.block, params, lifted[0] if len(lifted) == 1 else lifted)

@@ -16,7 +16,7 @@ from controllability.models.hooks.installation import HookStack
 from controllability.models.reading.checked_reading import Checked
 from controllability.models.reading.logits import result_of
 from controllability.models.reading.random_inputs import random_inputs
-from controllability.models.reading.tolerances import VERIFIED
+from controllability.models.reading.tolerances import CAUSAL, VERIFIED
 
 FACTORS = (0.5, 2.0)
 COARSE = (
@@ -50,7 +50,7 @@ def sizes_are_free(model: nn.Module, checked: Checked, example: Mapping[str, Any
                 found = result_of(model(**inputs))
             finally:
                 installation.undo()
-            if relative_error(found, plain) > VERIFIED.get(plain.dtype, 0.0):
+            if relative_error(found, plain) > VERIFIED[plain.dtype]:
                 return False
     return True
 
@@ -63,8 +63,6 @@ def _times(output: Any, factor: float) -> Any:
 
 
 LENGTH, FIRST = 8, 4
-# relative differences that rounding explains; where more is seen nothing worse happens than more work
-SAME = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.03}
 _KNOWN: weakref.WeakKeyDictionary[Checked, bool] = weakref.WeakKeyDictionary()
 
 
@@ -76,5 +74,5 @@ def is_causal(model: nn.Module, checked: Checked) -> bool:
             whole = result_of(model(**drawn))
             begun = result_of(model(**drawn | {"input_ids": drawn["input_ids"][:, :FIRST]}))
         per_position = whole.ndim == 3 and whole.shape[1] == LENGTH
-        _KNOWN[checked] = per_position and relative_error(begun, whole[:, :FIRST]) <= SAME.get(whole.dtype, 0.0)
+        _KNOWN[checked] = per_position and relative_error(begun, whole[:, :FIRST]) <= CAUSAL[whole.dtype]
     return _KNOWN[checked]

@@ -20,8 +20,8 @@ from controllability.arrays import relative_error
 from controllability.interfaces import JointOptions, Path
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.positions import Positions
-from controllability.models.reading.tolerances import CACHED
-from controllability.models.sweep.one_pass import SAME, Both
+from controllability.models.reading.tolerances import CACHED, SAME
+from controllability.models.sweep.one_pass import Both
 from controllability.models.sweep.source_run import LayerSweep, options_at
 from controllability.models.sweep.target_run import LayerTarget
 from controllability.prover.derivation import Derivation
@@ -83,7 +83,7 @@ class BothPasts:
             model(input_ids=token[None], past_key_values=copy.deepcopy(c), use_cache=True).logits for c in (there, here)
         ]
         wanted = torch.cat(apart)
-        return relative_error(joint, wanted) <= SAME.get(wanted.dtype, 0.0)
+        return relative_error(joint, wanted) <= SAME[wanted.dtype]
 
     def inputs(self, ids: Tensor) -> dict[str, Any]:
         """Of a pass over the tokens ``ids`` (n,), which follow both pasts."""

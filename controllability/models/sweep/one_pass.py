@@ -19,12 +19,10 @@ from controllability.errors import SideConditionFailed
 from controllability.interfaces import Path
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.positions import Positions
+from controllability.models.reading.tolerances import SAME
 from controllability.models.sweep.source_run import LayerSweep
 from controllability.models.sweep.target_run import LayerTarget, Observer
 from controllability.prover.derivation import Derivation
-
-# how far the states of the two ways may be apart: far above rounding, far below what seeing the context changes
-SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 class Both:
@@ -159,6 +157,6 @@ def same(found: list[LayerSweep], apart: list[LayerSweep]) -> bool:
         for x, y in zip(a.states, b.states, strict=True):
             assert x is not None
             assert y is not None
-            if not relative_error(x, y) <= SAME.get(x.dtype, 0.0):
+            if not relative_error(x, y) <= SAME[x.dtype]:
                 return False
     return True

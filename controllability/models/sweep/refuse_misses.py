@@ -29,9 +29,8 @@ def refuse_unreached(solvers: list[LayerSweep]) -> float:
             continue  # asked for, and known to amplify rounding
         if any(taken.route in (NEAREST, SHORT) for taken in solver.run.journal.routes):
             continue  # a later layer makes good, and is held to its target
-        dtypes = {_output(solver).dtype, *solver.layer.params.dtypes} & set(UNREACHED)
         held.append(error)
-        if error > max(max(UNREACHED[d] for d in dtypes), _explained(solver)):
+        if error > max(UNREACHED.of(_dtypes(solver)), _explained(solver)):
             raise NotVerified(
                 f"layer {solver.layer.index} ({solver.layer.name}), {solver.rows.name(int(errors.argmax()))}: with its "
                 f"patch it misses the target run by {error:.2g} (relative), more than rounding explains: on this input "
@@ -47,7 +46,7 @@ def refuse_other_output(found: Tensor, wanted: Tensor, worst: float, name: Calla
         return  # half precision, or a route that amplifies: the layers' residuals say it
     errors = _row_errors(found, wanted)
     error, row = float(errors.max()), int(errors.argmax())
-    if error > 10 * UNREACHED.get(found.dtype, 1e-3):
+    if error > 10 * UNREACHED.get(found.dtype, UNREACHED[torch.float32]):
         raise NotVerified(
             f"every layer reaches its target, and the model's output at {name(row)} misses the target run by {error:.2g} "
             f"(relative): {why}; nothing was changed"
@@ -59,13 +58,17 @@ def _explained(solver: LayerSweep) -> float:
     spread = [r.amplification for r in solver.run.journal.routes if r.amplification is not None]
     if solver.joint is None or not solver.proof.jointly or not spread:
         return 0.0
-    eps = max(torch.finfo(d).eps for d in {_output(solver).dtype, *solver.layer.params.dtypes} & set(UNREACHED))
+    eps = max(torch.finfo(d).eps for d in _dtypes(solver) & set(UNREACHED))
     return 100 * eps * max(float(s.max()) for s in spread)
 
 
 def _output(solver: LayerSweep) -> Tensor:
     assert solver.output is not None
     return solver.output
+
+
+def _dtypes(solver: LayerSweep) -> set[torch.dtype]:
+    return {_output(solver).dtype, *solver.layer.params.dtypes}
 
 
 def _row_errors(found: Tensor, wanted: Tensor) -> Tensor:
