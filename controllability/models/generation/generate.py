@@ -19,7 +19,7 @@ from controllability.models.generation.steps import GeneratedToken, Generation, 
 from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.checked_reading import Checked, checked_reading, codebooks_of, streams_of
-from controllability.models.reading.model_facts import input_embedding, takes_cache
+from controllability.models.reading.model_facts import input_embedding, position_limit, takes_cache
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.random_inputs import refuse_ids
 from controllability.models.sweep.one_pass import in_one_pass, narrow, possible, same, widened
@@ -365,9 +365,9 @@ def _refuse_prompts(model: Any, checked: Checked, ids: Tensor, mask: Tensor, cou
         refuse_ids(ids.masked_fill(mask == 0, 0), int(embedding.shape[0]), "prompt")
     if codebooks_of(checked) > 1:
         raise BadInput(f"{type(model).__name__} reads several rows of ids a sample: patched generation is for text")
-    limit = getattr(checked.reading.config, "max_position_embeddings", None)
+    limit = position_limit(checked.reading.config)
     longest = int(mask.sum(1).max())
-    if isinstance(limit, int) and 0 < limit < longest + count - 1:
+    if limit is not None and limit < longest + count - 1:
         raise BadInput(
             f"a prompt of {longest} tokens and {count} more need {longest + count - 1} positions, the model has {limit}"
         )

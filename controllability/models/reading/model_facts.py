@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def position_limit(model: Any) -> int | None:
-    """How many positions the model has; None where its config sets no limit."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+def position_limit(config: Any) -> int | None:
+    """How many positions a model with this (text) config has; None where it sets no limit."""
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 

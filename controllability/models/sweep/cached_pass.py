@@ -19,6 +19,7 @@ from architectures.reading import Layer
 from controllability.arrays import relative_error
 from controllability.interfaces import JointOptions, Path
 from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.reading.model_facts import position_limit, text_config
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.tolerances import CACHED, SAME
 from controllability.models.sweep.one_pass import Both
@@ -41,8 +42,8 @@ def pasts_of(model: nn.Module, there: Any, here: Any, ids: tuple[Tensor, Tensor]
         return None
     device = next(model.parameters()).device
     token = ids[1][-1:].to(device)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if (isinstance(limit, int) and len(ids[0]) >= limit) or not _as_without(model, caches[0], ids[0].to(device), token):
+    limit = position_limit(text_config(model))
+    if (limit is not None and len(ids[0]) >= limit) or not _as_without(model, caches[0], ids[0].to(device), token):
         return None
     return BothPasts.of(model, *caches, (len(ids[0]), len(ids[1])), token) or caches
 
