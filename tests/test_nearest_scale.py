@@ -18,8 +18,9 @@ import controllability as ct
 from controllability.execution.journal import NEAREST, SIZED
 from controllability.models.patches.solve import parse_joint_options
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.probes import sizes_are_free, with_reader_of_last_layer
+from controllability.models.reading.probes import sizes_are_free
 from controllability.models.reading.tolerances import VERIFIED
+from controllability.models.sweep.fallbacks import with_reader_of_last_layer
 from controllability.solvers import nearest_scale as nearest
 from controllability.solvers.free_sizes import sized_scale
 from controllability.solvers.nearest_scale import nearest_scale
@@ -162,7 +163,7 @@ def test_families_end_in_a_norm_or_not(name, free):
     checked = checked_reading(model, ids)
     assert sizes_are_free(model, checked, ids) is free
     wish = parse_joint_options("all", 0.0, None, False)
-    assert with_reader_of_last_layer(wish, model, checked, ids).behind == ("norm" if free else "anyone")
+    assert with_reader_of_last_layer(wish, model, checked, ids).read_by == ("norm" if free else "anyone")
     kept = parse_joint_options("all", 0.0, None, True)
     assert with_reader_of_last_layer(kept, model, checked, ids) == kept
 

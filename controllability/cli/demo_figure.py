@@ -9,6 +9,11 @@ from typing import Any
 import torch
 
 from controllability.arrays import relative_error
+from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.reading.inputs import without_cache
+from controllability.models.reading.positions import pair_positions
+from controllability.models.sweep.target_run import observe_target, silent
 from controllability.rendering.figure import drawn, two_plots
 
 
@@ -49,12 +54,6 @@ def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Map
 @torch.no_grad()
 def unpatched_errors(model: Any, target: Mapping[str, Any], source: Mapping[str, Any], scope: str) -> list[float]:
     """The negative control: relative error of each layer's output in the plain source run."""
-    from controllability.models.hooks.layer_hooks import LayerHooks
-    from controllability.models.reading.checked_reading import checked_reading
-    from controllability.models.reading.inputs import without_cache
-    from controllability.models.reading.positions import pair_positions
-    from controllability.models.sweep.target_run import observe_target, silent
-
     source_rows, target_rows = pair_positions(target, source, scope)
     checked = checked_reading(model)
     with LayerHooks(model, checked.reading) as hooks:

@@ -22,11 +22,13 @@ from controllability.models.reading.checked_reading import Checked, checked_read
 from controllability.models.reading.model_facts import input_embedding, position_limit, takes_cache
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.random_inputs import refuse_ids
+from controllability.models.sweep.fallbacks import Plan
+from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.models.sweep.one_pass import in_one_pass, narrow, possible, same, widened
 from controllability.models.sweep.records import record
 from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
 from controllability.models.sweep.report import Layers
-from controllability.models.sweep.source_run import LayerSweep, sweep
+from controllability.models.sweep.source_run import sweep
 from controllability.models.sweep.target_run import LayerTarget, check_finite, observe_target, silent
 from controllability.prover.derivation import Derivation
 
@@ -202,7 +204,7 @@ class _Loop:
     def _sweep(self, targets: list[list[LayerTarget]], source: dict[str, Any]) -> tuple[list[LayerSweep], Tensor]:
         count = len(source["input_ids"])
         rows = Positions(torch.arange(count), torch.zeros(count, dtype=torch.long), (count, 1))
-        solvers, output = sweep(self.hooks, self.proofs, targets, source, self._all(rows), "each", silent)
+        solvers, output = sweep(self.hooks, Plan(self.proofs, "each"), targets, source, self._all(rows), silent)
         return solvers, output.logits[:, -1]
 
     def _without(self, source: dict[str, Any]) -> Tensor | None:
@@ -213,7 +215,8 @@ class _Loop:
         started = time.perf_counter()
         batch = len(input_ids)
         wide = widened(inputs, input_ids, 3 if self.control else 2)
-        targets, solvers, self._output = in_one_pass(self.hooks, self.proofs, wide, batch, running)
+        rows = Positions(running, torch.zeros_like(running), (batch, 1))
+        targets, solvers, self._output = in_one_pass(self.hooks, Plan(self.proofs, "each"), wide, rows)
         groups = self._output.logits[:, -1].split(batch)
         target, patched, without = groups[0][running], groups[1][running], groups[2][running] if self.control else None
         half = (time.perf_counter() - started) / 2

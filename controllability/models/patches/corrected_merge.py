@@ -18,8 +18,8 @@ from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.checked_reading import checked_reading, codebooks_of
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.positions import pair_positions
-from controllability.models.reading.probes import with_reader_of_last_layer
-from controllability.models.sweep.source_run import LayerSweep, Sweeper, options_at
+from controllability.models.sweep.fallbacks import Plan, with_reader_of_last_layer
+from controllability.models.sweep.layer_sweep import Sweeper
 from controllability.models.sweep.target_run import observe_target, silent
 
 
@@ -43,18 +43,11 @@ def solved_again(patch: PatchRecord, model: nn.Module) -> Iterator[Entry]:
         targets, _ = observe_target(hooks, without_cache(model, inputs["target"]), target_rows, silent)
     source = without_cache(model, inputs["source"])
     derivations = {layer.index: layer.derivation for layer in patch.report.layers}
-    for layer, proof, calls in zip(reading.layers, proofs, targets, strict=True):
+    plan = Plan(proofs, patch.scope, joint, [derivations.get(i, 0) for i in range(len(proofs))])
+    for layer, calls in zip(reading.layers, targets, strict=True):
         if not calls:
             continue  # this input does not reach it
-        solver = LayerSweep(
-            layer,
-            proof,
-            derivations[layer.index],
-            calls[0],
-            source_rows,
-            patch.scope,
-            options_at(joint, layer is reading.layers[-1], True),
-        )
+        solver = plan.solver(layer, 0, calls[0], source_rows)
         sweeper, installation = Sweeper(layer, [solver], lambda: None), HookStack()
         try:
             LayerHook(model, layer, sweeper, installation, sequence_first=reading.architecture.sequence_first)

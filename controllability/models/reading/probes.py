@@ -1,17 +1,15 @@
-"""What reads the last patched layer's output: whether a token's size counts there.  (new)"""
+"""Facts of a model that are tried on random input: whether its output's size counts, whether it is causal.  (new)"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from controllability.arrays import relative_error
-from controllability.interfaces import JointOptions
 from controllability.models.hooks.installation import HookStack
 from controllability.models.reading.checked_reading import Checked
 from controllability.models.reading.logits import result_of
@@ -19,19 +17,6 @@ from controllability.models.reading.random_inputs import random_inputs
 from controllability.models.reading.tolerances import CAUSAL, VERIFIED
 
 FACTORS = (0.5, 2.0)
-COARSE = (
-    1e-12  # machine epsilon from which on a free size is worth looking for: above it rounding can be magnified too much
-)
-
-
-def with_reader_of_last_layer(
-    joint: JointOptions, model: nn.Module, checked: Checked, example: Mapping[str, Any]
-) -> JointOptions:
-    """``joint`` with what stands behind the last layer, where it matters."""
-    coarse = any(torch.finfo(d).eps > COARSE for layer in checked.reading.layers[-1:] for d in layer.params.dtypes)
-    if not coarse or not joint.exact or joint.keep_rms:
-        return joint
-    return replace(joint, read_by="norm" if sizes_are_free(model, checked, example) else "anyone")
 
 
 def sizes_are_free(model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> bool:

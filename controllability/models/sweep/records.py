@@ -19,7 +19,7 @@ from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.execution.journal import RouteTaken
 from controllability.execution.patched_run import PatchedRun
 from controllability.interfaces import Path, node
-from controllability.models.sweep.source_run import LayerSweep
+from controllability.models.sweep.layer_sweep import LayerSweep
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from controllability.arrays import errors_and_sizes
 from controllability.errors import NotVerified
-from controllability.execution.journal import NEAREST, SHORT
 from controllability.models.reading.tolerances import UNREACHED
-from controllability.models.sweep.source_run import LayerSweep
+from controllability.models.sweep.fallbacks import made_good_later
+from controllability.models.sweep.layer_sweep import LayerSweep
 
 AFTER_THE_LAST_LAYER = (
     "something after the last patched layer depends on the context or on the token (a mixer, per-layer embeddings, "
@@ -27,8 +27,8 @@ def refuse_unreached(solvers: list[LayerSweep]) -> float:
     for solver, errors, error in zip(solvers, rows, worst, strict=True):
         if solver.proof.route in ("ball", "scale"):
             continue  # asked for, and known to amplify rounding
-        if any(taken.route in (NEAREST, SHORT) for taken in solver.run.journal.routes):
-            continue  # a later layer makes good, and is held to its target
+        if made_good_later(solver):
+            continue  # the layer that makes good is held to its target
         held.append(error)
         if error > max(UNREACHED.of(_dtypes(solver)), _explained(solver)):
             raise NotVerified(
