@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,16 +47,15 @@ def _times(output: Any, factor: float) -> Any:
 
 
 LENGTH, FIRST = 8, 4
-_KNOWN: weakref.WeakKeyDictionary[Checked, bool] = weakref.WeakKeyDictionary()
 
 
 def is_causal(model: nn.Module, checked: Checked) -> bool:
     """Whether earlier positions give the same when others follow: tried once, on random token ids."""
-    if checked not in _KNOWN:
+    if "causal" not in checked.tried:
         drawn = random_inputs(model, {"input_ids": torch.zeros(1, LENGTH, dtype=torch.long)}, length=LENGTH)
         with torch.no_grad():
             whole = result_of(model(**drawn))
             begun = result_of(model(**drawn | {"input_ids": drawn["input_ids"][:, :FIRST]}))
         per_position = whole.ndim == 3 and whole.shape[1] == LENGTH
-        _KNOWN[checked] = per_position and relative_error(begun, whole[:, :FIRST]) <= CAUSAL[whole.dtype]
-    return _KNOWN[checked]
+        checked.tried["causal"] = per_position and relative_error(begun, whole[:, :FIRST]) <= CAUSAL[whole.dtype]
+    return checked.tried["causal"]
