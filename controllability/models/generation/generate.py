@@ -19,7 +19,7 @@ from controllability.models.generation.steps import GeneratedToken, Generation, 
 from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.checked_reading import Checked, checked_reading, codebooks_of, streams_of
-from controllability.models.reading.model_facts import input_embedding, position_limit, takes_cache
+from controllability.models.reading.model_facts import forward_arguments, input_embedding, position_limit, takes_cache
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.random_inputs import refuse_ids
 from controllability.models.sweep.fallbacks import Plan
@@ -258,7 +258,7 @@ class _Loop:
 
     def _source(self, input_ids: Tensor, position: Tensor) -> dict[str, Any]:
         source = {"input_ids": input_ids[:, -1:], "use_cache": False}
-        return source | ({"position_ids": position[:, None]} if _takes_positions(self.model) else {})
+        return source | ({"position_ids": position[:, None]} if "position_ids" in forward_arguments(self.model) else {})
 
 
 def left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -326,12 +326,6 @@ def _padding(model: nn.Module, options: Mapping[str, Any]) -> int:
         if isinstance(value, int):
             return value
     return 0
-
-
-def _takes_positions(model: nn.Module) -> bool:
-    import inspect
-
-    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _refuse_misuse(model: Any, follow: str, count: Any, options: Mapping[str, Any]) -> None:

@@ -61,16 +61,9 @@ def solve(
 
 
 def _patch(
-    model: nn.Module,
-    target: Mapping[str, Any],
-    source: Mapping[str, Any],
-    scope: str,
-    via: str,
-    route: str,
-    positions: tuple[Any, Any] | None,
-    progress: Progress,
-    joint: JointOptions,
-) -> PatchRecord:
+    model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], scope: str, via: str, route: str,
+    positions: tuple[Any, Any] | None, progress: Progress, joint: JointOptions,
+) -> PatchRecord:  # fmt: skip
     started = time.perf_counter()
     for role, inputs in (("target", target), ("source", source)):
         refuse_malformed(inputs, role)

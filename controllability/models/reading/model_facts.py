@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,14 +40,19 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def forward_arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a model's forward by name; none where it does not say."""
+    try:
+        return inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
 def takes_cache(model: nn.Module) -> bool:
     """Whether ``use_cache=False`` may be said to a model: by its forward's own argument, or as transformers do.
 
     A forward that hands unknown arguments on (``**kwargs``) may hand them to something that refuses this one.
     """
-    try:
-        arguments = inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):
-        return False
+    arguments = forward_arguments(model)
     open_ended = any(a.kind is a.VAR_KEYWORD for a in arguments.values())
     return "use_cache" in arguments or (open_ended and hasattr(getattr(model, "config", None), "to_dict"))

@@ -7,7 +7,6 @@ on the left and masked.  What a layer's patch needs of the target has been compu
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from controllability.arrays import relative_error
 from controllability.models.hooks.layer_hooks import LayerHooks
-from controllability.models.reading.model_facts import position_limit, text_config
+from controllability.models.reading.model_facts import forward_arguments, position_limit, text_config
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.tolerances import CACHED, SAME
 from controllability.models.sweep.fallbacks import Plan
@@ -103,8 +102,7 @@ def _side_by_side(model: nn.Module, there: Any, here: Any) -> Any:
     """One cache with a row for each; None where a model keeps something else, or places tokens by themselves."""
     config: Any = model.config
     text = config.get_text_config(decoder=True)
-    known = set(inspect.signature(model.forward).parameters)
-    if not known >= ASKED or not set(getattr(text, "layer_types", None) or ()) <= LOCAL:
+    if not set(forward_arguments(model)) >= ASKED or not set(getattr(text, "layer_types", None) or ()) <= LOCAL:
         return None
     if not plain_layers(there):
         return None

@@ -39,13 +39,9 @@ class Plan:
     """
 
     def __init__(
-        self,
-        proofs: list[Derivation],
-        scope: str,
-        joint: JointOptions | None = None,
-        derivations: Sequence[int] | None = None,
-        served: Served | None = None,
-    ) -> None:
+        self, proofs: list[Derivation], scope: str, joint: JointOptions | None = None,
+        derivations: Sequence[int] | None = None, served: Served | None = None,
+    ) -> None:  # fmt: skip
         self.proofs, self.scope, self.served = proofs, scope, served
         self.joint = joint if scope == "all" else None
         self.fixed = derivations is not None

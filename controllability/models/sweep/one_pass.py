@@ -7,8 +7,7 @@ are the source run, patched as the pass goes on: what a layer's patch needs of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ from controllability.models.sweep.fallbacks import Plan
 from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.models.sweep.target_run import LayerTarget, Observer
 
-Solver = Callable[[Layer, int, LayerTarget], LayerSweep]  # (layer, call, target) -> what solves that call
-
 
 class Both:
     """Listens to one layer; the first rows of the batch are the target's, the next as many the source's.
@@ -34,8 +31,8 @@ class Both:
     A condition that fails ``stops`` the pass, or else only the solving: the cache is left whole then.
     """
 
-    def __init__(self, layer: Layer, rows: Positions, last: bool, solver: Solver, stops: bool) -> None:
-        self.layer, self.solver, self.stops = layer, solver, stops
+    def __init__(self, layer: Layer, plan: Plan, rows: Positions, last: bool, stops: bool) -> None:
+        self.layer, self.plan, self.rows, self.stops = layer, plan, rows, stops
         self.batch = rows.shape[0]
         self.observer = Observer(layer, rows, last, lambda: None)
         self.solvers: list[LayerSweep] = []
@@ -43,7 +40,7 @@ class Both:
 
     def begins(self) -> None:
         self.observer.begins()
-        self.solvers.append(self.solver(self.layer, len(self.solvers), self.observer.calls[-1]))
+        self.solvers.append(self.plan.solver(self.layer, len(self.solvers), self.observer.calls[-1], self.rows))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[: self.batch], x[self.batch : 2 * self.batch]
@@ -152,7 +149,7 @@ def in_one_pass(
     (``stops``) the pass ends with ``SideConditionFailed``, and its cache is not to be used again.
     """
     layers = hooks.reading.layers
-    both = [Both(layer, rows, layer is layers[-1], partial(plan.solver, rows=rows), stops) for layer in layers]
+    both = [Both(layer, plan, rows, layer is layers[-1], stops) for layer in layers]
     output = hooks.run(both, inputs)
     targets = [listener.observer.calls for listener in both]
     if any(listener.failed for listener in both):

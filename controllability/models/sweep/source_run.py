@@ -18,13 +18,9 @@ from controllability.models.sweep.target_run import LayerTarget, Progress
 
 
 def sweep(
-    hooks: LayerHooks,
-    plan: Plan,
-    targets: list[list[LayerTarget]],
-    inputs: Mapping[str, Any],
-    rows: Positions,
+    hooks: LayerHooks, plan: Plan, targets: list[list[LayerTarget]], inputs: Mapping[str, Any], rows: Positions,
     progress: Progress,
-) -> tuple[list[LayerSweep], Any]:
+) -> tuple[list[LayerSweep], Any]:  # fmt: skip
     """Run the source once, solving on the way.  Where a side condition fails, it is run again by what ``plan`` falls back to.
 
     Raises ``SideConditionFailed`` with layer, position and component when nothing is left.
