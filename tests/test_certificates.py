@@ -30,8 +30,7 @@ from controllability.components import (
     Routing,
     residual,
 )
-from controllability.execution.sampling import inputs_of
-from controllability.interfaces import Bijection, Component, Param
+from controllability.interfaces import Bijection, Component, Layout, Param
 from controllability.proof_files.codec import decode, encode, own_classes
 from controllability.proof_files.read import BESIDE, MANY, PROOF
 from controllability.proof_files.recheck import NODE
@@ -99,7 +98,7 @@ def test_100_random_trees_come_back():
         data = through_text(proof)
         again = ct.Proof.from_dict(data)
         assert again.to_dict() == proof.to_dict() == data
-        states = np.random.default_rng(seed).normal(size=(2, inputs_of(block), 2, D))
+        states = np.random.default_rng(seed).normal(size=(2, Layout.of(block).inputs, 2, D))
         v, v_target = (tuple(run) if len(run) > 1 else run[0] for run in states)
         found = constructed(again, grower.values, v, v_target)
         assert found == constructed(proof, grower.values, v, v_target)

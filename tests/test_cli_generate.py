@@ -19,7 +19,7 @@ from controllability.cli.generate import padded, word_after
 from controllability.cli.main import main
 from controllability.cli.side_by_side import Transcript
 from controllability.errors import SideConditionFailed
-from controllability.models.generation.steps import Step
+from controllability.models.generation.steps import GeneratedToken
 from controllability.models.loading import embedded_directory, load_model
 from controllability.models.reading import tolerances
 
@@ -256,7 +256,7 @@ def stopping(monkeypatch, after, error):
     real = generating.generate_tokens
 
     def broken(*args, on_step, **options):
-        done: list[Step] = []
+        done: list[GeneratedToken] = []
 
         def step(found):
             if len(done) == after:
@@ -308,7 +308,7 @@ def test_logits_that_are_not_finite_are_no_result(capsys, monkeypatch):
 
     def broken(*args, on_step, **options):
         def step(found):
-            on_step(Step(**{**vars(found), "kl": torch.full_like(found.kl, torch.nan)}))
+            on_step(GeneratedToken(**{**vars(found), "kl": torch.full_like(found.kl, torch.nan)}))
 
         return real(*args, on_step=step, **options)
 

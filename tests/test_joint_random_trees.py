@@ -18,8 +18,7 @@ from trees import Case, D, Grower
 
 import controllability as ct
 from controllability.arrays import ARITHMETICS
-from controllability.execution.sampling import inputs_of
-from controllability.interfaces import overlap
+from controllability.interfaces import Layout, overlap
 from controllability.solvers.dependence_certificate import Dependent
 
 SEEDS = range(220)
@@ -31,7 +30,7 @@ def grown(seed: int) -> Case:
     grower = Grower(rng)
     block = grower.block(rng.randint(1, 4))
     tokens = rng.choice((1, 2, 3, 3, 4))
-    states = np.random.default_rng(seed).normal(size=(2, inputs_of(block), tokens, D))
+    states = np.random.default_rng(seed).normal(size=(2, Layout.of(block).inputs, tokens, D))
     if tokens > 1 and rng.random() < 0.3:  # a repeated state: with the same target, or with another
         states[0, :, 1] = states[0, :, 0]
         if rng.random() < 0.5:

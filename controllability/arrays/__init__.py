@@ -121,10 +121,21 @@ def relative_error(found: Array, wanted: Array) -> float:
     0.25
     """
     xp = arithmetic(found, wanted)
+    return quotient(*(xp.to_float(xp.max(x.reshape(-1)).reshape(())) for x in errors_and_sizes(found, wanted)))
+
+
+def errors_and_sizes(found: Array, wanted: Array) -> tuple[Array, Array]:
+    """(max |difference|, max |target|) of each row: (..., n), (..., n) -> (...), (...).
+
+    ``relative_error`` divides the largest of the one by the largest of the other; who wants it row by row divides these.
+    """
+    xp = arithmetic(found, wanted)
     found, wanted = xp.lift(found), xp.lift(wanted)
-    difference = xp.magnitude(found - wanted).reshape(-1)
-    largest = xp.to_float(xp.max(difference).reshape(()))
-    scale = xp.to_float(xp.largest(wanted.reshape(-1)).reshape(()))
-    if largest == 0:
+    return xp.largest(found - wanted)[..., 0], xp.largest(wanted)[..., 0]
+
+
+def quotient(error: float, size: float) -> float:
+    """``error`` relative to ``size``: 0 where nothing is missed, infinite where something is and the target is 0."""
+    if error == 0:
         return 0.0
-    return largest / scale if scale else math.inf
+    return error / size if size else math.inf

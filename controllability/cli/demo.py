@@ -15,6 +15,7 @@ from controllability.embedded.world import draw_worlds
 from controllability.errors import BadInput
 from controllability.models import ModelPatch, patch_model
 from controllability.models.loading import embedded_directory, encode, load_model
+from controllability.models.reading.logits import compare_logits
 
 
 def demo(args: argparse.Namespace, output: Output) -> int:
@@ -33,11 +34,11 @@ def demo(args: argparse.Namespace, output: Output) -> int:
             for question in world.questions:
                 target, source = encode(tokenizer, world.context, question.text)
                 answer, mp = _ask(model, target, source, args.scope, args.route)
-                first = first or (mp, target, source)
+                first, wanted = first or (mp, target, source), answer["with_context"]
                 words = {k: tokenizer.decode(v.argmax()) for k, v in answer.items()}
                 queries.append({"context": world.context, "query": question.text, "expected": question.answer, **words})
-                errors.append(float((answer["patched"] - answer["with_context"]).abs().max()))
-                unpatched_errors.append(float((answer["without_context"] - answer["with_context"]).abs().max()))
+                errors.append(compare_logits(answer["patched"], wanted).max_logit_error)
+                unpatched_errors.append(compare_logits(answer["without_context"], wanted).max_logit_error)
                 done += 1
                 progress("questions", done, total)
     assert first is not None

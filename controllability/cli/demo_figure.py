@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 
+from controllability.arrays import relative_error
+from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.reading.inputs import without_cache
+from controllability.models.reading.positions import pair_positions
+from controllability.models.sweep.target_run import observe_target, silent
 from controllability.rendering.figure import drawn, two_plots
 
 
@@ -48,22 +54,15 @@ def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Map
 @torch.no_grad()
 def unpatched_errors(model: Any, target: Mapping[str, Any], source: Mapping[str, Any], scope: str) -> list[float]:
     """The negative control: relative error of each layer's output in the plain source run."""
-    from controllability.models.hooks.layer_hooks import LayerHooks
-    from controllability.models.reading.checked_reading import checked_reading
-    from controllability.models.reading.inputs import without_cache
-    from controllability.models.reading.positions import pair_positions
-    from controllability.models.sweep.source_run import residual_of
-    from controllability.models.sweep.target_run import observe_target
-
     source_rows, target_rows = pair_positions(target, source, scope)
     checked = checked_reading(model)
     with LayerHooks(model, checked.reading) as hooks:
         runs = [
-            observe_target(hooks, without_cache(model, inputs), rows, lambda *_: None)[0]
+            observe_target(hooks, without_cache(model, inputs), rows, silent)[0]
             for inputs, rows in ((source, source_rows), (target, target_rows))
         ]
     calls = [[call for layer in run for call in layer] for run in runs]
-    return [residual_of(s.outputs[()], t.outputs[()]) for s, t in zip(*calls, strict=True)]
+    return [relative_error(s.outputs[()], t.outputs[()]) for s, t in zip(*calls, strict=True)]
 
 
 def _short(name: str) -> str:

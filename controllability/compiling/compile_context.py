@@ -20,12 +20,8 @@ from controllability.compiling.unrelated_texts import unrelated_samples
 from controllability.compiling.yardstick import Yardstick, agreement
 from controllability.errors import BadInput
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.model_facts import position_limit
-from controllability.models.sweep.target_run import Progress
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None
+from controllability.models.reading.model_facts import position_limit, text_config
+from controllability.models.sweep.target_run import Progress, silent
 
 
 def compile_context(
@@ -40,7 +36,7 @@ def compile_context(
     ridge: float | str | None = None,
     keep_rms: bool = False,
     via: str | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Compiled:
     """One set of weights with which ``model`` answers the queries as if the context stood before them.
 
@@ -71,9 +67,9 @@ def compile_context(
         raise BadInput("there are no queries")
     refuse_overlap(asked, left_out)
     wish = Wish(via, rank, ridge, keep_rms)
-    refuse_wish(wish, answer_tokens, _width(model))
+    refuse_wish(wish, answer_tokens, getattr(text_config(model), "hidden_size", None))
     checked_reading(model)  # refuses what cannot be patched before anything is run
-    limit = position_limit(model)
+    limit = position_limit(text_config(model))
     before = Context.of(tokenizer, context, limit)
     with torch.inference_mode(False), torch.no_grad():
         samples = [before.sample(query.text, query.weight, answer_tokens) for query in asked]
@@ -130,8 +126,3 @@ def _queries(items: Iterable[str | Query], what: str) -> list[Query]:
     for note in notes:
         warnings.warn(note, stacklevel=3)
     return found
-
-
-def _width(model: Any) -> int | None:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return getattr(config, "hidden_size", None)

@@ -14,7 +14,7 @@ from controllability.errors import ControllabilityError, NotControllable, NotVer
 from controllability.models.model_patch import ModelPatch
 from controllability.models.patch_model import patch_model
 from controllability.models.reading.tolerances import VERIFIED
-from controllability.models.sweep.target_run import Progress
+from controllability.models.sweep.target_run import Progress, silent
 
 EXACTLY = ("output", "input-output")  # Theorem 1b holds more tokens, and moves less of the model elsewhere
 FITTED = (
@@ -112,7 +112,7 @@ def solve(model: Any, queries: Yardstick, heldout: Yardstick | None, wish: Wish,
 
     wish = replace(wish, via=wish.via or FITTED)
 
-    def fit(samples: Sequence[Sample], ridge: float, progress: Progress = lambda *_: None) -> ModelPatch:
+    def fit(samples: Sequence[Sample], ridge: float, progress: Progress = silent) -> ModelPatch:
         return patch_of(model, repeated(samples), replace(wish, ridge=ridge), progress)
 
     given = wish.ridge if isinstance(wish.ridge, int | float) and wish.ridge else None
@@ -164,4 +164,4 @@ def rank_of(patch: ModelPatch) -> int:
 
 def tolerance(model: Any) -> float:
     """The relative error within which a model of this dtype counts as verified."""
-    return max(VERIFIED[dtype] for dtype in {p.dtype for p in model.parameters()} & set(VERIFIED))
+    return VERIFIED.of({p.dtype for p in model.parameters()})

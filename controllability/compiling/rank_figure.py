@@ -13,7 +13,7 @@ from controllability.compiling.result import Compiled
 from controllability.compiling.token_sets import repeated
 from controllability.compiling.yardstick import Agreement
 from controllability.errors import NotControllable, NotVerified, SideConditionFailed
-from controllability.models.sweep.target_run import Progress
+from controllability.models.sweep.target_run import Progress, silent
 from controllability.rendering.figure import drawn, two_plots
 
 MOST = 6  # ranks that are tried
@@ -54,7 +54,7 @@ def measure_by_rank(compiled: Compiled, model: Any, progress: Progress) -> list[
     samples = repeated(compiled.sets["queries"].samples)
     for i, rank in enumerate(ranks):
         try:
-            patch = patch_of(model, samples, replace(wish, rank=rank), lambda *_: None)
+            patch = patch_of(model, samples, replace(wish, rank=rank), silent)
         except (SideConditionFailed, NotControllable, NotVerified):
             continue
         finally:

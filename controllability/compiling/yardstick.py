@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from controllability.compiling.token_sets import Prefix, Sample, Side, batches, padded
 from controllability.errors import BadInput, NotVerified
 from controllability.models.reading.inputs import without_cache
-from controllability.models.reading.logits import result_of
+from controllability.models.reading.logits import compare_logits, joined, result_of
 
 
 @dataclass(frozen=True)
@@ -35,27 +34,22 @@ class Agreement:
 
 
 def agreement(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> Agreement:
-    """Compare logits, (n_i, vocabulary) a text.  Raises ``NotVerified`` where a number is not finite.
+    """Compare logits, (n_i, vocabulary) a text, over all texts.  Raises ``NotVerified`` where a number is not finite.
 
     >>> import torch
     >>> wanted = [torch.tensor([[2.0, 0.0], [0.0, 1.0]])]
     >>> agreement(wanted, wanted).top1_agreement, agreement([torch.tensor([[2.0, 0.0], [3.0, 1.0]])], wanted).top1_agreement
     (1.0, 0.5)
     """
-    same = count = 0
-    kl = error = size = 0.0
-    for x, y in ((x.double(), y.double()) for x, y in zip(found, wanted, strict=True) if len(y)):
-        difference = float((x - y).abs().max())
-        log_p, log_q = y.log_softmax(-1), x.log_softmax(-1)
-        kl += float((log_p.exp() * (log_p - log_q)).sum())
-        if not (math.isfinite(difference) and math.isfinite(kl)):
-            raise NotVerified("verification failed: logits are not finite; try another dtype; nothing was written")
-        same += int((x.argmax(-1) == y.argmax(-1)).sum())
-        count += len(y)
-        error, size = max(error, difference), max(size, float(y.abs().max()))
-    if not count:
+    texts = [compare_logits(x, y) for x, y in zip(found, wanted, strict=True) if len(y)]
+    if not texts:
         raise BadInput("there is no position to compare")
-    return Agreement(same / count, max(0.0, kl / count), error, error / size if size else error, count)
+    seen = joined(texts)
+    if not seen.finite:
+        raise NotVerified("verification failed: logits are not finite; try another dtype; nothing was written")
+    return Agreement(
+        seen.top1_agreement, float(seen.kl.mean()), seen.max_logit_error, seen.relative_error, len(seen.kl)
+    )
 
 
 @torch.no_grad()

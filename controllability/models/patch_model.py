@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from controllability.models.model_patch import ModelPatch
-from controllability.models.patches.solve import silent, solve
-from controllability.models.sweep.target_run import Progress
+from controllability.models.patches.solve import solve
+from controllability.models.sweep.target_run import Progress, silent
 
 
 def patch_model(

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from architectures import quantised
+from controllability.arrays import relative_error
 from controllability.errors import NotVerified
 from controllability.models.exact_mode import exact_mode
 from controllability.models.patches.applied import applied
 from controllability.models.patches.record import PatchRecord
+from controllability.models.reading.inputs import without_cache
+from controllability.models.reading.logits import result_of
 from controllability.models.reading.model_facts import input_embedding
 from controllability.models.reading.random_inputs import random_inputs
 from controllability.models.reading.tolerances import VERIFIED
@@ -41,9 +44,6 @@ def check_adapter(patch: PatchRecord, directory: Path, model: nn.Module | None) 
 
     Raises ``NotVerified`` when PEFT does not load it, or when the outputs differ by more than rounding explains.
     """
-    from controllability.models.reading.inputs import without_cache
-    from controllability.models.reading.logits import result_of
-
     if model is None:
         return Check(None, "not verified: no model was given")
     try:
@@ -55,14 +55,14 @@ def check_adapter(patch: PatchRecord, directory: Path, model: nn.Module | None) 
         if input_embedding(model) is None:
             return Check(None, "not verified: this patch holds no input to compare on")
         inputs, note = random_inputs(model, None), "compared on random tokens"
-    dtypes = {parameter.dtype for parameter in model.parameters()} & set(VERIFIED)
+    dtypes = {parameter.dtype for parameter in model.parameters()}
     with torch.no_grad(), exact_mode() if torch.float64 in dtypes else contextlib.nullcontext():
         unpatched = result_of(model(**inputs))
         with applied(patch, model):
             patched = result_of(model(**inputs))
         adapted = result_of(_run(_with_adapter(model, directory), inputs))
-    error, control = _relative(adapted, patched), _relative(unpatched, patched)
-    tolerance = max(VERIFIED[dtype] for dtype in dtypes)
+    error, control = (relative_error(found.double(), patched.double()) for found in (adapted, unpatched))
+    tolerance = VERIFIED.of(dtypes)
     if not error <= tolerance or error > control:
         raise NotVerified(
             f"PEFT loads the adapter, and its output misses the patched model's by {error:.2g} (relative; rounding "
@@ -129,7 +129,3 @@ def twin(model: nn.Module) -> nn.Module:
         else:
             shared[id(p)] = p if packed else nn.Parameter(p.data, requires_grad=p.requires_grad)
     return copy.deepcopy(model, shared)
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())

@@ -19,15 +19,17 @@ from controllability.models.generation.steps import GeneratedToken, Generation, 
 from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.checked_reading import Checked, checked_reading, codebooks_of, streams_of
-from controllability.models.reading.model_facts import input_embedding, takes_cache
+from controllability.models.reading.model_facts import forward_arguments, input_embedding, position_limit, takes_cache
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.random_inputs import refuse_ids
+from controllability.models.sweep.fallbacks import Plan
+from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.models.sweep.one_pass import in_one_pass, narrow, possible, same, widened
 from controllability.models.sweep.records import record
 from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
 from controllability.models.sweep.report import Layers
-from controllability.models.sweep.source_run import LayerSweep, sweep
-from controllability.models.sweep.target_run import LayerTarget, check_finite, observe_target
+from controllability.models.sweep.source_run import sweep
+from controllability.models.sweep.target_run import LayerTarget, check_finite, observe_target, silent
 from controllability.prover.derivation import Derivation
 
 OnStep = Callable[[GeneratedToken], None]
@@ -192,7 +194,7 @@ class _Loop:
         started = time.perf_counter()
         batch, length = inputs["input_ids"].shape
         rows = Positions(running, torch.full_like(running, length - 1), (batch, length))
-        targets, self._output = observe_target(self.hooks, {**inputs, "return_dict": True}, self._all(rows), _silent)
+        targets, self._output = observe_target(self.hooks, {**inputs, "return_dict": True}, self._all(rows), silent)
         target = self._output.logits[: len(input_ids)][running, -1]
         observed = time.perf_counter()
         solvers, patched = self._sweep(targets, source)
@@ -202,7 +204,7 @@ class _Loop:
     def _sweep(self, targets: list[list[LayerTarget]], source: dict[str, Any]) -> tuple[list[LayerSweep], Tensor]:
         count = len(source["input_ids"])
         rows = Positions(torch.arange(count), torch.zeros(count, dtype=torch.long), (count, 1))
-        solvers, output = sweep(self.hooks, self.proofs, targets, source, self._all(rows), "each", _silent)
+        solvers, output = sweep(self.hooks, Plan(self.proofs, "each"), targets, source, self._all(rows), silent)
         return solvers, output.logits[:, -1]
 
     def _without(self, source: dict[str, Any]) -> Tensor | None:
@@ -213,7 +215,8 @@ class _Loop:
         started = time.perf_counter()
         batch = len(input_ids)
         wide = widened(inputs, input_ids, 3 if self.control else 2)
-        targets, solvers, self._output = in_one_pass(self.hooks, self.proofs, wide, batch, running)
+        rows = Positions(running, torch.zeros_like(running), (batch, 1))
+        targets, solvers, self._output = in_one_pass(self.hooks, Plan(self.proofs, "each"), wide, rows)
         groups = self._output.logits[:, -1].split(batch)
         target, patched, without = groups[0][running], groups[1][running], groups[2][running] if self.control else None
         half = (time.perf_counter() - started) / 2
@@ -255,7 +258,7 @@ class _Loop:
 
     def _source(self, input_ids: Tensor, position: Tensor) -> dict[str, Any]:
         source = {"input_ids": input_ids[:, -1:], "use_cache": False}
-        return source | ({"position_ids": position[:, None]} if _takes_positions(self.model) else {})
+        return source | ({"position_ids": position[:, None]} if "position_ids" in forward_arguments(self.model) else {})
 
 
 def left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -325,16 +328,6 @@ def _padding(model: nn.Module, options: Mapping[str, Any]) -> int:
     return 0
 
 
-def _takes_positions(model: nn.Module) -> bool:
-    import inspect
-
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None
-
-
 def _refuse_misuse(model: Any, follow: str, count: Any, options: Mapping[str, Any]) -> None:
     if not isinstance(model, nn.Module):
         raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
@@ -369,9 +362,9 @@ def _refuse_prompts(model: Any, checked: Checked, ids: Tensor, mask: Tensor, cou
         refuse_ids(ids.masked_fill(mask == 0, 0), int(embedding.shape[0]), "prompt")
     if codebooks_of(checked) > 1:
         raise BadInput(f"{type(model).__name__} reads several rows of ids a sample: patched generation is for text")
-    limit = getattr(checked.reading.config, "max_position_embeddings", None)
+    limit = position_limit(checked.reading.config)
     longest = int(mask.sum(1).max())
-    if isinstance(limit, int) and 0 < limit < longest + count - 1:
+    if limit is not None and limit < longest + count - 1:
         raise BadInput(
             f"a prompt of {longest} tokens and {count} more need {longest + count - 1} positions, the model has {limit}"
         )

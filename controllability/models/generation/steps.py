@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controllability.arrays import errors_and_sizes
+from controllability.models.reading.logits import compare_logits
 from controllability.models.sweep.report import Layers
 
 
@@ -188,18 +190,15 @@ def compared(
 
     given = [logits for logits in (target, patched, unpatched) if logits is not None]
     tokens, scores = choice.among(input_ids, *map(spread, given))
-    target, patched, *rest = (logits.double() for logits in given)
-    error = (patched - target).abs().amax(-1)
-    log_p, log_q = target.log_softmax(-1), patched.log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
-    best, largest = target.topk(2, -1).values, target.abs().amax(-1)
+    found, best = compare_logits(patched, target), target.double().topk(2, -1).values
     numbers = {
-        "relative_error": error / largest.clamp_min(torch.finfo(target.dtype).tiny), "max_logit_error": error,
-        "kl": kl, "top1_gap": best[:, 0] - best[:, 1],
+        "relative_error": found.relative_errors, "max_logit_error": found.error, "kl": found.kl,
+        "top1_gap": best[:, 0] - best[:, 1],
     }  # fmt: skip
+    off = None if unpatched is None else spread(errors_and_sizes(unpatched.double(), target.double())[0]).cpu()
     return GeneratedToken(
-        target=tokens[0].cpu(), patched=tokens[1].cpu(), unpatched=tokens[2].cpu() if rest else None,
-        max_logit_error_unpatched=spread((rest[0] - target).abs().amax(-1)).cpu() if rest else None,
+        target=tokens[0].cpu(), patched=tokens[1].cpu(), unpatched=None if off is None else tokens[2].cpu(),
+        max_logit_error_unpatched=off,
         near_tie=_near_tie(scores[0], scores[1]).cpu(), active=active.cpu().clone(), position=position.cpu().clone(), seconds=seconds,
         layers=layers, **{name: spread(value).cpu() for name, value in numbers.items()},
     )  # fmt: skip

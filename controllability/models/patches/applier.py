@@ -15,8 +15,7 @@ from controllability.errors import PatchError
 from controllability.interfaces import Param
 from controllability.interfaces import Path as NodePath
 from controllability.models.reading.positions import Positions
-from controllability.models.sweep.effects import Effect, Move, per_sample, ready, update_of
-from controllability.models.sweep.source_run import parameters_at
+from controllability.models.sweep.effects import Effect, Move, parameters_at, per_sample, ready, update_of
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from controllability.models.hooks.installation import HookStack
 from controllability.models.hooks.layer_hooks import LayerHook, LayerHooks
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import PatchRecord
-from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.reading.checked_reading import checked_reading, codebooks_of
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.positions import pair_positions
-from controllability.models.reading.probes import with_reader_of_last_layer
-from controllability.models.sweep.source_run import LayerSweep, Sweeper, options_at
-from controllability.models.sweep.target_run import observe_target
+from controllability.models.sweep.fallbacks import Plan, with_reader_of_last_layer
+from controllability.models.sweep.layer_sweep import Sweeper
+from controllability.models.sweep.target_run import observe_target, silent
 
 
 def solved_again(patch: PatchRecord, model: nn.Module) -> Iterator[Entry]:
@@ -29,8 +29,6 @@ def solved_again(patch: PatchRecord, model: nn.Module) -> Iterator[Entry]:
     Whoever writes them into ``model`` before asking for more gets patches that know of the rounding so far.  Costs one
     target run, and one source run a layer.  Raises ``SideConditionFailed`` where a layer's numbers changed too much.
     """
-    from controllability.models.reading.checked_reading import codebooks_of
-
     inputs = patch.inputs
     checked = checked_reading(model, inputs["target"])
     jointly = patch.scope == "all"
@@ -42,21 +40,14 @@ def solved_again(patch: PatchRecord, model: nn.Module) -> Iterator[Entry]:
     if joint is not None and jointly:
         joint = with_reader_of_last_layer(joint, model, checked, inputs["target"])
     with LayerHooks(model, reading) as hooks:
-        targets, _ = observe_target(hooks, without_cache(model, inputs["target"]), target_rows, lambda *_: None)
+        targets, _ = observe_target(hooks, without_cache(model, inputs["target"]), target_rows, silent)
     source = without_cache(model, inputs["source"])
     derivations = {layer.index: layer.derivation for layer in patch.report.layers}
-    for layer, proof, calls in zip(reading.layers, proofs, targets, strict=True):
+    plan = Plan(proofs, patch.scope, joint, [derivations.get(i, 0) for i in range(len(proofs))])
+    for layer, calls in zip(reading.layers, targets, strict=True):
         if not calls:
             continue  # this input does not reach it
-        solver = LayerSweep(
-            layer,
-            proof,
-            derivations[layer.index],
-            calls[0],
-            source_rows,
-            patch.scope,
-            options_at(joint, layer is reading.layers[-1], True),
-        )
+        solver = plan.solver(layer, 0, calls[0], source_rows)
         sweeper, installation = Sweeper(layer, [solver], lambda: None), HookStack()
         try:
             LayerHook(model, layer, sweeper, installation, sequence_first=reading.architecture.sequence_first)

@@ -27,9 +27,8 @@ from controllability.models.patches.served_sequences import (
     Learned,
     Stream,
     TokenSequence,
-    _complete,
-    _only_near,
     batch_of,
+    complete,
 )
 from controllability.models.patches.solve import solve
 from controllability.models.reading.checked_reading import Checked, checked_reading
@@ -39,11 +38,13 @@ from controllability.models.reading.model_facts import keeps_cache
 from controllability.models.reading.positions import Positions, pair_positions
 from controllability.models.reading.probes import is_causal
 from controllability.models.sweep.cached_pass import BothPasts, pasts_of, solved_in_one_pass
+from controllability.models.sweep.fallbacks import Plan, only_near
+from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.models.sweep.records import LayerRecord, joined, record
 from controllability.models.sweep.refuse_misses import refuse_unreached
 from controllability.models.sweep.report import LayerReport, Layers
-from controllability.models.sweep.source_run import LayerSweep, sweep
-from controllability.models.sweep.target_run import observe_target
+from controllability.models.sweep.source_run import sweep
+from controllability.models.sweep.target_run import observe_target, silent
 from controllability.solvers.served_tokens import NotContinued
 
 
@@ -93,7 +94,7 @@ def _gone_on(
     patch: PatchRecord, model: nn.Module, checked: Checked, stream: Stream, step: _Step
 ) -> tuple[list[LayerSweep], Learned, Any] | None:
     """The new tokens solved for, with what the earlier ones give as it is; None where everything has to be solved anew."""
-    if not (stream.goes_on and _complete(step.after) and is_causal(model, checked)):
+    if not (stream.goes_on and complete(step.after) and is_causal(model, checked)):
         return None
     try:
         return _solved(patch, model, checked, stream, step, _caches(patch, model, step))
@@ -187,24 +188,22 @@ def _solved(
     device = next(model.parameters()).device
     assert patch.joint is not None
     wish = replace(patch.joint, read_by="norm")  # if that would count, everything is solved anew
+    plan = Plan(proofs, "all", wish, derivations, stream.learned)
     with LayerHooks(model, checked.reading) as hooks, torch.inference_mode():
         if isinstance(caches, BothPasts):
             ids = step.after.source[-step.count :].to(device)
-            targets, solvers = solved_in_one_pass(hooks, proofs, caches, ids, wish, stream.learned, derivations)
+            targets, solvers = solved_in_one_pass(hooks, plan, caches, ids)
             pasts: Any = caches.after(step.count)
         else:
             inputs, (wanted, rows) = step.inputs(caches, device, keeps_cache(model))
-            silent = lambda *_: None  # noqa: E731
             targets, there = observe_target(hooks, inputs[0], wanted, silent)
-            solvers, here = sweep(
-                hooks, proofs, targets, inputs[1], rows, "all", silent, wish, stream.learned, derivations
-            )
+            solvers, here = sweep(hooks, plan, targets, inputs[1], rows, silent)
             pasts = caches  # which have grown by themselves
     if caches is None and keeps_cache(model):
         with torch.inference_mode():
             pasts = pasts_of(model, there, here, (step.after.target, step.after.source))
     refuse_unreached(solvers)
-    if _only_near(solvers):
+    if only_near(solvers):
         raise NotContinued("a layer that later ones make good gives its earlier tokens something else now")
     learned = {(s.layer.index, targets[s.layer.index].index(s.target)): dict(s.run.served_after) for s in solvers}
     return solvers, learned, pasts

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from controllability.errors import PatchError
+from controllability.models.hooks.carried_patches import uncompiled
 from controllability.models.patches.record import PatchRecord
+from controllability.models.reading.inputs import without_cache
+from controllability.models.reading.logits import compare_logits, result_of
 
 
 @dataclass(frozen=True)
@@ -38,22 +41,14 @@ def merged_error(patch: PatchRecord, model: nn.Module) -> MergedError:
 
     Raises ``PatchError`` when the patch is not merged into ``model``, or was loaded: the target's logits are not saved.
     """
-    from controllability.models.hooks.carried_patches import uncompiled
-    from controllability.models.reading.inputs import without_cache
-    from controllability.models.reading.logits import result_of
-
     if patch._merged_into is not uncompiled(model):
         raise PatchError("this patch is not merged into this model: merge it first")
     if patch.target_logits is None or patch.logits is None:
         raise PatchError("a loaded patch does not hold the target's logits: compare with `controllability verify`")
     found = result_of(model(**without_cache(model, patch.inputs["source"])))
-    found, applied, wanted = (_at_pairs(x, patch).double() for x in (found, patch.logits, patch.target_logits))
-    size = max(float(wanted.abs().max()), torch.finfo(torch.float64).tiny)
-    error = float((found - wanted).abs().max())
-    return MergedError(
-        error / size, error, float((applied - wanted).abs().max()) / size,
-        float((found.argmax(-1) == wanted.argmax(-1)).double().mean()),
-    )  # fmt: skip
+    found, applied, wanted = (_at_pairs(x, patch) for x in (found, patch.logits, patch.target_logits))
+    merged, swept = compare_logits(found, wanted), compare_logits(applied, wanted)
+    return MergedError(merged.relative_error, merged.max_logit_error, swept.relative_error, merged.top1_agreement)
 
 
 def _at_pairs(logits: Any, patch: PatchRecord) -> Tensor:

@@ -14,8 +14,8 @@ from controllability.errors import BadInput
 from controllability.interfaces import Path
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.cached_pass import BothPasts
-from controllability.models.sweep.source_run import LayerSweep
-from controllability.solvers.resorts import Resort
+from controllability.models.sweep.fallbacks import only_near
+from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.solvers.served_tokens import Known
 
 Learned = dict[tuple[int, int], dict[Path, Known]]  # (layer, call) -> what each steered leaf knows of its tokens
@@ -61,17 +61,10 @@ class Stream:
         sequences = _sequences(inputs, *pairs)
         masks = [mask for role in ("target", "source") if (mask := inputs[role].get("attention_mask")) is not None]
         padded_left = bool(sequences) and any(not bool((mask[:, 0] != 0).all()) for mask in masks)
-        return Stream(
-            learned, sequences, not padded_left and not _only_near(solvers) and all(map(_complete, sequences))
-        )
+        return Stream(learned, sequences, not padded_left and not only_near(solvers) and all(map(complete, sequences)))
 
 
-def _only_near(solvers: list[LayerSweep]) -> bool:
-    """Whether a layer gives its tokens what another scale would not give them."""
-    return any(taken.route in (Resort.NEAREST, Resort.SIZED) for s in solvers for taken in s.run.journal.routes)
-
-
-def _complete(sequence: TokenSequence) -> bool:
+def complete(sequence: TokenSequence) -> bool:
     """Whether every position of the source has its pair."""
     return len(sequence.pairs) == len(sequence.source)
 

@@ -24,17 +24,13 @@ from controllability.models.reading.fingerprints import state_of
 from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed, without_cache
 from controllability.models.reading.logits import result_of
 from controllability.models.reading.positions import Positions, pair_positions
-from controllability.models.reading.probes import with_reader_of_last_layer
+from controllability.models.sweep.fallbacks import Plan, with_reader_of_last_layer
+from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.models.sweep.records import record
 from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
 from controllability.models.sweep.report import Layers, Report
-from controllability.models.sweep.source_run import LayerSweep, sweep
-from controllability.models.sweep.target_run import Progress, check_finite, observe_target
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """No progress is shown."""
-    return None
+from controllability.models.sweep.source_run import sweep
+from controllability.models.sweep.target_run import Progress, check_finite, observe_target, silent
 
 
 def solve(
@@ -65,16 +61,9 @@ def solve(
 
 
 def _patch(
-    model: nn.Module,
-    target: Mapping[str, Any],
-    source: Mapping[str, Any],
-    scope: str,
-    via: str,
-    route: str,
-    positions: tuple[Any, Any] | None,
-    progress: Progress,
-    joint: JointOptions,
-) -> PatchRecord:
+    model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], scope: str, via: str, route: str,
+    positions: tuple[Any, Any] | None, progress: Progress, joint: JointOptions,
+) -> PatchRecord:  # fmt: skip
     started = time.perf_counter()
     for role, inputs in (("target", target), ("source", source)):
         refuse_malformed(inputs, role)
@@ -97,9 +86,8 @@ def _patch(
     with LayerHooks(model, reading) as hooks, torch.inference_mode():  # small operations cost less there
         standing = with_reader_of_last_layer(joint, model, checked, target) if scope == "all" else joint
         targets, target_output = observe_target(hooks, without_cache(model, target), target_rows, progress)
-        solvers, output = sweep(
-            hooks, proofs, targets, without_cache(model, source), source_rows, scope, progress, standing
-        )
+        plan = Plan(proofs, scope, standing)
+        solvers, output = sweep(hooks, plan, targets, without_cache(model, source), source_rows, progress)
     entries = tuple(
         Entry(param, own(delta), solver.layer.index, targets[solver.layer.index].index(solver.target))
         for solver in solvers

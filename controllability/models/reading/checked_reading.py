@@ -39,7 +39,8 @@ def streams_of(checked: Checked) -> int:
 class Checked:
     """A reading that agreed with the model, and the norm of every parameter it reads.
 
-    ``embedding`` is the module that the token ids went into.
+    ``embedding`` is the module that the token ids went into.  ``tried`` holds what was found out about the model on random
+    input, once (``probes``).
     """
 
     reading: Reading
@@ -48,6 +49,7 @@ class Checked:
     worst: float
     embedding: nn.Module | None = None
     length: int | None = None  # positions of a layer's states, for models that read no tokens
+    tried: dict[str, bool] = field(default_factory=dict)
     _proofs: dict[tuple[str, str, bool], list[Derivation]] = field(default_factory=dict)
 
     def proofs(self, via: str, route: str, jointly: bool = False) -> list[Derivation]:

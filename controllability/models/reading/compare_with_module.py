@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from architectures.reading import Layer, Reading, Tap
-from controllability.arrays import arithmetic, relative_error
+from controllability.arrays import arithmetic, errors_and_sizes, relative_error
 from controllability.components.mixture import CHOSEN, SHARES, Mixture
 from controllability.errors import BadInput, ControllabilityError, ReadingError
 from controllability.execution.trace import Trace
@@ -130,8 +130,7 @@ def _listen_for(
 def _compare_layer(layer: Layer, comparer: Comparer) -> float:
     states = [comparer.states[i] for i in range(len(layer.inputs))]
     xp = arithmetic(states[0])
-    dtypes = [s.dtype for s in states] + [v.dtype for v in layer.params.values() if v.dtype in TOLERANCE]
-    tolerance = max(TOLERANCE[d] for d in dtypes)
+    tolerance = TOLERANCE.of({value.dtype for value in (*states, *layer.params.values())})
     params = {name: xp.lift(value) if value.is_floating_point() else value for name, value in layer.params.items()}
     lifted = [xp.lift(s) for s in states]
     trace = Trace(layer.block, params, lifted[0] if len(lifted) == 1 else lifted)
@@ -252,10 +251,8 @@ def _compare_choice(layer: Layer, trace: Trace, path: Path, real: dict[str, Tens
     assert isinstance(component, Mixture)
     margin = component.routing.margin(trace.params, trace.output((*path, 0)))[..., 0]
     wrong = ~same & (margin > tolerance)
-    shares = (expected[SHARES].to(real[SHARES].dtype) - real[SHARES]).abs().amax(-1) / real[
-        SHARES
-    ].abs().amax().clamp_min(1e-30)
-    off = same & (shares > tolerance) & (margin > tolerance)
+    errors, sizes = errors_and_sizes(expected[SHARES].to(real[SHARES].dtype), real[SHARES])
+    off = same & (errors / sizes.max().clamp_min(1e-30) > tolerance) & (margin > tolerance)
     for what, bad in (("experts", wrong), ("shares of the experts", off)):
         if bool(bad.any()):
             at = tuple(bad.nonzero()[0].tolist())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 
-def position_limit(model: Any) -> int | None:
-    """How many positions the model has; None where its config sets no limit."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+def position_limit(config: Any) -> int | None:
+    """How many positions a model with this (text) config has; None where it sets no limit."""
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -40,14 +40,19 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def forward_arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a model's forward by name; none where it does not say."""
+    try:
+        return inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
 def takes_cache(model: nn.Module) -> bool:
     """Whether ``use_cache=False`` may be said to a model: by its forward's own argument, or as transformers do.
 
     A forward that hands unknown arguments on (``**kwargs``) may hand them to something that refuses this one.
     """
-    try:
-        arguments = inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):
-        return False
+    arguments = forward_arguments(model)
     open_ended = any(a.kind is a.VAR_KEYWORD for a in arguments.values())
     return "use_cache" in arguments or (open_ended and hasattr(getattr(model, "config", None), "to_dict"))

@@ -1,37 +1,21 @@
-"""What reads the last patched layer's output: whether a token's size counts there.  (new)"""
+"""Facts of a model that are tried on random input: whether its output's size counts, whether it is causal.  (new)"""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from controllability.arrays import relative_error
-from controllability.interfaces import JointOptions
 from controllability.models.hooks.installation import HookStack
 from controllability.models.reading.checked_reading import Checked
 from controllability.models.reading.logits import result_of
 from controllability.models.reading.random_inputs import random_inputs
-from controllability.models.reading.tolerances import VERIFIED
+from controllability.models.reading.tolerances import CAUSAL, VERIFIED
 
 FACTORS = (0.5, 2.0)
-COARSE = (
-    1e-12  # machine epsilon from which on a free size is worth looking for: above it rounding can be magnified too much
-)
-
-
-def with_reader_of_last_layer(
-    joint: JointOptions, model: nn.Module, checked: Checked, example: Mapping[str, Any]
-) -> JointOptions:
-    """``joint`` with what stands behind the last layer, where it matters."""
-    coarse = any(torch.finfo(d).eps > COARSE for layer in checked.reading.layers[-1:] for d in layer.params.dtypes)
-    if not coarse or not joint.exact or joint.keep_rms:
-        return joint
-    return replace(joint, read_by="norm" if sizes_are_free(model, checked, example) else "anyone")
 
 
 def sizes_are_free(model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> bool:
@@ -50,7 +34,7 @@ def sizes_are_free(model: nn.Module, checked: Checked, example: Mapping[str, Any
                 found = result_of(model(**inputs))
             finally:
                 installation.undo()
-            if relative_error(found, plain) > VERIFIED.get(plain.dtype, 0.0):
+            if relative_error(found, plain) > VERIFIED[plain.dtype]:
                 return False
     return True
 
@@ -63,18 +47,15 @@ def _times(output: Any, factor: float) -> Any:
 
 
 LENGTH, FIRST = 8, 4
-# relative differences that rounding explains; where more is seen nothing worse happens than more work
-SAME = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.03}
-_KNOWN: weakref.WeakKeyDictionary[Checked, bool] = weakref.WeakKeyDictionary()
 
 
 def is_causal(model: nn.Module, checked: Checked) -> bool:
     """Whether earlier positions give the same when others follow: tried once, on random token ids."""
-    if checked not in _KNOWN:
+    if "causal" not in checked.tried:
         drawn = random_inputs(model, {"input_ids": torch.zeros(1, LENGTH, dtype=torch.long)}, length=LENGTH)
         with torch.no_grad():
             whole = result_of(model(**drawn))
             begun = result_of(model(**drawn | {"input_ids": drawn["input_ids"][:, :FIRST]}))
         per_position = whole.ndim == 3 and whole.shape[1] == LENGTH
-        _KNOWN[checked] = per_position and relative_error(begun, whole[:, :FIRST]) <= SAME.get(whole.dtype, 0.0)
-    return _KNOWN[checked]
+        checked.tried["causal"] = per_position and relative_error(begun, whole[:, :FIRST]) <= CAUSAL[whole.dtype]
+    return checked.tried["causal"]

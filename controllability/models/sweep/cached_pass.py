@@ -7,25 +7,21 @@ on the left and masked.  What a layer's patch needs of the target has been compu
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from architectures.reading import Layer
 from controllability.arrays import relative_error
-from controllability.interfaces import JointOptions, Path
 from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.reading.model_facts import forward_arguments, position_limit, text_config
 from controllability.models.reading.positions import Positions
-from controllability.models.reading.tolerances import CACHED
-from controllability.models.sweep.one_pass import SAME, Both
-from controllability.models.sweep.source_run import LayerSweep, options_at
+from controllability.models.reading.tolerances import CACHED, SAME
+from controllability.models.sweep.fallbacks import Plan
+from controllability.models.sweep.layer_sweep import LayerSweep
+from controllability.models.sweep.one_pass import in_one_pass, plain_layers
 from controllability.models.sweep.target_run import LayerTarget
-from controllability.prover.derivation import Derivation
-from controllability.solvers.served_tokens import Known
 
 LOCAL = {"full_attention", "sliding_attention"}  # kinds of attention that count from the token, not from the start
 ASKED = {"attention_mask", "position_ids", "past_key_values"}
@@ -41,8 +37,8 @@ def pasts_of(model: nn.Module, there: Any, here: Any, ids: tuple[Tensor, Tensor]
         return None
     device = next(model.parameters()).device
     token = ids[1][-1:].to(device)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if (isinstance(limit, int) and len(ids[0]) >= limit) or not _as_without(model, caches[0], ids[0].to(device), token):
+    limit = position_limit(text_config(model))
+    if (limit is not None and len(ids[0]) >= limit) or not _as_without(model, caches[0], ids[0].to(device), token):
         return None
     return BothPasts.of(model, *caches, (len(ids[0]), len(ids[1])), token) or caches
 
@@ -83,8 +79,7 @@ class BothPasts:
             model(input_ids=token[None], past_key_values=copy.deepcopy(c), use_cache=True).logits for c in (there, here)
         ]
         wanted = torch.cat(apart)
-        allowed = SAME[wanted.dtype] * float(wanted.abs().max()) if wanted.dtype in SAME else 0.0
-        return float((joint - wanted).abs().max()) <= allowed
+        return relative_error(joint, wanted) <= SAME[wanted.dtype]
 
     def inputs(self, ids: Tensor) -> dict[str, Any]:
         """Of a pass over the tokens ``ids`` (n,), which follow both pasts."""
@@ -105,21 +100,16 @@ class BothPasts:
 
 def _side_by_side(model: nn.Module, there: Any, here: Any) -> Any:
     """One cache with a row for each; None where a model keeps something else, or places tokens by themselves."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
     config: Any = model.config
     text = config.get_text_config(decoder=True)
-    known = set(inspect.signature(model.forward).parameters)
-    if not known >= ASKED or not set(getattr(text, "layer_types", None) or ()) <= LOCAL:
+    if not set(forward_arguments(model)) >= ASKED or not set(getattr(text, "layer_types", None) or ()) <= LOCAL:
+        return None
+    if not plain_layers(there):
         return None
     for a, b in zip(there.layers, here.layers, strict=True):
-        if type(a) not in (DynamicLayer, DynamicSlidingWindowLayer) or type(b) is not type(a):
+        if type(b) is not type(a) or not (a.is_initialized and b.is_initialized):
             return None
-        if (
-            not (a.is_initialized and b.is_initialized)
-            or a.keys.dtype not in SAME
-            or b.keys.shape[-2] > a.keys.shape[-2]
-        ):
+        if a.keys.dtype not in SAME or b.keys.shape[-2] > a.keys.shape[-2]:
             return None  # half precision: there the source's states are to be those of its own run, bit for bit
     whole = copy.deepcopy(there)
     for layer, other in zip(whole.layers, here.layers, strict=True):
@@ -130,39 +120,15 @@ def _side_by_side(model: nn.Module, there: Any, here: Any) -> Any:
     return whole
 
 
-class _Listener(Both):
-    """Listens to one layer; a condition that fails stops the pass."""
-
-    def __init__(
-        self, layer: Layer, proof: Derivation, rows: Positions, last: bool, derivation: int, joint: JointOptions | None,
-        known: Mapping[tuple[int, int], Mapping[Path, Known]],
-    ) -> None:  # fmt: skip
-        super().__init__(layer, proof, 1, rows, last)
-        self.derivation, self.known = derivation, known
-        self.joint = options_at(joint, last, True)
-
-    def solver(self, target: LayerTarget) -> LayerSweep:
-        known = self.known[self.layer.index, len(self.solvers)]
-        return LayerSweep(self.layer, self.proof, self.derivation, target, self.rows, "all", self.joint, known)
-
-    def _try(self, solve: Any) -> Any:
-        return solve()
-
-
 def solved_in_one_pass(
-    hooks: LayerHooks, proofs: list[Derivation], pasts: BothPasts, ids: Tensor, joint: JointOptions | None,
-    known: Mapping[tuple[int, int], Mapping[Path, Known]], derivations: list[int],
-) -> tuple[list[list[LayerTarget]], list[LayerSweep]]:  # fmt: skip
+    hooks: LayerHooks, plan: Plan, pasts: BothPasts, ids: Tensor
+) -> tuple[list[list[LayerTarget]], list[LayerSweep]]:
     """(targets, solvers) of one pass of both runs over the new tokens ``ids`` (n,).
 
     Raises ``SideConditionFailed`` on the way; the cache is then not to be used again.
     """
-    layers, count = hooks.reading.layers, len(ids)
+    count = len(ids)
     rows = Positions(torch.zeros(count, dtype=torch.long), torch.arange(count), (1, count))
-    listeners = [
-        _Listener(layer, proof, rows, layer is layers[-1], derivation, joint, known)
-        for layer, proof, derivation in zip(layers, proofs, derivations, strict=True)
-    ]
-    hooks.run(listeners, pasts.inputs(ids))
-    targets = [listener.observer.calls for listener in listeners]
-    return targets, [solver for listener in listeners for solver in listener.solvers]
+    targets, solvers, _ = in_one_pass(hooks, plan, pasts.inputs(ids), rows, stops=True)
+    assert solvers is not None
+    return targets, solvers

@@ -107,6 +107,11 @@ def _routed(x: Tensor, delta: ExpertLowRank, chosen: Tensor | None) -> Tensor:
     return delta.routed(x, chosen)
 
 
+def parameters_at(layer: Layer, tap: Tap) -> tuple[Param, ...]:
+    """The parameters of the leaves that a tap computes."""
+    return tuple(p for path in tap.paths for p in node(layer.block, path).own_parameters())
+
+
 def update_of(layer: Layer, tap: Tap, param: Param) -> Update:
     """How the leaf that holds ``param`` at a tap is steered by it."""
     for path in tap.paths:

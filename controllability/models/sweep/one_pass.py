@@ -1,8 +1,8 @@
-"""Both runs of one token in one pass: the contextual model's rows, and beside them the same tokens alone.
+"""Both runs in one pass: the contextual model's rows, and behind them the same tokens with another past, or none.
 
-While one token is decoded most of the time goes into reading the weights.  The rows of the batch that are the contextual
-model's see the cache; in the rows behind them the cache is masked, so that they are the source run, patched as the pass
-goes on: what a layer's patch needs of the target has been computed a moment before.  (new)
+While a token is decoded most of the time goes into reading the weights.  The rows of the batch that are the contextual
+model's see its cache; in the rows behind them the cache is masked (``widened``) or another one (``cached_pass``), so that they
+are the source run, patched as the pass goes on: what a layer's patch needs of the target was computed a moment before.  (new)
 """
 
 from __future__ import annotations
@@ -14,34 +14,33 @@ import torch
 from torch import Tensor
 
 from architectures.reading import Layer, Tap
+from controllability.arrays import relative_error
 from controllability.errors import SideConditionFailed
 from controllability.interfaces import Path
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.positions import Positions
-from controllability.models.sweep.source_run import LayerSweep
+from controllability.models.reading.tolerances import SAME
+from controllability.models.sweep.fallbacks import Plan
+from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.models.sweep.target_run import LayerTarget, Observer
-from controllability.prover.derivation import Derivation
-
-# how far the states of the two ways may be apart: far above rounding, far below what seeing the context changes
-SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 class Both:
-    """Listens to one layer; the first ``batch`` rows are the target's, the next ones the source's."""
+    """Listens to one layer; the first rows of the batch are the target's, the next as many the source's.
 
-    def __init__(self, layer: Layer, proof: Derivation, batch: int, rows: Positions, last: bool) -> None:
-        self.layer, self.proof, self.batch, self.rows = layer, proof, batch, rows
+    A condition that fails ``stops`` the pass, or else only the solving: the cache is left whole then.
+    """
+
+    def __init__(self, layer: Layer, plan: Plan, rows: Positions, last: bool, stops: bool) -> None:
+        self.layer, self.plan, self.rows, self.stops = layer, plan, rows, stops
+        self.batch = rows.shape[0]
         self.observer = Observer(layer, rows, last, lambda: None)
         self.solvers: list[LayerSweep] = []
         self.failed: SideConditionFailed | None = None
 
     def begins(self) -> None:
         self.observer.begins()
-        self.solvers.append(self.solver(self.observer.calls[-1]))
-
-    def solver(self, target: LayerTarget) -> LayerSweep:
-        """What solves a call of the layer."""
-        return LayerSweep(self.layer, self.proof, 0, target, self.rows, "each")
+        self.solvers.append(self.plan.solver(self.layer, len(self.solvers), self.observer.calls[-1], self.rows))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[: self.batch], x[self.batch : 2 * self.batch]
@@ -74,10 +73,11 @@ class Both:
         self.solvers[-1].leaving(source)
 
     def _try(self, solve: Any) -> Any:
-        """A condition that fails stops the solving, not the pass: the cache must be left whole."""
         try:
             return solve()
         except SideConditionFailed as failed:
+            if self.stops:
+                raise
             self.failed = failed
             return None
 
@@ -88,14 +88,12 @@ def possible(inputs: Mapping[str, Any], streams: int) -> bool:
     So it is where every layer's cache is a plain one of keys and values; a state that is handed on cannot be masked.
     Half precision is left to two passes: there the target's outputs are those of its modules, bit for bit.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import DynamicCache
 
     cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
-    layers: list[Any] = getattr(cache, "layers", [])
-    if type(cache) is not DynamicCache or streams > 1:
+    if type(cache) is not DynamicCache or streams > 1 or not plain_layers(cache):
         return False
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        return False
+    layers: list[Any] = cache.layers
     keys = [layer.keys for layer in layers if layer.get_seq_length()]
     known = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
     others = any(isinstance(v, Tensor | list | dict | tuple) for k, v in inputs.items() if k not in known)
@@ -106,6 +104,13 @@ def possible(inputs: Mapping[str, Any], streams: int) -> bool:
         and inputs["input_ids"].shape[1] == 1
         and not others
     )
+
+
+def plain_layers(cache: Any) -> bool:
+    """Whether every layer of a cache keeps keys and values, a position each, and nothing else."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def widened(inputs: Mapping[str, Any], input_ids: Tensor, groups: int) -> dict[str, Any]:
@@ -136,15 +141,15 @@ def narrow(inputs: Mapping[str, Any], batch: int) -> None:
 
 
 def in_one_pass(
-    hooks: LayerHooks, proofs: list[Derivation], inputs: Mapping[str, Any], batch: int, running: Tensor
+    hooks: LayerHooks, plan: Plan, inputs: Mapping[str, Any], rows: Positions, stops: bool = False
 ) -> tuple[list[list[LayerTarget]], list[LayerSweep] | None, Any]:
-    """(targets, solvers, output) of one pass over widened inputs; solvers are None where a side condition failed.
+    """(targets, solvers, output) of one pass over inputs that hold the target's rows, and behind them the source's.
 
-    ``running`` are the samples that are patched.  All rows' logits are in the output, one group after the other.
+    ``rows`` are the positions that are patched, the same in both.  Where a side condition fails solvers are None; or
+    (``stops``) the pass ends with ``SideConditionFailed``, and its cache is not to be used again.
     """
-    rows = Positions(running, torch.zeros_like(running), (batch, 1))
     layers = hooks.reading.layers
-    both = [Both(layer, proof, batch, rows, layer is layers[-1]) for layer, proof in zip(layers, proofs, strict=True)]
+    both = [Both(layer, plan, rows, layer is layers[-1], stops) for layer in layers]
     output = hooks.run(both, inputs)
     targets = [listener.observer.calls for listener in both]
     if any(listener.failed for listener in both):
@@ -158,6 +163,6 @@ def same(found: list[LayerSweep], apart: list[LayerSweep]) -> bool:
         for x, y in zip(a.states, b.states, strict=True):
             assert x is not None
             assert y is not None
-            if not float((x - y).abs().max()) <= SAME.get(x.dtype, 0) * float(y.abs().max()):
+            if not relative_error(x, y) <= SAME[x.dtype]:
                 return False
     return True

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controllability.arrays import arithmetic
+from controllability.arrays import errors_and_sizes
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.execution.journal import RouteTaken
 from controllability.execution.patched_run import PatchedRun
 from controllability.interfaces import Path, node
-from controllability.models.sweep.source_run import LayerSweep
+from controllability.models.sweep.layer_sweep import LayerSweep
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,7 @@ def record(solver: LayerSweep) -> LayerRecord:
     """Keep of a solved layer what its report will be written from."""
     assert solver.output is not None
     run, wanted = solver.run, solver.wanted()
-    xp = arithmetic(wanted)
+    error, size = errors_and_sizes(solver.output.flatten(1), wanted.flatten(1))
     leaves = {
         str(goal.update.param): _leaf(run, path, goal.update.param.name, run.solved[path])
         for path, goal in run.goals.items()
@@ -130,8 +130,7 @@ def record(solver: LayerSweep) -> LayerRecord:
             else known
         )
     return LayerRecord(
-        solver.layer.index, solver.choice, _largest(xp.lift(solver.output) - xp.lift(wanted)), _largest(xp.lift(wanted)),
-        leaves, [(s, w, values) for (s, w), values in seen.items()], run.journal.routes,
+        solver.layer.index, solver.choice, error, size, leaves, [(s, w, values) for (s, w), values in seen.items()], run.journal.routes,
         any(goal.update.kind == "scale" for goal in run.goals.values()),
     )  # fmt: skip
 

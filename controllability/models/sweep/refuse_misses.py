@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from controllability.arrays import arithmetic
+from controllability.arrays import errors_and_sizes
 from controllability.errors import NotVerified
 from controllability.models.reading.tolerances import UNREACHED
-from controllability.models.sweep.source_run import LayerSweep
-from controllability.solvers.resorts import Resort
+from controllability.models.sweep.fallbacks import made_good_later
+from controllability.models.sweep.layer_sweep import LayerSweep
 
 AFTER_THE_LAST_LAYER = (
     "something after the last patched layer depends on the context or on the token (a mixer, per-layer embeddings, "
@@ -27,11 +27,10 @@ def refuse_unreached(solvers: list[LayerSweep]) -> float:
     for solver, errors, error in zip(solvers, rows, worst, strict=True):
         if solver.proof.route in ("ball", "scale"):
             continue  # asked for, and known to amplify rounding
-        if any(taken.route in (Resort.NEAREST, Resort.SHORT) for taken in solver.run.journal.routes):
-            continue  # a later layer makes good, and is held to its target
-        dtypes = {_output(solver).dtype, *solver.layer.params.dtypes} & set(UNREACHED)
+        if made_good_later(solver):
+            continue  # the layer that makes good is held to its target
         held.append(error)
-        if error > max(max(UNREACHED[d] for d in dtypes), _explained(solver)):
+        if error > max(UNREACHED.of(_dtypes(solver)), _explained(solver)):
             raise NotVerified(
                 f"layer {solver.layer.index} ({solver.layer.name}), {solver.rows.name(int(errors.argmax()))}: with its "
                 f"patch it misses the target run by {error:.2g} (relative), more than rounding explains: on this input "
@@ -47,7 +46,7 @@ def refuse_other_output(found: Tensor, wanted: Tensor, worst: float, name: Calla
         return  # half precision, or a route that amplifies: the layers' residuals say it
     errors = _row_errors(found, wanted)
     error, row = float(errors.max()), int(errors.argmax())
-    if error > 10 * UNREACHED.get(found.dtype, 1e-3):
+    if error > 10 * UNREACHED.get(found.dtype, UNREACHED[torch.float32]):
         raise NotVerified(
             f"every layer reaches its target, and the model's output at {name(row)} misses the target run by {error:.2g} "
             f"(relative): {why}; nothing was changed"
@@ -59,7 +58,7 @@ def _explained(solver: LayerSweep) -> float:
     spread = [r.amplification for r in solver.run.journal.routes if r.amplification is not None]
     if solver.joint is None or not solver.proof.jointly or not spread:
         return 0.0
-    eps = max(torch.finfo(d).eps for d in {_output(solver).dtype, *solver.layer.params.dtypes} & set(UNREACHED))
+    eps = max(torch.finfo(d).eps for d in _dtypes(solver) & set(UNREACHED))
     return 100 * eps * max(float(s.max()) for s in spread)
 
 
@@ -68,10 +67,12 @@ def _output(solver: LayerSweep) -> Tensor:
     return solver.output
 
 
+def _dtypes(solver: LayerSweep) -> set[torch.dtype]:
+    return {_output(solver).dtype, *solver.layer.params.dtypes}
+
+
 def _row_errors(found: Tensor, wanted: Tensor) -> Tensor:
     """The relative error of each row of (N, n), each against its own size, (N,)."""
-    xp = arithmetic(wanted)
-    found, wanted = xp.lift(found), xp.lift(wanted)
-    size = xp.largest(wanted)[..., 0]
+    error, size = errors_and_sizes(found, wanted)
     floor = 1e-6 * size.max() + torch.finfo(size.dtype).tiny
-    return xp.largest(found - wanted)[..., 0] / torch.maximum(size, floor)
+    return error / torch.maximum(size, floor)

@@ -6,193 +6,31 @@ instead of accumulated, and the run's own logits are the patched ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from architectures.reading import Layer, Tap
-from controllability.arrays import arithmetic
-from controllability.components.mixture import CHOSEN, SHARES
-from controllability.deltas import Delta
 from controllability.errors import PatchError, SideConditionFailed
-from controllability.execution.patched_run import PatchedRun
-from controllability.interfaces import JointOptions, Param, Path, node
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.positions import Positions
-from controllability.models.sweep.effects import effect_on, patched
-from controllability.models.sweep.target_run import LayerTarget, Progress, as_state, check_finite
-from controllability.prover.derivation import Derivation
-from controllability.solvers.served_tokens import Known
-
-
-def parameters_at(layer: Layer, tap: Tap) -> tuple[Param, ...]:
-    """The parameters of the leaves that a tap computes."""
-    return tuple(p for path in tap.paths for p in node(layer.block, path).own_parameters())
-
-
-class LayerSweep:
-    """One call of one layer in the source run: solves each delta the moment its module's input is known."""
-
-    def __init__(
-        self,
-        layer: Layer,
-        proof: Derivation,
-        choice: int,
-        target: LayerTarget,
-        rows: Positions,
-        scope: str,
-        joint: JointOptions | None = None,
-        known: Mapping[Path, Known] | None = None,
-    ) -> None:
-        self.layer, self.proof, self.choice, self.target = layer, proof, choice, target
-        self.joint, self.served = joint, known or {}
-        self.rows = rows
-        self.each = scope == "each"
-        self.states: list[Tensor | None] = [None] * len(layer.inputs)
-        self.chosen: dict[Path, Tensor] = {}
-        self.output: Tensor | None = None
-        self.before = 0  # positions that the model puts before the input's
-        self._run: PatchedRun | None = None
-
-    @property
-    def run(self) -> PatchedRun:
-        """The patched run of the block; it starts when the first input of the block is known."""
-        if self._run is None:
-            self._run = self.proof.patched_run(
-                self.layer.params, as_state(self.states), self.target.trace(), self.choice, self.joint
-            )
-            self._run.served = self.served
-        return self._run
-
-    def entering(self, index: int, value: Tensor) -> None:
-        check_finite(value, "source", self.layer, "entering the feed-forward half of")
-        if self.states[index] is None:
-            self.states[index] = self.rows.of(value).clone()
-
-    def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
-        self.chosen[path] = index
-        with self._located():
-            self.run.bind(path, {CHOSEN: self.rows.of(index), SHARES: self.rows.of(shares)})
-
-    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor | None:
-        run, rows = self.run, self.rows
-        goals = [(path, run.goals[path].update) for path in tap.paths if path in run.goals]
-        x_rows, y_rows = rows.of(x), rows.of(y)
-        if tap.kind != "output":
-            run.observe_input(tap.inlet, x_rows)
-        if not goals:
-            run.observe_output(tap.outlet, rows.taken(y))
-            return None
-        if len(tap.paths) == 1:
-            run.observe_raw(tap.outlet, rows.taken(y))
-        with self._located():
-            moves = [(update, run.change(path)) for path, update in goals]
-        chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
-        if self.each:  # every position is patched: what the run goes on with is what was solved for
-            index = rows.of(chosen) if chosen is not None else None
-            changed = effect_on(self.layer, tap, x_rows, y_rows, moves, index).to(y.dtype)
-            run.observe_output(tap.outlet, changed)
-            return rows.put(y, changed)
-        y = patched(self.layer, tap, x, y, moves, chosen)
-        run.observe_output(tap.outlet, rows.taken(y))
-        return y
-
-    def leaving(self, value: Tensor) -> None:
-        if self.output is None:  # a norm that is used twice shows the block's output first
-            self.output = self.rows.taken(value)
-        self.before = value.shape[1] - self.rows.shape[1]
-
-    @contextmanager
-    def _located(self) -> Iterator[None]:
-        try:
-            yield
-        except SideConditionFailed as failed:
-            failed.layer = self.layer.index
-            if isinstance(failed.position, int):
-                failed.position = self.rows.name(failed.position)
-            proof, count = failed.certificate, len(self.rows.sample)
-            if proof is not None and len(proof.weights) == count:
-                failed.certificate = proof.named([self.rows.name(row) for row in range(count)])
-            raise
-
-    def wanted(self) -> Tensor:
-        """What the layer's output is held to, (N, d): the target's, in the size that was chosen where sizes do not count."""
-        return self.run.wanted()
-
-    def deltas(self) -> dict[Param, Delta]:
-        """The solved patch of this layer, one row a pair."""
-        return {goal.update.param: self.run.solved[path] for path, goal in self.run.goals.items()}
-
-
-class Sweeper:
-    """Listens to one layer in the source run and hands each call to a ``LayerSweep`` of its own."""
-
-    def __init__(self, layer: Layer, solvers: list[LayerSweep], finished: Callable[[], None]) -> None:
-        self.layer, self.solvers, self.finished = layer, solvers, finished
-        self.calls = 0
-
-    @property
-    def current(self) -> LayerSweep:
-        """The call that is running."""
-        return self.solvers[self.calls - 1]
-
-    def begins(self) -> None:
-        self.calls += 1
-        if self.calls > len(self.solvers):
-            raise PatchError(
-                f"layer {self.layer.index} ({self.layer.name}) runs {self.calls} times in the source run and "
-                f"{len(self.solvers)} times in the target run: calls are paired one to one"
-            )
-
-    def entering(self, index: int, value: Tensor) -> None:
-        self.current.entering(index, value)
-
-    def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
-        self.current.routed(path, index, shares)
-
-    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor | None:
-        return self.current.computed(tap, x, y)
-
-    def leaving(self, value: Tensor) -> None:
-        self.current.leaving(value)
-        self.finished()
+from controllability.models.sweep.fallbacks import Plan
+from controllability.models.sweep.layer_sweep import LayerSweep, Sweeper
+from controllability.models.sweep.target_run import LayerTarget, Progress
 
 
 def sweep(
-    hooks: LayerHooks,
-    proofs: list[Derivation],
-    targets: list[list[LayerTarget]],
-    inputs: Mapping[str, Any],
-    rows: Positions,
-    scope: str,
+    hooks: LayerHooks, plan: Plan, targets: list[list[LayerTarget]], inputs: Mapping[str, Any], rows: Positions,
     progress: Progress,
-    joint: JointOptions | None = None,
-    known: Mapping[tuple[int, int], Mapping[Path, Known]] | None = None,
-    derivations: Sequence[int] | None = None,
-) -> tuple[list[LayerSweep], Any]:
-    """Run the source once, solving on the way.  Where a side condition fails, the layer's next derivation is tried.
+) -> tuple[list[LayerSweep], Any]:  # fmt: skip
+    """Run the source once, solving on the way.  Where a side condition fails, it is run again by what ``plan`` falls back to.
 
-    ``known`` are tokens, by (layer, call) and leaf, that the patch serves already: they are kept, with these ``derivations``.
-
-    Raises ``SideConditionFailed`` with layer, position and component when none is left.
+    Raises ``SideConditionFailed`` with layer, position and component when nothing is left.
     """
     layers = hooks.reading.layers
-    attempts = _Attempts(proofs, derivations, joint if scope == "all" else None)
     while True:
         solvers = [
-            [
-                LayerSweep(
-                    layer, proof, attempts.choices[layer.index], call, rows, scope, attempts.joint(layer.index),
-                    None if known is None else known[layer.index, i],
-                )
-                for i, call in enumerate(calls)
-            ]
-            for layer, proof, calls in zip(layers, proofs, targets, strict=True)
-        ]  # fmt: skip
+            [plan.solver(layer, i, call, rows) for i, call in enumerate(calls)]
+            for layer, calls in zip(layers, targets, strict=True)
+        ]
         sweepers = []
         for layer, calls in zip(layers, solvers, strict=True):
             done = layer.index + 1
@@ -201,7 +39,7 @@ def sweep(
         try:
             output = hooks.run(sweepers, inputs)
         except SideConditionFailed as failed:
-            attempts.after(failed)
+            plan.after(failed)
             continue
         done = [solver for calls in solvers for solver in calls]
         for solver in done:
@@ -211,56 +49,3 @@ def sweep(
                     "source run: calls are paired one to one"
                 )
         return done, output
-
-
-class _Attempts:
-    """Which derivation every layer's patch is made by.
-
-    Where tokens are solved for together and no derivation of a layer serves them all, it and every other layer before the last
-    one may fall short of its targets: the last one makes good what is missing, or refuses.
-    """
-
-    def __init__(self, proofs: list[Derivation], derivations: Sequence[int] | None, joint: JointOptions | None) -> None:
-        self.proofs, self.wish, self.fixed = proofs, joint, derivations is not None
-        self.choices = list(derivations or [0] * len(proofs))
-        self.first: dict[int, SideConditionFailed] = {}
-        self.short = self.fixed  # tokens that are served already leave no other derivation
-
-    def joint(self, layer: int) -> JointOptions | None:
-        """How a layer is solved."""
-        return options_at(self.wish, layer == len(self.proofs) - 1, self.short)
-
-    def after(self, failed: SideConditionFailed) -> None:
-        """Go on to the next derivation of the layer; raises the first failure when there is none."""
-        layer = failed.layer
-        assert layer is not None
-        first = self.first.setdefault(layer, failed)
-        if failed.final:
-            raise failed
-        if not self.fixed and self.choices[layer] < len(self.proofs[layer].alternatives):
-            self.choices[layer] += 1
-            return
-        changed = options_at(self.wish, layer == len(self.proofs) - 1, True)
-        if self.short or changed is None or not changed.may_fall_short:
-            if not self.fixed:
-                first.tried = f"{self.choices[layer] + 1} derivations that move different parameters"
-            raise first from None
-        self.short = True
-        self.choices[layer] = 0
-
-
-def options_at(joint: JointOptions | None, last: bool, short: bool = False) -> JointOptions | None:
-    """How a layer is solved: all but the last one leave something to those behind them, if need be.
-
-    What stands behind the last one is said in ``joint``.  ``short``: the layer need not reach all its targets.
-    """
-    if joint is None or last or not joint.exact or joint.keep_rms:
-        return joint
-    return replace(joint, read_by="block", may_fall_short=short)
-
-
-def residual_of(output: Tensor, target: Tensor) -> float:
-    """max |difference| / max |target| of a layer's output over the paired rows."""
-    xp = arithmetic(output)
-    difference = (xp.lift(output) - xp.lift(target)).abs().max()
-    return float(difference / xp.lift(target).abs().max().clamp_min(torch.finfo(torch.float32).tiny))

@@ -20,6 +20,10 @@ from controllability.models.reading.positions import Positions
 Progress = Callable[[str, int, int], None]
 
 
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
 @dataclass(eq=False)
 class LayerTarget:
     """What one layer did in one call of the target run, at the paired positions: (N, ·) each."""

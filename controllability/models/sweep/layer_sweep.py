@@ -1,0 +1,141 @@
+"""One layer in the source run: each delta is solved the moment its module's input is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from architectures.reading import Layer, Tap
+from controllability.components.mixture import CHOSEN, SHARES
+from controllability.deltas import Delta
+from controllability.errors import PatchError, SideConditionFailed
+from controllability.execution.patched_run import PatchedRun
+from controllability.interfaces import JointOptions, Param, Path
+from controllability.models.reading.positions import Positions
+from controllability.models.sweep.effects import effect_on, patched
+from controllability.models.sweep.target_run import LayerTarget, as_state, check_finite
+from controllability.prover.derivation import Derivation
+from controllability.solvers.served_tokens import Known
+
+
+class LayerSweep:
+    """One call of one layer in the source run: solves each delta the moment its module's input is known."""
+
+    def __init__(
+        self, layer: Layer, proof: Derivation, choice: int, target: LayerTarget, rows: Positions, scope: str,
+        joint: JointOptions | None = None, known: Mapping[Path, Known] | None = None,
+    ) -> None:  # fmt: skip
+        self.layer, self.proof, self.choice, self.target = layer, proof, choice, target
+        self.joint, self.served = joint, known or {}
+        self.rows = rows
+        self.each = scope == "each"
+        self.states: list[Tensor | None] = [None] * len(layer.inputs)
+        self.chosen: dict[Path, Tensor] = {}
+        self.output: Tensor | None = None
+        self.before = 0  # positions that the model puts before the input's
+        self._run: PatchedRun | None = None
+
+    @property
+    def run(self) -> PatchedRun:
+        """The patched run of the block; it starts when the first input of the block is known."""
+        if self._run is None:
+            self._run = self.proof.patched_run(
+                self.layer.params, as_state(self.states), self.target.trace(), self.choice, self.joint
+            )
+            self._run.served = self.served
+        return self._run
+
+    def entering(self, index: int, value: Tensor) -> None:
+        check_finite(value, "source", self.layer, "entering the feed-forward half of")
+        if self.states[index] is None:
+            self.states[index] = self.rows.of(value).clone()
+
+    def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
+        self.chosen[path] = index
+        with self._located():
+            self.run.bind(path, {CHOSEN: self.rows.of(index), SHARES: self.rows.of(shares)})
+
+    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor | None:
+        run, rows = self.run, self.rows
+        goals = [(path, run.goals[path].update) for path in tap.paths if path in run.goals]
+        x_rows, y_rows = rows.of(x), rows.of(y)
+        if tap.kind != "output":
+            run.observe_input(tap.inlet, x_rows)
+        if not goals:
+            run.observe_output(tap.outlet, rows.taken(y))
+            return None
+        if len(tap.paths) == 1:
+            run.observe_raw(tap.outlet, rows.taken(y))
+        with self._located():
+            moves = [(update, run.change(path)) for path, update in goals]
+        chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
+        if self.each:  # every position is patched: what the run goes on with is what was solved for
+            index = rows.of(chosen) if chosen is not None else None
+            changed = effect_on(self.layer, tap, x_rows, y_rows, moves, index).to(y.dtype)
+            run.observe_output(tap.outlet, changed)
+            return rows.put(y, changed)
+        y = patched(self.layer, tap, x, y, moves, chosen)
+        run.observe_output(tap.outlet, rows.taken(y))
+        return y
+
+    def leaving(self, value: Tensor) -> None:
+        if self.output is None:  # a norm that is used twice shows the block's output first
+            self.output = self.rows.taken(value)
+        self.before = value.shape[1] - self.rows.shape[1]
+
+    @contextmanager
+    def _located(self) -> Iterator[None]:
+        try:
+            yield
+        except SideConditionFailed as failed:
+            failed.layer = self.layer.index
+            if isinstance(failed.position, int):
+                failed.position = self.rows.name(failed.position)
+            proof, count = failed.certificate, len(self.rows.sample)
+            if proof is not None and len(proof.weights) == count:
+                failed.certificate = proof.named([self.rows.name(row) for row in range(count)])
+            raise
+
+    def wanted(self) -> Tensor:
+        """What the layer's output is held to, (N, d): the target's, in the size that was chosen where sizes do not count."""
+        return self.run.wanted()
+
+    def deltas(self) -> dict[Param, Delta]:
+        """The solved patch of this layer, one row a pair."""
+        return {goal.update.param: self.run.solved[path] for path, goal in self.run.goals.items()}
+
+
+class Sweeper:
+    """Listens to one layer in the source run and hands each call to a ``LayerSweep`` of its own."""
+
+    def __init__(self, layer: Layer, solvers: list[LayerSweep], finished: Callable[[], None]) -> None:
+        self.layer, self.solvers, self.finished = layer, solvers, finished
+        self.calls = 0
+
+    @property
+    def current(self) -> LayerSweep:
+        """The call that is running."""
+        return self.solvers[self.calls - 1]
+
+    def begins(self) -> None:
+        self.calls += 1
+        if self.calls > len(self.solvers):
+            raise PatchError(
+                f"layer {self.layer.index} ({self.layer.name}) runs {self.calls} times in the source run and "
+                f"{len(self.solvers)} times in the target run: calls are paired one to one"
+            )
+
+    def entering(self, index: int, value: Tensor) -> None:
+        self.current.entering(index, value)
+
+    def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
+        self.current.routed(path, index, shares)
+
+    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor | None:
+        return self.current.computed(tap, x, y)
+
+    def leaving(self, value: Tensor) -> None:
+        self.current.leaving(value)
+        self.finished()
