@@ -18,7 +18,7 @@ DEFAULT_SIZES = {"d": 4, "h": 6, "E": 4, "l": 3, "r": 2, "one": 1}  # width, hid
 
 def inputs_of(block: Component) -> int:
     """How many inputs a block has: more than one when it selects among them (parallel blocks)."""
-    return 1 + max(leaf.reads_input for _, leaf in leaves(block))
+    return 1 + max(leaf.reads_input or 0 for _, leaf in leaves(block))
 
 
 def symbolic_sizes(block: Component) -> dict[str, Any]:

@@ -23,10 +23,10 @@ class Place:
 
     def slice(self, start: int, stop: int) -> Place:
         """Parts start … stop of a sequence, as a place of their own."""
-        assert isinstance(self.component, Sequence)
+        assert self.component.sequential
         if stop - start == 1:
             return self.parts()[start]
-        return Place(Sequence(self.component.parts[start:stop]), self.path, self.start + start)
+        return Place(Sequence(self.component.children()[start:stop]), self.path, self.start + start)
 
     @property
     def inlet(self) -> Path:
