@@ -174,6 +174,10 @@ class Component(ABC):
         except TypeError as error:  # it takes other arguments than its fields
             raise BadInput(f"{type(self).__name__} cannot be made anew from its fields: {error}") from None
 
+    def map_held(self, change: Callable[[Any], Any]) -> Component:
+        """This component with ``change(x)`` in place of what it computes with itself and is no part: a routing, a gate's activation."""
+        return self
+
     def with_bias(self, bias: Param) -> Component | None:
         """This component with a bias of its own; None where it has one, or takes none."""
         return None
