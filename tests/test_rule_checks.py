@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 from mutations import MUTATIONS
 
 import controllability as ct
 from controllability.checks import symbolic_rules as rules
+from controllability.checks.cache import Cache
+from controllability.components import Times
 
 
 def rows(mutation):
@@ -25,3 +30,19 @@ def test_a_wrong_rule_fails_its_own_check(name, monkeypatch):
 
 def test_there_are_enough_of_them():
     assert len(MUTATIONS) >= 30
+
+
+def test_code_that_is_loaded_after_the_first_check_counts_too(monkeypatch):
+    """Solvers are imported on first use: one that is changed after that is no longer the one that was checked."""
+    memory, answers = Cache(), iter(range(9))
+
+    def ask() -> int:
+        return memory.recall("question", Times(2), lambda: next(answers))
+
+    assert ask() == ask() == 0
+    later = ModuleType("controllability.solvers.later")
+    later.solve = lambda: 1  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, later.__name__, later)
+    assert ask() == ask() == 1
+    monkeypatch.setattr(later, "solve", lambda: 2)
+    assert ask() == ask() == 2

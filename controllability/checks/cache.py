@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 from controllability.interfaces import Component
+from controllability.prover.edits import nodes
 from controllability.rules import RULES
 
 ROOMS = tuple(
@@ -33,16 +32,12 @@ class Cache:
 
 def code_of(component: Component) -> tuple[Any, ...]:
     """Every function that has a part in a rule, a component or a delta: the objects themselves, so that none is confused."""
-    ours = [f for module in _rooms() for value in vars(module).values() for f in _functions(value, module.__name__)]
+    rooms = sorted(name for name in [*sys.modules] if name.startswith(ROOMS))  # some are loaded on first use only
+    ours = [f for name in rooms for value in vars(sys.modules[name]).values() for f in _functions(value, name)]
     rules = [f for rule in RULES for f in vars(rule).values() if callable(f)]
-    foreign = {type(c) for c in _parts(component) if not type(c).__module__.startswith(ROOMS)}
+    foreign = {type(c) for _, c in nodes(component) if not type(c).__module__.startswith(ROOMS)}
     named = sorted(foreign, key=lambda c: (c.__module__, c.__qualname__))
     return (*ours, *rules, *(f for c in named for f in _functions(c, c.__module__)))
-
-
-@cache
-def _rooms() -> tuple[ModuleType, ...]:
-    return tuple(module for name, module in sorted(sys.modules.items()) if name.startswith(ROOMS))
 
 
 def _functions(value: Any, module: str) -> Iterator[Any]:
@@ -51,9 +46,3 @@ def _functions(value: Any, module: str) -> Iterator[Any]:
             yield from (f for f in vars(value).values() if callable(f) or isinstance(f, property | staticmethod))
     elif callable(value):
         yield value
-
-
-def _parts(component: Component) -> Iterator[Component]:
-    yield component
-    for child in component.children():
-        yield from _parts(child)

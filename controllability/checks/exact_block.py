@@ -47,7 +47,7 @@ def exact(proof: Derivation, seed: int) -> tuple[str, str]:
     cubic = tuple(int(c) for c in rng.integers(1, 4, size=4))
 
     rootless = proof.jointly and bool(mixtures(proof.block))  # roots of algebraic numbers do not reduce in time
-    steered = {id(norm) for step in proof.root.walk() for norm in norms_steered_through(step)}
+    steered = norms_steered_through(*proof.root.walk())
 
     def rational(leaf: Component) -> Component:
         if rootless and isinstance(leaf, Normalize) and id(leaf) not in steered:

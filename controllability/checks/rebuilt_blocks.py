@@ -8,15 +8,19 @@ from typing import Any
 
 from controllability.arrays import Array, arithmetic
 from controllability.components.activation import FORMULAS, Activation
-from controllability.components.fixed import Fixed
-from controllability.components.glu import XIELU, Glu, Swish
-from controllability.components.mixture import Mixture
+from controllability.components.bias import Bias
+from controllability.components.glu import XIELU, Swish
+from controllability.components.linear import Linear
+from controllability.components.mixture import ExpertLinear, Mixture
 from controllability.components.routing import Routing
-from controllability.errors import NotExact
-from controllability.interfaces import Component, JointOptions, Param, Params, Product, Sequence, Sum
+from controllability.components.scale import Scale
+from controllability.errors import BadInput, NotExact
+from controllability.interfaces import Component, JointOptions, Param, Params, Size
 from controllability.prover.derivation import Derivation
+from controllability.prover.edits import nodes
 from controllability.prover.search import derive
 from controllability.rules import Step
+from controllability.rules.schema import sympy_size
 
 DERIVED = {"2h": "h", "E+1": "E"}  # sizes that follow from others
 SMALL = {"d": 2, "h": 3, "one": 1}
@@ -43,32 +47,26 @@ def rebuilt(
 ) -> Component:
     """The same expression with every leaf passed through ``change`` and every routing through ``route``.
 
-    What is put together otherwise (a class of its own) stays what it is.
+    A combinator that cannot be made anew from other parts stays what it is.
     """
 
-    def again(part: Component) -> Component:
-        return rebuilt(part, change, route)
+    def again(held: Any) -> Any:
+        return rebuilt(held, change, route) if isinstance(held, Component) else route(held)
 
-    if isinstance(block, Sequence):
-        return replace(block, parts=tuple(map(again, block.parts)))
-    if isinstance(block, Sum):
-        return replace(block, terms=tuple(map(again, block.terms)))
-    if isinstance(block, Product):
-        return replace(block, factors=tuple(map(again, block.factors)))
-    if isinstance(block, Mixture):
-        router, inner, last = map(again, block.children())
-        return replace(block, router=router, routing=route(block.routing), inner=inner, last=last)
-    if isinstance(block, Glu):
-        return Named(replace(block, activation=again(block.activation)))
-    if isinstance(block, Fixed):
-        return replace(block, inner=again(block.inner))
-    return change(block)
+    if block.children():
+        try:
+            return block.map_held(again).map_children(lambda _, part: again(part))
+        except BadInput:
+            return block
+    held = block.map_held(again)
+    if held is block:
+        return change(block)
+    return held if held.own_parameters() else Named(held)
 
 
 def mixtures(block: Component) -> list[Mixture]:
     """The mixtures in an expression, the outermost first."""
-    inside = [mixture for child in block.children() for mixture in mixtures(child)]
-    return [block, *inside] if isinstance(block, Mixture) else inside
+    return [part for _, part in nodes(block) if isinstance(part, Mixture)]
 
 
 def transcendental(leaf: Component) -> str:
@@ -87,14 +85,35 @@ def renamed(given: Any, names: dict[str, str]) -> Any:
     >>> renamed(Linear(Param("mlp.up.weight", ("h", "d"))), {}) == renamed(Linear(Param("up", ("h", "d"))), {})
     True
     """
+    return each_param(given, lambda p: replace(p, name=names.setdefault(p.name, f"p{len(names) + 1}")))
+
+
+def each_param(given: Any, change: Callable[[Param], Param]) -> Any:
+    """An expression (or anything inside one) with ``change(param)`` in place of every parameter."""
     if isinstance(given, Param):
-        return replace(given, name=names.setdefault(given.name, f"p{len(names) + 1}"))
+        return change(given)
     if isinstance(given, tuple):
-        return tuple(renamed(part, names) for part in given)
+        return tuple(each_param(part, change) for part in given)
     if is_dataclass(given) and not isinstance(given, type):
-        changed = {f.name: renamed(getattr(given, f.name), names) for f in fields(given)}
+        changed = {f.name: each_param(getattr(given, f.name), change) for f in fields(given)}
         return replace(given, **{n: v for n, v in changed.items() if v is not getattr(given, n)})
     return given
+
+
+def resized(leaf: Component, out: Size, into: Size, experts: Size, width: Size) -> Component:
+    """A linear map, of experts or of all, from ``into`` to ``out``, or a scale or bias of size ``width``; other leaves as they are."""
+    if isinstance(leaf, Scale | Bias):
+        return each_param(leaf, lambda p: replace(p, shape=(width,)))
+    if not isinstance(leaf, Linear | ExpertLinear):
+        return leaf
+    rows: tuple[Any, ...] = (out, into) if leaf.layout == "out_in" else (into, out)
+    weight, bias = rows, (out,)
+    if isinstance(leaf, ExpertLinear):
+        weight, bias = (experts, *rows), (experts, out)
+        if leaf.stacked is not None:
+            leaf = replace(leaf, stacked=experts if isinstance(experts, int) else leaf.stacked)
+            weight = (leaf.stacked * sympy_size(rows[0]), rows[1])
+    return each_param(leaf, lambda p: replace(p, shape=weight if p == leaf.weight else bias))
 
 
 def replace_block(proof: Derivation, block: Component, names: Mapping[str, str] | None = None) -> Derivation:

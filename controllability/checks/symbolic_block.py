@@ -9,6 +9,7 @@ from typing import Any
 from controllability.arrays import ARITHMETICS, Array
 from controllability.checks.cache import Cache
 from controllability.checks.rebuilt_blocks import mixtures, rebuilt, renamed, replace_block, transcendental
+from controllability.checks.undefined_parts import GivenRouting
 from controllability.components.activation import Activation
 from controllability.components.normalisation import Normalize
 from controllability.components.routing import Routing
@@ -66,18 +67,22 @@ class PlainArrays(Trace):
         return recognised(self.table, super()._compute(path))
 
 
-def generic(proof: Derivation) -> Callable[[Component], Component]:
-    """Leaves with ε a symbol, and undefined functions for activations and for norms that nothing is steered through."""
+def any_norm(name: str) -> Component:
+    """A norm of which nothing is known, in index notation."""
+    return Unknown(name, out=None)
+
+
+def generic(proof: Derivation, norm: Callable[[str], Component] | None = any_norm) -> Callable[[Component], Component]:
+    """Leaves with ε a symbol, and undefined functions for activations; and ``norm`` for norms that nothing is steered through."""
     import sympy
 
-    steered = {id(part) for step in proof.root.walk() for part in norms_steered_through(step)}
-    name_of = Names()
+    steered, name_of = norms_steered_through(*proof.root.walk()), Names()
 
     def change(leaf: Component) -> Component:
         if isinstance(leaf, Normalize):
-            if id(leaf) in steered:
+            if norm is None or id(leaf) in steered:
                 return replace(leaf, eps=sympy.Symbol(name_of("epsilon", leaf.eps), positive=True))
-            return Unknown(name_of("n" if leaf.kind == "rms" else "n_layer", leaf), out=None)
+            return norm(name_of("n" if leaf.kind == "rms" else "n_layer", leaf))
         name = transcendental(leaf)
         return Activation(f"phi_{name_of(name, leaf)}", symbol=True) if name else leaf
 
@@ -98,17 +103,16 @@ class Names:
         return f"{name.replace('_', '')}{place + 1}" if place else name
 
 
-def norms_steered_through(step: Step) -> list[Component]:
-    """The norm that a normalised output is steered through, if ``step`` is one."""
-    if not isinstance(step.rule, OutputNormalised):
-        return []
-    return [part for part in step.place.component.children()[-2:] if isinstance(part, Normalize)]
+def norms_steered_through(*steps: Step) -> set[int]:
+    """The norms (by ``id``) that a normalised output is steered through in one of ``steps``."""
+    ends = [step.place.component.children()[-2:] for step in steps if isinstance(step.rule, OutputNormalised)]
+    return {id(part) for end in ends for part in end if part.normalises}
 
 
-def any_routings() -> Callable[[Routing], Routing]:
+def any_routings(kind: type[UnknownRouting | GivenRouting] = UnknownRouting) -> Callable[[Routing], Routing]:
     """Undefined functions of the logits in place of routings: equal ones become the same function, others another."""
     name_of = Names()
-    return lambda routing: UnknownRouting(read=routing.parameters(), name=name_of("", routing))
+    return lambda routing: kind(read=routing.parameters(), name=name_of("", routing))
 
 
 def whole_block(proof: Derivation) -> tuple[str, str]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from controllability.arrays import Array
 from controllability.checks.cache import Cache
-from controllability.checks.rebuilt_blocks import MANY, small_sizes
+from controllability.checks.rebuilt_blocks import MANY, each_param, resized, small_sizes
 from controllability.checks.undefined_parts import (
     CHOICE,
     EXPERTS,
@@ -31,16 +30,13 @@ from controllability.checks.undefined_parts import (
     Read,
     UndefinedPart,
 )
-from controllability.components.bias import Bias
-from controllability.components.linear import Linear
-from controllability.components.mixture import CHOSEN, ExpertLinear, Mixture
+from controllability.components.mixture import CHOSEN, Mixture
 from controllability.components.normalisation import Normalize
-from controllability.components.scale import Scale
 from controllability.errors import SideConditionFailed
 from controllability.execution.patch import Patch
 from controllability.execution.sampling import sample
 from controllability.execution.trace import Trace
-from controllability.interfaces import Component, JointOptions, Param, Params, Place, Sequence
+from controllability.interfaces import Component, JointOptions, OutputControllable, Param, Params, Place, Sequence
 from controllability.rules import Step, construct
 from controllability.rules.base import Schema
 from controllability.rules.normalised_jointly import JointNormalised
@@ -82,7 +78,7 @@ def _told(step: Step, schema: Schema) -> str:
     sizes = ", ".join(dict.fromkeys("×".join(map(str, p.shape)) for p in schema.component.parameters()))
     if isinstance(step.rule, JointNormalised):
         return f"any wanted output − patched output reduced to 0 with m' = c·m; {RANK} {sizes}; scales found by linear programming: level numeric"
-    if isinstance(schema.component, Mixture):
+    if schema.component.chosen:
         dependent = "stacked vectors that depend on each other (of two tokens with the same experts; of three, each two of which share one)"
         return f"patched output − output − δ reduced to 0 for {MANY} tokens with any targets, and {dependent} with targets that depend in the same way; other targets of those are refused; {RANK} {sizes}"
     reach = f"{_one_or_many(schema)} with any targets, and dependent ones with targets that depend in the same way"
@@ -95,7 +91,7 @@ def _one_or_many(schema: Schema) -> str:
 
 def _tokens_served(schema: Schema) -> int:
     """Tokens in general position that the rule serves at these sizes, at most two."""
-    if isinstance(schema.component, Mixture | Sequence):
+    if schema.component.children():
         return MANY
     assert schema.update is not None and schema.update.jointly is not None
     return 1 if schema.update.jointly.max_tokens == 1 else MANY
@@ -103,14 +99,14 @@ def _tokens_served(schema: Schema) -> int:
 
 def claims(step: Step, schema: Schema) -> Iterator[str]:
     """What is wrong with the rule: nothing, if it keeps its promise and refuses what no patch does."""
-    if isinstance(schema.component, Mixture):
+    if schema.component.chosen:
         yield from _mixture_claims(step)
         return
     params, x, x_target = _instance(schema.component)
     served = _tokens_served(schema)
     wanted = _symbols("w", schema.component(params, x).shape)
     yield from _left(step, schema, params, x[:served], x_target[:served], wanted[:served])
-    if isinstance(schema.component, Sequence):
+    if schema.component.children():
         return
     if served > 1:
         x = _dependent(x, params)
@@ -166,7 +162,7 @@ def _dependent_claims(
 def _left(step: Step, schema: Schema, params: Params, x: Array, x_target: Array, wanted: Array) -> Iterator[str]:
     """What is left of each claim, where it is not 0."""
     component = schema.component
-    composed = isinstance(component, Sequence)
+    composed = component.sequential
     # a name for an output would hide that outputs depend on each other: a leaf is written out
     with definitions() if composed else nullcontext() as table:
         target = Trace(component, params, x_target)
@@ -203,7 +199,7 @@ def _dependent(x: Array, params: Params) -> Array:
 
 
 def _instance(component: Component, tokens: int = MANY) -> tuple[dict[str, Array], Array, Array]:
-    sizes: dict[str, Any] = {} if isinstance(component, Mixture) else small_sizes(component)
+    sizes: dict[str, Any] = {} if component.chosen else small_sizes(component)
     params, x, x_target = sample(component, "sympy", tokens=(tokens,), **sizes)
     own = {
         str(p)
@@ -212,7 +208,7 @@ def _instance(component: Component, tokens: int = MANY) -> tuple[dict[str, Array
         for p in part.own_parameters()
     }
     params |= {name: SYMPY.zeros_like(params[name]) for name in own}
-    if isinstance(component, ExpertLinear):
+    if component.per_expert:
         params |= {CHOSEN: CHOICE}
         x, x_target = (_symbols(name, (MANY, CHOICE.shape[1], x.shape[-1])) for name in ("x", "y"))
     return params, x, x_target
@@ -231,11 +227,9 @@ def explicit_schema(step: Step) -> Schema:
 
         inner = UndefinedPart("g", D, controlled=True)
         norm = Normalize("rms", sympy.Symbol("epsilon", positive=True))
-        scale = given.children()[-1]
-        assert isinstance(scale, Scale)
-        block = Sequence.of(inner, norm, Scale(Param("m", (D,)), scale.offset))
+        block = Sequence.of(inner, norm, _small(given.children()[-1]))
         return Schema(block, (inner.premise(Place(inner, (0,)), side),))
-    if isinstance(given, Mixture):
+    if given.chosen:
         return _mixture_schema(step, SERVED)
     assert step.update is not None
     leaf, own = _small(given), [str(p) for p in given.own_parameters()]
@@ -247,12 +241,11 @@ def explicit_schema(step: Step) -> Schema:
 def _mixture_schema(step: Step, choice: tuple[tuple[int, ...], ...]) -> Schema:
     """A mixture of any router and inner functions, for as many tokens as there are choices of experts."""
     given, controlled, (tokens, slots) = step.place.component, bool(step.premises), np.shape(choice)
-    assert isinstance(given, Mixture) and isinstance(given.last, ExpertLinear)
     router = Read("router", EXPERTS, (), controlled, 0, tokens)
     inner = Read("inner", ONE, (slots,), controlled, EXPERTS, tokens)
-    last = _small(given.last, ONE)
-    assert isinstance(last, ExpertLinear)
-    block = Mixture(router, GivenRouting(choice=choice), inner, last, given.weighted)
+    last = _small(given.children()[2], ONE)
+    assert isinstance(last, OutputControllable)
+    block = given.map_held(lambda _: GivenRouting(choice=choice)).map_children(lambda i, _: (router, inner, last)[i])
     parts = ((router, (0,)), (inner, (1,))) if controlled else ()
     premises = tuple(part.premise(Place(part, path), "input") for part, path in parts)
     return Schema(block, premises, last.output_updates()[0])
@@ -260,14 +253,6 @@ def _mixture_schema(step: Step, choice: tuple[tuple[int, ...], ...]) -> Schema:
 
 def _small(leaf: Component, hidden: int = H) -> Component:
     """The same leaf with plain names and small sizes."""
-    if isinstance(leaf, Linear | ExpertLinear):
-        rows = (D, hidden) if leaf.layout == "out_in" else (hidden, D)
-        shape: tuple[int, ...] = rows if isinstance(leaf, Linear) else (EXPERTS, *rows)
-        stacked: dict[str, Any] = {}
-        if isinstance(leaf, ExpertLinear) and leaf.stacked is not None:
-            shape, stacked = (EXPERTS * rows[0], rows[1]), {"stacked": EXPERTS}
-        out = (D,) if isinstance(leaf, Linear) else (EXPERTS, D)
-        return replace(leaf, weight=Param("W", shape), bias=leaf.bias and Param("b", out), **stacked)
-    if isinstance(leaf, Scale):
-        return replace(leaf, weight=Param("m", (D,)))
-    return replace(leaf, bias=Param("b", (D,))) if isinstance(leaf, Bias) else leaf
+    names: dict[str, str] = {}
+    plain = each_param(leaf, lambda p: Param(names.setdefault(str(p), f"p{len(names) + 1}"), p.shape))
+    return resized(plain, D, hidden, EXPERTS, D)

@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from controllability.checks.exact_block import reduced_residual
-from controllability.checks.rebuilt_blocks import MANY, mixtures, rebuilt, replace_block, small_sizes, transcendental
-from controllability.checks.symbolic_block import Names, norms_steered_through
+from controllability.checks.rebuilt_blocks import MANY, each_param, mixtures, rebuilt, replace_block, small_sizes
+from controllability.checks.symbolic_block import any_routings, generic
 from controllability.checks.undefined_parts import ONE, SERVED, AnyNorm, GivenRouting
-from controllability.components.activation import Activation
-from controllability.components.mixture import ExpertLinear
-from controllability.components.normalisation import Normalize
-from controllability.components.routing import Routing
 from controllability.execution.sampling import sample
-from controllability.interfaces import Component, Param
+from controllability.interfaces import Component
 from controllability.prover.derivation import Derivation
 from controllability.rules.mixture import OutputMixture
 from controllability.rules.normalised import OutputNormalised
@@ -24,28 +20,14 @@ def whole_block(proof: Derivation) -> tuple[str, str]:
 
     With experts any routing that gives the two tokens one expert in common; hidden width 1 within an expert.
     """
-    import sympy
-
     if _experts_before_a_norm(proof):
         return (
             "skipped",
             "not run: roots of what two tokens' experts add up to, all of it symbols, do not reduce in reasonable time; level exact takes rational numbers",
         )
-    name_of, many = Names(), bool(mixtures(proof.block))
-    steered = {id(part) for step in proof.root.walk() for part in norms_steered_through(step)}
-
-    def change(leaf: Component) -> Component:
-        if isinstance(leaf, Normalize):
-            if many and id(leaf) not in steered:
-                return AnyNorm(name_of("n" if leaf.kind == "rms" else "n_layer", leaf))
-            return replace(leaf, eps=sympy.Symbol(name_of("epsilon", leaf.eps), positive=True))
-        name = transcendental(leaf)
-        return Activation(f"phi_{name_of(name, leaf)}", symbol=True) if name else _narrow(leaf)
-
-    def route(routing: Routing) -> Routing:
-        return GivenRouting(read=routing.parameters(), name=name_of("", routing))
-
-    block = rebuilt(proof.block, change, route)
+    many = bool(mixtures(proof.block))
+    change = generic(proof, AnyNorm if many else None)
+    block = rebuilt(proof.block, lambda leaf: _narrow(change(leaf)), any_routings(GivenRouting))
     same, sizes = replace_block(proof, block), small_sizes(block)
     if many and "h" in sizes and "h" not in proof.max_tokens.values():  # no shared expert must tell the tokens apart
         sizes["h"] = ONE
@@ -73,11 +55,6 @@ def _and(choice: tuple[tuple[int, ...], ...]) -> str:
 
 def _narrow(leaf: Component) -> Component:
     """Experts' maps with their hidden width at its smallest: sums over experts reduce slowly."""
-    if not isinstance(leaf, ExpertLinear):
-        return leaf
-
-    def smaller(param: Param) -> Param:
-        narrow: dict[int | str, int] = {"h": ONE, "2h": 2 * ONE}
-        return replace(param, shape=tuple(narrow.get(size, size) for size in param.shape))
-
-    return replace(leaf, weight=smaller(leaf.weight), bias=leaf.bias and smaller(leaf.bias))
+    narrow: dict[int | str, int] = {"h": ONE, "2h": 2 * ONE}
+    smaller = lambda p: replace(p, shape=tuple(narrow.get(size, size) for size in p.shape))  # noqa: E731
+    return each_param(leaf, smaller) if leaf.per_expert else leaf

@@ -13,17 +13,15 @@ import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array
 from controllability.checks.cache import Cache
-from controllability.checks.rebuilt_blocks import rebuilt, renamed, small_sizes
+from controllability.checks.rebuilt_blocks import rebuilt, renamed, resized, small_sizes
 from controllability.checks.symbolic_block import INDEXED, GivenArrays, RecognisedArrays
-from controllability.components.bias import Bias
-from controllability.components.linear import Linear
-from controllability.components.mixture import CHOSEN, ExpertLinear, Mixture
-from controllability.components.scale import Scale
+from controllability.components.mixture import CHOSEN, ExpertLinear
 from controllability.deltas import Delta, ExpertLowRank, added
 from controllability.execution.patch import Patch
 from controllability.execution.sampling import sample
-from controllability.interfaces import Component, Update
+from controllability.interfaces import Component, Update, leaves
 from controllability.prover.derivation import Derivation
+from controllability.prover.edits import nodes
 from controllability.rules import Step, construct
 from controllability.rules.base import Schema
 from controllability.rules.schema import Unknown, sympy_size, undefined
@@ -73,7 +71,7 @@ def rule_check(step: Step) -> tuple[str, str]:
         left = [(f"{name}: {what}", e) for name, s in variants(plain) for what, e in known(s, schema)]
     except NOT_GENERIC as reason:
         told = f"{type(reason).__name__}: {reason}"
-        if isinstance(step.place.component, Mixture) or step.update is None or runs_indexed(plain.place.component):
+        if step.place.component.chosen or step.update is None or runs_indexed(plain.place.component):
             return "failed", f"its construction cannot be executed on its own statement ({told})"
         return explicit_check(step, told)
     wrong = [f"{what} leaves {entry}" for what, entry in left if entry != 0]
@@ -88,15 +86,11 @@ def variants(step: Step) -> list[tuple[str, Step]]:
 
 
 def _told(step: Step, schema: Schema, routes: list[str]) -> str:
-    unknown = [p.describe() for p in _parts(schema.component) if isinstance(p, Unknown)]
+    unknown = [p.describe() for _, p in nodes(schema.component) if isinstance(p, Unknown)]
     functions = f", {', '.join(unknown)} undefined functions" if unknown else ""
     asked = "; each premise is asked for what it can do" if schema.premises else ""
     on = f" on {', '.join(routes)}" if routes else ""
     return f"{CONCLUSIONS[step.rule.side]} reduced to 0{on}; every size a symbol{functions}{asked}"
-
-
-def _parts(component: Component) -> list[Component]:
-    return [component, *(p for child in component.children() for p in _parts(child))]
 
 
 def _code(method: Any) -> Any:
@@ -118,10 +112,9 @@ def known(step: Step, schema: Schema) -> list[tuple[str, Any]]:
 def claims(step: Step, schema: Schema) -> list[tuple[str, Any]]:
     """[(claim, what is left of one entry)]: the conclusion, what the premises are asked for, the patch as applied."""
     component, side = schema.component, step.rule.side
-    steered = component.last if isinstance(component, Mixture) else component
-    experts: list[tuple[str, Any]] = []
-    if schema.update is not None and isinstance(steered, ExpertLinear):
-        experts = [("the experts as stored", stored_experts(schema.update, steered))]
+    last, experts = leaves(component)[-1][1], list[tuple[str, Any]]()
+    if schema.update is not None and isinstance(last, ExpertLinear):
+        experts = [("the experts as stored", stored_experts(schema.update, last))]
     with definitions(Definitions()) as table:
         params, v, v_target = instance(component)
         target = GivenArrays(component, params, v_target)
@@ -152,10 +145,7 @@ def stored_experts(update: Update, leaf: ExpertLinear) -> Any:
     Which planes of a tensor change is nothing that one symbolic entry can say.
     """
     experts, out, into = leaf.stacked or 3, 2, 3
-    rows = (out, into) if leaf.layout == "out_in" else (into, out)
-    shape = (experts, *rows) if leaf.stacked is None else (experts * rows[0], rows[1])
-    bias = leaf.bias and replace(leaf.bias, shape=(experts, out))
-    params, _, _ = sample(replace(leaf, weight=replace(leaf.weight, shape=shape), bias=bias), "sympy")
+    params, _, _ = sample(resized(leaf, out, into, experts, out), "sympy")
     params[CHOSEN] = np.array([0, experts - 1][:experts])
     x, delta = (_entries(name, len(params[CHOSEN]), width) for name, width in (("x", into), ("g", out)))
     moved = Patch({update.param: update.solve(params, x, delta)}).merged_into(params)
@@ -179,7 +169,7 @@ def runs_indexed(leaf: Component) -> bool:
 def instance(component: Component) -> tuple[dict[str, Array], Array, Array]:
     """Parameters and two states in index notation; for experts' maps a row for each chosen expert."""
     params, v, v_target = sample(component, "indexed")
-    if isinstance(component, ExpertLinear):
+    if component.per_expert:
         k = sympy_size("k")
         chosen = undefined("expert", (k,), v, distinct=True)
         v, v_target = (IndexedArray.named(name, (k, v.shape[-1])) for name in ("v", "v'"))
@@ -189,24 +179,7 @@ def instance(component: Component) -> tuple[dict[str, Array], Array, Array]:
 
 def plain_component(component: Component, names: dict[str, str]) -> Component:
     """The same component with plain ``names``, and sizes that are symbols wherever the rule speaks of any size."""
-    return rebuilt(renamed(component, names), _any_size)
-
-
-def _any_size(leaf: Component) -> Component:
-    if isinstance(leaf, Linear | ExpertLinear):
-        out = ("m", "n") if leaf.layout == "out_in" else ("n", "m")
-        rows: tuple[Any, ...] = ("E", *out)
-        if isinstance(leaf, Linear):
-            rows = out
-        elif leaf.stacked is not None:
-            rows = (leaf.stacked * sympy_size(out[0]), out[1])
-        bias = leaf.bias and replace(leaf.bias, shape=("m",) if isinstance(leaf, Linear) else ("E", "m"))
-        return replace(leaf, weight=replace(leaf.weight, shape=rows), bias=bias)
-    if isinstance(leaf, Scale):
-        return replace(leaf, weight=replace(leaf.weight, shape=("d",)))
-    if isinstance(leaf, Bias):
-        return replace(leaf, bias=replace(leaf.bias, shape=("d",)))
-    return leaf
+    return rebuilt(renamed(component, names), lambda leaf: resized(leaf, "m", "n", "E", "d"))
 
 
 def explicit_check(step: Step, reason: str) -> tuple[str, str]:

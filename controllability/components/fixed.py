@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from controllability.arrays import Array, arithmetic
 from controllability.interfaces import Bijection, Component, Condition, Param, Params
@@ -30,6 +32,9 @@ class Fixed(Component):
 
     def own_parameters(self) -> tuple[Param, ...]:
         return tuple(sorted(self.inner.parameters(), key=str))
+
+    def map_held(self, change: Callable[[Any], Any]) -> Fixed:
+        return replace(self, inner=change(self.inner))
 
     @property
     def module(self) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from controllability.arrays import Array, arithmetic
@@ -50,6 +51,9 @@ class Glu(Component):
 
     def own_parameters(self) -> tuple[Param, ...]:
         return tuple(sorted(self.activation.parameters(), key=str))
+
+    def map_held(self, change: Callable[[Any], Any]) -> Glu:
+        return replace(self, activation=change(self.activation))
 
     @property
     def module(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from controllability.arrays import Array, arithmetic
@@ -58,6 +58,9 @@ class Linear(Component, Steerable):
 
     def output_width(self, width: Size) -> Size:
         return self.weight.shape[-2 if self.layout == "out_in" else -1] if self.weight.shape else None
+
+    def with_bias(self, bias: Param) -> Linear | None:
+        return replace(self, bias=bias) if self.bias is None else None
 
     def updates(self) -> tuple[Update, ...]:
         bias = f"give {self.describe()} a bias" if self.bias is None else f"let {self.bias} move"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from controllability.arrays import Array, arithmetic
 from controllability.components.routing import Routing
@@ -134,6 +134,9 @@ class Mixture(Combinator):
 
     def own_parameters(self) -> tuple[Param, ...]:
         return self.routing.parameters()
+
+    def map_held(self, change: Callable[[Any], Any]) -> Mixture:
+        return replace(self, routing=change(self.routing))
 
     @property
     def module(self) -> str:

@@ -93,9 +93,14 @@ class Component(ABC):
         return False
 
     @property
-    def reads_input(self) -> int:
-        """Which of a block's inputs it reads, where a block has several."""
-        return 0
+    def reads_input(self) -> int | None:
+        """Which of a block's several inputs it picks; None for what takes the one input that it is given."""
+        return None
+
+    @property
+    def sequential(self) -> bool:
+        """Whether its parts run one after the other, so that it can be cut between any two."""
+        return False
 
     @property
     def normalises(self) -> str:
@@ -169,6 +174,14 @@ class Component(ABC):
         except TypeError as error:  # it takes other arguments than its fields
             raise BadInput(f"{type(self).__name__} cannot be made anew from its fields: {error}") from None
 
+    def map_held(self, change: Callable[[Any], Any]) -> Component:
+        """This component with ``change(x)`` in place of what it computes with itself and is no part: a routing, a gate's activation."""
+        return self
+
+    def with_bias(self, bias: Param) -> Component | None:
+        """This component with a bias of its own; None where it has one, or takes none."""
+        return None
+
     def parameters(self) -> frozenset[Param]:
         """Every parameter that the component or one of its parts reads."""
         return frozenset(self.own_parameters()).union(*(c.parameters() for c in self.children()))
@@ -234,6 +247,10 @@ class Sequence(Combinator):
     @property
     def outlet(self) -> int:
         return len(self.parts) - 1
+
+    @property
+    def sequential(self) -> bool:
+        return True
 
     def describe(self) -> str:
         return " >> ".join(part.describe() for part in self.parts)

@@ -24,10 +24,10 @@ class Place:
 
     def slice(self, start: int, stop: int) -> Place:
         """Parts start … stop of a sequence, as a place of their own."""
-        assert isinstance(self.component, Sequence)
+        assert self.component.sequential
         if stop - start == 1:
             return self.parts()[start]
-        return Place(Sequence(self.component.parts[start:stop]), self.path, self.start + start)
+        return Place(Sequence(self.component.children()[start:stop]), self.path, self.start + start)
 
     @property
     def inlet(self) -> Path:
@@ -81,7 +81,7 @@ class Layout:
             if (*path, 0) in source and (binds := component.binds):
                 binding.append((path, binds))
         leaves = frozenset(path for path in nodes if (*path, 0) not in source)
-        inputs = 1 + max(nodes[path].reads_input for path in leaves)
+        inputs = 1 + max(nodes[path].reads_input or 0 for path in leaves)
         return Layout(
             nodes, leaves, source, tuple(binding), tuple(sorted(block.parameters(), key=str)), inputs, block.width
         )

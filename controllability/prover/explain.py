@@ -5,24 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from controllability.components.mixture import Mixture
-from controllability.components.residual import Identity
 from controllability.errors import NotControllable
 from controllability.interfaces import (
     Component,
     InputControllable,
     OutputControllable,
     Place,
-    Product,
-    Sequence,
-    Sum,
     leaves,
     node,
     overlap,
 )
 from controllability.prover.edits import short
 from controllability.prover.remedies import TWICE, Remedy, remedies
-from controllability.rules import Attempt, Failure, Side
+from controllability.rules import RULES, Attempt, Failure, Side, is_about
 from controllability.rules.base import Search
 
 IMPLEMENT = "if it can be steered, implement"
@@ -63,7 +58,7 @@ def explained(failures: Iterable[Failure], block: Component, prover: Search) -> 
     """
     found = [_shrunk(f, prover) for failure in failures for f in _lowest(failure, prover)]
     failing = [f for f in found if _fails(f, block, prover)]
-    telling = [f for f in failing if not isinstance(f.place.component, Identity)]
+    telling = [f for f in failing if not f.place.component.is_skip]
     if not telling:  # a skip cannot be steered: what keeps Theorem 1 from the branches beside it?
         beside = [Place(node(block, f.place.path[:-1]), f.place.path[:-1]) for f in failing if f.place.path]
         telling = [f for place in beside for cause in _splits(place, prover) for f in _lowest(cause, prover)]
@@ -84,7 +79,7 @@ def leaf_failure(place: Place, side: Side) -> Failure:
     else:
         reason += ", and it cannot be undone from every target"
         hint = "a linear map or a bias after it"
-    if not (known or component.children() or isinstance(component, Identity)) and component.parameters():
+    if not (known or component.children()) and component.parameters():
         reason = f"{type(component).__name__} does not implement {side.title()}Controllable"
         hint = f"{IMPLEMENT} {side}_updates in its class"
     return Failure(place, f"{side} side", reason, hint, side=side)
@@ -102,17 +97,17 @@ def _lowest(failure: Failure, prover: Search) -> Iterator[Failure]:
 
 def _between(failure: Failure, prover: Search) -> Iterator[Failure]:
     """What keeps Theorem 1 from every split of a branch, where its rules said nothing."""
-    if failure.rule == "through side" and isinstance(failure.place.component, Sequence):
+    if failure.rule == "through side" and failure.place.component.sequential:
         yield from _split(failure.place, prover)
     if failure.rule == "theorem-1" and failure.weight != TWICE:
         yield from (f for f in prover.attempt(failure.place, "through").failures if f.place != failure.place)
-    if failure.rule == "input side" and isinstance(failure.place.component, Sum):
+    if failure.rule == "input side" and is_about("theorem-1", failure.place.component):
         yield from _splits(failure.place, prover)
 
 
 def _splits(place: Place, prover: Search) -> Iterator[Failure]:
     for part in place.parts():
-        if isinstance(part.component, Sequence):
+        if part.component.sequential:
             yield from _split(part, prover)
 
 
@@ -132,7 +127,7 @@ def _shrunk(failure: Failure, prover: Search) -> Failure:
     if failure.rule != "theorem-1" or failure.weight != TWICE:
         return failure
     for branch in failure.place.parts():
-        parts = branch.component.children() if isinstance(branch.component, Sequence) else ()
+        parts = branch.component.children() if branch.component.sequential else ()
         reads = [part.parameters() for part in parts]
         tied = [i for i, own in enumerate(reads) if any(overlap(own, other) for other in reads[:i] + reads[i + 1 :])]
         if tied:
@@ -145,7 +140,7 @@ def _shrunk(failure: Failure, prover: Search) -> Failure:
 def _fails(failure: Failure, block: Component, prover: Search) -> bool:
     """Whether the place of a failure has no derivation by another rule; an expert's last map is judged in its mixture."""
     place = failure.place
-    if failure.rule[2:].startswith("mixture") and failure.rule[0] in "OT" and not isinstance(place.component, Mixture):
+    if failure.rule[2:].startswith("mixture") and failure.rule[0] in "OT" and not place.component.chosen:
         place = Place(node(block, place.path[:-1]), place.path[:-1])
     return not prover.attempt(place, failure.side or "input").steps
 
@@ -165,13 +160,11 @@ def stated(failure: Failure, block: Component) -> str:
 def _asking(parent: Component, failure: Failure) -> str:
     """The rule of ``parent`` that needed the failed side of its part."""
     if failure.side == "through":
-        return "T-before" if isinstance(parent, Sequence) else "T-sum"
-    if failure.side == "output":
-        by_kind = {Sequence: "O-after-fixed", Sum: "O-sum", Product: "O-factor", Mixture: "O-mixture"}
-    else:
-        in_sequence = "I-after" if failure.place.path[-1] == 0 else "I-before"
-        by_kind = {Sequence: in_sequence, Sum: "I-combine", Product: "I-combine", Mixture: "I-mixture"}
-    return by_kind.get(type(parent), f"{failure.side} side")
+        return "T-before" if parent.sequential else "T-sum"
+    if failure.side == "input" and parent.sequential:
+        return "I-after" if failure.place.path[-1] == 0 else "I-before"
+    asking = (rule.name for rule in RULES if rule.side == failure.side and is_about(rule.name, parent))
+    return next(asking, f"{failure.side} side")
 
 
 LETTERS = {
@@ -184,19 +177,18 @@ def _arguments(rule: str, place: Place, failure: Failure) -> Iterator[tuple[str,
     """(letter in the rule's statement, component) for each argument."""
     rule, component = rule.removesuffix(" jointly"), place.component
     if rule == "theorem-1":
-        terms = [p.describe() for p in component.children()] if isinstance(component, Sum) else [component.describe()]
+        terms = [p.describe() for p in component.children()] if is_about(rule, component) else [component.describe()]
         yield from zip(("s", "g∘f") if len(terms) == 2 else ("g∘f", *"stuvw"), terms, strict=False)
-    elif rule[2:] == "mixture" and not isinstance(component, Mixture):
-        yield "last", component.describe()
-    elif isinstance(component, Mixture):
-        yield from zip(("router", "inner", "last"), (p.describe() for p in component.children()), strict=True)
-    elif isinstance(component, Sequence) and rule in LETTERS:
-        last = len(component.parts) - 1
+    elif rule[2:] == "mixture":
+        parts = component.children() if component.chosen else (component,)
+        yield from zip(("router", "inner", "last")[-len(parts) :], (p.describe() for p in parts), strict=True)
+    elif rule in LETTERS:
+        last = len(component.children()) - 1
         if failure.place.path[:-1] == place.path and failure.place != place:  # what follows the culprit plays no part
             last = max(failure.place.path[-1], 1)
         for letter, (start, stop) in zip(LETTERS[rule], ((0, last), (last, last + 1)), strict=True):
             yield letter, place.slice(start, stop).describe()
-    elif isinstance(component, Sum | Product):
+    elif component.outlet is None and is_about(rule, component):
         letter = "f" if rule[0] == "I" else "g"
         for i, part in enumerate(component.children()):
             yield f"{letter}{_subscript(i + 1)}", part.describe()

@@ -9,10 +9,8 @@ from typing import Any
 
 from controllability.components.bias import Bias
 from controllability.components.linear import Linear
-from controllability.components.mixture import ExpertLinear, Mixture
-from controllability.components.residual import Identity
-from controllability.components.select import Select
-from controllability.interfaces import Component, Param, Path, Sequence, Sum, leaves, node
+from controllability.components.mixture import ExpertLinear
+from controllability.interfaces import Component, OutputControllable, Param, Path, Place, Sequence, leaves, node
 from controllability.prover.edits import (
     above,
     fresh,
@@ -26,7 +24,7 @@ from controllability.prover.edits import (
     width_before,
     with_node,
 )
-from controllability.rules import Failure
+from controllability.rules import Failure, is_about
 
 ALONE, FIRST, SECOND = 14, 4, 5  # changes tried alone; firsts of a pair; seconds tried after each of those
 CULPRITS = 4  # failures whose places are changed
@@ -134,26 +132,21 @@ def _edits(block: Component, failures: list[Failure]) -> Iterator[tuple[str, Com
 
 def _at_culprit(block: Component, failure: Failure) -> Iterator[tuple[str, Component]]:
     place, path = failure.place, failure.place.path
-    first = last = path
-    if isinstance(place.component, Sequence):
-        first, last = place.parts()[0].path, place.parts()[-1].path
     if failure.weight == TWICE:
         yield from _untied(block, path)
     if failure.side != "input":
-        yield from _with_bias(block, last)
+        yield from _with_bias(block, place.outlet)
     if failure.side != "output":
-        yield from _with_linear(block, first)
+        yield from _with_linear(block, place.inlet)
     yield from _own_maps(block, path)
 
 
 def _ends(block: Component) -> Iterator[Path]:
     """The ends of the branches, or of a block without branches; the last norm."""
-    path: Path = ()
-    while isinstance(node(block, path), Sequence):
-        path = (*path, 0)
-    if isinstance(node(block, path), Sum):
-        terms = [(i, term) for i, term in enumerate(node(block, path).children()) if not isinstance(term, Identity)]
-        yield from ((*path, i) for i, _ in reversed(terms))
+    inlet = Place(block).inlet
+    first = Place(node(block, inlet), inlet)
+    if is_about("theorem-1", first.component):
+        yield from (term.path for term in reversed(first.parts()) if not term.component.is_skip)
     else:
         yield ()
     if norm := last_norm(block):
@@ -162,13 +155,12 @@ def _ends(block: Component) -> Iterator[Path]:
 
 def _with_bias(block: Component, path: Path) -> Iterator[tuple[str, Component]]:
     """A bias after the component at ``path``: its own, where a linear map has none."""
-    while isinstance(part := node(block, path), Sequence):
-        path = (*path, len(part.parts) - 1)
+    path = Place(node(block, path), path).outlet
+    part = node(block, path)
     bias = Param(fresh(block, f"{stem(part)}bias"), shape_of(width_after(block, path)))
     name = short(part.describe())
-    if isinstance(part, Linear) and part.bias is None:
-        words, new = f"give {name} a bias", replace(part, bias=bias)
-    else:
+    words, new = f"give {name} a bias", part.with_bias(bias)
+    if new is None:
         last = path == last_norm(block)
         words = f"give the last norm a bias, after {name}" if last else f"add a bias after {name}"
         new = Sequence.of(part, Bias(bias))
@@ -178,7 +170,7 @@ def _with_bias(block: Component, path: Path) -> Iterator[tuple[str, Component]]:
 
 def _with_linear(block: Component, path: Path) -> Iterator[tuple[str, Component]]:
     first = node(block, path)
-    if isinstance(first, Select):
+    if first.reads_input is not None:  # there are several inputs before it
         return
     width, name = width_before(block, path), f"before_{stem(first)}weight" if stem(first) else "before.weight"
     weight = Param(fresh(block, name), shape_of(width, width))
@@ -189,13 +181,15 @@ def _with_linear(block: Component, path: Path) -> Iterator[tuple[str, Component]
 def _own_maps(block: Component, path: Path) -> Iterator[tuple[str, Component]]:
     """A map that all chosen experts of a mixture share, replaced by one for each expert."""
     shared = node(block, path)
-    mixtures = [m for i, m in above(block, path) if isinstance(m, Mixture) and i > 0]
-    if not isinstance(shared, Linear) or not mixtures:
+    mixtures = [m for i, m in above(block, path) if i in m.binds]
+    ways = shared.output_updates() if isinstance(shared, OutputControllable) else ()
+    shape = next((way.param.shape for way in ways if way.kind == "linear"), None)
+    if shape is None or not mixtures:
         return
-    known = [c for _, c in leaves(mixtures[-1]) if isinstance(c, ExpertLinear)]
-    count: int | str = known[-1].weight.shape[0] if known and known[-1].weight.shape else "E"
-    weight = Param(fresh(block, f"{stem(shared)}experts"), (count, *shared.weight.shape) if shared.weight.shape else ())
-    changed = with_node(block, path, ExpertLinear(weight, layout=shared.layout))
+    known = [c.own_parameters()[0].shape for _, c in leaves(mixtures[-1]) if c.per_expert and c.own_parameters()]
+    count: int | str = known[-1][0] if known and known[-1] else "E"
+    weight = Param(fresh(block, f"{stem(shared)}experts"), (count, *shape) if shape else ())
+    changed = with_node(block, path, ExpertLinear(weight, layout=getattr(shared, "layout", "out_in")))
     if changed is not None:
         yield f"give each expert a map of its own in place of {short(shared.describe())}", changed
 

@@ -4,6 +4,7 @@ The leaves' own rules (I-linear, O-scale, …) state their formulas beside the c
 """
 
 from controllability.errors import BadInput
+from controllability.interfaces import Component
 from controllability.rules.base import Attempt as Attempt
 from controllability.rules.base import Failure as Failure
 from controllability.rules.base import Rule as Rule
@@ -60,6 +61,13 @@ def register(rule: Rule) -> Rule:
         raise BadInput(f"the rule {rule.name} ({rule.side} side) is registered already")
     RULES.append(rule)
     return rule
+
+
+def is_about(name: str, component: Component) -> bool:
+    """Whether the statement of the rule called ``name`` is about such a component."""
+    return any(
+        rule.name == name and rule.about is not Component and isinstance(component, rule.about) for rule in RULES
+    )
 
 
 def unregister(rule: Rule) -> None:

@@ -124,11 +124,8 @@ class InputCombine(Rule):
         return found
 
     def schema(self, step: Step) -> Schema:
-        joint = type(step.place.component)
-        assert joint in (Sum, Product)
-        count = len(step.premises)
-        parts = tuple(Assumed(f"f{i + 1}") for i in range(count))
-        return schema(Product(parts) if joint is Product else Sum(parts), *((i,) for i in range(count)))
+        own = step.place.component.map_children(lambda i, _: Assumed(f"f{i + 1}"))
+        return schema(own, *((i,) for i in range(len(step.premises))))
 
     def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         for premise in step.premises:

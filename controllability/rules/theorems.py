@@ -42,7 +42,7 @@ class Theorem1(Rule):
             others = tuple(p for p in place.parts() if p.path != branch.path)
             if branches_inside(branch.component):
                 self._through(place, branch, others, prover, found)
-            if branch.component.outlet is not None:
+            if branch.component.sequential:
                 for split in reversed(range(1, len(branch.parts()))):  # the largest f first
                     self._split(place, branch, others, split, prover, found)
             elif not branch.component.is_skip:
