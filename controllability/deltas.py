@@ -59,7 +59,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class ExpertLowRank(LowRank):
-    """The same for stacked experts (experts, out, in): expert ``index[j]`` gets ``left_j right_jᵀ``.
+    """A low-rank change of stacked experts (experts, out, in): expert ``index[j]`` gets ``left_j right_jᵀ``.
 
     ``index`` (..., k) names the active experts, ``left`` is (..., k, rank, out) and ``right``
     (..., k, rank, in).  Experts that are not named stay as they are.
@@ -132,7 +132,7 @@ class Shift:
 
     @property
     def dense_numbers(self) -> int:
-        """The same: a vector is as dense as it gets."""
+        """As many as it holds: a vector is as dense as it gets."""
         return self.numbers
 
     def norms(self) -> Array:

@@ -68,7 +68,7 @@ class Certificate(Protocol):
         ...
 
     def named(self, names: Sequence[str]) -> Certificate:
-        """The same with a name for each token, which the text and the data then use."""
+        """This certificate with a name for each token, which the text and the data then use."""
         ...
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from controllability.interfaces import Component
@@ -20,6 +20,11 @@ class Proof(Derivation):
 
     Level "derived" (theory, section 6): the tree follows the rules; ``check`` runs higher levels.
     """
+
+    @classmethod
+    def of(cls, found: Derivation) -> Proof:
+        """The face of a derivation."""
+        return cls(**{f.name: getattr(found, f.name) for f in fields(Derivation)})
 
     def check(self, level: str = "symbolic", seed: int = 0) -> list[dict[str, Any]]:
         """Run the checks of a level: [{rule, status, method}].  See ``controllability.checks``."""
@@ -65,7 +70,7 @@ class Proof(Derivation):
         """
         from controllability.proof_files.read import derivation_from_dict
 
-        return cls(**vars(derivation_from_dict(data, components)))
+        return cls.of(derivation_from_dict(data, components))
 
 
 def prove(
@@ -92,4 +97,4 @@ def prove(
     >>> proof.root.rule.name, sorted(map(str, proof.root.moved))
     ('theorem-1', ['down', 'up'])
     """
-    return Proof(**vars(derive(block, via, route, frozen, jointly)))
+    return Proof.of(derive(block, via, route, frozen, jointly))

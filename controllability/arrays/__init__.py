@@ -53,7 +53,7 @@ def arithmetic(*arrays: Array) -> Arithmetic:
     """
     found: Arithmetic | None = None
     for x in arrays:
-        for test, kind in _ARRAYS:
+        for test, kind in () if isinstance(x, np.ndarray) else _ARRAYS:
             if test(x):
                 return kind
         kind = _numpy_kind(x)
@@ -100,6 +100,12 @@ register(_NUMPY)
 register(_RATIONAL, element=lambda value: isinstance(value, Fraction | int))
 register(MpmathArithmetic(), element=_is_mpmath)
 register(TorchArithmetic(), array=_is_tensor)
+
+
+def tidy(x: Array) -> Array:
+    """The value in a normal form, where its arithmetic has one."""
+    xp = arithmetic(x)
+    return xp.tidy(x) if xp.symbolic or xp.exact else x
 
 
 def dot(a: Array, b: Array) -> Array:

@@ -128,6 +128,10 @@ class Arithmetic:
         """Boolean array: which entries are (known to be) zero."""
         return x == 0
 
+    def is_finite(self, x: Array) -> bool:
+        """Whether no entry is NaN or infinite."""
+        return self.exact or bool(self.is_zero(x * 0).all())
+
     def or_one(self, x: Array) -> Array:
         """``x``, and 1 where it is zero: a divisor that can be divided by."""
         return self.where(self.is_zero(x), x + 1, x)
@@ -154,11 +158,11 @@ class Arithmetic:
         return None
 
     def tidy(self, x: Array) -> Array:
-        """The same value in a normal form, where the arithmetic has one."""
+        """The value in a normal form, where the arithmetic has one."""
         return x
 
     def name(self, x: Array) -> Array:
-        """The same value, from here on treated as given: symbols get a name for it."""
+        """The value, from here on treated as given: symbols get a name for it."""
         return x
 
     def root(self, name: str, function: Any, value: Array) -> Array:

@@ -104,7 +104,7 @@ class Yardstick:
 
     @property
     def unpatched(self) -> Agreement:
-        """The same of the unpatched model."""
+        """How the unpatched model does on it."""
         return agreement(self.without, self.wanted)
 
     def part(self, kept: Sequence[int], known: Collection[Prefix] = ()) -> Yardstick:

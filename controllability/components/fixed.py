@@ -12,7 +12,7 @@ from controllability.interfaces import Bijection, Component, Condition, Param, P
 class Fixed(Component):
     """``inner`` as it is: for gains, gates and buffers that no module of their own computes with.
 
-    It has no steering, but its parameters count as read: a patch of one of them is noticed.
+    It has no update, but its parameters count as read: a patch of one of them is noticed.
 
     >>> import numpy as np
     >>> from controllability.components.scale import Scale

@@ -88,7 +88,7 @@ def one_set_of_experts(
     weight: Param, where: str, width: int | str | None, transposed: bool, index_of: Callable[[Params], Array],
     count: Callable[[Params], int],
 ) -> JointUpdate:  # fmt: skip
-    """The same as one matrix, expert by expert, each over the tokens that are routed to it."""
+    """One matrix an expert, each solved for the tokens that are routed to it."""
     condition = Condition(
         f"tokens that one expert of {weight} serves and whose inputs depend on each other have targets that depend in the same way"
         + (f" (at most {width} tokens an expert in general position)" if width else ""), where, hint=TOO_MANY,
@@ -157,7 +157,7 @@ def one_sum_of_experts(
 
 
 class Fit(NamedTuple):
-    """ΔW = leftᵀ · right, how much room every new token had, and what there is to remember."""
+    """ΔW = leftᵀ · right, the margin of every new token, and what there is to remember."""
 
     left: np.ndarray  # (r, m)
     right: np.ndarray  # (r, n)

@@ -10,7 +10,7 @@ from controllability.arrays import Array, arithmetic
 from controllability.components.routing import Routing
 from controllability.components.updates import CHOSEN, SHARES, expertwise, spread
 from controllability.deltas import ExpertLowRank, PatchedMatrix
-from controllability.interfaces import Component, Param, Params, Size, Steerable, Update
+from controllability.interfaces import Combinator, Component, Param, Params, Size, Steerable, Update
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Share(Component):
 
 
 @dataclass(frozen=True)
-class Mixture(Component):
+class Mixture(Combinator):
     """Σ_j s_j last_j(inner_j(x)) over the experts j that ``routing`` chooses from ``router(x)``.
 
     x: (..., d).  ``router`` gives logits (..., E); ``inner`` maps (..., 1, d) to (..., k, h) and
@@ -128,18 +128,6 @@ class Mixture(Component):
     inner: Component
     last: Component
     weighted: bool = True
-
-    def __call__(self, params: Params, x: Array) -> Array:
-        values: dict[int, Array] = {}
-
-        def output(i: int) -> Array:
-            if i not in values:
-                given = params if i == 0 else bound
-                values[i] = self.children()[i](given, self.child_input(i, x, output))
-            return values[i]
-
-        bound = dict(params) | self.bindings(params, output)
-        return self.assemble(bound, output)
 
     def children(self) -> tuple[Component, ...]:
         return (self.router, self.inner, self.last)

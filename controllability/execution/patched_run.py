@@ -13,13 +13,13 @@ from controllability.interfaces import (
     Component,
     Condition,
     JointOptions,
+    Layout,
     Param,
     Params,
     Path,
     Place,
     Update,
     measure,
-    node,
 )
 from controllability.solvers.served_tokens import Known
 
@@ -49,10 +49,11 @@ class PatchedRun(Trace):
         source: Trace | Array,
         target: Trace | Array,
         joint: JointOptions | None = None,
+        layout: Layout | None = None,
     ) -> None:
-        known = source if isinstance(source, Trace) else Trace(block, params, source)
-        super().__init__(block, params, known.state)
-        self.target = target if isinstance(target, Trace) else Trace(block, params, target)
+        known = source if isinstance(source, Trace) else Trace(block, params, source, layout=layout)
+        super().__init__(block, params, known.state, layout=known.layout)
+        self.target = target if isinstance(target, Trace) else Trace(block, params, target, layout=known.layout)
         self.unpatched = known
         self.goals: dict[Path, Goal] = {}
         self.raw_outputs: dict[Path, Array] = {}
@@ -86,7 +87,7 @@ class PatchedRun(Trace):
             if path in self.unpatched.observed and not any(self._reaches(g, path) for g in self.goals):
                 value = self.unpatched.observed[path]
             else:
-                value = node(self.block, path)(self.params_at(path), self.input(path))
+                value = self.layout.nodes[path](self.params_at(path), self.input(path))
             self.raw_outputs[path] = value
         return self.raw_outputs[path]
 
@@ -175,7 +176,7 @@ class PatchedRun(Trace):
         if not self.joint.exact:
             return
         if self.joint.may_fall_short and not arithmetic(margin).all(margin > 0):
-            where = node(self.block, path).describe()
+            where = self.layout.nodes[path].describe()
             self.journal.routes.append(RouteTaken(where, SHORT, lambda: f"not all targets can be reached: {condition}"))
         else:
             self.journal.margins.append(Margin(condition, margin))
@@ -188,7 +189,7 @@ class PatchedRun(Trace):
     def _same_size(self, path: Path, change: Array, changed: Array) -> None:
         """One number cannot serve several features, though they broadcast."""
         if change.shape[-1] != changed.shape[-1]:
-            where = node(self.block, path).describe()
+            where = self.layout.nodes[path].describe()
             numbers = Condition("there is a number for every feature that must change", where, hint=ONE_NUMBER)
             raise numbers.failed(float(changed.shape[-1] - change.shape[-1]))
 
@@ -200,7 +201,7 @@ class PatchedRun(Trace):
         """Whether a change at ``earlier`` reaches the input of ``later``: it stands before it, or routes to it."""
         for depth, (a, b) in enumerate(zip(earlier, later, strict=False)):
             if a != b:
-                return node(self.block, earlier[:depth]).feeds(a, b)
+                return self.layout.nodes[earlier[:depth]].feeds(a, b)
         return False
 
     def deltas(self) -> dict[Param, Delta]:

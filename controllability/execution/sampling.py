@@ -10,15 +10,10 @@ import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array
 from controllability.errors import BadInput
-from controllability.interfaces import Component, leaves
+from controllability.interfaces import Component, Layout
 from controllability.symbolic.indexed import IndexedArray
 
 DEFAULT_SIZES = {"d": 4, "h": 6, "E": 4, "l": 3, "r": 2, "one": 1}  # width, hidden, experts, latent, rank
-
-
-def inputs_of(block: Component) -> int:
-    """How many inputs a block has: more than one when it selects among them (parallel blocks)."""
-    return 1 + max(leaf.reads_input for _, leaf in leaves(block))
 
 
 def symbolic_sizes(block: Component) -> dict[str, Any]:
@@ -27,14 +22,14 @@ def symbolic_sizes(block: Component) -> dict[str, Any]:
 
     names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)} | {*DEFAULT_SIZES}
     symbols = {n: sympy.Symbol(n, integer=True, positive=True) for n in names}
-    return symbols | {"2h": 2 * symbols["h"], "E+1": symbols["E"] + 1, "one": 1}
+    return symbols | {f"2{n}": 2 * size for n, size in symbols.items()} | {"E+1": symbols["E"] + 1, "one": 1}
 
 
 def sizes_of(block: Component, **sizes: int) -> dict[str, int]:
     """Numbers for the named sizes of a block's parameters; raises ``BadInput`` for an unknown name."""
     known = DEFAULT_SIZES | sizes
-    # gate and up in one matrix; a class for each expert and one for none
-    known = {"2h": 2 * known["h"], "E+1": known["E"] + 1} | known
+    # two of a size in one (gate and up in one matrix); a class for each expert and one for none
+    known = {f"2{n}": 2 * size for n, size in known.items()} | {"E+1": known["E"] + 1} | known
     names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
     unknown = names - set(known)
     if unknown:
@@ -73,7 +68,7 @@ def sample(
         raise BadInput("the width of the block's input is not known: no parameter of it says so")
     state = (*tokens, _number(width, known))
     params = {name: _draw(kind, name, shape, rng) for name, shape in shapes.items()}
-    v, v_target = _states(kind, inputs_of(block), state, rng)
+    v, v_target = _states(kind, Layout.of(block).inputs, state, rng)
     return (_told_apart(params, v, v_target) if kind == "sympy" else params), v, v_target
 
 
@@ -106,7 +101,7 @@ def _draw(kind: str, name: str, shape: tuple[int, ...], rng: np.random.Generator
 
 
 def _told_apart(params: dict[str, Array], *states: Any) -> dict[str, Array]:
-    """The same parameters, their symbols called otherwise where one stands for two entries (a.up and b.up, W_111)."""
+    """The parameters, their symbols renamed where one stands for two entries (a.up and b.up, W_111)."""
     import sympy
 
     def entries(x: Any) -> list[Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from controllability.arrays import Array, arithmetic
-from controllability.interfaces import Component, Param, Params, Path, node
+from controllability.arrays import Array, tidy
+from controllability.interfaces import Component, Layout, Param, Params, Path
 
 
 class Trace:
@@ -22,9 +22,11 @@ class Trace:
     """
 
     def __init__(
-        self, block: Component, params: Params, state: Array, observed: Mapping[Path, Array] | None = None
-    ) -> None:
+        self, block: Component, params: Params, state: Array, observed: Mapping[Path, Array] | None = None,
+        layout: Layout | None = None,
+    ) -> None:  # fmt: skip
         self.block, self.params, self.state = block, params, state
+        self.layout = Layout.of(block) if layout is None else layout
         self.observed = dict(observed or {})
         self._outputs: dict[Path, Array] = dict(self.observed)
         self._inputs: dict[Path, Array] = {}
@@ -44,12 +46,12 @@ class Trace:
             return self._inputs[path]
         if not path:
             return self.state
-        parent, index = path[:-1], path[-1]
-        component = node(self.block, parent)
-        source = component.source_of(index)
+        source = self.layout.source[path]
         if source is not None:
-            return self.output((*parent, source))
-        return component.child_input(index, self.input(parent), lambda i: self.output((*parent, i)))
+            return self.output(source)
+        parent, index = path[:-1], path[-1]
+        given = self.input(parent)
+        return self.layout.nodes[parent].child_input(index, given, lambda i: self.output((*parent, i)))
 
     def output(self, path: Path) -> Array:
         """The output of the node at ``path``."""
@@ -62,14 +64,11 @@ class Trace:
         return self._outputs.get(path)
 
     def _compute(self, path: Path) -> Array:
-        component = node(self.block, path)
-        if not component.children():
-            value = self.leaf(path, component)
-        else:
-            value = component.assemble(self.params_inside(path), lambda i: self.output((*path, i)))
-            if component.outlet is not None:
-                return value
-        return arithmetic(value).tidy(value)
+        component = self.layout.nodes[path]
+        if path in self.layout.leaves:
+            return tidy(self.leaf(path, component))
+        value = component.assemble(self.params_inside(path), lambda i: self.output((*path, i)))
+        return value if component.outlet is not None else tidy(value)
 
     def bind(self, path: Path, values: Params) -> None:
         """Tell the trace what a real run bound at ``path`` (the experts that a mixture chose)."""
@@ -78,14 +77,14 @@ class Trace:
     def bound(self, path: Path) -> Params:
         """What the component at ``path`` names for its parts."""
         if path not in self._bound:
-            component = node(self.block, path)
+            component = self.layout.nodes[path]
             self._bound[path] = component.bindings(self.params, lambda i: self.output((*path, i)))
         return self._bound[path]
 
     def params_inside(self, path: Path) -> Params:
         """The parameters as the parts of the component at ``path`` see them: with what it binds."""
         known = self.params_at(path)
-        return {**known, **self.bound(path)} if node(self.block, path).binds else known
+        return {**known, **self.bound(path)} if any(at == path for at, _ in self.layout.binding) else known
 
     def params_of(self, param: Param) -> Array:
         """The stored value of a parameter."""
@@ -94,9 +93,8 @@ class Trace:
     def params_at(self, path: Path) -> Params:
         """The parameters as the component at ``path`` sees them: with what those around it name for it."""
         params = self.params
-        for depth in range(len(path)):
-            if path[depth] in node(self.block, path[:depth]).binds:
-                params = {**params, **self.bound(path[:depth])}
+        for at in self.layout.around(path) if self.layout.binding else ():
+            params = {**params, **self.bound(at)}
         return params
 
     def leaf(self, path: Path, component: Component) -> Array:

@@ -8,17 +8,16 @@ from typing import Any
 from controllability.arrays import Array, arithmetic
 from controllability.deltas import Delta, LowRank, PatchedMatrix
 from controllability.errors import BadInput, SideConditionFailed
-from controllability.execution.sampling import inputs_of
-from controllability.interfaces import Component, Param, Params
+from controllability.interfaces import Layout, Param, Params
 
 
-def check_instance(block: Component, params: Params, source: Any, target: Any) -> None:
-    """Raise one ``BadInput`` that lists everything in which parameters and states do not fit ``block``.
+def check_instance(block: Layout, params: Params, source: Any, target: Any) -> None:
+    """Raise one ``BadInput`` that lists everything in which parameters and states do not fit the ``block`` laid out.
 
     >>> import numpy as np
     >>> from controllability.components import Linear
-    >>> from controllability.interfaces import Param
-    >>> check_instance(Linear(Param("W", ("h", "d"))), {"W": np.zeros((3, 2))}, np.zeros(3), np.zeros(3))
+    >>> from controllability.interfaces import Layout, Param
+    >>> check_instance(Layout.of(Linear(Param("W", ("h", "d")))), {"W": np.zeros((3, 2))}, np.zeros(3), np.zeros(3))
     Traceback (most recent call last):
     controllability.errors.BadInput: the numbers do not fit the block: the states have width 3, the block takes 2
     """
@@ -26,21 +25,22 @@ def check_instance(block: Component, params: Params, source: Any, target: Any) -
     if not isinstance(params, Mapping):
         raise BadInput(f"the parameters must be a mapping from names to arrays, got {type(params).__name__}")
     states = _states(block, source, target)
+    kinds: dict[str, str] = {}
     for role, x in states:
-        arithmetic(x)
+        kinds[role] = arithmetic(x).kind
         if x.ndim == 0 or 0 in x.shape:
             raise BadInput(f"the {role} state has shape {tuple(x.shape)}: expected (..., d) with at least one token")
-    kinds = {role: arithmetic(x).kind for role, x in states}
     shapes = {tuple(x.shape) for _, x in states}
     if len(shapes) > 1:
         problems.append(", ".join(f"{role} has shape {tuple(x.shape)}" for role, x in states))
     source = states[0][1]
     sizes: dict[str, int] = {}
-    for param in sorted(block.parameters(), key=str):
+    for param in block.parameters:
         value = param.value(params)
         value = value.base if isinstance(value, PatchedMatrix) else value
-        kinds[str(param)] = arithmetic(value).kind
-        if not _finite(value):
+        xp = arithmetic(value)
+        kinds[str(param)] = xp.kind
+        if not xp.is_finite(value):
             problems.append(f"{param} holds NaN or infinity")
         if not param.shape:
             continue
@@ -59,14 +59,14 @@ def check_instance(block: Component, params: Params, source: Any, target: Any) -
     if ("torch" in kinds.values()) and set(kinds.values()) != {"torch"}:
         other = next(name for name, kind in kinds.items() if kind != "torch")
         problems.append(f"torch tensors and NumPy arrays are mixed ({other} is not a tensor)")
-    problems += [f"the {role} state holds NaN or infinity" for role, x in states if not _finite(x)]
+    problems += [f"the {role} state holds NaN or infinity" for role, x in states if not arithmetic(x).is_finite(x)]
     if problems:
         raise BadInput("the numbers do not fit the block: " + "; ".join(problems))
 
 
-def _states(block: Component, source: Any, target: Any) -> list[tuple[str, Array]]:
+def _states(block: Layout, source: Any, target: Any) -> list[tuple[str, Array]]:
     """Every state with its name.  Raises ``BadInput`` when a block with several inputs is not given as many."""
-    count = inputs_of(block)
+    count = block.inputs
     if count == 1:
         return [("source", source), ("target", target)]
     for role, given in (("source", source), ("target", target)):
@@ -83,11 +83,6 @@ def check_result(deltas: Mapping[Param, Delta]) -> None:
     """Raise ``SideConditionFailed`` for a patch that holds NaN or infinity: the numbers overflowed on the way."""
     for param, delta in deltas.items():
         parts = (delta.left, delta.right) if isinstance(delta, LowRank) else (delta.value,)
-        if not all(_finite(part) for part in parts):
+        if not all(arithmetic(part).is_finite(part) for part in parts):
             hint = "scale the numbers, or take more precision (float64, mpmath)"
             raise SideConditionFailed("the construction stays finite", f"the patch of {param}", None, None, "", hint)
-
-
-def _finite(x: Array) -> bool:
-    xp = arithmetic(x)
-    return xp.exact or bool(xp.is_zero(x * 0).all())

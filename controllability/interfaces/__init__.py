@@ -6,6 +6,7 @@ Axis names used in every docstring: ``...`` tokens (any number of leading axes),
 
 import controllability.symbolic  # noqa: F401  makes symbols known to controllability.arrays
 from controllability.deltas import added as added
+from controllability.interfaces.component import Combinator as Combinator
 from controllability.interfaces.component import Component as Component
 from controllability.interfaces.component import Product as Product
 from controllability.interfaces.component import Sequence as Sequence
@@ -19,6 +20,7 @@ from controllability.interfaces.joint import JointUpdate as JointUpdate
 from controllability.interfaces.param import Param as Param
 from controllability.interfaces.param import Params as Params
 from controllability.interfaces.param import overlap as overlap
+from controllability.interfaces.paths import Layout as Layout
 from controllability.interfaces.paths import Path as Path
 from controllability.interfaces.paths import Place as Place
 from controllability.interfaces.paths import leaves as leaves

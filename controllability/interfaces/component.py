@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 from controllability.arrays import Array
@@ -217,8 +217,27 @@ class Component(ABC):
         return Product((self, other))
 
 
+class Combinator(Component):
+    """A component made of parts: what each reads (``source_of``, ``child_input``) and ``assemble`` say what it computes."""
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        values: dict[int, Array] = {}
+
+        def output(index: int) -> Array:
+            if index not in values:
+                seen = bound() if index in self.binds else params
+                values[index] = self.children()[index](seen, self.child_input(index, x, output))
+            return values[index]
+
+        @cache
+        def bound() -> Params:
+            return {**params, **self.bindings(params, output)}
+
+        return self.assemble(bound() if self.binds else params, output)
+
+
 @dataclass(frozen=True)
-class Sequence(Component):
+class Sequence(Combinator):
     """g ∘ … ∘ f, written ``f >> … >> g``.  Nested sequences are flattened.
 
     >>> import numpy as np
@@ -240,9 +259,6 @@ class Sequence(Component):
         """A flat sequence of ``parts``."""
         return Sequence(parts)
 
-    def __call__(self, params: Params, x: Array) -> Array:
-        return reduce(lambda value, part: part(params, value), self.parts, x)
-
     def source_of(self, index: int) -> int | None:
         return index - 1 if index else None
 
@@ -258,7 +274,7 @@ class Sequence(Component):
 
 
 @dataclass(frozen=True)
-class Sum(Component):
+class Sum(Combinator):
     """f₁(x) + … + f_k(x).  A residual block is the sum of its skip and its branch."""
 
     terms: tuple[Component, ...]
@@ -266,9 +282,6 @@ class Sum(Component):
     def __post_init__(self) -> None:
         if len(self.terms) < 2:
             raise BadInput(f"a sum needs at least two terms, got {len(self.terms)}")
-
-    def __call__(self, params: Params, x: Array) -> Array:
-        return reduce(lambda a, b: a + b, (term(params, x) for term in self.terms))
 
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
         return reduce(lambda a, b: a + b, map(output, range(len(self.terms))))
@@ -285,7 +298,7 @@ class Sum(Component):
 
 
 @dataclass(frozen=True)
-class Product(Component):
+class Product(Combinator):
     """f₁(x) ∘ … ∘ f_k(x), elementwise: the gated product."""
 
     factors: tuple[Component, ...]
@@ -293,9 +306,6 @@ class Product(Component):
     def __post_init__(self) -> None:
         if len(self.factors) < 2:
             raise BadInput(f"a product needs at least two factors, got {len(self.factors)}")
-
-    def __call__(self, params: Params, x: Array) -> Array:
-        return reduce(lambda a, b: a * b, (factor(params, x) for factor in self.factors))
 
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
         return reduce(lambda a, b: a * b, map(output, range(len(self.factors))))

@@ -56,7 +56,7 @@ class JointSolution:
 
 @dataclass(frozen=True)
 class JointUpdate:
-    """The same way for many tokens, one delta for all of them; axis 0 of every array runs over the tokens.
+    """One change of the parameter for many tokens; axis 0 of every array runs over the tokens.
 
     ``solve(joint, params, x, delta, raw, served)`` finds the delta that adds ``delta`` (T, out) to ``raw`` (T, out), the outputs as
     they are at ``x`` (T, in), and serves the tokens ``known`` from before as well.  It raises ``SideConditionFailed`` with a certificate where no delta does.  ``max_tokens`` names how many tokens

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controllability.interfaces.component import Component, Sequence
+from controllability.interfaces.component import Component, Sequence, Size
+from controllability.interfaces.param import Param
 
 Path = tuple[int, ...]
 
@@ -50,6 +51,45 @@ def node(block: Component, path: Path) -> Component:
     for index in path:
         block = block.children()[index]
     return block
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a block says of itself, asked once: its nodes by path, where each reads, its parameters, its inputs."""
+
+    nodes: dict[Path, Component]
+    leaves: frozenset[Path]
+    source: dict[Path, Path | None]  # the node whose output a node reads; None where it reads its parent's input
+    binding: tuple[tuple[Path, tuple[int, ...]], ...]  # nodes that name values for some of their parts
+    parameters: tuple[Param, ...]
+    inputs: int  # more than one for parallel blocks
+    width: Size
+
+    @staticmethod
+    def of(block: Component) -> Layout:
+        """Walk through the block once."""
+        nodes: dict[Path, Component] = {}
+        source: dict[Path, Path | None] = {}
+        binding: list[tuple[Path, tuple[int, ...]]] = []
+        pending: list[tuple[Path, Component]] = [((), block)]
+        for path, component in pending:
+            nodes[path] = component
+            for i, child in enumerate(component.children()):
+                at = component.source_of(i)
+                source[*path, i] = None if at is None else (*path, at)
+                pending.append(((*path, i), child))
+            if (*path, 0) in source and (binds := component.binds):
+                binding.append((path, binds))
+        leaves = frozenset(path for path in nodes if (*path, 0) not in source)
+        inputs = 1 + max(nodes[path].reads_input for path in leaves)
+        return Layout(
+            nodes, leaves, source, tuple(binding), tuple(sorted(block.parameters(), key=str)), inputs, block.width
+        )
+
+    def around(self, path: Path) -> list[Path]:
+        """The nodes above ``path`` that name values for it, the outermost first."""
+        deeper = [(at, binds) for at, binds in self.binding if len(at) < len(path) and path[: len(at)] == at]
+        return [at for at, binds in deeper if path[len(at)] in binds]
 
 
 def leaves(block: Component, path: Path = ()) -> list[tuple[Path, Component]]:

@@ -115,7 +115,7 @@ class Bijection(ABC):
 
 
 def first_open(updates: tuple[Update, ...], params: Params, x: Array, delta: Array) -> dict[str, Delta]:
-    """The delta of the first steering whose conditions hold on these numbers."""
+    """The delta of the first update whose conditions hold on these numbers."""
     failure: SideConditionFailed | None = None
     for update in updates:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from controllability.arrays import Array, arithmetic
 from controllability.errors import SideConditionFailed
@@ -10,7 +11,7 @@ from controllability.execution.patch import Patch
 from controllability.execution.patched_run import PatchedRun
 from controllability.execution.trace import Trace
 from controllability.execution.validation import check_instance, check_result
-from controllability.interfaces import Component, Condition, JointOptions, Params
+from controllability.interfaces import Component, Condition, JointOptions, Layout, Params
 from controllability.rules import Step, construct
 from controllability.symbolic.definitions import definitions
 
@@ -30,6 +31,11 @@ class Derivation:
     route: str
     frozen: frozenset[str] = frozenset()
     jointly: bool = False
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What the block says of itself, asked once for all executions."""
+        return Layout.of(self.block)
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -63,7 +69,7 @@ class Derivation:
         ``joint`` says how a joint proof solves for its tokens; exactly unless it says otherwise.
         """
         joint = (joint or JointOptions()) if self.jointly else None
-        run = PatchedRun(self.block, params, source, target, joint)
+        run = PatchedRun(self.block, params, source, target, joint, self.layout)
         root = (self.root, *self.alternatives)[choice]
         construct(root, run, run.wanted)
         return run
@@ -80,7 +86,7 @@ class Derivation:
         numbers do not fit the block.
         """
         states = [x.state if isinstance(x, Trace) else x for x in (source, target)]
-        check_instance(self.block, params, *states)
+        check_instance(self.layout, params, *states)
         failure: SideConditionFailed | None = None
         for choice in range(1 + len(self.alternatives)):
             run = self.patched_run(params, source, target, choice, joint)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from itertools import product
 
-from controllability.components.mixture import Mixture
 from controllability.execution.patched_run import PatchedRun
-from controllability.interfaces import Component, Param, Place, Sequence, Steerable, Sum
+from controllability.interfaces import Component, Param, Place, Product, Sequence, Steerable, Sum
 from controllability.rules.base import (
     Attempt,
     Failure,
@@ -103,11 +102,10 @@ class Theorem1(Rule):
         construct(outer, run, rest_of_sum(step, outer, run, wanted))
 
 
-class Theorem1b(Rule):
+class Theorem1b(OutputSum):
     """s + g: steer g at the source activation, whether or not anything before it can be steered."""
 
     name, side = "theorem-1b", "input"
-    about = Sum
     statement = "s + g"
     when = "g is output-controllable at the source activation"
     patch = "φ' of g with δ = s(v') − s(v) + g(v') − g(v)"
@@ -119,13 +117,6 @@ class Theorem1b(Rule):
         inner = OutputSum().conclude(place, prover)
         steps = [Step(self, place, s.premises, s.moved, cost=s.cost) for s in inner.steps]
         return Attempt(steps, inner.failures)
-
-    def schema(self, step: Step) -> Schema:
-        at = index_of(step, step.premises[0].place)
-        return schema(Sum(terms(step, {at: Assumed("g", side="output")})), (at,))
-
-    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
-        construct(step.premises[0], run, rest_of_sum(step, step.premises[0], run, wanted))
 
 
 class InputByOutput(Rule):
@@ -153,9 +144,8 @@ class InputByOutput(Rule):
 
 def branches_inside(component: Component) -> bool:
     """Whether a branch has branches of its own, in which inner and outer functions stand side by side."""
-    return any(isinstance(c, Sum | Mixture) or branches_inside(c) for c in (component, *component.children())[1:]) or (
-        isinstance(component, Sum | Mixture)
-    )
+    side_by_side = component.children() and component.outlet is None and not isinstance(component, Product)
+    return bool(side_by_side) or any(map(branches_inside, component.children()))
 
 
 def _misread(moved: frozenset[Param], others: tuple[Place, ...]) -> tuple[Param, ...]:

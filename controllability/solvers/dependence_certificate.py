@@ -49,13 +49,13 @@ class Dependent:
         return tuple(int(t) for t in order if size[t] > NAMED * size.max())
 
     def among(self, tokens: np.ndarray, count: int) -> Dependent:
-        """The same for ``count`` tokens, of which those of this certificate are ``tokens`` (T,)."""
+        """This certificate for ``count`` tokens, of which those of this certificate are ``tokens`` (T,)."""
         weights = np.zeros(count, dtype=self.weights.dtype)
         weights[tokens] = self.weights
         return replace(self, weights=weights)
 
     def named(self, names: Sequence[str]) -> Dependent:
-        """The same with a name for each token."""
+        """This certificate with a name for each token."""
         return replace(self, names=tuple(names))
 
     def holds(self) -> bool:
@@ -133,7 +133,7 @@ def _nearest_weights(x: np.ndarray, worst: int, others: list[int]) -> np.ndarray
 
 
 def _exact_weights(x: np.ndarray, delta: np.ndarray, worst: int, others: list[int]) -> np.ndarray:
-    """The same by elimination of fractions, the first one found that Σ λ_t gap_t = 0 does not hold for."""
+    """A dependence found by elimination of fractions: the first that Σ λ_t gap_t = 0 does not hold for."""
     zero, one = x.flat[0] * 0, x.flat[0] * 0 + 1
     kept: list[tuple[np.ndarray, np.ndarray]] = []  # (reduced row, which combination of tokens it is)
 

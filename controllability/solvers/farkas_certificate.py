@@ -39,7 +39,7 @@ class Farkas:
         return min(columns) >= 0 and right <= 0 and (right < 0 or max(columns) > 0)
 
     def among(self, kept: np.ndarray, like: np.ndarray) -> Farkas:
-        """The same for tokens of which some repeat others: ``kept`` are those of this certificate, ``like`` (T,) says which repeats which."""
+        """This certificate for tokens of which some repeat others: ``kept`` are those of this certificate, ``like`` (T,) says which repeats which."""
         weights: list[Fraction | int] = [0] * len(like)
         for t, weight in zip(kept.tolist(), self.weights, strict=True):
             weights[t] = weight
@@ -48,7 +48,7 @@ class Farkas:
         )  # fmt: skip
 
     def named(self, names: Sequence[str]) -> Farkas:
-        """The same with a name for each token."""
+        """This certificate with a name for each token."""
         return replace(self, names=tuple(names))
 
     def _combination(self) -> tuple[list[int], int]:

@@ -33,7 +33,7 @@ class Known:
     memory: Memory = field(default_factory=Memory, repr=False)
 
     def moved(self, change: np.ndarray) -> Known:
-        """The same tokens with other targets: ``change`` (T, m) is added to the gaps; the left factor alone is solved anew.
+        """These tokens with other targets: ``change`` (T, m) is added to the gaps; the left factor alone is solved anew.
 
         Where tokens depend on each other and their new targets do not, there is no solution to go on from.
         """
@@ -65,7 +65,7 @@ class Known:
 
 
 def among(known: Known, used: np.ndarray) -> Known:
-    """The same with its stacked inputs among those of ``used``, experts that contain its own."""
+    """These tokens with their stacked inputs laid out for the experts ``used``, among which are their own."""
     if known.span is None or known.used is None or len(used) == len(known.used):
         return known
     places = np.searchsorted(used, known.used)

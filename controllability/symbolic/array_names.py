@@ -175,6 +175,8 @@ class RandomPoint:
             return complex(e)
         if isinstance(e, sympy.Sum):
             return self._total(e)
+        if isinstance(e, sympy.Piecewise):
+            return self.value(next(case.args[0] for case in e.args if self._holds(case.args[1])))
         if isinstance(e, sympy.KroneckerDelta):
             return complex(self.value(e.args[0]) == self.value(e.args[1]))
         head = str(e if e.is_Symbol else e.func)
@@ -192,6 +194,12 @@ class RandomPoint:
         if e.is_Add or e.is_Mul:
             return sum(values) if e.is_Add else math.prod(values, start=1 + 0j)
         return complex(e.func(*map(sympy.sympify, values)))
+
+    def _holds(self, relation: Any) -> bool:
+        """Whether a comparison of places is true here."""
+        return (
+            bool(relation.func(*(self.value(side).real for side in relation.args))) if relation.args else bool(relation)
+        )
 
     def _symbol(self, name: str, symbol: Any) -> complex:
         if symbol.is_integer:

@@ -56,7 +56,7 @@ def _normal_form(expression: Any) -> Any:
 
 
 def _settled(expression: Any) -> Any:
-    """The same with the arguments of roots and functions in normal form: equal ones must look equal."""
+    """The expression with the arguments of roots and functions in normal form: equal ones must look equal."""
     inside = {atom: atom.func(*(normal_form(_settled(a)) for a in atom.args)) for atom in opaque(expression)}
     return expression.xreplace(inside)
 

@@ -17,7 +17,7 @@ from controllability.arrays import arithmetic
 from controllability.errors import BadInput
 from controllability.execution.patch import Patch
 from controllability.execution.validation import check_instance
-from controllability.interfaces import Component, Params
+from controllability.interfaces import Component, Layout, Params
 from controllability.symbolic.definitions import definitions
 from controllability.verification import Instance, Problem, diagnose, read_patch
 
@@ -98,7 +98,7 @@ def verify(block: Component, params: Params, patch: Mapping[str, Any], source: A
     first = source[0] if isinstance(source, tuple | list) else source
     if arithmetic(first).symbolic:
         return _in_symbols(block, params, patch, source, target)
-    check_instance(block, params, source, target)
+    check_instance(Layout.of(block), params, source, target)
     given = read_patch(block, params, patch, tuple(first.shape[:-1]))
     with np.errstate(all="ignore"):  # what overflows is found in the result, and said there
         found = diagnose(Instance(block, params, given.deltas, source, target, given.turned, given.epsilon))

@@ -33,7 +33,7 @@ class ExpertListener(Protocol):
         ...
 
     def last(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same for the last matrices."""
+        """The last matrices read ``x`` and gave ``y``; returns what to go on with."""
         ...
 
 
@@ -119,7 +119,7 @@ def _stage(x: Tensor, weights: Tensor, bias: Tensor | None, index: Tensor) -> Te
 
 
 def _grouped(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
-    """The same with the kernel that transformers uses: rows sorted by expert, one product for all of them."""
+    """The experts' product with the kernel that transformers uses: rows sorted by expert, one product for all of them."""
     from transformers.integrations.moe import _grouped_linear
 
     experts, order = index.reshape(-1).sort(stable=True)
