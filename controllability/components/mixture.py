@@ -165,6 +165,14 @@ class Mixture(Combinator):
     def chosen(self) -> int:
         return self.routing.top_k
 
+    @property
+    def choice_words(self) -> str:
+        return self.routing.describe()
+
+    @property
+    def joined_by(self) -> str:
+        return "weighted sum" if self.weighted else "sum"
+
     def bindings(self, params: Params, output: Callable[[int], Array]) -> dict[str, Array]:
         chosen, shares = self.routing(params, output(0))
         return {CHOSEN: chosen, SHARES: shares}

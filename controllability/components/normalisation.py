@@ -41,6 +41,10 @@ class Normalize(Component):
         return self.kind
 
     @property
+    def norm_epsilon(self) -> Any:
+        return self.eps
+
+    @property
     def module(self) -> str:
         return self.computed_by
 

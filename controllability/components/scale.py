@@ -46,6 +46,10 @@ class Scale(Component, Steerable, Bijection):
         return True
 
     @property
+    def stored_offset(self) -> int:
+        return self.offset
+
+    @property
     def width(self) -> int | str | None:
         return self.weight.shape[0] if self.weight.shape else None
 

@@ -32,6 +32,10 @@ class Select(Component):
     def reads_input(self) -> int:
         return self.index
 
+    @property
+    def input_name(self) -> str:
+        return self.name
+
     def output_width(self, width: Size) -> Size:
         return self.size
 

@@ -57,6 +57,17 @@ class Component(ABC):
             found, index = (index, *found), self.source_of(index)
         return found
 
+    @property
+    def in_line(self) -> bool:
+        """Whether it is its parts, one after the other, and nothing else."""
+        count = len(self.children())
+        return count > 0 and not self.binds and self.chain() == tuple(range(count))
+
+    @property
+    def joined_by(self) -> str:
+        """What it makes of its parts' outputs: "sum", "weighted sum" (by shares), "product"; "" for anything else."""
+        return ""
+
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
         """This component's value from the outputs of its parts."""
         if self.outlet is None:
@@ -103,9 +114,19 @@ class Component(ABC):
         return False
 
     @property
+    def input_name(self) -> str | None:
+        """What it calls that input, "" for no name; None where it takes all that it is given."""
+        return None
+
+    @property
     def normalises(self) -> str:
         """How it normalises its input, "rms" or "layer"; "" where it does not."""
         return ""
+
+    @property
+    def norm_epsilon(self) -> Any:
+        """What it adds under the root, where it normalises."""
+        return 0
 
     @property
     def scales(self) -> bool:
@@ -113,9 +134,19 @@ class Component(ABC):
         return False
 
     @property
+    def stored_offset(self) -> int:
+        """What a scale adds to its stored parameter before it multiplies."""
+        return 0
+
+    @property
     def chosen(self) -> int:
         """How many of its experts serve a token; 0 where there are none to choose from."""
         return 0
+
+    @property
+    def choice_words(self) -> str:
+        """How it chooses its experts, in words."""
+        return ""
 
     @property
     def per_expert(self) -> bool:
@@ -272,6 +303,10 @@ class Sum(Combinator):
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
         return reduce(lambda a, b: a + b, map(output, range(len(self.terms))))
 
+    @property
+    def joined_by(self) -> str:
+        return "sum"
+
     def describe(self) -> str:
         return " + ".join(f"({t.describe()})" if t.children() else t.describe() for t in self.terms)
 
@@ -291,6 +326,10 @@ class Product(Combinator):
 
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
         return reduce(lambda a, b: a * b, map(output, range(len(self.factors))))
+
+    @property
+    def joined_by(self) -> str:
+        return "product"
 
     def describe(self) -> str:
         return " * ".join(f"({f.describe()})" if f.children() else f.describe() for f in self.factors)

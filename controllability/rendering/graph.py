@@ -7,10 +7,7 @@ import textwrap
 from collections import Counter
 from dataclasses import replace
 
-from controllability.components.mixture import ExpertLinear, Mixture
-from controllability.components.residual import Identity
-from controllability.components.select import Select
-from controllability.interfaces import Component, Path, Product, Sequence, leaves
+from controllability.interfaces import Component, Path, leaves
 from controllability.rendering.leaf_states import WORDS, Group, Roles
 from controllability.rendering.svg import (
     BOLD,
@@ -32,6 +29,7 @@ ROOM = 36  # letters of a parameter's name that are shown, in lines of NAME
 NAME = 20
 KIND = 22  # letters in a line of a leaf's description
 PAD, GAP, LANE = 10.0, 26.0, 16.0
+SIGNS = {"sum": ("+", "sum"), "product": ("∘", "elementwise product")}
 
 
 def graph_svg(block: Component, roles: Roles) -> str:
@@ -57,7 +55,7 @@ def graph_svg(block: Component, roles: Roles) -> str:
 
 def draw(block: Component, roles: Roles) -> Fragment:
     """The whole block with its input above and its output below, in a margin."""
-    names = [leaf.name for _, leaf in leaves(block) if isinstance(leaf, Select) and leaf.name]
+    names = [leaf.input_name for _, leaf in leaves(block) if leaf.input_name]
     inside = Drawing(block, roles).part(block, ())
     heads = ("inputs: " + ", ".join(dict.fromkeys(names)) if names else "input v", "output")
     left = max(inside.axis, *(len(h) * BOLD / 2 for h in heads))
@@ -82,20 +80,13 @@ class Drawing:
 
     def part(self, part: Component, path: Path) -> Fragment:
         """Any component, with its frame if it has one."""
-        if isinstance(part, Sequence):
-            return self.sequence(part.parts, path)
+        if part.in_line:
+            return self.sequence(part.children(), path)
         framed = self.spans.get((path, 0, 0))
-        if isinstance(part, Mixture):
-            span = framed or Group(path, "", "group")
-            label = "mixture of experts" + (f": {span.label}" if span.label else "")
-            return _framed(self.mixture(part, path), replace(span, label=label))
-        if part.children():
-            lanes = [self.part(child, (*path, i)) for i, child in enumerate(part.children())]
-            skips = [isinstance(child, Identity | Select) for child in part.children()]
-            sign, word = ("∘", "elementwise product") if isinstance(part, Product) else ("+", "sum")
-            inside = _parallel(lanes, skips, Junction(0, 0, sign, path, f"{word} of {len(lanes)} terms"))
-        else:
-            inside = self.leaf(part, path)
+        if part.chosen:
+            framed = framed or Group(path, "", "group")
+            framed = replace(framed, label="mixture of experts" + (f": {framed.label}" if framed.label else ""))
+        inside = self.lanes(part, path) if part.children() else self.leaf(part, path)
         return _framed(inside, framed) if framed else inside
 
     def box(self, leaf: Component, path: Path) -> Box:
@@ -103,13 +94,13 @@ class Drawing:
         state = self.roles.states[path]
         badge, words = WORDS[state]
         kind, name = leaf_text(leaf, self.names)
-        if isinstance(leaf, Identity) and path and not badge:
+        if leaf.is_skip and path and not badge:
             kind = ("skip",)
         text = max([*(len(line) * BOLD for line in kind), *(len(line) * MONO for line in name)])
         width = max(text + 2 * PAD, 2 * badge_width(badge) + 24 if badge else 0)  # the badge clears the arrow
         height = len(kind) * LINE + len(name) * (LINE - 2) + 18 + (3 if badge else 0)
-        title = f"{leaf.describe()}: {words}"
-        return Box(0, 0, width, height, path, state, title, kind, name, badge, isinstance(leaf, ExpertLinear))
+        title, stacked = f"{leaf.describe()}: {words}", leaf.per_expert and bool(leaf.own_parameters())
+        return Box(0, 0, width, height, path, state, title, kind, name, badge, stacked)
 
     def leaf(self, leaf: Component, path: Path, at_least: float = 0) -> Fragment:
         """A box as a part; the maps of experts are drawn as a stack."""
@@ -153,19 +144,35 @@ class Drawing:
             index = skipped[1] if skipped and index == skipped[0] else index + 1
         return Fragment(width, y, axis, tuple(shapes), drawn[0].boxed)
 
-    def mixture(self, mixture: Mixture, path: Path) -> Fragment:
-        """Router and choice in one lane, the experts' maps in another; the shares weigh the sum."""
-        router, inner, last = mixture.children()
-        lines = tuple(textwrap.wrap("choice: " + mixture.routing.describe(), KIND, break_on_hyphens=False))
-        width = max(len(line) for line in lines) * BOLD + 2 * PAD
-        height = len(lines) * LINE + 18
-        title = f"choice of the experts: {mixture.routing.describe()}"
-        choice = Fragment(width, height, width / 2, (Box(0, 0, width, height, path, "choice", title, lines),), True)
-        left = self._column([self.part(router, (*path, 0)), choice], 0, (*path, -1))
-        right = self._column([self.part(inner, (*path, 1)), self.part(last, (*path, 2))], 0, (*path, -1))
-        word = "sum of the chosen experts, each times its share" if mixture.weighted else "sum of the chosen experts"
-        join = Junction(0, 0, "Σ", path, word)
-        return _parallel([left, right], [True, False], join, "shares" if mixture.weighted else "choice")
+    def lanes(self, part: Component, path: Path) -> Fragment:
+        """Parts that read the same beside each other, each above those that read it; the router's lane ends in the choice."""
+        children, lanes = part.children(), list[list[int]]()
+        for i in range(len(children)):
+            lane = next((lane for lane in lanes if lane[-1] == part.source_of(i)), None)
+            if lane is None:
+                lanes.append(lane := [])
+            lane.append(i)
+        beside, drawn = list[bool](), list[Fragment]()
+        for lane in lanes:
+            column = [self.part(children[i], (*path, i)) for i in lane]
+            decides = bool(part.chosen) and lane[0] not in part.binds
+            drawn.append(self._column([*column, _choice(part, path)] if decides else column, 0, (*path, -1)))
+            beside.append(decides or children[lane[0]].is_skip or children[lane[0]].input_name is not None)
+        weighted = part.joined_by == "weighted sum"
+        if part.chosen:
+            word = "sum of the chosen experts" + (", each times its share" if weighted else "")
+            return _parallel(drawn, beside, Junction(0, 0, "Σ", path, word), "shares" if weighted else "choice")
+        sign, word = SIGNS.get(part.joined_by, ("•", ""))
+        title = f"{word} of {len(children)} terms" if word else part.describe()
+        return _parallel(drawn, beside, Junction(0, 0, sign, path, title))
+
+
+def _choice(part: Component, path: Path) -> Fragment:
+    """The dashed box that says how a mixture chooses its experts."""
+    lines = tuple(textwrap.wrap("choice: " + part.choice_words, KIND, break_on_hyphens=False))
+    width, height = max(len(line) for line in lines) * BOLD + 2 * PAD, len(lines) * LINE + 18
+    box = Box(0, 0, width, height, path, "choice", f"choice of the experts: {part.choice_words}", lines)
+    return Fragment(width, height, width / 2, (box,), True)
 
 
 def _parallel(lanes: list[Fragment], skips: list[bool], join: Junction, label: str = "") -> Fragment:

@@ -9,10 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from controllability.components.mixture import Mixture
 from controllability.errors import BadInput, NotControllable
 from controllability.interfaces import Component, InputControllable, OutputControllable, Param, Path
-from controllability.interfaces import Sequence as InLine
 from controllability.prover.derivation import Derivation
 from controllability.rendering.css import STYLE
 from controllability.rendering.graph import graph_svg
@@ -144,9 +142,8 @@ class _Writer:
     def panel(self, part: Component, path: Path) -> str:
         """What is said of one node."""
         state = self.found.states.get(path)
-        words = WORDS[state][1] if state else "parallel parts meet here"
-        if state is None and isinstance(part, Mixture):
-            words = "the router chooses experts; their outputs are added"
+        meet = "the router chooses experts; their outputs are added" if part.chosen else "parallel parts meet here"
+        words = WORDS[state][1] if state else meet
         own = "".join(self._parameter(p) for p in part.own_parameters())
         body = f"<ul>{own}</ul>" if own else "<p>It reads no parameter.</p>" if state else ""
         return (
@@ -292,7 +289,7 @@ def _checks(checks: Checks) -> str:
 
 def _nodes(part: Component, path: Path = ()) -> Iterable[tuple[Component, Path]]:
     """Everything that the graph draws: leaves, and what joins parallel parts."""
-    if not isinstance(part, InLine):
+    if not part.in_line:
         yield part, path
     for i, child in enumerate(part.children()):
         yield from _nodes(child, (*path, i))
@@ -305,10 +302,10 @@ def _own_rules(part: Component) -> list[Any]:
 
 
 def _name(part: Component) -> str:
-    """The heading of a panel: a leaf's own description; parallel parts are named by how they meet."""
-    if not part.children() or isinstance(part, Mixture):
-        return part.describe()
-    return f"{type(part).__name__.lower()} of {len(part.children())} terms"
+    """The heading of a panel: its own description; a sum's or a product's terms are counted, not described."""
+    if part.joined_by and not part.chosen:
+        return f"{part.joined_by} of {len(part.children())} terms"
+    return part.describe()
 
 
 def _counted(count: int, what: str) -> str:

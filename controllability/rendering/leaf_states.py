@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Literal
 
-from controllability.components.mixture import Mixture
-from controllability.components.scale import Scale
 from controllability.interfaces import (
     Component,
     InputControllable,
     OutputControllable,
+    Param,
     Path,
     Place,
     Sequence,
@@ -105,9 +105,9 @@ def covers(place: Place, path: Path) -> bool:
     """Whether the node at ``path`` is, or stands inside, ``place``."""
     if path[: len(place.path)] != place.path:
         return False
-    if not isinstance(place.component, Sequence):
+    if not place.component.in_line:
         return True
-    stop = place.start + len(place.component.parts)
+    stop = place.start + len(place.component.children())
     return len(path) > len(place.path) and place.start <= path[len(place.path)] < stop
 
 
@@ -124,11 +124,11 @@ def _decided(step: Step) -> Iterator[tuple[Path, State]]:
     parts = step.place.parts()
     if step.update is not None:
         side: State = "input" if step.rule.side == "input" else "output"
-        yield (parts[2].path if isinstance(step.place.component, Mixture) else step.place.path), side
+        yield _holder(step.place, step.update.param), side
     elif isinstance(step.rule, OutputNormalised):
         last = parts[-1]
         below = step.premises[0].moved
-        scaled = isinstance(last.component, Scale)
+        scaled = last.component.scales
         if scaled:
             yield last.path, "output" if step.moved - below else "undone"
         yield parts[-2 if scaled else -1].path, "undone"
@@ -137,14 +137,19 @@ def _decided(step: Step) -> Iterator[tuple[Path, State]]:
             yield path, "undone"
 
 
+def _holder(place: Place, param: Param) -> Path:
+    """The leaf at, or below, a place that reads a parameter: in a mixture it is the experts' last matrix that moves."""
+    below = [leaf for part in place.parts() for leaf in leaves(part.component, part.path)]
+    return next((path for path, leaf in below if param in leaf.own_parameters()), place.path)
+
+
 def _through(step: Step) -> Group | None:
     """The frame around a part whose inner functions and output are both steered."""
     place = step.place
     if step.rule.name not in ("T-split", "T-sum", "T-mixture", "T-mixture jointly"):
         return None
-    if isinstance(place.component, Sequence):
-        return Group(place.path, "through", "through", place.start, place.start + len(place.component.parts))
-    return Group(place.path, "through", "through")
+    stop = place.start + len(place.component.children()) if place.component.in_line else 0
+    return Group(place.path, "through", "through", place.start, stop)
 
 
 def _cut(step: Step) -> tuple[Path, int] | None:
@@ -152,20 +157,18 @@ def _cut(step: Step) -> tuple[Path, int] | None:
     if step.rule.name not in ("theorem-1", "T-split") or len(step.premises) != 2:
         return None
     inner, outer = (premise.place for premise in step.premises)
-    whole = isinstance(outer.component, Sequence)
-    sequence, index = (outer.path, outer.start) if whole else (outer.path[:-1], outer.path[-1])
+    run = inner.path[: len(outer.path)] == outer.path  # parts of the sequence that f stands in, not one part of it
+    sequence, index = (outer.path, outer.start) if run else (outer.path[:-1], outer.path[-1])
     return (sequence, index) if inner.path[: len(sequence)] == sequence else None
 
 
 def _described(part: Component, path: Path, text: str) -> Iterator[Group]:
     """Every node with parts, and every run of parts of a sequence, that ``text`` describes."""
     children = part.children()
-    if children and not isinstance(part, Sequence) and part.describe() == text:
-        yield Group(path, "culprit", "culprit")
-    if isinstance(part, Sequence):
-        for start in range(len(children)):
-            for stop in range(start + 2, len(children) + 1):
-                if Sequence(children[start:stop]).describe() == text:
-                    yield Group(path, "culprit", "culprit", start, stop)
+    if children and part.describe() == text:
+        yield Group(path, "culprit", "culprit", 0, len(children) if part.in_line else 0)
+    for start, stop in combinations(range(len(children) + 1), 2) if part.in_line else ():
+        if 1 < stop - start < len(children) and Sequence(children[start:stop]).describe() == text:
+            yield Group(path, "culprit", "culprit", start, stop)
     for i, child in enumerate(children):
         yield from _described(child, (*path, i), text)

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import Array
-from controllability.components.mixture import CHOSEN, ExpertLinear, Mixture
-from controllability.components.residual import Identity
-from controllability.components.scale import Scale
+from controllability.components.mixture import CHOSEN
 from controllability.deltas import Delta, ExpertLowRank, LowRank
 from controllability.execution.trace import Trace
-from controllability.interfaces import Component, Path, Sequence, node
+from controllability.interfaces import Component, Path, node
 from controllability.rules import Step
 from controllability.verification.known_mistakes import Case, Row, Slip, largest
 from controllability.verification.replay import (
@@ -26,7 +24,7 @@ from controllability.verification.replay import (
     other_choice,
     shares,
 )
-from controllability.verification.rule_words import WORDING
+from controllability.verification.rule_words import letter
 
 WIDTH = 70  # of a node's name
 UNPATCHED = "this input in the source run, as if nothing before it were patched"
@@ -37,11 +35,9 @@ def fed_by(block: Component, path: Path) -> str:
     """What the node at ``path`` reads, in the user's terms."""
     while path:
         parent, index = path[:-1], path[-1]
-        component = node(block, parent)
-        if isinstance(component, Sequence) and index > 0:
-            return f"the output of {short(component.children()[index - 1])}"
-        if isinstance(component, Mixture) and index == 2:
-            return f"the output of {short(component.children()[1])}"
+        around = node(block, parent)
+        if (source := around.source_of(index)) is not None:
+            return f"the output of {short(around.children()[source])}"
         path = parent
     return "the block's input"
 
@@ -69,7 +65,7 @@ class Evidence:
         return x.reshape(-1, x.shape[-1])
 
     def _chosen(self, run: Trace) -> list[int]:
-        if not isinstance(self.component, ExpertLinear):
+        if not self.component.per_expert:
             return []
         return [int(e) for e in self.at(run.params_at(self.path)[CHOSEN]).reshape(-1)]
 
@@ -93,7 +89,7 @@ class Evidence:
             leaf.rule, str(leaf.param), fed_by(instance.block, self.path), rows, total[1], total[0],
             moved=delta is not None and not is_zero(delta), transposed=leaf.param in instance.turned, shares=share,
             candidates=tuple(self._candidates(rows)), lacks=self._lacks(fit, tolerance),
-            offset=float(self.component.offset) if isinstance(self.component, Scale) else 0.0,
+            offset=float(self.component.stored_offset),
             relative=fit, tolerance=tolerance, epsilon=epsilon, noisy=noisy, strayed=mixture and self._strayed(),
         )  # fmt: skip
 
@@ -128,7 +124,7 @@ class Evidence:
         if "left" in part:
             return part["left"] * (part["right"] @ x)
         if "vector" in part:
-            return part["vector"] * x if isinstance(self.component, Scale) else part["vector"]
+            return part["vector"] * x if self.component.scales else part["vector"]
         return np.zeros_like(like) if like.dtype != object else like * 0
 
     def _own_demand(self, demand: Array, given: Array, effect: Array, fit: float) -> Array:
@@ -199,8 +195,7 @@ class Evidence:
             other = self._same_input(trace)
             if other is None:
                 continue
-            letter = WORDING[self.leaf.rule].letter
-            named = f"{letter}', this input in the target run" if name == "target" else UNPATCHED
+            named = f"{letter(self.leaf.rule)}', this input in the target run" if name == "target" else UNPATCHED
             yield Slip(f"{name}-vector", named, tuple(other))
             own = np.stack([row.x for row in rows])
             yield Slip("tap-point", f"the change of this input, {name} run less patched run", tuple(other - own))
@@ -220,27 +215,20 @@ class Evidence:
         yield "input", (), "the block's input", "tap-point"
         for path in _paths(block):
             component = node(block, path)
-            if not isinstance(component, Identity):
+            if not component.is_skip:
                 yield "output", path, f"the output of {short(component)}", "tap-point"
-            if isinstance(component, Scale) and component.offset:
-                yield (
-                    "offset",
-                    path,
-                    f"the output of {short(component)} without its offset {component.offset:g}",
-                    "offset",
-                )
+            if offset := component.stored_offset:
+                yield "offset", path, f"the output of {short(component)} without its offset {offset:g}", "offset"
 
     def _value(self, trace: Trace, path: Path, without_offset: bool) -> Array | None:
         if not path:
             return None if isinstance(trace.state, tuple | list) else self.at(trace.state)
-        mixture = next((path[:i] for i in range(len(path)) if isinstance(node(trace.block, path[:i]), Mixture)), None)
-        if mixture is not None and path[len(mixture)] > 0 and self.path[: len(mixture)] != mixture:
+        mixture = next((path[:i] for i in range(len(path)) if path[i] in node(trace.block, path[:i]).binds), None)
+        if mixture is not None and self.path[: len(mixture)] != mixture:
             return None  # rows of experts that this map does not see
         value = self.at(trace.output(path))
         if without_offset:
-            scale = node(trace.block, path)
-            assert isinstance(scale, Scale)
-            value = value - scale.offset * self.at(trace.input(path))
+            value = value - node(trace.block, path).stored_offset * self.at(trace.input(path))
         return value
 
     def _other_positions(self, count: int) -> Iterator[Slip]:
@@ -277,10 +265,10 @@ def place_name(position: tuple[int, ...]) -> str:
 
 
 def _paths(block: Component, path: Path = ()) -> Iterator[Path]:
-    """Every node but sequences, whose value is their last part's; in the order of evaluation."""
+    """Every node but those in line, whose value is their last part's; in the order of evaluation."""
     for i, child in enumerate(block.children()):
         yield from _paths(child, (*path, i))
-    if path and not isinstance(block, Sequence):
+    if path and not block.in_line:
         yield path
 
 

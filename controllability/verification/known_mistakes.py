@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controllability.arrays import Array
-from controllability.verification.rule_words import WORDING
+from controllability.verification.rule_words import demanded, formula, letter
 
 Vector = Array  # (n,)
 FLOAT32 = 1.2e-7
@@ -71,13 +71,12 @@ class Case:
     @property
     def letter(self) -> str:
         """What the rule calls its input."""
-        return WORDING[self.rule].letter
+        return letter(self.rule)
 
     @property
     def by_rule(self) -> str:
         """What to do instead: the rule's formula."""
-        rule = WORDING[self.rule]
-        return f"{rule.formula}, {rule.letter} being {self.reads} in the patched run"
+        return f"{formula(self.rule)}, {self.letter} being {self.reads} in the patched run"
 
     def close(self, a: Vector, b: Vector) -> bool:
         """Whether two vectors agree to rounding."""
@@ -119,7 +118,7 @@ def recognise(case: Case) -> Mistake:
         if (found := hypothesis(case)) is not None:
             return found
     off = largest(case.given - case.demand) / (largest(case.demand) or 1)
-    held = WORDING[case.rule].statement.partition(" = ")[0]
+    held = demanded(case.rule).partition(" = ")[0]
     how = f"none of the known mistakes: {held} is {float(off):.2g} of what the rule demands away from it"
     return Mistake("unknown", how, case.by_rule)
 
@@ -218,7 +217,7 @@ def _gate_sum(case: Case) -> Mistake | None:
         f"gate sum taken as {taken:.4g}: every moved expert got δ/{taken:.4g}, the shares of these experts add up to "
         f"S = {total:.4g}, so the output moves by {total / taken:.4g} of δ"
     )
-    return Mistake("gate-sum", how, f"δ/S with S = {total:.4g}, or {WORDING[case.rule].formula}")
+    return Mistake("gate-sum", how, f"δ/S with S = {total:.4g}, or {formula(case.rule)}")
 
 
 def _experts(case: Case) -> Mistake | None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import Array, arithmetic
-from controllability.components.mixture import ExpertLinear, Mixture
 from controllability.deltas import Delta, ExpertLowRank, LowRank, PatchedMatrix, Shift
 from controllability.errors import BadInput
 from controllability.interfaces import (
@@ -159,47 +158,44 @@ class _Reader:
             raise BadInput(f"{self.param} is read whole: it can be changed for all tokens only, not {found}")
         if place is None or len(own) < 2:
             return Shift(x if place is None else self._spread(x, lead, rows, len(own))), turned
-        leaf = place[1]
-        layout = getattr(leaf, "layout", "out_in")
+        in_out, stacked = _storage(place[1])
         if turned:
             x = x.swapaxes(-1, -2)
-        if isinstance(leaf, ExpertLinear):
-            return self._experts(x, lead, leaf), turned
-        matrix = x.swapaxes(-1, -2) if layout == "in_out" else x
-        matrix = self._spread(matrix, lead, rows, 2)
-        return LowRank(*_factors(matrix), transposed=layout == "in_out"), turned
+        if place[1].per_expert:
+            return self._experts(x, lead, in_out, stacked), turned
+        matrix = x.swapaxes(-1, -2) if in_out else x
+        return LowRank(*_factors(self._spread(matrix, lead, rows, 2)), in_out), turned
 
     def _inside(self, path: Path) -> int:
         """How many mixtures a leaf stands in: a token has rows of its own there."""
-        return sum(isinstance(node(self.block, path[:i]), Mixture) and path[i] > 0 for i in range(len(path)))
+        return sum(path[i] in node(self.block, path[:i]).binds for i in range(len(path)))
 
     def _spread(self, x: Array, lead: tuple[int, ...], rows: tuple[int, ...], axes: int) -> Array:
         """``x`` with axes for the rows between the tokens' and the parameter's."""
         return x.reshape(*self.tokens, *rows, *x.shape[x.ndim - axes :]) if lead and lead == self.tokens else x
 
-    def _experts(self, x: Array, lead: tuple[int, ...], leaf: ExpertLinear) -> Delta:
-        """A change of stacked experts, one low-rank term for each of them."""
-        if leaf.stacked is not None:
-            x = x.reshape(*lead, leaf.stacked, -1, x.shape[-1])
-        matrices = x.swapaxes(-1, -2) if leaf.layout == "in_out" else x
+    def _experts(self, x: Array, lead: tuple[int, ...], in_out: bool, stacked: int | None) -> Delta:
+        """A change of all experts, one low-rank term for each of them."""
+        if stacked is not None:
+            x = x.reshape(*lead, stacked, -1, x.shape[-1])
+        matrices = x.swapaxes(-1, -2) if in_out else x
         left, right = _factors(matrices)
         count = matrices.shape[-3]
         index = np.broadcast_to(np.arange(count), (*lead, count)).copy()
         xp = arithmetic(x)
         if xp.kind == "torch":
             index = xp.torch.as_tensor(index, device=x.device)  # type: ignore[attr-defined]
-        return ExpertLowRank(left, right, leaf.layout == "in_out", index, count)
+        return ExpertLowRank(left, right, in_out, index, count)
 
     def _low_rank(self, change: LowRank) -> tuple[Delta, bool]:
         place = self._place()
         experts = isinstance(change, ExpertLowRank)
-        if place is None or len(self.shape) < 2 or experts != isinstance(place[1], ExpertLinear):
+        if place is None or len(self.shape) < 2 or experts != place[1].per_expert:
             raise BadInput(f"{self.param} has shape {self.shape}: a {type(change).__name__} cannot be added to it")
         left, right = self._fits(change.left), self._fits(change.right)
-        layout = getattr(place[1], "layout", "out_in")
-        inner, outer = self.shape[-2:] if layout == "in_out" else self.shape[-2:][::-1]
+        in_out, stacked = _storage(place[1])
+        inner, outer = self.shape[-2:] if in_out else self.shape[-2:][::-1]
         sides = (left.shape[-1], right.shape[-1])
-        stacked = getattr(place[1], "stacked", None)
         if stacked is not None:
             outer //= stacked
         turned = sides == (inner, outer) != (outer, inner)
@@ -214,8 +210,13 @@ class _Reader:
         if turned:
             left, right = right, left
         if isinstance(change, ExpertLowRank):
-            return ExpertLowRank(left, right, layout == "in_out", change.index, change.experts), turned
-        return LowRank(left, right, layout == "in_out"), turned
+            return ExpertLowRank(left, right, in_out, change.index, change.experts), turned
+        return LowRank(left, right, in_out), turned
+
+
+def _storage(leaf: Component) -> tuple[bool, int | None]:
+    """Whether a leaf stores its matrices (in, out), and how many it stacks in one; as a leaf of one's own says it, or not."""
+    return getattr(leaf, "layout", "out_in") == "in_out", getattr(leaf, "stacked", None)
 
 
 def _factors(matrix: Array) -> tuple[Array, Array]:

@@ -11,16 +11,25 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import Array, arithmetic
-from controllability.components.mixture import CHOSEN, SHARES, Mixture
-from controllability.components.normalisation import Normalize
-from controllability.components.scale import Scale
+from controllability.components.mixture import CHOSEN, SHARES
 from controllability.deltas import Delta, LowRank, PatchedMatrix, added
 from controllability.errors import SideConditionFailed
 from controllability.execution.patched_run import Goal, PatchedRun
-from controllability.interfaces import Component, Condition, Param, Params, Path, Place, leaves, node
+from controllability.interfaces import (
+    Component,
+    Condition,
+    OutputControllable,
+    Param,
+    Params,
+    Path,
+    Place,
+    Update,
+    leaves,
+    node,
+)
 from controllability.rules import Step, construct
 from controllability.rules.base import Target
-from controllability.rules.mixture import OutputMixture, mixtures_in
+from controllability.rules.mixture import mixtures_in
 from controllability.rules.normalised import ROUTE_CONDITIONS, OutputNormalised
 
 DRAWS, TRIES = 4, 12  # random changes that measure rounding; some may change the choice of experts
@@ -54,7 +63,7 @@ class Instance:
         return max(self.coarse, *(arithmetic(x).machine_epsilon(x) for x in states + outputs))
 
     def shaken(self, epsilon: float, seed: int) -> Instance:
-        """The same with every stored number, state and delta changed by one ``epsilon``, up or down."""
+        """This instance with every stored number, state and delta changed by one ``epsilon``, up or down."""
         rng = np.random.default_rng(seed)
 
         def shake(x: Any) -> Any:
@@ -119,11 +128,11 @@ class GivenRun(PatchedRun):
     def check(self, condition: Condition, x: Array, delta: Array) -> None:
         """Side conditions are about constructing a patch, and this one is there already."""
 
-    def scale(self, scale: Scale) -> Array:
-        """The effective scale with the given change on it, mended or not."""
-        weight = scale.weight
+    def scale(self, scale: Component) -> Array:
+        """What a scale multiplies by, with the given change on it, mended or not: what it makes of 1."""
+        weight = scale_update(scale).param
         given = {str(weight): added(_base(weight, self.params), self.given[weight])} if weight in self.given else {}
-        return scale.effective({**self.params, **given})
+        return scale({**self.params, **given}, 1)
 
 
 def _base(param: Param, params: Params) -> Array:
@@ -149,11 +158,11 @@ class AsGiven(OutputNormalised):
             if scale_path in run.mended and theirs is not None:
                 return theirs
             m = run.scale(scale)
-            return self._before(step, run, G, [m, m - scale.offset] if scale.offset else [m], theirs)
+            return self._before(step, run, G, [m, m - scale.stored_offset] if scale.stored_offset else [m], theirs)
 
         construct(inner, run, before)
         if scale is not None and scale_path is not None:
-            run.steer(scale_path, Goal(scale.output_updates()[0], wanted))
+            run.steer(scale_path, Goal(scale_update(scale), wanted))
 
     def _before(self, step: Step, run: GivenRun, G: Array, scales: list[Array], theirs: Array | None) -> Array:
         """What must enter the normalisation so that the given scale makes G of it; ``theirs`` if the scale is to blame.
@@ -188,8 +197,8 @@ def _quotient(xp: Any, G: Array, m: Array) -> Array:
 
 
 def _epsilon_of(step: Step, like: Array) -> Any:
-    norm = next(p for p in step.place.component.children() if isinstance(p, Normalize) and p.kind == "rms")
-    return arithmetic(like).number(norm.eps)
+    norm = next(part for part in step.place.component.children() if part.normalises == "rms")
+    return arithmetic(like).number(norm.norm_epsilon)
 
 
 def _parallel(xp: Any, a: Array, b: Array, fit: float) -> Array:
@@ -207,17 +216,23 @@ def _in_the_ball(step: Step, u: Array) -> Array:
     return u * xp.sqrt(eps / room)
 
 
-def scale_of(step: Step) -> tuple[Path | None, Scale | None]:
+def scale_of(step: Step) -> tuple[Path | None, Component | None]:
     """The scale of a normalised output; its path only if the derivation moves it."""
     last = step.place.parts()[-1]
-    if not isinstance(last.component, Scale):
+    if not last.component.scales:
         return None, None
-    own = last.component.weight in step.moved and step.route != "ball"
+    own = scale_update(last.component).param in step.moved and step.route != "ball"
     return (last.path if own else None), last.component
 
 
+def scale_update(scale: Component) -> Update:
+    """How a scale is moved."""
+    assert isinstance(scale, OutputControllable)
+    return scale.output_updates()[0]
+
+
 def as_given(step: Step) -> Step:
-    """The same derivation, normalised outputs taking the scale that the patch gives."""
+    """A derivation whose normalised outputs take the scale that the patch gives."""
     rule = AsGiven(step.rule.side) if isinstance(step.rule, OutputNormalised) else step.rule
     return replace(step, rule=rule, premises=tuple(map(as_given, step.premises)))
 
@@ -234,14 +249,14 @@ class Steered:
 def rules_at(step: Step) -> Iterator[tuple[Path, str, Param]]:
     """(leaf, rule, parameter) of everything that a derivation steers."""
     for part in step.walk():
-        if isinstance(part.rule, OutputMixture) and part.update is not None:
-            yield (*part.place.path, part.place.start + 2), "O-mixture", part.update.param
+        if part.place.component.chosen and part.update is not None:
+            yield (*part.place.path, part.place.component.binds[-1]), "O-mixture", part.update.param
         elif part.update is not None:
             yield part.place.path, part.rule.name, part.update.param
         elif isinstance(part.rule, AsGiven):
             path, scale = scale_of(part)
             if path is not None and scale is not None:
-                yield path, "O-normalised", scale.weight
+                yield path, "O-normalised", scale_update(scale).param
 
 
 def steered(step: Step, instance: Instance) -> list[Steered]:
@@ -303,12 +318,10 @@ def _compared(run: GivenRun, leaf: Steered) -> tuple[Array, Array]:
 
 def shares(run: GivenRun, path: Path) -> Array:
     """What the outputs of a mixture's last maps are multiplied by: (..., k, 1)."""
-    mixture = node(run.block, path[:-1])
-    assert isinstance(mixture, Mixture)
     value = run.params_at(path)[SHARES]
     xp = arithmetic(value)
     value = xp.lift(value)[..., None]
-    return value if mixture.weighted else xp.zeros_like(value) + 1
+    return value if node(run.block, path[:-1]).joined_by == "weighted sum" else xp.zeros_like(value) + 1
 
 
 def other_choice(run: GivenRun, path: Path, like: Array) -> Array:
@@ -316,7 +329,7 @@ def other_choice(run: GivenRun, path: Path, like: Array) -> Array:
     xp = arithmetic(like)
     differs = xp.zeros_like(like) != 0
     for mixture in run.watched:
-        if path[: len(mixture)] == mixture and len(path) > len(mixture) and path[len(mixture)] > 0:
+        if path[: len(mixture)] == mixture != path and path[len(mixture)] in node(run.block, mixture).binds:
             here: Array = run.bound(mixture)[CHOSEN]
             other: Array = here != run.target.bound(mixture)[CHOSEN]
             differs = differs | other.any(-1)[..., None, None]

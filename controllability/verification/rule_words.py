@@ -1,30 +1,42 @@
-"""How the rules are said in a report."""
+"""What a rule demands at a leaf, as a report says it.  How the change is made stands in the rule table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
 
+from controllability.rules import RULES
 
-@dataclass(frozen=True)
-class Wording:
-    """How a rule is said: what should hold, its formula, the letter of its input."""
-
-    statement: str
-    formula: str
-    letter: str = "z"
-
-
-WORDING = {
-    "I-linear": Wording("ΔW z = W(z' − z)", "ΔW = W(z' − z) zᵀ/‖z‖²"),
-    "I-experts": Wording("ΔW_e z = W_e(z' − z) for every chosen expert e", "ΔW_e = W_e(z' − z) zᵀ/‖z‖²"),
-    "I-bias": Wording("Δb = f(z') − f(z)", "Δb = f(z') − f(z)"),
-    "I-scale": Wording("Δm ∘ z = m ∘ (z' − z)", "Δm = m ∘ (z' − z)/z"),
-    "O-linear": Wording("ΔW y = δ", "ΔW = δ yᵀ/‖y‖²", "y"),
-    "O-mixture": Wording("Σ_j s_j ΔW_j y_j = δ", "ΔW_j = s_j δ y_jᵀ / Σ_k s_k²‖y_k‖²", "y_j"),
-    "O-bias": Wording("Δb = δ", "Δb = δ", "y"),
-    "O-scale": Wording("Δm ∘ y = δ", "Δm = δ/y", "y"),
-    "O-normalised": Wording("(m + Δm) ∘ n((W + ΔW) y) = G", "a route for m' = m + Δm, then W reaches y* ∥ G/m'", "y"),
+DEMANDS = {
+    "I-linear": "ΔW z = W(z' − z)",
+    "I-experts": "ΔW_e z_j = W_e(z'_j − z_j) for every chosen expert e",
+    "I-bias": "Δb = f(z') − f(z)",
+    "I-scale": "Δm ∘ z = m ∘ (z' − z)",
+    "O-linear": "ΔW y = δ",
+    "O-mixture": "Σ_j s_j ΔW_j y_j = δ",
+    "O-bias": "Δb = δ",
+    "O-scale": "Δm ∘ y = δ",
+    "O-normalised": "(m + Δm) ∘ n((W + ΔW) y) = G",
 }
+
+
+def letter(rule: str) -> str:
+    """What a rule calls its input: z on the input side, y on the output side."""
+    return {"I-experts": "z_j", "O-mixture": "y_j"}.get(rule, "z" if rule.startswith("I") else "y")
+
+
+def formula(rule: str) -> str:
+    """How a rule makes the change, from the rule table.
+
+    >>> formula("I-linear")
+    "ΔW = W(z' − z) zᵀ/‖z‖²"
+    """
+    patch = next(known.patch for known in RULES if known.name == rule)
+    return re.sub(r"\s*([−∘])\s*", r" \1 ", patch)
+
+
+def demanded(rule: str) -> str:
+    """What a rule demands; of one's own rules, how it makes the change."""
+    return DEMANDS.get(rule) or formula(rule)
 
 
 def statement(rule: str) -> str:
@@ -33,9 +45,7 @@ def statement(rule: str) -> str:
     >>> statement("I-linear")
     "ΔW z = W(z' − z), z the input in the patched run, z' in the target run"
     """
-    wording = WORDING[rule]
-    if rule.startswith("I"):
-        return f"{wording.statement}, z the input in the patched run, z' in the target run"
-    if rule == "O-normalised":
-        return f"{wording.statement}, y the input in the patched run, G what the branch must give"
-    return f"{wording.statement}, {wording.letter} the input in the patched run, δ what the output still lacks"
+    z = letter(rule)
+    rest = f"{z}' in the target run" if rule.startswith("I") else "δ what the output still lacks"
+    rest = "G what the branch must give" if rule == "O-normalised" else rest
+    return f"{demanded(rule)}, {z} the input in the patched run, {rest}"
