@@ -178,9 +178,8 @@ class PatchedRun(Trace):
             return
         if self.joint.may_fall_short and not arithmetic(margin).all(margin > 0):
             where = self.layout.nodes[path].describe()
-            self.journal.routes.append(
-                RouteTaken(where, Resort.SHORT, lambda: f"not all targets can be reached: {condition}")
-            )
+            told = f"not all targets can be reached: {condition}"
+            self.journal.routes.append(RouteTaken(where, Resort.SHORT, lambda: told))
         else:
             self.journal.margins.append(Margin(condition, margin))
 

@@ -13,13 +13,7 @@ from controllability.rules.base import Step as Step
 from controllability.rules.base import construct as construct
 from controllability.rules.input_side import InputAfter, InputBefore, InputCombine, InputConstant
 from controllability.rules.leaves import LEAF_RULES
-from controllability.rules.mixture import (
-    InputMixture,
-    JointMixture,
-    JointThroughMixture,
-    OutputMixture,
-    ThroughMixture,
-)
+from controllability.rules.mixture import InputMixture, JointMixture, JointThroughMixture, OutputMixture, ThroughMixture
 from controllability.rules.normalised import OutputNormalised
 from controllability.rules.normalised_jointly import JointNormalised
 from controllability.rules.output_side import (

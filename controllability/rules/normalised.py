@@ -94,9 +94,8 @@ class OneToken(Solution):
             answer, used, why = routes.candidate(route, *given), route, lambda: "asked for"
         if not xp.all(answer.open):
             raise self._closed(answer, G, y)
-        self.run.journal.margins.append(
-            Margin(self.step.conditions[0], routes.room(answer) if route == "ball" else None)
-        )
+        margin = routes.room(answer) if route == "ball" else None
+        self.run.journal.margins.append(Margin(self.step.conditions[0], margin))
         spread = answer.amplified
         if spread is None and not xp.exact:
             spread = routes.amplification(answer, G, y, self.eps)

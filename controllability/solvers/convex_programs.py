@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
 Vector = np.ndarray
 CLOSE, ROUGH = 0.04, 0.2  # relative precision of κ² − 1, and of the shrinkage²
@@ -157,13 +156,15 @@ def _spread(sigma: Vector) -> float:
 
 def _solve(matrix: Vector, right: Vector) -> Vector:
     """A solution of a positive semidefinite system whose equations may repeat."""
+    from scipy.linalg import cho_factor, cho_solve  # imported where it is needed
+
     size = np.sqrt(np.maximum(np.diag(matrix), 1e-300))
     unit = matrix / size / size[:, None]
     right = (right.T / size).T
     if not (np.isfinite(unit).all() and np.isfinite(right).all()):
         return np.full_like(right, np.nan)
     for shift in (1e-14, 1e-12, 1e-10, 1e-8):
-        with suppress(LinAlgError):
+        with suppress(np.linalg.LinAlgError):
             return (cho_solve(cho_factor(unit + shift * np.eye(len(unit))), right).T / size).T
     return (np.linalg.lstsq(unit, right, rcond=1e-8)[0].T / size).T
 

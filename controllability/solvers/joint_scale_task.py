@@ -10,6 +10,7 @@ import numpy as np
 
 from controllability.solvers.farkas_certificate import Infeasible
 from controllability.solvers.free_sizes import Sized, sized_scale
+from controllability.solvers.joint_scale import joint_scale
 from controllability.solvers.nearest_scale import STAY, largest_change, nearest_scale, to_keep
 from controllability.solvers.resorts import Resort
 
@@ -60,8 +61,6 @@ class ScaleTask:
 
         Raises ``Infeasible`` with a certificate about all tokens.
         """
-        from controllability.solvers.joint_scale import joint_scale  # SciPy is imported where it is needed
-
         kept, like = distinct(np.column_stack([self.G, np.sqrt(self.square)]), tolerance)
         try:
             found = joint_scale(self.G[kept], self.m, self.square[kept], self.eps, self.stored, keep_rms)
@@ -86,8 +85,6 @@ class ScaleTask:
 
     def fitted(self, ridge: float) -> Chosen:
         """The scale of a fit: it weighs its own change as the matrix before it does; without a weight an exact one will do."""
-        from controllability.solvers.joint_scale import joint_scale  # SciPy is imported where it is needed
-
         if not ridge:
             try:
                 found = joint_scale(self.G, self.m, self.square, self.eps, self.stored, keep_rms=True)
