@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from controllability.errors import NotVerified
-from controllability.interfaces import Component, Param, Path, Place, Sequence
+from controllability.interfaces import Component, Param, Path, Place
 from controllability.proof_files.json_shapes import one_of, shaped, short, wrong
 from controllability.proof_files.write import node_dict, place_dict
 from controllability.prover.search import per_expert_leaves, scales_of_norms
@@ -103,11 +103,11 @@ def _place(data: Mapping[str, Any], where: str, block: Component) -> Place:
             raise wrong(f"{where}.path[{i}]", f"one of the {len(parts)} parts of {short(component.describe())}", index)
         component = parts[index]
     place, start, length = Place(component, tuple(data["path"])), data["start"], data["length"]
-    if isinstance(component, Sequence):
-        if length is None or length < 2 or start + length > len(component.parts):
-            expected = f"at least 2 and, with start {start}, at most {len(component.parts)} parts"
-            raise wrong(f"{where}.length", expected, length)
-        return place.slice(start, start + length)
+    if component.sequential:
+        count = len(component.children())
+        if length is None or length < 2 or start + length > count:
+            raise wrong(f"{where}.length", f"at least 2 and, with start {start}, at most {count} parts", length)
+        return place if length == count else place.slice(start, start + length)
     if place_dict(place) != {k: data[k] for k in ("path", "start", "length")}:
         raise wrong(f"{where}.length", "start 0 and length null, because no sequence stands here", (start, length))
     return place

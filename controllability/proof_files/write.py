@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from controllability.interfaces import Condition, Place, Sequence
+from controllability.interfaces import Condition, Place
 from controllability.proof_files.codec import encode
 from controllability.prover.derivation import Derivation
 from controllability.rules import Step
@@ -16,9 +16,9 @@ FORMAT = {"name": "controllability proof", "version": 1}
 def place_dict(place: Place) -> dict[str, Any]:
     """Where a node stands: the child indices from the root, and which parts of a sequence it is about.
 
-    ``length`` is null where the component at ``path`` is no sequence.
+    ``length`` is null where the component at ``path`` cannot be cut between its parts.
     """
-    length = len(place.component.parts) if isinstance(place.component, Sequence) else None
+    length = len(place.component.children()) if place.component.sequential else None
     return {"path": list(place.path), "start": place.start, "length": length}
 
 
