@@ -7,36 +7,24 @@ from typing import TYPE_CHECKING, Any
 from controllability.version import __version__ as __version__
 
 # Names are loaded on first use: `import controllability` loads neither torch, transformers nor SymPy.
-_HOME = {
-    "BadInput": "errors",
-    "ControllabilityError": "errors",
-    "NotControllable": "errors",
-    "NotExact": "errors",
-    "NotVerified": "errors",
-    "PatchError": "errors",
-    "ReadingError": "errors",
-    "SideConditionFailed": "errors",
-    "Component": "interfaces",
-    "Condition": "interfaces",
-    "InputControllable": "interfaces",
-    "OutputControllable": "interfaces",
-    "Param": "interfaces",
-    "Trace": "execution.trace",
-    "Patch": "execution.patch",
-    "Proof": "proof",
-    "prove": "proof",
-    "verify": "verification.verify",
-    "sample": "execution.sampling",
-    "ModelPatch": "models",
-    "compile_context": "compiling",
-    "diff": "models",
-    "exact_mode": "models",
-    "generate": "models",
-    "import_peft": "models",
-    "load_patch": "models",
-    "patch_model": "models",
+_ROOMS = {
+    "errors": "BadInput ControllabilityError NotControllable NotExact NotVerified PatchError ReadingError SideConditionFailed",
+    "interfaces": "Component Condition InputControllable OutputControllable Param",
+    "execution.trace": "Trace",
+    "execution.patch": "Patch",
+    "execution.sampling": "sample",
+    "verification.verify": "verify",
+    "proof": "Proof prove",
+    "models": "ModelPatch diff exact_mode generate import_peft load_patch patch_model",
+    "compiling": "compile_context",
 }
-__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+_HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "BadInput", "Component", "Condition", "ControllabilityError", "InputControllable", "ModelPatch", "NotControllable",
+    "NotExact", "NotVerified", "OutputControllable", "Param", "Patch", "PatchError", "Proof",
+    "ReadingError", "SideConditionFailed", "Trace", "compile_context", "diff", "exact_mode", "generate",
+    "import_peft", "load_patch", "patch_model", "prove", "sample", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -54,30 +42,21 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from controllability.compiling import compile_context as compile_context
-    from controllability.errors import BadInput as BadInput
-    from controllability.errors import ControllabilityError as ControllabilityError
-    from controllability.errors import NotControllable as NotControllable
-    from controllability.errors import NotExact as NotExact
-    from controllability.errors import NotVerified as NotVerified
-    from controllability.errors import PatchError as PatchError
-    from controllability.errors import ReadingError as ReadingError
-    from controllability.errors import SideConditionFailed as SideConditionFailed
-    from controllability.execution.patch import Patch as Patch
-    from controllability.execution.sampling import sample as sample
-    from controllability.execution.trace import Trace as Trace
-    from controllability.interfaces import Component as Component
-    from controllability.interfaces import Condition as Condition
-    from controllability.interfaces import InputControllable as InputControllable
-    from controllability.interfaces import OutputControllable as OutputControllable
-    from controllability.interfaces import Param as Param
-    from controllability.models import ModelPatch as ModelPatch
-    from controllability.models import diff as diff
-    from controllability.models import exact_mode as exact_mode
-    from controllability.models import generate as generate
-    from controllability.models import import_peft as import_peft
-    from controllability.models import load_patch as load_patch
-    from controllability.models import patch_model as patch_model
-    from controllability.proof import Proof as Proof
-    from controllability.proof import prove as prove
-    from controllability.verification.verify import verify as verify
+    from controllability.compiling import compile_context
+    from controllability.errors import (
+        BadInput,
+        ControllabilityError,
+        NotControllable,
+        NotExact,
+        NotVerified,
+        PatchError,
+        ReadingError,
+        SideConditionFailed,
+    )  # fmt: skip
+    from controllability.execution.patch import Patch
+    from controllability.execution.sampling import sample
+    from controllability.execution.trace import Trace
+    from controllability.interfaces import Component, Condition, InputControllable, OutputControllable, Param
+    from controllability.models import ModelPatch, diff, exact_mode, generate, import_peft, load_patch, patch_model
+    from controllability.proof import Proof, prove
+    from controllability.verification.verify import verify

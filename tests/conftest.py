@@ -30,7 +30,7 @@ def patched(gemma):
 @pytest.fixture(scope="session")
 def saved_gemma(tmp_path_factory):
     """A model directory with its tokenizer, as ``save_pretrained`` writes it."""
-    from controllability.embedded.train import make_tokenizer
+    from train_embedded import make_tokenizer
 
     directory = tmp_path_factory.mktemp("gemma")
     tokenizer = make_tokenizer()

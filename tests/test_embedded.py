@@ -94,8 +94,8 @@ def test_worlds_keep_their_promises():
 
 @pytest.mark.slow
 def test_the_training_script_learns_and_is_deterministic():
-    """Two short trainings from one seed are bit-equal; the full one is `python -m controllability.embedded.train`."""
-    from controllability.embedded.train import train
+    """Two short trainings from one seed are bit-equal; the full one is `python tests/train_embedded.py`."""
+    from train_embedded import train
 
     states = [train(steps=20, seed=5, batch=8)[0].state_dict() for _ in range(2)]
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())

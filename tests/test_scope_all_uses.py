@@ -284,7 +284,7 @@ def test_from_the_command_line(saved_gemma, tmp_path, capsys):
 
 def test_a_refusal_on_the_command_line_names_the_tokens(tmp_path, capsys):
     """More tokens than the width: exit 1, the certificate in the JSON object and in words."""
-    from controllability.embedded.train import make_tokenizer
+    from train_embedded import make_tokenizer
 
     tokenizer = make_tokenizer()
     tiny_gemma(layers=2, d=8, h=12, vocab=len(tokenizer)).save_pretrained(tmp_path / "model")

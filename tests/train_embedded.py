@@ -1,4 +1,4 @@
-"""Train the embedded model: ``python -m controllability.embedded.train [--out DIR] [--seed N]``.
+"""Train the embedded model: ``python tests/train_embedded.py [--out DIR] [--seed N]``.
 
 A real ``Gemma3ForCausalLM`` (3 layers, sliding and full attention mixed) learns to look facts
 up in its context.  Deterministic for a seed and a machine; about four minutes on two cores.
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from controllability.embedded.world import World, draw_world, draw_worlds, vocabulary
+from controllability.models.loading import embedded_directory
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 ANSWER_WEIGHT = 1.0
@@ -129,7 +130,7 @@ def main() -> None:
     """Train, measure on fresh worlds, and save only a model that recalls."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "model", help="where to save model and tokenizer"
+        "--out", type=Path, default=embedded_directory(), help="where to save model and tokenizer"
     )
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--seed", type=int, default=0)
