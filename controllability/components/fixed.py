@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controllability.arrays import Array, arithmetic
-from controllability.interfaces import Bijection, Component, Condition, Param, Params
+from controllability.interfaces import Bijection, Component, Condition, Param, Params, Size
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Fixed(Component):
     @property
     def width(self) -> int | str | None:
         return self.inner.width
+
+    def output_width(self, width: Size) -> Size:
+        return self.inner.output_width(width)
 
 
 @dataclass(frozen=True)

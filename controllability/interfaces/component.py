@@ -78,6 +78,10 @@ class Component(ABC):
         """Values that this component names for its parts (a mixture: the chosen experts); none by default."""
         return {}
 
+    def choice_margin(self, params: Params, output: Callable[[int], Array]) -> Array:
+        """How far ``bindings`` is from another choice, (..., 1), where it is one."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how far it is from another choice")
+
     @property
     def binds(self) -> tuple[int, ...]:
         """The parts that see what ``bindings`` names; the other parts decide it."""
