@@ -13,9 +13,8 @@ from architectures.registry import Architecture, StatePoint, by_layers, find, fu
 from architectures.view import View
 from architectures.widths import misfits
 from controllability.arrays import Array
-from controllability.components import ExpertLinear, Linear, Mixture
 from controllability.errors import BadInput, NotControllable, ReadingError
-from controllability.interfaces import Component, Param, Path, leaves, node
+from controllability.interfaces import Component, Layout, OutputControllable, Param, Path, leaves, node
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class LiveParams(Mapping[str, Array]):
         return len(self._where)
 
     def shaped(self) -> dict[str, Array]:
-        """The same names with arrays of which only the shapes count: no quantised weight is dequantised for it."""
+        """Every name with an array of which only the shape counts: no quantised weight is dequantised for it."""
         stand_ins = {}
         for name in self.quantised:
             module, attribute = self._where[name]
@@ -292,13 +291,8 @@ def _default_inputs(name: str, block: Component, found: tuple[Tap, ...]) -> tupl
 
 def reads_input(block: Component, path: Path) -> bool:
     """Whether the node at ``path`` gets the block's own input as it is."""
-    for depth in range(len(path)):
-        parent = node(block, path[:depth])
-        if path[depth] > 0 and hasattr(parent, "parts"):
-            return False
-        if isinstance(parent, Mixture) and path[depth] > 0:
-            return False
-    return True
+    layout = Layout.of(block)
+    return not layout.around(path) and all(layout.source[path[:depth]] is None for depth in range(1, len(path) + 1))
 
 
 def _refuse_crowded(architecture: Architecture, name: str, block: Component, found: tuple[Tap, ...]) -> None:
@@ -310,7 +304,8 @@ def _refuse_crowded(architecture: Architecture, name: str, block: Component, fou
             inside.setdefault(tap.module, {}).update({p: leaf for leaf in leaves_of for p in leaf.own_parameters()})
     for module, held in inside.items():
         parts = list(dict.fromkeys(held.values()))
-        if len(parts) > 1 and any(isinstance(part, Linear) for part in parts):
+        ways = [way for part in parts if isinstance(part, OutputControllable) for way in part.output_updates()]
+        if len(parts) > 1 and any(way.kind == "linear" for way in ways):
             raise ReadingError(
                 f"{architecture.name}: layer {name}: module {module} computes {' and '.join(p.describe() for p in parts)} "
                 "in one forward, of which only what goes in and what comes out can be seen: give every linear map a "
@@ -361,14 +356,15 @@ def taps(block: Component, sites: Mapping[str, str] | None = None) -> tuple[Tap,
     """Group consecutive leaves that one module computes; ``sites`` names modules that are tapped at their weight."""
     groups: list[tuple[str, list[Path]]] = []
     found: list[Tap] = []
+    layout = Layout.of(block)
     for path, leaf in leaves(block):
         module = leaf.module
         kind = (sites or {}).get(module, "module")
         if not module or kind == "skip":
             continue
-        if isinstance(leaf, ExpertLinear):
-            mixture = next(path[:d] for d in reversed(range(len(path))) if isinstance(node(block, path[:d]), Mixture))
-            stage = "first" if path[len(mixture)] == 1 else "last"
+        if leaf.per_expert:
+            mixture = layout.around(path)[-1]
+            stage = "last" if path[len(mixture)] == layout.nodes[mixture].binds[-1] else "first"
             found.append(Tap(module, (path,), stage, mixture))
             groups.append(("", []))
         elif kind != "weight" and groups and groups[-1][0] == module and groups[-1][1][-1][:-1] == path[:-1]:

@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
-from controllability.components import (
-    Activation,
-    Bias,
-    ExpertLinear,
-    Fixed,
-    Glu,
-    Identity,
-    Linear,
-    Mixture,
-    Normalize,
-    Product,
-    Scale,
-    Select,
-    Sequence,
-    SoftCap,
-    Sum,
-    Swish,
-    Times,
-)
-from controllability.interfaces import Component, Param, Params
-
-SAME = (Activation, Identity, Normalize, SoftCap, Swish, Times)  # as wide after as before
+from controllability.interfaces import Bijection, Component, OutputControllable, Param, Params
 
 
 @dataclass(frozen=True)
@@ -39,33 +19,29 @@ class Width:
 def misfits(block: Component, params: Params) -> list[str]:
     """What in ``block`` cannot be computed with parameters of these shapes; empty when all fit.
 
-    Parts whose width is not known (a component of a user's own) are passed over: the comparison with the real
-    modules sees them.
+    Parts whose width is not known (a component of a user's own that does not say it) are passed over: the comparison
+    with the real modules sees them.
 
     >>> import numpy as np
+    >>> from controllability.components import Linear
     >>> up, down = (Linear(Param(n, ("h", "d"))) for n in ("up", "down"))
     >>> misfits(up >> down, {"up": np.zeros((6, 4)), "down": np.zeros((6, 4))})
     ['down has shape (6, 4), declared (h, d): it reads 4 numbers and gets 6 from linear up; as stored the other way round it would fit (layout)']
     """
     check = _Check(params)
-    check.follow(block, _first_read(block, check))
+    check.follow(block, check.first_read(block))
     return check.problems
 
 
-def _first_read(block: Component, check: _Check) -> Width | None:
-    """The width of the block's input, as the first part that reads it says."""
-    if isinstance(block, Linear | Scale | Bias):
-        return check.reads(block)
-    if isinstance(block, Sequence):
-        for part in block.children():
-            if (found := _first_read(part, check)) or not isinstance(part, SAME):
-                return found
-        return None
-    if isinstance(block, Mixture):
-        return _first_read(block.children()[0], check)
-    if isinstance(block, Sum | Product):
-        return next((w for part in block.children() if (w := _first_read(part, check))), None)
-    return None
+def _says(leaf: Component) -> bool:
+    """Whether a leaf says how wide its output is; one that normalises, or can be undone, gives as much as it reads."""
+    own = type(leaf).output_width is not Component.output_width
+    return own or bool(leaf.normalises) or isinstance(leaf, Bijection)
+
+
+def _as_wide(leaf: Component) -> bool:
+    """Whether a leaf says that it gives as many numbers as it reads, however many."""
+    return _says(leaf) and leaf.output_width("2n") == "2n"
 
 
 class _Check:
@@ -78,74 +54,83 @@ class _Check:
     def shape(self, param: Param) -> tuple[int, ...]:
         return tuple(int(n) for n in param.value(self.params).shape)
 
-    def reads(self, leaf: Linear | Scale | Bias) -> Width | None:
-        """What a leaf wants to read."""
-        shape = self.shape(leaf.own_parameters()[0])
-        if isinstance(leaf, Linear):
-            return Width(shape[-1 if leaf.layout == "out_in" else 0], leaf.describe()) if len(shape) == 2 else None
-        return Width(shape[0], leaf.describe()) if len(shape) == 1 and shape != (1,) else None
+    def live(self, leaf: Any) -> Any:
+        """A leaf with the shapes that its parameters have, in place of the declared ones."""
+        new: dict[str, Any] = {}
+        for f in fields(leaf) if is_dataclass(leaf) else ():
+            value = getattr(leaf, f.name)
+            if isinstance(value, Param):
+                new[f.name] = replace(value, shape=self.shape(value))
+            elif isinstance(value, Component):
+                new[f.name] = self.live(value)
+        return replace(leaf, **new) if new else leaf  # type: ignore[type-var]
+
+    def reads(self, leaf: Component) -> Width | None:
+        """What a leaf wants to read; a scale of one number takes any."""
+        size = self.live(leaf).width
+        known = isinstance(size, int) and not (size == 1 and _as_wide(leaf))
+        return Width(size, leaf.describe()) if known else None
+
+    def first_read(self, part: Component) -> Width | None:
+        """The width of a part's input, as the first leaf that reads it says."""
+        if not part.children():
+            return self.reads(part)
+        for i, child in enumerate(part.children() if part.in_line or part.joined_by else ()):
+            if part.source_of(i) is not None and not part.in_line:
+                continue
+            if (found := self.first_read(child)) or (part.in_line and not _as_wide(child)):
+                return found
+        return None
 
     def follow(self, part: Component, given: Width | None) -> Width | None:
         """The width after ``part``; None where it is not known."""
-        if isinstance(part, Linear):
-            return self.linear(part, given)
-        if isinstance(part, Scale | Bias):
-            wanted = self.reads(part)
-            self.compare(part.own_parameters()[0], wanted, given)
+        if not part.children():
+            return self.leaf(part, given)
+        found: dict[int, Width | None] = {}
+        for i, child in enumerate(part.children() if part.in_line or part.joined_by else ()):
+            source = part.source_of(i)
+            found[i] = self.follow(child, given if source is None else found.get(source))
+        if part.in_line or part.chosen:
+            return found[max(found)]
+        return self.joined(part.joined_by, [w for w in found.values() if w and w.size != 1])
+
+    def leaf(self, part: Component, given: Width | None) -> Width | None:
+        own, wanted = part.own_parameters(), self.reads(part)
+        if _as_wide(part):
+            self.compare(own, wanted, given)
             return given or wanted
-        if isinstance(part, SAME):
-            return given
-        if isinstance(part, Select):
-            return given if part.index == 0 else None
-        if isinstance(part, Fixed):
-            return self.follow(part.inner, given)
-        if isinstance(part, Glu):
-            if given and given.size % 2:
+        if not _says(part) or (wanted is None and isinstance(part, OutputControllable)):
+            return None  # of what is stored otherwise than declared it was said when the parameters were bound
+        size = self.live(part).output_width(given.size if given else None)
+        turned = given is not None and size == given.size and not part.per_expert
+        fits = self.compare(own, wanted, given, "; as stored the other way round it would fit (layout)" * turned)
+        for way in part.output_updates() if isinstance(part, OutputControllable) else ():
+            if way.kind == "bias" and (found := self.shape(way.param)) != (size,):
+                self.problems.append(
+                    f"{way.param} has shape {found}, and {own[0]} of shape {self.shape(own[0])} gives {size} numbers"
+                )
+        if given and size == given.size // 2 and wanted is None:
+            if given.size % 2:
                 self.problems.append(f"{given.by} gives {given.size} numbers, which have no two halves")
-            return Width(given.size // 2, f"half of {given.by}") if given else None
-        if isinstance(part, Sequence):
-            for inner in part.parts:
-                given = self.follow(inner, given)
-            return given
-        if isinstance(part, Sum | Product):
-            return self.together(part, given)
-        if isinstance(part, Mixture):
-            self.follow(part.router, given)
-            return self.follow(part.last, self.follow(part.inner, given))
-        if isinstance(part, ExpertLinear) and part.stacked is None and len(shape := self.shape(part.weight)) == 3:
-            out, into = shape[1:] if part.layout == "out_in" else shape[:0:-1]
-            self.compare(part.weight, Width(into, part.describe()), given)
-            return Width(out, part.describe())
-        return None
+            return Width(size, f"half of {given.by}")
+        news = fits or part.per_expert  # what follows from a linear map that does not fit is no news
+        return Width(size, part.describe()) if isinstance(size, int) and news else None
 
-    def linear(self, part: Linear, given: Width | None) -> Width | None:
-        shape = self.shape(part.weight)
-        if len(shape) != 2:
-            return None  # said already, when the parameters were bound
-        out, into = shape if part.layout == "out_in" else shape[::-1]
-        turned = "; as stored the other way round it would fit (layout)" if given and out == given.size else ""
-        fits = self.compare(part.weight, Width(into, part.describe()), given, turned)
-        if part.bias is not None and (found := self.shape(part.bias)) != (out,):
-            self.problems.append(
-                f"{part.bias} has shape {found}, and {part.weight} of shape {shape} gives {out} numbers"
-            )
-        return Width(out, part.describe()) if fits else None  # what follows from it is no news
-
-    def compare(self, param: Param, wanted: Width | None, given: Width | None, more: str = "") -> bool:
+    def compare(self, own: tuple[Param, ...], wanted: Width | None, given: Width | None, more: str = "") -> bool:
+        """Whether a leaf reads what it is given, as its first parameter says."""
         fits = not (wanted and given and wanted.size != given.size)
         if wanted and given and not fits:
-            declared = f", declared ({', '.join(map(str, param.shape))})" if param.shape else ""
+            declared = f", declared ({', '.join(map(str, own[0].shape))})" if own[0].shape else ""
             self.problems.append(
-                f"{param} has shape {self.shape(param)}{declared}: it reads {wanted.size} numbers and gets "
+                f"{own[0]} has shape {self.shape(own[0])}{declared}: it reads {wanted.size} numbers and gets "
                 f"{given.size} from {given.by}{more}"
             )
         return fits
 
-    def together(self, part: Sum | Product, given: Width | None) -> Width | None:
-        found = [w for inner in part.children() if (w := self.follow(inner, given)) and w.size != 1]
-        odd = next((w for w in found if w.size != found[0].size), None)
-        if odd:
-            does = "adds" if isinstance(part, Sum) else "multiplies"
+    def joined(self, by: str, found: list[Width]) -> Width | None:
+        """The width of a sum or a product of these."""
+        if odd := next((w for w in found if w.size != found[0].size), None):
+            does = "multiplies" if by == "product" else "adds"
             first = found[0]
             self.problems.append(
                 f"the expression {does} {first.size} numbers ({first.by}) and {odd.size} numbers ({odd.by})"

@@ -27,7 +27,6 @@ CLASSES = {
 }
 STATED = ("controllability/components/", "controllability/interfaces/")  # where a class may know others of its kind
 
-BEING_CONVERTED = "being converted"
 EXCEPTIONS: dict[str, tuple[str, str]] = {  # file: (classes, reason)
     # the symbolic machinery's own shapes: a block is executed with other parts, which are built from the old ones
     "controllability/checks/rebuilt_blocks.py": (
@@ -40,27 +39,10 @@ EXCEPTIONS: dict[str, tuple[str, str]] = {  # file: (classes, reason)
     "controllability/checks/symbolic_rules.py": ("ExpertLinear", "the stored tensor of all experts has no entry that one symbol could say: it is checked at a small size of its own"),
     # rules: the parts that their statements name
     "controllability/rules/mixture.py": ("Mixture ExpertLinear", "Σ_j s_j W_j y_j is about a mixture, and W_j is its experts' own last map"),
-    "controllability/rules/mixture_jointly.py": ("Mixture ExpertLinear", "as rules/mixture.py, for many tokens"),
     "controllability/rules/output_side.py": ("Times", "c·g is about a constant c, and O-through-bijection leaves that case to it"),
-    "controllability/rules/theorems.py": ("Sum Mixture", "theorem 1 looks into a branch that has branches itself, and I-by-output is about what is no sum"),
-    "controllability/rules/normalised.py": ("Normalize Scale Sequence", BEING_CONVERTED),
-    "controllability/rules/normalised_jointly.py": ("Normalize Scale", BEING_CONVERTED),
-    # not yet: another hand is at these
-    "controllability/models/files/peft_import.py": ("ExpertLinear", BEING_CONVERTED),
-    "controllability/models/reading/compare_with_module.py": ("Mixture Sequence", BEING_CONVERTED),
-    "controllability/models/sweep/effects.py": ("Scale", BEING_CONVERTED),
-    "controllability/models/sweep/records.py": ("Scale", BEING_CONVERTED),
-    "controllability/rendering/graph.py": ("ExpertLinear Identity Mixture Product Select Sequence", BEING_CONVERTED),
-    "controllability/rendering/html.py": ("Mixture Sequence", BEING_CONVERTED),
-    "controllability/rendering/leaf_states.py": ("Mixture Scale Sequence", BEING_CONVERTED),
-    "controllability/verification/evidence.py": ("ExpertLinear Identity Mixture Scale Sequence", BEING_CONVERTED),
-    "controllability/verification/read_patch.py": ("ExpertLinear Mixture", BEING_CONVERTED),
-    "controllability/verification/replay.py": ("Mixture Normalize Scale", BEING_CONVERTED),
-    "architectures/reading.py": ("ExpertLinear Linear Mixture", BEING_CONVERTED),
-    "architectures/widths.py": (
-        "Activation Bias ExpertLinear Fixed Glu Identity Linear Mixture Normalize Product Scale Select Sequence SoftCap Sum Swish Times",
-        BEING_CONVERTED,
-    ),
+    "controllability/rules/theorems.py": ("Product Sum", "theorem 1 goes into branches that stand side by side, which the factors of a product do not; I-by-output is about what is no sum"),
+    "controllability/rules/normalised.py": ("Normalize Scale", "m∘n∘g names them: its m is a scale, its n the RMS normalisation"),
+    "controllability/rules/normalised_jointly.py": ("Normalize Scale", "as rules/normalised.py, for many tokens"),
 }  # fmt: skip
 
 

@@ -129,9 +129,7 @@ def train(
 def main() -> None:
     """Train, measure on fresh worlds, and save only a model that recalls."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=embedded_directory(), help="where to save model and tokenizer"
-    )
+    parser.add_argument("--out", type=Path, default=embedded_directory(), help="where to save model and tokenizer")
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

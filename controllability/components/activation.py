@@ -10,7 +10,7 @@ from typing import Any
 
 from controllability.arrays import Arithmetic, Array, arithmetic
 from controllability.errors import BadInput
-from controllability.interfaces import Bijection, Component, Condition, Params
+from controllability.interfaces import Bijection, Component, Condition, Params, Size
 
 
 def _half(xp: Arithmetic) -> Any:
@@ -101,6 +101,9 @@ class Activation(Component):
         if not isinstance(xp, SympyArithmetic):
             raise BadInput(f"activation {self.name!r} is a symbol: it has values in SymPy only, not in {xp.kind}")
         return xp.each(sympy.Function(self.name), x)
+
+    def output_width(self, width: Size) -> Size:
+        return width
 
     def describe(self) -> str:
         return f"activation {self.name}"

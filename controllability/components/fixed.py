@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from controllability.arrays import Array, arithmetic
-from controllability.interfaces import Bijection, Component, Condition, Param, Params
+from controllability.interfaces import Bijection, Component, Condition, Param, Params, Size
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class Fixed(Component):
     @property
     def width(self) -> int | str | None:
         return self.inner.width
+
+    def output_width(self, width: Size) -> Size:
+        return self.inner.output_width(width)
 
 
 @dataclass(frozen=True)

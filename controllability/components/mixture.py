@@ -177,6 +177,9 @@ class Mixture(Combinator):
         chosen, shares = self.routing(params, output(0))
         return {CHOSEN: chosen, SHARES: shares}
 
+    def choice_margin(self, params: Params, output: Callable[[int], Array]) -> Array:
+        return self.routing.margin(params, output(0))
+
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
         if not self.weighted:
             return output(2).sum(-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from controllability.arrays import Array, arithmetic
@@ -34,6 +35,10 @@ class Scale(Component, Steerable, Bijection):
 
     def __call__(self, params: Params, x: Array) -> Array:
         return self.effective(params) * x
+
+    def at(self, params: Params) -> Callable[[Array], Array]:
+        scale = self.effective(params)
+        return lambda x: scale * x
 
     def describe(self) -> str:
         return f"scale {self.weight}"

@@ -22,6 +22,10 @@ class Component(ABC):
     def __call__(self, params: Params, x: Array) -> Array:
         """The value at ``x``, shape (..., in) -> (..., out)."""
 
+    def at(self, params: Params) -> Callable[[Array], Array]:
+        """The component with these parameters, as a function of x: for many values of x with one set of parameters."""
+        return lambda x: self(params, x)
+
     @abstractmethod
     def describe(self) -> str:
         """A short name in the user's own terms (one line, no tree)."""
@@ -77,6 +81,10 @@ class Component(ABC):
     def bindings(self, params: Params, output: Callable[[int], Array]) -> Params:
         """Values that this component names for its parts (a mixture: the chosen experts); none by default."""
         return {}
+
+    def choice_margin(self, params: Params, output: Callable[[int], Array]) -> Array:
+        """How far ``bindings`` is from another choice, (..., 1), where it is one."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how far it is from another choice")
 
     @property
     def binds(self) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controllability.components import ExpertLinear
 from controllability.deltas import Delta, Shift
 from controllability.errors import BadInput, PatchError
 from controllability.interfaces import Component, OutputControllable, Param, node
@@ -42,9 +41,7 @@ class Slot:
 
     def delta(self, rows: Tensor, columns: Tensor) -> Delta:
         """What factors of the stored matrix are as a delta of this leaf."""
-        experts = None
-        if isinstance(self.leaf, ExpertLinear):
-            experts = self.leaf.stacked or len(rows)
+        experts = (getattr(self.leaf, "stacked", None) or len(rows)) if self.leaf.per_expert else None
         return low_rank(self.param, rows, columns, getattr(self.leaf, "layout", "out_in") == "in_out", experts)
 
 

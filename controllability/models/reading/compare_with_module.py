@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from architectures.reading import Layer, Reading, Tap
 from controllability.arrays import arithmetic, errors_and_sizes, relative_error
-from controllability.components.mixture import CHOSEN, SHARES, Mixture
+from controllability.components.mixture import CHOSEN, SHARES
 from controllability.errors import BadInput, ControllabilityError, ReadingError
 from controllability.execution.trace import Trace
-from controllability.interfaces import Path, Sequence, node
+from controllability.interfaces import Path, node
 from controllability.models.hooks.installation import HookStack
 from controllability.models.hooks.layer_hooks import LayerHook
 from controllability.models.reading.random_inputs import random_inputs, refuse_ids
@@ -234,9 +234,9 @@ def _culprit(layer: Layer, trace: Trace, path: Path, comparer: Comparer, toleran
 def _before(layer: Layer, path: Path) -> str:
     """The part that hands its output to the node at ``path``; '' where that is the block's own input."""
     for depth in reversed(range(len(path))):
-        parent = node(layer.block, path[:depth])
-        if isinstance(parent, Sequence) and path[depth] > 0:
-            return parent.parts[path[depth] - 1].describe()
+        around = node(layer.block, path[:depth])
+        if (source := around.source_of(path[depth])) is not None:
+            return around.children()[source].describe()
     return ""
 
 
@@ -248,8 +248,7 @@ def _compare_choice(layer: Layer, trace: Trace, path: Path, real: dict[str, Tens
     expected: dict[str, Any] = dict(trace.bound(path))
     same = torch.eq(expected[CHOSEN], real[CHOSEN]).all(-1)
     component = node(layer.block, path)
-    assert isinstance(component, Mixture)
-    margin = component.routing.margin(trace.params, trace.output((*path, 0)))[..., 0]
+    margin = component.choice_margin(trace.params, lambda i: trace.output((*path, i)))[..., 0]
     wrong = ~same & (margin > tolerance)
     errors, sizes = errors_and_sizes(expected[SHARES].to(real[SHARES].dtype), real[SHARES])
     off = same & (errors / sizes.max().clamp_min(1e-30) > tolerance) & (margin > tolerance)

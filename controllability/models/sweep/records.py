@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from controllability.arrays import errors_and_sizes
-from controllability.components.scale import Scale
 from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.execution.journal import RouteTaken
 from controllability.execution.patched_run import PatchedRun
@@ -159,8 +158,8 @@ def joined(earlier: LayerRecord, later: LayerRecord) -> LayerRecord:
 
 def _leaf(run: PatchedRun, path: Path, parameter: str, delta: Delta) -> LeafRecord:
     leaf, total = node(run.block, path), run.known_output(path)
-    if isinstance(leaf, Scale) and isinstance(delta, Shift):
-        scale = leaf.effective(run.params)
+    if leaf.scales and isinstance(delta, Shift):
+        scale = leaf(run.params, 1)  # what it multiplies by
         before = run.known_output((*path[:-1], path[-1] - 1)) if path else None
         if total is None or before is None:
             return LeafRecord(parameter, delta, scale=scale)
