@@ -42,7 +42,7 @@ EXCEPTIONS: dict[str, tuple[str, str]] = {  # file: (classes, reason)
     "controllability/rules/output_side.py": ("Times", "c·g is about a constant c, and O-through-bijection leaves that case to it"),
     "controllability/rules/theorems.py": ("Product Sum", "theorem 1 goes into branches that stand side by side, which the factors of a product do not; I-by-output is about what is no sum"),
     "controllability/rules/normalised.py": ("Normalize Scale", "m∘n∘g names them: its m is a scale, its n the RMS normalisation"),
-    "controllability/rules/normalised_jointly.py": ("Normalize Scale", "as rules/normalised.py, for many tokens"),
+    "controllability/models/sweep/effects.py": ("Scale", "a norm's patched scale is computed once, for any number of passes"),
 }  # fmt: skip
 
 

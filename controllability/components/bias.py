@@ -21,7 +21,6 @@ class Bias(Component, Steerable, Bijection):
     """
 
     bias: Param
-
     takes_patched = True
 
     def __call__(self, params: Params, x: Array) -> Array:

@@ -28,7 +28,6 @@ class Linear(Component, Steerable):
     weight: Param
     bias: Param | None = None
     layout: Literal["out_in", "in_out"] = "out_in"
-
     takes_patched = True
 
     def __call__(self, params: Params, x: Array) -> Array:

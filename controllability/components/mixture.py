@@ -30,6 +30,7 @@ class ExpertLinear(Component, Steerable):
     bias: Param | None = None
     layout: Literal["out_in", "in_out"] = "out_in"
     stacked: int | None = None
+    per_expert = True
 
     def __call__(self, params: Params, x: Array) -> Array:
         index: Array = params[CHOSEN]
@@ -71,10 +72,6 @@ class ExpertLinear(Component, Steerable):
             return shape[0] // self.stacked if shape and isinstance(shape[0], int) else None
         return shape[-2 if self.layout == "out_in" else -1] if shape else None
 
-    @property
-    def per_expert(self) -> bool:
-        return True
-
     def updates(self) -> tuple[Update, ...]:
         return (expertwise(self, self.weight, self.layout == "in_out", self.count),)
 
@@ -95,16 +92,14 @@ class Share(Component):
            [2. ]])
     """
 
+    per_expert = True
+
     def __call__(self, params: Params, x: Array) -> Array:
         shares: Array = params[SHARES]
         return x * shares[..., None]
 
     def describe(self) -> str:
         return "share of the expert"
-
-    @property
-    def per_expert(self) -> bool:
-        return True
 
 
 @dataclass(frozen=True)

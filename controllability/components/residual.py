@@ -12,15 +12,13 @@ from controllability.interfaces import Bijection, Component, Params, Product, Su
 class Identity(Component, Bijection):
     """y = x: the plain skip of a residual block."""
 
+    is_skip = True
+
     def __call__(self, params: Params, x: Array) -> Array:
         return x
 
     def describe(self) -> str:
         return "identity"
-
-    @property
-    def is_skip(self) -> bool:
-        return True
 
     def invert(self, params: Params, y: Array) -> Array:
         return y

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from controllability.arrays import Array, arithmetic
@@ -25,34 +24,21 @@ class Scale(Component, Steerable, Bijection):
 
     weight: Param
     offset: int = 0
+    scales = takes_patched = True
 
     def effective(self, params: Params) -> Array:
         """m = offset + w, lifted to the precision in which patches are solved."""
         stored = self.weight.value(params)
         return arithmetic(stored).lift(stored) + self.offset
 
-    takes_patched = True
-
     def __call__(self, params: Params, x: Array) -> Array:
         return self.effective(params) * x
-
-    def at(self, params: Params) -> Callable[[Array], Array]:
-        scale = self.effective(params)
-        return lambda x: scale * x
 
     def describe(self) -> str:
         return f"scale {self.weight}"
 
     def own_parameters(self) -> tuple[Param, ...]:
         return (self.weight,)
-
-    @property
-    def scales(self) -> bool:
-        return True
-
-    @property
-    def stored_offset(self) -> int:
-        return self.offset
 
     @property
     def width(self) -> int | str | None:
@@ -65,8 +51,7 @@ class Scale(Component, Steerable, Bijection):
         """The delta that makes the effective scale ``wanted``, as far as the stored dtype can hold it."""
         stored = self.weight.value(params)
         xp = arithmetic(stored, wanted)
-        current = xp.lift(stored)
-        return Shift(xp.as_stored(wanted - self.offset, like=stored) - current)
+        return Shift(xp.as_stored(wanted - self.offset, like=stored) - xp.lift(stored))
 
     def moved(self, params: Params, change: Array) -> Shift:
         """The delta that changes the effective scale by ``change``, as far as the stored dtype can hold it."""

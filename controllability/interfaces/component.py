@@ -22,10 +22,6 @@ class Component(ABC):
     def __call__(self, params: Params, x: Array) -> Array:
         """The value at ``x``, shape (..., in) -> (..., out)."""
 
-    def at(self, params: Params) -> Callable[[Array], Array]:
-        """The component with these parameters, as a function of x: for many values of x with one set of parameters."""
-        return lambda x: self(params, x)
-
     @abstractmethod
     def describe(self) -> str:
         """A short name in the user's own terms (one line, no tree)."""
@@ -100,6 +96,12 @@ class Component(ABC):
 
     # what it is, where a rule or a picture has to know
 
+    is_skip = False  # it passes its input on as it is
+    sequential = False  # its parts run one after the other, so that it can be cut between any two
+    scales = False  # it multiplies its input, entry by entry, by a parameter: the scale after a norm
+    offset = 0  # what is added to its parameter to make the scale (Gemma stores m − 1)
+    per_expert = False  # it computes expert by expert, one row for each chosen one
+
     @property
     def module(self) -> str:
         """The live module that computes this leaf, by the name of its parameters; '' if none."""
@@ -107,19 +109,9 @@ class Component(ABC):
         return own[0].name.rpartition(".")[0] if own else ""
 
     @property
-    def is_skip(self) -> bool:
-        """Whether it passes its input on as it is."""
-        return False
-
-    @property
     def reads_input(self) -> int | None:
         """Which of a block's several inputs it picks; None for what takes the one input that it is given."""
         return None
-
-    @property
-    def sequential(self) -> bool:
-        """Whether its parts run one after the other, so that it can be cut between any two."""
-        return False
 
     @property
     def input_name(self) -> str | None:
@@ -137,16 +129,6 @@ class Component(ABC):
         return 0
 
     @property
-    def scales(self) -> bool:
-        """Whether it multiplies its input, entry by entry, by a parameter: the scale after a norm."""
-        return False
-
-    @property
-    def stored_offset(self) -> int:
-        """What a scale adds to its stored parameter before it multiplies."""
-        return 0
-
-    @property
     def chosen(self) -> int:
         """How many of its experts serve a token; 0 where there are none to choose from."""
         return 0
@@ -155,11 +137,6 @@ class Component(ABC):
     def choice_words(self) -> str:
         """How it chooses its experts, in words."""
         return ""
-
-    @property
-    def per_expert(self) -> bool:
-        """Whether it computes expert by expert, one row for each chosen one."""
-        return False
 
     # sizes
 
@@ -268,6 +245,7 @@ class Sequence(Combinator):
     """
 
     parts: tuple[Component, ...]
+    sequential = True
 
     def __post_init__(self) -> None:
         flat = tuple(p for part in self.parts for p in (part.parts if isinstance(part, Sequence) else (part,)))
@@ -286,10 +264,6 @@ class Sequence(Combinator):
     @property
     def outlet(self) -> int:
         return len(self.parts) - 1
-
-    @property
-    def sequential(self) -> bool:
-        return True
 
     def describe(self) -> str:
         return " >> ".join(part.describe() for part in self.parts)

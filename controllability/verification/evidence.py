@@ -89,7 +89,7 @@ class Evidence:
             leaf.rule, str(leaf.param), fed_by(instance.block, self.path), rows, total[1], total[0],
             moved=delta is not None and not is_zero(delta), transposed=leaf.param in instance.turned, shares=share,
             candidates=tuple(self._candidates(rows)), lacks=self._lacks(fit, tolerance),
-            offset=float(self.component.stored_offset),
+            offset=float(self.component.offset),
             relative=fit, tolerance=tolerance, epsilon=epsilon, noisy=noisy, strayed=mixture and self._strayed(),
         )  # fmt: skip
 
@@ -217,7 +217,7 @@ class Evidence:
             component = node(block, path)
             if not component.is_skip:
                 yield "output", path, f"the output of {short(component)}", "tap-point"
-            if offset := component.stored_offset:
+            if offset := component.offset:
                 yield "offset", path, f"the output of {short(component)} without its offset {offset:g}", "offset"
 
     def _value(self, trace: Trace, path: Path, without_offset: bool) -> Array | None:
@@ -228,7 +228,7 @@ class Evidence:
             return None  # rows of experts that this map does not see
         value = self.at(trace.output(path))
         if without_offset:
-            value = value - node(trace.block, path).stored_offset * self.at(trace.input(path))
+            value = value - node(trace.block, path).offset * self.at(trace.input(path))
         return value
 
     def _other_positions(self, count: int) -> Iterator[Slip]:

@@ -158,7 +158,7 @@ class AsGiven(OutputNormalised):
             if scale_path in run.mended and theirs is not None:
                 return theirs
             m = run.scale(scale)
-            return self._before(step, run, G, [m, m - scale.stored_offset] if scale.stored_offset else [m], theirs)
+            return self._before(step, run, G, [m, m - scale.offset] if scale.offset else [m], theirs)
 
         construct(inner, run, before)
         if scale is not None and scale_path is not None:

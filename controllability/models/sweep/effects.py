@@ -10,8 +10,9 @@ from torch import Tensor
 
 from architectures.reading import Layer, Tap
 from controllability.arrays import arithmetic
+from controllability.components.scale import Scale
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift, added
-from controllability.interfaces import OutputControllable, Param, Params, Update, node
+from controllability.interfaces import Component, OutputControllable, Param, Params, Update, node
 
 Move = tuple[Update, Delta]  # how a leaf is steered, and what is added to its parameter
 HALF = (torch.float16, torch.bfloat16)
@@ -59,7 +60,7 @@ def ready(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
 def _formula(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
     """A norm by its own formula, with the patched vectors."""
     params = patched_params(layer, tap, moves)
-    parts = [node(layer.block, path).at(params) for path in tap.paths]
+    parts = [_part(node(layer.block, path), params) for path in tap.paths]
 
     def effect(x: Tensor, y: Tensor, _: Tensor | None) -> Tensor:
         x = arithmetic(x).lift(x)
@@ -68,6 +69,14 @@ def _formula(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
         return x
 
     return effect
+
+
+def _part(leaf: Component, params: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """One leaf of a norm at these parameters; its scale is computed once."""
+    if isinstance(leaf, Scale):
+        scale = leaf.effective(params)
+        return lambda x: scale * x
+    return lambda x: leaf(params, x)
 
 
 def _adding(params: Params, update: Update, delta: Delta) -> Effect:
