@@ -55,8 +55,7 @@ class SympyArithmetic(ObjectArithmetic):
 
     def top(self, x: Array, k: int) -> Array:
         # symbols have no order: the experts are numbered so that the first k are chosen
-        first = np.arange(k, dtype=np.int64)
-        return np.broadcast_to(first, (*x.shape[:-1], k))
+        return np.broadcast_to(np.arange(k, dtype=np.int64), (*x.shape[:-1], k))
 
     def routed(self, x: Array, weights: Array, index: Array) -> Array:
         return self.name(super().routed(x, weights, index))

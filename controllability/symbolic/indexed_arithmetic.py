@@ -44,12 +44,6 @@ class IndexedArithmetic(SympyArithmetic):
             return self.zeros_like(other) + chosen
         return IndexedArray(_broadcast(chosen.shape, getattr(other, "shape", ())), chosen.entry)
 
-    def linear(self, x: Array, weight: Array) -> Array:
-        return self.name(x @ weight.swapaxes(-1, -2))
-
-    def routed(self, x: Array, weights: Array, index: Array) -> Array:
-        return self.name((x[..., None, :] * weights[index]).sum(-1))
-
     def repeated(self, x: Array, k: Any) -> Array:
         return IndexedArray((*x.shape[:-2], k, x.shape[-1]), x.entry)
 
