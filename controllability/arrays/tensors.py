@@ -78,9 +78,6 @@ class TorchArithmetic(Arithmetic):
     def or_one(self, x: Array) -> Array:
         return x.masked_fill(x == 0, 1)
 
-    def sum(self, x: Array) -> Array:
-        return x.sum(-1, keepdim=True)
-
     def max(self, x: Array) -> Array:
         return x.amax(-1, keepdim=True)
 
