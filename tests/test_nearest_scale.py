@@ -21,7 +21,7 @@ from controllability.models.reading.probes import sizes_are_free
 from controllability.models.reading.tolerances import VERIFIED
 from controllability.models.sweep.fallbacks import with_reader_of_last_layer
 from controllability.solvers import nearest_scale as nearest
-from controllability.solvers.free_sizes import sized_scale
+from controllability.solvers.joint_scale_task import sized_scale
 from controllability.solvers.nearest_scale import nearest_scale
 from controllability.solvers.resorts import Resort
 

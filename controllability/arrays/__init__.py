@@ -25,9 +25,7 @@ Test = Callable[[Any], bool]
 
 ARITHMETICS: dict[str, Arithmetic] = {}
 _ARRAYS: list[tuple[Test, Arithmetic]] = []  # whose arrays are told by the array
-_ELEMENTS: list[
-    tuple[Test, Arithmetic]
-] = []  # whose arrays are told by what they hold; a later one absorbs those before it
+_ELEMENTS: list[tuple[Test, Arithmetic]] = []  # told by what they hold; a later one absorbs those before it
 
 
 def register(kind: Arithmetic, array: Test | None = None, element: Test | None = None) -> None:

@@ -42,25 +42,31 @@ class Arithmetic:
         """``x`` after the rounding that storing it with the dtype of ``like`` costs."""
         return x
 
+    def function(self, name: str, x: Array) -> Array:
+        """One of sqrt, exp, log, tanh, atanh, erf of every entry: all that an arithmetic has to say of them."""
+        if name == "erf":
+            from scipy.special import erf
+
+            return erf(x)
+        return getattr(np, "arctanh" if name == "atanh" else name)(x)
+
     def sqrt(self, x: Array) -> Array:
-        return np.sqrt(x)
+        return self.function("sqrt", x)
 
     def exp(self, x: Array) -> Array:
-        return np.exp(x)
+        return self.function("exp", x)
 
     def log(self, x: Array) -> Array:
-        return np.log(x)
+        return self.function("log", x)
 
     def tanh(self, x: Array) -> Array:
-        return np.tanh(x)
+        return self.function("tanh", x)
 
     def arctanh(self, x: Array) -> Array:
-        return np.arctanh(x)
+        return self.function("atanh", x)
 
     def erf(self, x: Array) -> Array:
-        from scipy.special import erf
-
-        return erf(x)
+        return self.function("erf", x)
 
     def sigmoid(self, x: Array) -> Array:
         from scipy.special import expit

@@ -40,36 +40,18 @@ class ObjectArithmetic(Arithmetic):
         return np.asarray(x == 0, dtype=bool)
 
     def scalar(self, name: str, value: Any) -> Any:
-        """One of sqrt, exp, tanh, atanh, erf on one element."""
+        """``function`` of one element."""
         raise NotImplementedError
 
-    def sqrt(self, x: Array) -> Array:
-        return self.each(lambda v: self.scalar("sqrt", v), x)
-
-    def exp(self, x: Array) -> Array:
-        return self.each(lambda v: self.scalar("exp", v), x)
-
-    def log(self, x: Array) -> Array:
-        return self.each(lambda v: self.scalar("log", v), x)
-
-    def tanh(self, x: Array) -> Array:
-        return self.each(lambda v: self.scalar("tanh", v), x)
+    def function(self, name: str, x: Array) -> Array:
+        return self.each(lambda v: self.scalar(name, v), x)
 
     def minimum(self, x: Array, bound: Any) -> Array:
         bound = self.number(bound)
         return self.each(lambda v: min(v, bound), x)
 
-    def arctanh(self, x: Array) -> Array:
-        return self.each(lambda v: self.scalar("atanh", v), x)
-
-    def erf(self, x: Array) -> Array:
-        return self.each(lambda v: self.scalar("erf", v), x)
-
     def sigmoid(self, x: Array) -> Array:
         return self.number(1) / (self.number(1) + self.exp(-x))
-
-    def where(self, condition: Array, a: Array, b: Array) -> Array:
-        return np.where(np.asarray(condition, dtype=bool), a, b)
 
 
 class RationalArithmetic(ObjectArithmetic):

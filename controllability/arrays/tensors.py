@@ -37,17 +37,8 @@ class TorchArithmetic(Arithmetic):
     def as_stored(self, x: Array, like: Array) -> Array:
         return x.to(like.dtype).to(x.dtype)
 
-    def sqrt(self, x: Array) -> Array:
-        return x.sqrt() if hasattr(x, "sqrt") else math.sqrt(x)
-
-    def exp(self, x: Array) -> Array:
-        return x.exp()
-
-    def log(self, x: Array) -> Array:
-        return x.log()
-
-    def tanh(self, x: Array) -> Array:
-        return x.tanh()
+    def function(self, name: str, x: Array) -> Array:
+        return getattr(x, name)() if hasattr(x, name) else getattr(math, name)(x)
 
     def minimum(self, x: Array, bound: Any) -> Array:
         return x.clamp(max=float(bound))
@@ -75,12 +66,6 @@ class TorchArithmetic(Arithmetic):
             y[rows] = self.linear(flat[rows], weights[expert])
         return y.reshape(*x.shape[:-1], weights.shape[1])
 
-    def arctanh(self, x: Array) -> Array:
-        return x.atanh()
-
-    def erf(self, x: Array) -> Array:
-        return x.erf()
-
     def sigmoid(self, x: Array) -> Array:
         return x.sigmoid()
 
@@ -92,9 +77,6 @@ class TorchArithmetic(Arithmetic):
 
     def or_one(self, x: Array) -> Array:
         return x.masked_fill(x == 0, 1)
-
-    def sum(self, x: Array) -> Array:
-        return x.sum(-1, keepdim=True)
 
     def max(self, x: Array) -> Array:
         return x.amax(-1, keepdim=True)

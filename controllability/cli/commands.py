@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import codecs
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 from controllability.cli.output import Output
@@ -47,10 +48,7 @@ def prove(args: argparse.Namespace, output: Output) -> int:
         if not (output.as_json or args.format == "json"):
             raise
         output.as_json = True
-        output.result({
-            "name": args.name, "verdict": "refused", "culprit": refused.culprit, "reason": refused.reason,
-            "hint": refused.hint,
-        })  # fmt: skip
+        output.refusal(refused, name=args.name)
         return 1
     checks = proof.check(args.level)
     failed = any(c["status"] == "failed" for c in checks)
@@ -95,9 +93,8 @@ def recheck(args: argparse.Namespace, output: Output) -> int:
     })  # fmt: skip
     from controllability.rendering.text import printable
 
-    output.text(
-        f"{printable(name or args.file)}: each of the {nodes} nodes follows from its premises, and nothing was searched"
-    )
+    named = printable(name or args.file)
+    output.text(f"{named}: each of the {nodes} nodes follows from its premises, and nothing was searched")
     output.text(str(proof))
     _show_checks(args.level, checks, output)
     return 1 if failed else 0
@@ -121,43 +118,11 @@ def _show_checks(level: str, checks: Sequence[dict[str, Any]], output: Output) -
         output.table(f"level {level}", ["rule", "status", "method"], rows)
 
 
-def patch(args: argparse.Namespace, output: Output) -> int:
-    """Make the patch of a context on a model directory; verify it by applying it."""
-    from controllability.cli import patch as live
-
-    return live.patch(args, output)
+def _elsewhere(module: str, name: str) -> Callable[[argparse.Namespace, Output], int]:
+    """The function ``name`` of ``controllability.cli.module``, imported when it is called: the models are heavy."""
+    return lambda args, output: getattr(import_module(f"controllability.cli.{module}"), name)(args, output)
 
 
-def verify(args: argparse.Namespace, output: Output) -> int:
-    """Reload a patch and hold it against a fresh target run."""
-    from controllability.cli import patch as live
-
-    return live.verify(args, output)
-
-
-def generate(args: argparse.Namespace, output: Output) -> int:
-    """Generate with the context, and from patched weights without it, side by side."""
-    from controllability.cli import generate as generating
-
-    return generating.generate(args, output)
-
-
-def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
-    """Turn a context into one set of weights, measure it, write it and load it again."""
-    from controllability.cli import compile as compiling
-
-    return compiling.compile(args, output)
-
-
-def export(args: argparse.Namespace, output: Output) -> int:
-    """Write a saved patch as a PEFT adapter."""
-    from controllability.cli import export as exporting
-
-    return exporting.export(args, output)
-
-
-def demo(args: argparse.Namespace, output: Output) -> int:
-    """The embedded model, with context, without, and patched."""
-    from controllability.cli import demo as demonstration
-
-    return demonstration.demo(args, output)
+patch, verify = _elsewhere("patch", "patch"), _elsewhere("patch", "verify")
+generate, export, demo = (_elsewhere(name, name) for name in ("generate", "export", "demo"))
+compile = _elsewhere("compile", "compile")  # noqa: A001 (named after the command)

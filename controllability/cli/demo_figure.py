@@ -22,31 +22,19 @@ def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Map
     before = unpatched_errors(model, target, source, patch.scope)
     layers = patch.report.layers
     index = range(len(layers))
+    scales = {"yscale": "log", "xlabel": "layer", "xticks": [*index]}
     figure, (errors, sizes) = two_plots()
     errors.bar([i - 0.2 for i in index], before, 0.4, label="without the context", color="#bb5a2a")
-    errors.bar(
-        [i + 0.2 for i in index], [max(x.residual, 1e-17) for x in layers], 0.4, label="patched", color="#2a6fbb"
-    )
-    errors.set(
-        yscale="log",
-        xlabel="layer",
-        ylabel="relative error of the layer's output",
-        xticks=[*index],
-        title="error against the contextual run",
-    )
+    after = [max(x.residual, 1e-17) for x in layers]
+    errors.bar([i + 0.2 for i in index], after, 0.4, label="patched", color="#2a6fbb")
+    errors.set(ylabel="relative error of the layer's output", title="error against the contextual run", **scales)
     errors.legend(loc="lower left")
     names = [*dict.fromkeys(_short(name) for x in layers for name in x.relative_changes)]
     width = 0.8 / len(names)
     for k, name in enumerate(names):
         heights = [next((v or 0.0 for n, v in x.relative_changes.items() if _short(n) == name), 0.0) for x in layers]
         sizes.bar([i + (k - (len(names) - 1) / 2) * width for i in index], heights, width, label=name)
-    sizes.set(
-        yscale="log",
-        xlabel="layer",
-        ylabel="relative change (largest over the words)",
-        xticks=[*index],
-        title="size of the patches",
-    )
+    sizes.set(ylabel="relative change (largest over the words)", title="size of the patches", **scales)
     sizes.legend(fontsize="small")
     return drawn(figure, path)
 

@@ -43,10 +43,11 @@ class Output:
             table.add_row(*row)
         Console(markup=False, emoji=False, highlight=False).print(table)  # a name in brackets is no style
 
-    def refusal(self, error: NotControllable | SideConditionFailed) -> None:
-        """A refusal as a result: scripts get its parts."""
+    def refusal(self, error: NotControllable | SideConditionFailed, **of: str) -> None:
+        """A refusal as a result, after what it is ``of``: scripts get its parts."""
         if isinstance(error, NotControllable):
-            self.result({"verdict": "refused", "culprit": error.culprit, "reason": error.reason, "hint": error.hint})
+            parts = {"verdict": "refused", "culprit": error.culprit, "reason": error.reason, "hint": error.hint}
+            self.result(of | parts)
         else:
             proof = {"certificate": error.certificate.to_dict()} if error.certificate is not None else {}
             self.result(proof | {

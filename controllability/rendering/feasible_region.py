@@ -5,7 +5,6 @@ In s = 1/m'² each token is one equation: a plane.  ``python -m controllability.
 
 from __future__ import annotations
 
-import os
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from controllability.rendering.figure import drawn, two_plots
 from controllability.solvers.farkas_certificate import Infeasible
 from controllability.solvers.joint_scale import joint_scale
 
@@ -56,23 +56,11 @@ def feasible_picture(path: Path) -> Path:
     ...     feasible_picture(Path(folder) / "picture.png").read_bytes()[1:4]
     b'PNG'
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(8, 8), layout="constrained")
+    figure, axes = two_plots(2, (8, 8))
     for column, G in enumerate((FEASIBLE, EMPTY)):
         _octant(axes[0, column], G)
         _tokens(axes[1, column], G)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(temporary, format="png", dpi=90, pil_kwargs={"optimize": True})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        pyplot.close(figure)
-    return path
+    return drawn(figure, path, 90, pil_kwargs={"optimize": True})
 
 
 def _octant(axes: Any, G: Any) -> None:
@@ -83,13 +71,8 @@ def _octant(axes: Any, G: Any) -> None:
         axes.text(*(3.55 * along), f"$s_{i + 1}$", ha="center", va="center")
     for t, colour in enumerate((BLUE, ORANGE)):
         corners = (q[t] / A[t])[:, None] * SLANT
-        axes.fill(
-            *corners.T,
-            facecolor=colour,
-            alpha=0.25,
-            edgecolor=colour,
-            label=f"token {t + 1}: $A_{t + 1}\\cdot s=q_{t + 1}$",
-        )
+        label = f"token {t + 1}: $A_{t + 1}\\cdot s=q_{t + 1}$"
+        axes.fill(*corners.T, facecolor=colour, alpha=0.25, edgecolor=colour, label=label)
     ends = segment(A, q)
     if ends is not None:
         axes.plot(*(ends @ SLANT).T, color=DARK, linewidth=3, solid_capstyle="round", label="both")

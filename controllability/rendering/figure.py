@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def two_plots() -> tuple[Figure, tuple[Axes, Axes]]:
-    """A figure of two plots, drawn without a display."""
+def two_plots(rows: int = 1, size: tuple[float, float] = (10, 4)) -> tuple[Figure, Any]:
+    """A figure of two plots in each row, ``size`` inches wide and high, drawn without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    return figure, (left, right)
+    return pyplot.subplots(rows, 2, figsize=size, layout="constrained")
 
 
-def drawn(figure: Figure, path: Path) -> Path:
+def drawn(figure: Figure, path: Path, dpi: int = 120, **how: Any) -> Path:
     """Write a figure to ``path`` (PNG, atomically) and close it; returns the path."""
     from matplotlib import pyplot
 
     temporary = path.with_name(f".{path.name}.part")
     try:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png", dpi=dpi, **how)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -49,13 +50,9 @@ class JointScale:
 
 
 def joint_scale(
-    G: Vector,
-    m: Vector,
-    r2: Vector,
-    eps: float,
-    stored: Callable[[Vector], Vector] = lambda scale: scale,
-    keep_rms: bool = False,
-) -> JointScale:
+    G: Vector, m: Vector, r2: Vector, eps: float,
+    stored: Callable[[Vector], Vector] = lambda scale: scale, keep_rms: bool = False,
+) -> JointScale:  # fmt: skip
     """One scale m' (d,) that lets all T tokens reach G (T, d) behind the normalisation, by the first resort open.
 
     ``m`` (d,) is the effective scale, ``r2`` (T,) mean(y_t²) of what enters the normalisation now (where
@@ -74,7 +71,8 @@ def joint_scale(
     >>> answer.resort, np.allclose(answer.scale * n, G, rtol=1e-12), bool(np.allclose(np.mean(y * y, -1), 1))
     ('kept rms', True, True)
     """
-    task = _Task.of(G, m, r2, eps, stored)
+    G, r2, m = (np.asarray(value, dtype=float) for value in (G, r2, m))
+    task = _Task(G, r2, m, float(eps), stored)
     if not task.live.any():
         return task.finished(np.ones(task.d), Resort.KEPT, None)
     kept, hopeless = _keeping(task)
@@ -90,39 +88,62 @@ def joint_scale(
 
 
 @dataclass(frozen=True, eq=False)
-class _Task:
-    """The numbers of one joint scale, with A (T, d) and q (T,), and what is the same for every resort."""
+class Targets:
+    """What one scale is chosen from: targets G (T, d), mean squares (T,) before the norm, the scale m (d,), ε.
+
+    ``stored`` rounds a scale to what the parameter can hold.
+    """
 
     G: Vector
+    square: Vector
     m: Vector
     eps: float
     stored: Callable[[Vector], Vector]
-    usual: Vector  # |m|, with the mean |m| where m_i = 0
-    wanted: Vector  # (T,) √(r_t²+ε)
-    q: Vector
-    A: Vector
-    live: Vector  # (T,) tokens with G_t ≠ 0: the others take no part
 
-    @classmethod
-    def of(cls, G: Vector, m: Vector, r2: Vector, eps: float, stored: Callable[[Vector], Vector]) -> _Task:
-        G, m, r2 = (np.asarray(value, dtype=float) for value in (G, m, r2))
+    @cached_property
+    def q(self) -> Vector:
+        """mean(u²) of a token that keeps its RMS, (T,)."""
+        kept = to_keep(self.square, self.eps)
+        return kept / (kept + self.eps)
+
+    @cached_property
+    def root(self) -> Vector:
+        """√(r²+ε) of a token that keeps its RMS, (T,)."""
+        return np.sqrt(to_keep(self.square, self.eps) + self.eps)
+
+
+@dataclass(frozen=True, eq=False)
+class _Task(Targets):
+    """Targets that can be used, with what is the same for every resort."""
+
+    def __post_init__(self) -> None:
+        G, m, r2, eps = self.G, self.m, self.square, self.eps
         if G.ndim != 2 or 0 in G.shape or m.shape != G.shape[1:] or r2.shape != G.shape[:1]:
             raise BadInput(f"joint_scale: G (T, d), m (d,) and r2 (T,) do not fit: {G.shape}, {m.shape}, {r2.shape}")
-        with np.errstate(over="ignore"):
-            A = G * G / G.shape[1]
-        finite = np.isfinite(A).all() and np.isfinite(m).all() and np.isfinite(r2).all() and np.isfinite(eps)
+        finite = np.isfinite(self.A).all() and np.isfinite(m).all() and np.isfinite(r2).all() and np.isfinite(eps)
         if not finite or (r2 < 0).any() or eps < 0:
             raise BadInput("joint_scale: G², m, r2 ≥ 0 and eps ≥ 0 must be finite")
-        r2 = to_keep(r2, eps)
-        size = np.abs(m)
+
+    @cached_property
+    def A(self) -> Vector:  # noqa: N802 (the theory's name)
+        """(T, d): mean(u²) as a function of s."""
+        with np.errstate(over="ignore"):
+            return self.G * self.G / self.d
+
+    @cached_property
+    def live(self) -> Vector:
+        """(T,) tokens with G_t ≠ 0: the others take no part."""
+        return np.any(self.A, axis=1).astype(bool)
+
+    @cached_property
+    def usual(self) -> Vector:
+        """|m|, with the mean |m| where m_i = 0."""
+        size = np.abs(self.m)
         typical = size[size > 0].mean() if size.any() else 1.0
         usual = np.where(size > 0, np.maximum(size, TINY * typical), typical)
-        spread = np.sqrt(np.mean((G / usual) ** 2, -1).max())
-        if spread > 0 and not TINY < spread < 1 / TINY:  # so far from now that the change is counted from c·m
-            usual = usual * spread
-        return cls(
-            G, m, float(eps), stored, usual, np.sqrt(r2 + eps), r2 / (r2 + eps), A, np.any(A, axis=1).astype(bool)
-        )
+        spread = np.sqrt(np.mean((self.G / usual) ** 2, -1).max())
+        far = spread > 0 and not TINY < spread < 1 / TINY  # so far from now that the change is counted from c·m
+        return usual * spread if far else usual
 
     @property
     def d(self) -> int:
@@ -155,7 +176,7 @@ class _Task:
         return JointScale(
             scale, unit, before, resort,
             change=largest_change(scale, self.m),
-            shrinkage=float((self.wanted / root)[self.live].max(initial=1)),
+            shrinkage=float((self.root / root)[self.live].max(initial=1)),
             residual=self._residual(scale, before), certificate=certificate,
         )  # fmt: skip
 
@@ -172,12 +193,12 @@ class _Task:
         The output feels an error of this root (1 − p_t)-fold only, so the cancellation in 1 − p_t is harmless.
         """
         open_ = self.live & (1 - p > ROUNDING / 2) & (self.eps > 0)
-        root = np.sqrt(np.divide(self.eps, 1 - p, out=self.wanted**2, where=open_))
+        root = np.sqrt(np.divide(self.eps, 1 - p, out=self.root**2, where=open_))
         if not kept:
             return root
-        factor = root / self.wanted
+        factor = root / self.root
         as_given = (np.abs(p - self.q) <= ROUNDING) | (factor > 2) | (factor < 0.5)
-        return np.where(as_given, self.wanted, root)
+        return np.where(as_given, self.root, root)
 
 
 def _keeping(task: _Task) -> tuple[JointScale | None, Vector | None]:
@@ -211,7 +232,7 @@ def _solution(rows: Vector) -> tuple[Vector | None, Vector | None]:
 
 def _moved(task: _Task, certificate: Farkas | None) -> Iterator[JointScale]:
     """ "moved rms" for every change of ``FACTORS``: the least shrinkage that it allows."""
-    rows, w = task.rows(), task.eps / task.wanted[task.live] ** 2
+    rows, w = task.rows(), task.eps / task.root[task.live] ** 2
     for factor in FACTORS:
         margin = np.maximum(w / GROWTH**2, 2 * ROUNDING)
         for _ in range(4):  # a coarse parameter needs more room: seen only after rounding
@@ -222,7 +243,8 @@ def _moved(task: _Task, certificate: Farkas | None) -> Iterator[JointScale]:
             if answer.residual <= ACCEPTED:
                 yield answer
                 break
-            margin = np.maximum(margin, 2 * _coarseness(rows, sigma, answer, task))
+            held = np.mean(answer.unit[task.live] ** 2, -1)  # rounding the scale moved it from rows·σ
+            margin = np.maximum(margin, 2 * np.abs(held - rows @ sigma).max())
 
 
 def _enlarged(task: _Task, certificate: Farkas | None) -> Iterator[JointScale]:
@@ -236,9 +258,3 @@ def _enlarged(task: _Task, certificate: Farkas | None) -> Iterator[JointScale]:
         if answer.residual <= ACCEPTED:
             return
         inside /= 4
-
-
-def _coarseness(rows: Vector, sigma: Vector, answer: JointScale, task: _Task) -> float:
-    """How far rounding the scale moved a token's mean(u²)."""
-    held = np.mean(answer.unit[task.live] ** 2, -1)
-    return float(np.abs(held - rows @ sigma).max())

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from controllability.solvers.farkas_certificate import Infeasible
-from controllability.solvers.free_sizes import Sized, sized_scale
-from controllability.solvers.joint_scale import joint_scale
-from controllability.solvers.nearest_scale import STAY, largest_change, nearest_scale, to_keep
+from controllability.solvers.joint_scale import Targets, joint_scale
+from controllability.solvers.nearest_scale import STAY, largest_change, nearest_scale
 from controllability.solvers.resorts import Resort
 
 MAGNIFIED = 5e-6  # amplification, times machine epsilon, above which a block had better do something else
 CALM = 10.0  # amplification up to which it need not in any precision
 AFFINE = 1e-6  # differences of mean(u²) from q that count as none
+FACTORS = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
+SHRUNK = 0.1  # no output is made smaller than this part of its size
 
 
 class Chosen(NamedTuple):
@@ -28,33 +28,8 @@ class Chosen(NamedTuple):
     remark: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class ScaleTask:
-    """What one scale is chosen from: targets G (T, d), mean squares (T,) before the norm, the scale m (d,), ε.
-
-    ``stored`` rounds a scale to what the parameter can hold.
-    """
-
-    G: np.ndarray
-    square: np.ndarray
-    m: np.ndarray
-    eps: float
-    stored: Callable[[np.ndarray], np.ndarray]
-
-    @property
-    def usual(self) -> np.ndarray:
-        """The mean squares, where there is an RMS to keep."""
-        return to_keep(self.square, self.eps)
-
-    @property
-    def q(self) -> np.ndarray:
-        """mean(u²) of a token that keeps its RMS, (T,)."""
-        return self.usual / (self.usual + self.eps)
-
-    @property
-    def root(self) -> np.ndarray:
-        """√(r²+ε) of a token that keeps its RMS, (T, 1)."""
-        return np.sqrt(self.usual + self.eps)[:, None]
+class ScaleTask(Targets):
+    """The scales that can be had for these targets."""
 
     def exact(self, tolerance: float, keep_rms: bool) -> Chosen:
         """The scale with which every token reaches its target; tokens that differ by less than ``tolerance`` count as one.
@@ -81,7 +56,7 @@ class ScaleTask:
     def nearest(self, resort: Resort, ridge: float = 0.0) -> Chosen:
         """Every token keeps its RMS and comes as near to its target as one scale allows."""
         found = nearest_scale(self.G, self.m, self.q, ridge or STAY, self.stored)
-        return Chosen(found.scale, found.unit * self.root, resort)
+        return Chosen(found.scale, found.unit * self.root[:, None], resort)
 
     def fitted(self, ridge: float) -> Chosen:
         """The scale of a fit: it weighs its own change as the matrix before it does; without a weight an exact one will do."""
@@ -103,7 +78,7 @@ class ScaleTask:
         if np.abs((unit**2).mean(-1) - self.q).max() > AFFINE:  # a bend between the norm and the block's output
             return None
         remark = f"; outputs change their sizes by factors {found.sizes.min():.3f} to {found.sizes.max():.3f}"
-        return Chosen(found.scale, unit * self.root, Resort.SIZED, remark)
+        return Chosen(found.scale, unit * self.root[:, None], Resort.SIZED, remark)
 
     def amplification(self, chosen: Chosen) -> np.ndarray:
         """How much a rounding error of W y, relative to its largest entry, is magnified in m'∘n(y*), relative to G's, (T, 1)."""
@@ -137,3 +112,57 @@ def distinct(rows: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray
         if not len(near):
             kept.append(t)
     return np.array(kept), like
+
+
+class Sized(NamedTuple):
+    """The scale m' (d,), and c_t (T,): the factors by which the outputs change their sizes."""
+
+    scale: np.ndarray
+    sizes: np.ndarray
+
+
+def sized_scale(
+    G: np.ndarray, output: np.ndarray, q: np.ndarray, scales: Iterable[np.ndarray],
+    stored: Callable[[np.ndarray], np.ndarray] = lambda scale: scale,
+) -> Sized | None:  # fmt: skip
+    """Of ``scales`` (d,) and their multiples, the one whose c_t stay nearest to 1; None if there is none.  (new)
+
+    Where nothing but a normalisation reads a block's output, o_t and c·o_t with c > 0 are the same to it.  The branch in front
+    of that sum must then give G_t + (c_t − 1)·o_t, and mean(((G_t + (c_t − 1)·o_t)/m')²) = q_t is a quadratic equation for
+    c_t, for any scale m': every token keeps the RMS before the norm, and Theorem 1 holds up to the c_t.
+
+    ``G`` (T, d) is what the normalised branch must give for ``output`` (T, d), the block's, and ``q`` (T,) = r²/(r²+ε).
+
+    >>> import numpy as np
+    >>> G, output = np.array([[3.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), np.array([[4.0, 1.0], [1.0, 3.0], [2.0, 2.0]])
+    >>> found = sized_scale(G, output, np.ones(3), [np.ones(2)])
+    >>> unit = (G + (found.sizes - 1)[:, None] * output) / found.scale
+    >>> bool(np.allclose((unit**2).mean(-1), 1) and (found.sizes > 0).all())
+    True
+    """
+    best: tuple[float, Sized] | None = None
+    for scale in scales:
+        for factor in FACTORS:
+            held = stored(scale * factor)
+            if (held == 0).any():
+                continue
+            sizes = _sizes(G / held, output / held, q)
+            if sizes is None:
+                continue
+            worst = float(np.abs(np.log(sizes)).max())
+            if best is None or worst < best[0]:
+                best = worst, Sized(held, sizes)
+    return None if best is None else best[1]
+
+
+def _sizes(branch: np.ndarray, output: np.ndarray, q: np.ndarray) -> np.ndarray | None:
+    """c_t with mean((branch_t + (c_t − 1)·output_t)²) = q_t, the root next to 1; None where a token has none."""
+    a, b, p = (output**2).mean(-1), (branch * output).mean(-1), (branch**2).mean(-1) - q
+    inside = b * b - a * p
+    if (inside < 0).any() or (a == 0).any():
+        return None
+    far = -(b + np.where(b < 0, -1.0, 1.0) * np.sqrt(inside))  # without cancellation; the other root follows from it
+    roots = np.stack([np.divide(p, far, out=np.zeros_like(p), where=far != 0), far / a])
+    roots = np.where(1 + roots > SHRUNK, roots, np.inf)
+    sizes = 1 + np.take_along_axis(roots, np.abs(roots).argmin(0)[None], 0)[0]
+    return sizes if np.isfinite(sizes).all() else None

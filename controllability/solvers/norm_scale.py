@@ -13,7 +13,7 @@ from typing import Any
 
 from controllability.arrays import Arithmetic, Array, arithmetic
 from controllability.errors import BadInput, NotExact
-from controllability.solvers.secular import _keep, secular
+from controllability.solvers.secular import secular
 
 ROUTES = ("auto", "scale", "secular", "uniform", "ball")
 INFINITE = float("inf")
@@ -78,7 +78,7 @@ def candidate(route: str, G: Array, m: Array, y: Array, eps: Any, stored: Any) -
 
 def _settled(xp: Arithmetic, G: Array, m: Array, scale: Array, unit: Array, stored: Any) -> tuple[Array, Array]:
     """(m' as stored, u = G/m'): where m'_i = 0 u comes from the solver; where G = 0 nothing moves and u = 0."""
-    nothing = xp.is_zero(G).all(-1, **_keep(xp))
+    nothing = xp.is_zero(G).all(-1, keepdims=True)
     if xp.any(nothing):
         scale = xp.where(nothing, m + xp.zeros_like(G), scale)
         unit = xp.where(nothing, xp.zeros_like(unit), unit)
@@ -147,7 +147,7 @@ def _scale(xp: Arithmetic, G: Array, m: Array, y: Array, eps: Any, stored: Any) 
     n = y / xp.sqrt(total)
     idle = xp.is_zero(n)
     delta = G - m * n
-    open_ = (~idle | xp.is_zero(delta)).all(-1, **_keep(xp))
+    open_ = (~idle | xp.is_zero(delta)).all(-1, keepdims=True)
     scale = xp.where(idle, m + xp.zeros_like(G), G / xp.where(idle, n + 1, n))
     return Candidate("scale", stored(scale), n, y, open_, _alive(xp, scale, m))
 
@@ -157,7 +157,7 @@ def _alive(xp: Arithmetic, scale: Array, m: Array) -> Array:
     if xp.symbolic:
         return xp.is_zero(xp.sum(scale) * 0)
     shut = xp.magnitude(scale) <= math.sqrt(xp.machine_epsilon(scale)) * xp.magnitude(m)
-    return ~(shut & ~xp.is_zero(m + xp.zeros_like(scale))).any(-1, **_keep(xp))
+    return ~(shut & ~xp.is_zero(m + xp.zeros_like(scale))).any(-1, keepdims=True)
 
 
 def amplification(chosen: Candidate, G: Array, y: Array, eps: Any) -> Array:
@@ -221,10 +221,8 @@ def _why(xp: Arithmetic, options: list[_Judged], remark: str = "") -> Callable[[
     seen = [(option.answer.route, option.cost, option.change) for option in options]
 
     def told() -> str:
-        phrases = [
-            f"{r}: amplification {_worst(xp, cost)}, scale change {_worst(xp, change)}" for r, cost, change in seen
-        ]
-        return "; ".join(phrases) + remark
+        phrase = "{}: amplification {}, scale change {}".format
+        return "; ".join(phrase(r, _worst(xp, cost), _worst(xp, change)) for r, cost, change in seen) + remark
 
     return told
 
@@ -251,10 +249,8 @@ def _judged(xp: Arithmetic, route: str, G: Array, m: Array, y: Array, eps: Any, 
 
 
 def _select(xp: Arithmetic, mask: Array, a: Candidate, b: Candidate) -> Candidate:
-    pick = [
-        xp.where(mask, getattr(a, f), getattr(b, f)) for f in ("scale", "unit", "before", "open", "tame", "amplified")
-    ]
-    return Candidate("mixed", *pick[:5], amplified=pick[5])
+    names = ("scale", "unit", "before", "open", "tame", "amplified")
+    return Candidate("mixed", **{name: xp.where(mask, getattr(a, name), getattr(b, name)) for name in names})
 
 
 def _worst(xp: Arithmetic, values: Array) -> str:

@@ -6,10 +6,6 @@ from controllability.arrays import Arithmetic, Array
 from controllability.errors import NotExact
 
 
-def _keep(xp: Arithmetic) -> dict[str, bool]:
-    return {"keepdim": True} if xp.kind == "torch" else {"keepdims": True}
-
-
 def secular(xp: Arithmetic, G: Array, m: Array, q: Array) -> tuple[Array, Array]:
     """m' = m − μ/m and u = G∘m/(m²−μ) with mean(u²) = q, μ < min m²; the hard case included.
 
@@ -22,9 +18,8 @@ def secular(xp: Arithmetic, G: Array, m: Array, q: Array) -> tuple[Array, Array]
         mu = xp.root("mu", lambda mu: xp.mean((gm / (m * m - mu)) ** 2), q)
         return (m * m - mu) / m, gm / (m * m - mu)
     if xp.exact:
-        raise NotExact(
-            "the secular route needs the root of a polynomial of degree 2d: use uniform or scale in exact arithmetic"
-        )
+        found = "the secular route needs the root of a polynomial of degree 2d"
+        raise NotExact(f"{found}: use uniform or scale in exact arithmetic")
     lowest = xp.min(m * m)
     deltas = m * m - lowest + xp.zeros_like(G)
     bottom = xp.is_zero(deltas)
@@ -34,7 +29,7 @@ def secular(xp: Arithmetic, G: Array, m: Array, q: Array) -> tuple[Array, Array]
     t = xp.max(xp.sqrt(a / (d * q)) - deltas)
     t = xp.where(t > 0, t, xp.zeros_like(t))
     base = xp.where(quiet, deltas + 1, deltas)
-    hard = xp.is_zero(t) & (bottom == quiet).all(-1, **_keep(xp))
+    hard = xp.is_zero(t) & (bottom == quiet).all(-1, keepdims=True)
     if xp.any(hard):
         hard = hard & (xp.mean(a / xp.where(xp.is_zero(base), base + 1, base) ** 2) <= q)
     tolerance = 4 * xp.machine_epsilon(G)

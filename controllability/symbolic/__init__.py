@@ -8,9 +8,8 @@ import sys
 from typing import Any
 
 from controllability.arrays import register
-from controllability.symbolic.arithmetic import SympyArithmetic
+from controllability.symbolic.arithmetic import IndexedArithmetic, SympyArithmetic
 from controllability.symbolic.indexed import IndexedArray
-from controllability.symbolic.indexed_arithmetic import IndexedArithmetic
 
 
 def _is_symbol(value: Any) -> bool:

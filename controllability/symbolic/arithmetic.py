@@ -1,8 +1,9 @@
-"""SymPy numbers in NumPy object arrays."""
+"""SymPy numbers in NumPy object arrays, and index notation."""
 
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ import numpy as np
 from controllability.arrays.base import Array
 from controllability.arrays.objects import ObjectArithmetic
 from controllability.errors import NotExact
+from controllability.symbolic.array_names import assume, named_array, unused
 from controllability.symbolic.definitions import named
+from controllability.symbolic.indexed import IndexedArray, _broadcast, _integer, _known
 from controllability.symbolic.normal_form import normal_form
+from controllability.symbolic.sums import axis_index
 
 
 class SympyArithmetic(ObjectArithmetic):
@@ -55,8 +59,7 @@ class SympyArithmetic(ObjectArithmetic):
 
     def top(self, x: Array, k: int) -> Array:
         # symbols have no order: the experts are numbered so that the first k are chosen
-        first = np.arange(k, dtype=np.int64)
-        return np.broadcast_to(first, (*x.shape[:-1], k))
+        return np.broadcast_to(np.arange(k, dtype=np.int64), (*x.shape[:-1], k))
 
     def routed(self, x: Array, weights: Array, index: Array) -> Array:
         return self.name(super().routed(x, weights, index))
@@ -76,3 +79,66 @@ class SympyArithmetic(ObjectArithmetic):
     def to_float(self, x: Array) -> Any:
         value = np.asarray(x, dtype=object).reshape(())[()]
         return float(value) if getattr(value, "is_number", False) else None
+
+
+class IndexedArithmetic(SympyArithmetic):
+    """SymPy expressions for one generic entry of arrays of symbolic size."""
+
+    kind = "indexed"
+
+    def array(self, values: Any, like: Array | None = None) -> Array:
+        raise NotExact("arrays of symbolic size have no listed entries")
+
+    def each(self, function: Any, x: Array) -> Array:
+        return IndexedArray(x.shape, function(x.entry))
+
+    def scalar(self, name: str, value: Any) -> Any:
+        import sympy
+
+        return getattr(sympy, name)(normal_form(value) if name == "sqrt" else value)
+
+    def is_zero(self, x: Array) -> Array:
+        return _known(x.entry == 0, x.ndim)
+
+    def zeros_like(self, x: Array) -> Array:
+        return IndexedArray(x.shape, _integer(0))
+
+    def where(self, condition: Array, a: Array, b: Array) -> Array:
+        if isinstance(condition, IndexedArray):
+            return condition * a + (1 - condition) * b
+        chosen, other = (a, b) if condition.all() else (b, a)
+        if not isinstance(chosen, IndexedArray):
+            return self.zeros_like(other) + chosen
+        return IndexedArray(_broadcast(chosen.shape, getattr(other, "shape", ())), chosen.entry)
+
+    def repeated(self, x: Array, k: Any) -> Array:
+        return IndexedArray((*x.shape[:-2], k, x.shape[-1]), x.entry)
+
+    def smallest(self, x: Array) -> Array:
+        """One generic feature: it is 0 exactly when all of them are."""
+        return IndexedArray((*x.shape[:-1], 1), x.entry)
+
+    def name(self, x: Array) -> Array:
+        return named_array(x)
+
+    def root(self, name: str, function: Any, value: Array) -> Array:
+        """A number with ``function(number) = value``, which is assumed to exist."""
+        unknown = IndexedArray(value.shape, unused(name))
+        assume(function(unknown).entry, value.entry, unknown.entry)
+        return unknown
+
+    def concatenate(self, parts: list[Array], axis: int) -> Array:
+        """Features one after the other: which part an entry is of hangs on its index."""
+        import sympy
+
+        assert axis == -1, "only features are put one after the other"
+        index, start, cases = axis_index(0), sympy.Integer(0), []
+        for part in parts:
+            size = part.shape[-1]
+            cases.append((part.entry.xreplace({index: index - start}), index < start + size))
+            start += size
+        shape = reduce(_broadcast, ((*part.shape[:-1], 1) for part in parts))
+        return IndexedArray((*shape[:-1], start), sympy.Piecewise(*cases[:-1], (cases[-1][0], True)))
+
+    def to_float(self, x: Array) -> Any:
+        return None

@@ -63,22 +63,17 @@ def tag(x: Any) -> Any:
 
     A part of an array has entries of the same name, and is named anew: it is another array.
     """
+    import sympy
+
     table, x = kept(), named_array(x)
     if table is not None and not x.entry.is_Atom and _shape_of(table, str(x.entry.func), x.shape) != x.shape:
         x = array_named_in(table, x)
-    head = x.entry.func if x.entry.args else x.entry
-    return _whole(str(head)) if x.entry.is_Atom or _is_named(x) else _whole(str(x.entry))
+    return sympy.Symbol(str(x.entry.func if x.entry.args and _is_named(x) else x.entry), real=True)
 
 
 def _shape_of(table: Definitions, name: str, seen: Any) -> Any:
     """The shape of the array called ``name``; of one that is no definition the first that was ``seen``."""
     return table.arrays[name].shape if name in table.arrays else table.shapes.setdefault(name, seen)
-
-
-def _whole(name: str) -> Any:
-    import sympy
-
-    return sympy.Symbol(f"{name}", real=True)
 
 
 def _is_named(x: Any) -> bool:
@@ -121,8 +116,7 @@ def unfolded(expression: Any, name: str, array: Any) -> Any:
     import sympy
 
     if str(getattr(expression, "func", "")) == name:
-        places = [axis_index(p) for p in reversed(range(array.ndim)) if array.shape[-1 - p] != 1]
-        return array.entry.xreplace(dict(zip(places, expression.args, strict=True)))
+        return array.at(expression.args)
     if expression.is_Atom:
         return _written_whole(array) if str(expression) == name else expression
     if isinstance(expression, sympy.Sum):
@@ -147,7 +141,7 @@ def _written_whole(array: Any) -> Any:
     if all(n == 1 for n in array.shape):
         return array.entry
     if table is not None and _is_named(array) and table.shapes.get(str(array.entry.func)) == array.shape:
-        return _whole(str(array.entry.func))
+        return sympy.Symbol(str(array.entry.func), real=True)
     own = {axis_index(p): sympy.Symbol(f"j_{p}", integer=True, nonnegative=True) for p in range(array.ndim)}
     return sympy.Function("array", real=True)(array.entry.xreplace(own), *array.shape)
 
@@ -183,7 +177,7 @@ class RandomPoint:
         if head == "array":  # as the name of an array: what stands first in it
             return self.value(e.args[0])
         if head in self.arrays:
-            return self.value(self._written_out(self.arrays[head], e.args))
+            return self.value(self.arrays[head].at(e.args) if e.args else self.arrays[head].entry)
         if e.is_Symbol:
             return self._symbol(head, e)
         values = [self.value(a) for a in e.args]
@@ -197,9 +191,8 @@ class RandomPoint:
 
     def _holds(self, relation: Any) -> bool:
         """Whether a comparison of places is true here."""
-        return (
-            bool(relation.func(*(self.value(side).real for side in relation.args))) if relation.args else bool(relation)
-        )
+        sides = [self.value(side).real for side in relation.args]
+        return bool(relation.func(*sides) if sides else relation)
 
     def _symbol(self, name: str, symbol: Any) -> complex:
         if symbol.is_integer:
@@ -213,10 +206,6 @@ class RandomPoint:
         inside = sympy.Sum(e.function, *inner) if inner else e.function
         start, stop = (round(self.value(end).real) for end in (low, high))
         return sum((self.value(inside.xreplace({bound: sympy.Integer(i)})) for i in range(start, stop + 1)), 0j)
-
-    def _written_out(self, array: Any, at: tuple[Any, ...]) -> Any:
-        places = [axis_index(p) for p in reversed(range(array.ndim)) if array.shape[-1 - p] != 1]
-        return array.entry.xreplace(dict(zip(places, at, strict=False)))
 
 
 def _rounded(value: complex) -> str:

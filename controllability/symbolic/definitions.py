@@ -61,10 +61,6 @@ class Definitions:
 
         return at(expression)
 
-    def expand_once(self, expression: Any) -> Any:
-        """The expression with the names in it replaced by their definitions, one level deep."""
-        return expression.xreplace({s: self.meaning[s] for s in expression.free_symbols if s in self.meaning})
-
     def expand_newest(self, expression: Any) -> Any:
         """The names of the deepest layer replaced by their definitions, in normal form."""
         depths: dict[Any, int] = {}
@@ -82,8 +78,8 @@ class Definitions:
 
     def expand(self, expression: Any) -> Any:
         """The expression with every name replaced by what it stands for."""
-        while any(s in self.meaning for s in expression.free_symbols):
-            expression = self.expand_once(expression)
+        while found := {s: self.meaning[s] for s in expression.free_symbols if s in self.meaning}:
+            expression = expression.xreplace(found)
         return expression
 
 

@@ -7,6 +7,7 @@ code that runs on NumPy runs on these arrays unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import zip_longest
 from typing import Any
 
@@ -38,14 +39,24 @@ class IndexedArray:
         """The array whose entries are called ``name(…, i_1, i_0)``."""
         import sympy
 
-        places = [axis_index(p) for p in reversed(range(len(shape))) if shape[-1 - p] != 1]
-        head = sympy.Function(name, real=True)
-        return IndexedArray(shape, head(*places) if places else sympy.Symbol(name, real=True))
+        places = IndexedArray(shape, None).indices
+        return IndexedArray(
+            shape, sympy.Function(name, real=True)(*places) if places else sympy.Symbol(name, real=True)
+        )
 
     @property
     def ndim(self) -> int:
         """How many axes."""
         return len(self.shape)
+
+    @property
+    def indices(self) -> list[Any]:
+        """The indices of the axes that are longer than 1, the first axis first."""
+        return [axis_index(p) for p in reversed(range(self.ndim)) if self.shape[-1 - p] != 1]
+
+    def at(self, places: Iterable[Any]) -> Any:
+        """The entry at these places of the axes that are longer than 1."""
+        return self.entry.xreplace(dict(zip(self.indices, places, strict=True)))
 
     def __repr__(self) -> str:
         return f"IndexedArray({self.shape}, {self.entry})"
