@@ -45,7 +45,7 @@ def save_patch(patch: PatchRecord, directory: Path, model: nn.Module | None) -> 
         raise PatchError(
             "this patch was made while other patches were on the model: it has no meaning on its own, save those and redo it"
         )
-    mark = patch.fingerprint or patch.fingerprint_of(patch.model())
+    mark = patch.mark()
     if model is not None and (patch._model is None or patch._model() is not model) and known_fingerprint(model) != mark:
         raise PatchError("this patch was made for other weights than those of the model that was passed")
     with written(directory) as folder:

@@ -77,7 +77,7 @@ def export_peft(patch: PatchRecord, directory: Path, model: nn.Module | None = N
         for path in dense:
             tensors |= _dense_tensors(model, path, patch.entries, forms)
     config = _config(forms, ranks, dense, model)
-    made_for = {MADE_FOR: patch.fingerprint or patch.fingerprint_of(patch.model())}
+    made_for = {MADE_FOR: patch.mark()}
     with written(directory) as folder:
         stored = {PREFIX + name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(stored, folder / TENSORS, metadata={"format": "pt"} | made_for)
@@ -89,7 +89,7 @@ def export_peft(patch: PatchRecord, directory: Path, model: nn.Module | None = N
 def _refuse_other(patch: PatchRecord, model: nn.Module) -> None:
     if carried(model):
         raise PatchError("patches are on the model at the moment: leave applied() or unmerge before exporting")
-    if known_fingerprint(model) != (patch.fingerprint or patch.fingerprint_of(patch.model())):
+    if known_fingerprint(model) != patch.mark():
         raise PatchError("this patch was made for other weights (the fingerprints differ)")
 
 
@@ -128,7 +128,7 @@ def _dense_tensors(
     key = ""
     for entry in entries:
         if entry.module == path:
-            write(held[entry.attribute], entry.param, entry.delta)
+            write(held[entry.param.name.removeprefix(f"{path}.")], entry.param, entry.delta)
             key = forms[entry.param.name].key
     return {f"{key}.{name}": value for name, value in held.items()}
 

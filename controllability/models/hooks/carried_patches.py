@@ -129,12 +129,8 @@ def refuse_on_it(model: nn.Module, patch_id: str, parameters: frozenset[str], ma
     count = "1 patch" if len(on_it) == 1 else f"{len(on_it)} patches"
     under = f"{len(made_under)} others" if len(on_it) == len(made_under) else str(len(made_under))
     both = sorted(parameters.intersection(*[item.parameters for item in on_it])) if on_it else []
-    shared = (
-        f"; {'both' if len(on_it) == 1 else 'they all'} change {both[0]}"
-        + (f" and {len(both) - 1} more" if len(both) > 1 else "")
-        if both
-        else ""
-    )
+    more = f" and {len(both) - 1} more" if len(both) > 1 else ""
+    shared = f"; {'both' if len(on_it) == 1 else 'they all'} change {both[0]}{more}" if both else ""
     raise PatchError(
         f"the model carries {count} and this one was made while it carried {under}{shared}: a patch is right only on top "
         "of what it was made on; "

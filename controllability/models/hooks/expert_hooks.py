@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from controllability.arrays import ARITHMETICS
 from controllability.models.hooks.installation import HookStack
 
 NAME = "controllability"
+Stage = Literal["first", "last"]  # of an expert's matrices
 
 
 class ExpertListener(Protocol):
@@ -26,14 +26,9 @@ class ExpertListener(Protocol):
 
     def routed(self, index: Tensor, shares: Tensor) -> None:
         """The chosen experts (N, k) and their shares (N, k)."""
-        ...
 
-    def first(self, x: Tensor, y: Tensor) -> Tensor:
-        """The first matrices read ``x`` (N, 1 or k, in) and gave ``y`` (N, k, out); returns what to go on with."""
-        ...
-
-    def last(self, x: Tensor, y: Tensor) -> Tensor:
-        """The last matrices read ``x`` and gave ``y``; returns what to go on with."""
+    def computed(self, stage: Stage, x: Tensor, y: Tensor) -> Tensor:
+        """Matrices read ``x`` (N, 1 or k, in) and gave ``y`` (N, k, out); returns what to go on with."""
         ...
 
 
@@ -66,49 +61,35 @@ def _register() -> None:
         ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
-@dataclass
-class Matrices:
-    """The two stacked matrices of an experts module, (E, out, in) each, and what lies between."""
-
-    first: Tensor
-    last: Tensor
-    first_bias: Tensor | None
-    last_bias: Tensor | None
-    between: Any
-
-
-def _matrices(experts: Any) -> Matrices:
-    first = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
-    last = experts.down_proj
-    if experts.is_transposed:
-        first, last = first.transpose(-1, -2), last.transpose(-1, -2)
-    first_bias, last_bias = (
-        getattr(experts, f"{n}_bias", None) if experts.has_bias else None for n in (name, "down_proj")
-    )
-    return Matrices(first, last, first_bias, last_bias, experts._apply_gate if experts.has_gate else experts.act_fn)
-
-
-def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of fused experts, as transformers calls it: hidden (N, d), index and weights (N, k) -> (N, d)."""
-    return _compute(experts, _matrices(experts), hidden_states, top_k_index, top_k_weights)
+    x = hidden_states.reshape(-1, 1, hidden_states.shape[-1])
+    index, shares = top_k_index.reshape(len(x), -1), top_k_weights.reshape(len(x), -1)
+    up, between = ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
+    _tell_choice(experts, index, shares)
+    y = _told(experts, "first", x, _stage(x.expand(-1, index.shape[1], -1), *_matrices(experts, up), index))
+    x = between(y)
+    y = _told(experts, "last", x, _stage(x, *_matrices(experts, "down_proj"), index))
+    return (y * shares[..., None]).sum(1).to(hidden_states.dtype).reshape(hidden_states.shape)
 
 
-def _compute(experts: nn.Module, m: Matrices, hidden: Tensor, index: Tensor, shares: Tensor) -> Tensor:
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    index, shares = index.reshape(len(flat), -1), shares.reshape(len(flat), -1)
-    listeners = _LISTENERS.get(experts, [])
-    for listener in listeners:
+def _matrices(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    """Stacked matrices (E, out, in) of an experts module, and their biases."""
+    weights = getattr(experts, name)
+    bias = getattr(experts, f"{name}_bias", None) if experts.has_bias else None
+    return weights.transpose(-1, -2) if experts.is_transposed else weights, bias
+
+
+def _tell_choice(experts: nn.Module, index: Tensor, shares: Tensor) -> None:
+    for listener in _LISTENERS.get(experts, []):
         listener.routed(index, shares)
-    x = flat[:, None, :]
-    y = _stage(x.expand(-1, index.shape[1], -1), m.first, m.first_bias, index)
-    for listener in listeners:
-        y = listener.first(x, y)
-    x = m.between(y)
-    y = _stage(x, m.last, m.last_bias, index)
-    for listener in listeners:
-        y = listener.last(x, y)
-    return (y * shares[..., None]).sum(1).to(hidden.dtype).reshape(hidden.shape)
+
+
+def _told(experts: nn.Module, stage: Stage, x: Tensor, y: Tensor) -> Tensor:
+    """What the experts go on with when their listeners have been told."""
+    for listener in _LISTENERS.get(experts, []):
+        y = listener.computed(stage, x, y)
+    return y
 
 
 def _stage(x: Tensor, weights: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
@@ -137,15 +118,11 @@ def _dbrx(installation: HookStack, layer: nn.Module, experts: Any) -> None:
     """Gate and up matrices are two parameters, stored (experts · h, d): listeners are told of one after the other."""
     glu = experts.mlp
 
-    def stage(name: str, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
-        y = _stage(x.expand(-1, index.shape[1], -1), weights, None, index)
-        for listener in _LISTENERS.get(experts, []):
-            y = getattr(listener, name)(x, y)
-        return y
+    def stage(name: Stage, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        return _told(experts, name, x, _stage(x.expand(-1, index.shape[1], -1), weights, None, index))
 
     def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        for listener in _LISTENERS.get(experts, []):
-            listener.routed(top_k_index, top_k_weights)
+        _tell_choice(experts, top_k_index, top_k_weights)
         w1, v1, w2 = (w.view(experts.num_experts, -1, w.shape[-1]) for w in (glu.w1, glu.v1, glu.w2))
         x = hidden.reshape(-1, 1, hidden.shape[-1])
         gate, up = (stage("first", x, w, top_k_index) for w in (w1, v1))
@@ -165,31 +142,23 @@ def _llama4(installation: HookStack, layer: nn.Module, experts: Any) -> None:
         index = logits.topk(router.top_k, dim=1).indices  # type: ignore[arg-type]
         chosen[:] = [(index, scores.gather(1, index))]
 
+    def told(stage: Stage, index: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        at = index, torch.arange(x.shape[1], device=x.device)[:, None]  # of all experts' (E, N, ·), the chosen ones
+        y = y.clone()
+        y[at] = _told(experts, stage, x[at], y[at])
+        return y
+
     def forward(hidden: Tensor) -> Tensor:
         index, shares = chosen[0]
-        listeners = _LISTENERS.get(experts, [])
-        for listener in listeners:
-            listener.routed(index, shares)
+        _tell_choice(experts, index, shares)
         x = hidden.view(experts.num_experts, -1, hidden.shape[-1])
-        y = torch.bmm(x, experts.gate_up_proj)
-        y = _told(listeners, "first", index, x, y)
-        gate, up = y.chunk(2, dim=-1)
+        gate, up = told("first", index, x, torch.bmm(x, experts.gate_up_proj)).chunk(2, dim=-1)
         x = up * experts.act_fn(gate)
-        y = _told(listeners, "last", index, x, torch.bmm(x, experts.down_proj))
+        y = told("last", index, x, torch.bmm(x, experts.down_proj))
         return y.reshape(-1, y.shape[-1])
 
     installation.after(router, remember)
     installation.assign(experts, "forward", forward)
-
-
-def _told(listeners: list[ExpertListener], stage: str, index: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Tell listeners about (E, N, ·) arrays of all experts, as (N, k, ·) of the chosen ones."""
-    tokens = torch.arange(x.shape[1], device=x.device)[:, None]
-    for listener in listeners:
-        chosen = getattr(listener, stage)(x[index, tokens], y[index, tokens])
-        y = y.clone()
-        y[index, tokens] = chosen
-    return y
 
 
 def _jetmoe(installation: HookStack, layer: nn.Module, experts: Any) -> None:
@@ -203,18 +172,15 @@ def _jetmoe(installation: HookStack, layer: nn.Module, experts: Any) -> None:
         index[order] = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(order.device)
         shares[order] = gates
         told.update(order=order, k=k)
-        for listener in _LISTENERS.get(experts, []):
-            listener.routed(index.reshape(-1, k), shares.reshape(-1, k))
+        _tell_choice(experts, index.reshape(-1, k), shares.reshape(-1, k))
 
-    def stage(name: str) -> Any:
+    def stage(name: Stage) -> Any:
         def tell(x: Tensor, y: Tensor) -> Tensor:
             order, k = told["order"], told["k"]
             back = torch.empty_like(order)
             back[order] = torch.arange(len(order), device=order.device)
-            for listener in _LISTENERS.get(experts, []):
-                grid = getattr(listener, name)(x[back].reshape(-1, k, x.shape[-1]), y[back].reshape(-1, k, y.shape[-1]))
-                y = grid.reshape(-1, y.shape[-1])[order]
-            return y
+            grids = (value[back].reshape(-1, k, value.shape[-1]) for value in (x, y))
+            return _told(experts, name, *grids).reshape(-1, y.shape[-1])[order]
 
         return tell
 

@@ -16,7 +16,7 @@ from architectures.reading import Layer, Reading, Tap
 from architectures.registry import StatePoint
 from controllability.errors import ReadingError
 from controllability.interfaces import Path, node
-from controllability.models.hooks.expert_hooks import listen
+from controllability.models.hooks.expert_hooks import Stage, listen
 from controllability.models.hooks.installation import HookStack, first_tensor
 from controllability.models.hooks.telling_weight import TellingWeight
 
@@ -26,38 +26,27 @@ class LayerListener(Protocol):
 
     def begins(self) -> None:
         """The layer is called."""
-        ...
 
     def entering(self, index: int, value: Tensor) -> None:
         """Input ``index`` of the block is known."""
-        ...
 
     def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
         """The mixture at ``path`` chose experts ``index`` with ``shares``, both (B, T, k)."""
-        ...
 
     def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor | None:
         """``tap`` read ``x`` and gave ``y``; what is returned, if anything, takes its place."""
-        ...
 
     def leaving(self, value: Tensor) -> None:
         """The block's output is known."""
-        ...
 
 
 class LayerHook:
     """Attaches to one layer and tells ``listener``, if there is one.  ``taps`` are those it wants to hear of."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        layer: Layer,
-        listener: LayerListener | None,
-        installation: HookStack,
-        taps: Iterable[Tap] | None = None,
-        states: bool = True,
-        sequence_first: bool = False,
-    ) -> None:
+        self, model: nn.Module, layer: Layer, listener: LayerListener | None, installation: HookStack,
+        taps: Iterable[Tap] | None = None, states: bool = True, sequence_first: bool = False,
+    ) -> None:  # fmt: skip
         self.layer, self.listener, self.sequence_first = layer, listener, sequence_first
         self.grid = (0, 0)
         module = model.get_submodule(layer.name)
@@ -104,7 +93,6 @@ class LayerHook:
 
     def _tap(self, installation: HookStack, model: nn.Module, tap: Tap) -> None:
         module = model.get_submodule(tap.module)
-
         inside = any(tap.inlet[: len(m) + 1] == (*m, 1) for m in self.layer.experts)
 
         def told(x: Tensor, y: Tensor) -> Tensor | None:
@@ -172,22 +160,22 @@ class LayerHooks:
 
     def __init__(self, model: nn.Module, reading: Reading) -> None:
         self.model, self.reading = model, reading
-        self._installation = HookStack()
+        self.installation = HookStack()
         self._watches: list[LayerHook] = []
 
     def __enter__(self) -> LayerHooks:
         sequence_first = self.reading.architecture.sequence_first
         try:
             for layer in self.reading.layers:
-                watch = LayerHook(self.model, layer, None, self._installation, sequence_first=sequence_first)
+                watch = LayerHook(self.model, layer, None, self.installation, sequence_first=sequence_first)
                 self._watches.append(watch)
         except BaseException:
-            self._installation.undo()
+            self.installation.undo()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._installation.undo()
+        self.installation.undo()
 
     def run(self, listeners: Sequence[LayerListener], inputs: Mapping[str, Any]) -> Any:
         """The model's output on ``inputs``; one listener a layer, or none at all."""
@@ -205,8 +193,8 @@ class _Slots:
 
     def __init__(self, watch: LayerHook, path: Path, stages: list[Tap], wanted: set[Tap]) -> None:
         self.watch, self.path, self.wanted = watch, path, wanted
-        self.taps = {"first": [t for t in stages if t.kind == "first"], "last": [t for t in stages if t.kind == "last"]}
-        self.told = {"first": 0, "last": 0}
+        self.taps = {kind: [t for t in stages if t.kind == kind] for kind in ("first", "last")}
+        self.told = dict.fromkeys(self.taps, 0)
         self.there: tuple[Tensor, Tensor] | None = None  # where slot j of a token stands in the router's order
         self.back: tuple[Tensor, Tensor] | None = None
 
@@ -216,17 +204,11 @@ class _Slots:
         order = index.argsort(-1)
         tokens = torch.arange(len(order), device=order.device)[:, None]
         self.there, self.back = (tokens, order), (tokens, order.argsort(-1))
-        self.told = {"first": 0, "last": 0}
+        self.told = dict.fromkeys(self.taps, 0)
         index, shares = index.gather(-1, order), shares.gather(-1, order)
         self.watch.listener.routed(self.path, self.watch.fold(index), self.watch.fold(shares))
 
-    def first(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._stage("first", x, y)
-
-    def last(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._stage("last", x, y)
-
-    def _stage(self, stage: str, x: Tensor, y: Tensor) -> Tensor:
+    def computed(self, stage: Stage, x: Tensor, y: Tensor) -> Tensor:
         listener = self.watch.listener
         if listener is None:
             return y
@@ -241,6 +223,4 @@ class _Slots:
             return self.watch.fold(a if a.shape[1] == 1 else a[there], True)
 
         changed = listener.computed(tap, told(x), told(y))
-        if changed is None:
-            return y
-        return self.watch.unfold(changed, y)[self.back]
+        return y if changed is None else self.watch.unfold(changed, y)[self.back]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +36,6 @@ class Entry:
         """Name of the module that holds the parameter."""
         return self.param.name.rpartition(".")[0]
 
-    @property
-    def attribute(self) -> str:
-        """The parameter's name in its module."""
-        return self.param.name.rpartition(".")[2]
-
 
 class Applier:
     """Listens to one layer while a patch is applied, and adds the effect of its entries."""
@@ -61,7 +57,7 @@ class Applier:
             if rows is None:
                 delta = per_sample(delta)
             elif self.whole:
-                delta = on_grid(delta, rows.shape)
+                delta = with_tensors(delta, lambda held: held.reshape(*rows.shape, *held.shape[1:]))
             calls[entry.call].append((update_of(layer, tap, entry.param), delta))
         self.taps = tuple(self.moves)
 
@@ -78,7 +74,7 @@ class Applier:
         self.chosen[path] = index
 
     def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor:
-        if self.rows is not None and tuple(y.shape[:2]) != self.rows.grid(y):
+        if self.rows is not None and tuple(y.shape[:2]) != self.rows.grid:
             raise PatchError(
                 f"this patch of scope 'each' is for inputs of shape {self.rows.shape} (B, T), the model got "
                 f"{tuple(y.shape[:2])}: every position has its own patch; use scope 'last' for other inputs"
@@ -99,7 +95,10 @@ class Applier:
         """What this call adds at a tap, made ready on the device where it is computed."""
         key = (id(tap), self.call, like.device)
         if key not in self.effects:
-            moves = [(update, to_device(delta, like)) for update, delta in self.moves[tap][self.call]]
+            moves = [
+                (update, with_tensors(delta, lambda held: held.to(like.device)))
+                for update, delta in self.moves[tap][self.call]
+            ]
             self.effects[key] = ready(self.layer, tap, moves)
         return self.effects[key]
 
@@ -117,19 +116,7 @@ def refuse_other_tokens(given: Any, valid: Tensor) -> None:
         )
 
 
-def on_grid(delta: Any, shape: tuple[int, int]) -> Any:
-    """A delta with one patch a position, (B · T, …), as (B, T, …)."""
-    held = {name: value for name, value in vars(delta).items() if isinstance(value, Tensor)}
-    return dataclasses.replace(delta, **{name: value.reshape(*shape, *value.shape[1:]) for name, value in held.items()})
-
-
-def own(delta: Any) -> Any:
-    """A delta with tensors of its own."""
-    held = {name: value.clone() for name, value in vars(delta).items() if isinstance(value, Tensor)}
+def with_tensors(delta: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A delta with each of its tensors changed."""
+    held = {name: change(value) for name, value in vars(delta).items() if isinstance(value, Tensor)}
     return dataclasses.replace(delta, **held)
-
-
-def to_device(delta: Any, like: Tensor) -> Any:
-    """A delta on the device of ``like``."""
-    moved = {name: value.to(like.device) for name, value in vars(delta).items() if isinstance(value, Tensor)}
-    return dataclasses.replace(delta, **moved)

@@ -124,7 +124,7 @@ def _refuse_other_models(a: PatchRecord, b: PatchRecord) -> None:
         if a._seen.keys() == b._seen.keys() and [] in in_turn:
             return
         raise PatchError("the model changed between the two patches: they are changes of different weights")
-    marks = [patch.fingerprint or patch.fingerprint_of(patch.model()) for patch in (a, b)]
+    marks = [patch.mark() for patch in (a, b)]
     if marks[0] != marks[1]:
         raise PatchError("the patches were made for different weights (their fingerprints differ)")
 

@@ -20,7 +20,7 @@ from controllability.errors import BadInput, NotVerified, PatchError, SideCondit
 from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.patches.applied import applied
-from controllability.models.patches.applier import Entry, own
+from controllability.models.patches.applier import Entry, with_tensors
 from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.served_sequences import (
     PLAIN,
@@ -241,7 +241,7 @@ def _changes(
     try:
         assert patch.stream is not None
         entries = tuple(
-            Entry(param, own(delta), solver.layer.index, at[1])
+            Entry(param, with_tensors(delta, Tensor.clone), solver.layer.index, at[1])
             for solver, at in zip(solvers, learned, strict=True)
             for param, delta in solver.deltas().items()
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,11 +20,18 @@ from controllability.models.hooks.carried_patches import (
     state_of_model,
     uncompiled,
 )
-from controllability.models.patches.applier import Entry, to_device
-from controllability.models.patches.corrected_merge import solved_again
+from controllability.models.hooks.installation import HookStack
+from controllability.models.hooks.layer_hooks import LayerHook, LayerHooks
+from controllability.models.patches.applier import Entry, with_tensors
 from controllability.models.patches.record import PatchRecord
-from controllability.models.reading.fingerprints import same_again, state_of
+from controllability.models.reading.checked_reading import checked_reading, codebooks_of
+from controllability.models.reading.fingerprints import State, same_again, state_of
+from controllability.models.reading.inputs import without_cache
+from controllability.models.reading.positions import pair_positions
+from controllability.models.sweep.fallbacks import Plan, with_reader_of_last_layer
+from controllability.models.sweep.layer_sweep import Sweeper
 from controllability.models.sweep.report import Rounding
+from controllability.models.sweep.target_run import observe_target, silent
 
 
 def merge(patch: PatchRecord, model: nn.Module, corrected: bool = False) -> int:
@@ -47,13 +55,11 @@ def _merge(patch: PatchRecord, model: nn.Module, corrected: bool) -> int:
     patch._before_merge = state_of(model)
     try:
         for entry in solved_again(patch, model) if corrected else patch.entries:
-            stored = model.get_submodule(entry.module)._parameters[entry.attribute]
-            assert stored is not None
+            stored = model.get_parameter(entry.param.name)
             originals.setdefault(entry.param.name, stored.detach().clone())
             rounding.append(write(stored, entry.param, entry.delta))
     except BaseException as error:
-        restore(model, originals)
-        same_again(model, originals, patch._before_merge)
+        restore(model, originals, patch._before_merge)
         if isinstance(error, RuntimeError):  # inference tensors, expanded weights
             why = str(error).splitlines()[0]
             raise PatchError(f"the weights cannot be written to: {why}; nothing was changed") from None
@@ -77,16 +83,51 @@ def unmerge(patch: PatchRecord, model: nn.Module) -> None:
         changed = [name for name in patch._originals if now.get(name) != patch._merged_state.get(name)]
         if changed:
             raise PatchError(f"parameter {changed[0]} changed since the merge: unmerging would overwrite that")
-        restore(model, patch._originals)
-        same_again(model, patch._originals, patch._before_merge)
+        restore(model, patch._originals, patch._before_merge)
         patch._originals, patch._merged_into = {}, None
         drop(model, patch.id)
+
+
+def solved_again(patch: PatchRecord, model: nn.Module) -> Iterator[Entry]:
+    """The entries of a patch of one set of weights, each layer's solved when it is asked for.  (new)
+
+    A patch is solved from what the model computes; written into half precision it computes something else, and the
+    layers behind were not made for that.  Whoever writes the entries into ``model`` before asking for more gets layers
+    that make good what rounding did before them; what is left is the last one's own.  Costs one target run, and one
+    source run a layer.  Raises ``SideConditionFailed`` where a layer's numbers changed too much.
+    """
+    inputs = patch.inputs
+    checked = checked_reading(model, inputs["target"])
+    jointly = patch.scope == "all"
+    reading, proofs = checked.reading, checked.proofs(patch.report.via, patch.report.route, jointly)
+    source_rows, target_rows = pair_positions(
+        inputs["target"], inputs["source"], patch.scope, inputs["positions"], codebooks_of(checked), checked.length
+    )
+    joint = patch.joint
+    if joint is not None and jointly:
+        joint = with_reader_of_last_layer(joint, model, checked, inputs["target"])
+    with LayerHooks(model, reading) as hooks:
+        targets, _ = observe_target(hooks, without_cache(model, inputs["target"]), target_rows, silent)
+    source = without_cache(model, inputs["source"])
+    derivations = {layer.index: layer.derivation for layer in patch.report.layers}
+    plan = Plan(proofs, patch.scope, joint, [derivations.get(i, 0) for i in range(len(proofs))])
+    for layer, calls in zip(reading.layers, targets, strict=True):
+        if not calls:
+            continue  # this input does not reach it
+        solver = plan.solver(layer, 0, calls[0], source_rows)
+        sweeper, installation = Sweeper(layer, [solver], lambda _: None), HookStack()
+        try:
+            LayerHook(model, layer, sweeper, installation, sequence_first=reading.architecture.sequence_first)
+            model(**source)
+        finally:
+            installation.undo()
+        yield from (Entry(param, delta, layer.index) for param, delta in solver.deltas().items())
 
 
 def refuse_quantised(model: nn.Module, entries: tuple[Entry, ...]) -> None:
     """Raise ``PatchError`` where a patched parameter is quantised: a sum would have to be rounded to its few levels."""
     for entry in entries:
-        if quantised.kind(model.get_submodule(entry.module)._parameters[entry.attribute]):
+        if quantised.kind(model.get_parameter(entry.param.name)):
             raise PatchError(
                 f"parameter {entry.param.name} is quantised, and the patch cannot be written into its few levels: use "
                 "applied(), which computes the patch beside the layer, or export it as an adapter; nothing was changed"
@@ -113,14 +154,14 @@ def write(stored: Tensor, param: Param, delta: Delta) -> Rounding:
 
     In blocks of rows, so that no second matrix is held.
     """
-    delta = to_device(delta, stored)
+    delta = with_tensors(delta, lambda held: held.to(stored.device))
     stored = stored[param.index] if param.index else stored
     loss, size = Loss(), float(delta.norms().double().square().sum()) ** 0.5
     if isinstance(delta, Shift):
         value = delta.value.reshape(-1, stored.shape[-1])[0]
         exact = stored.to(wider(stored.dtype)) + value
         stored.copy_(exact)
-        loss.vector(stored - exact)
+        loss.block(stored - exact, exact, None)
     elif isinstance(delta, ExpertLowRank):
         matrices = stored.view(delta.experts, -1, stored.shape[-1])
         one = delta.row(0) if delta.left.ndim > 3 else delta
@@ -155,13 +196,11 @@ def _add(stored: Tensor, left: Tensor, right: Tensor, transposed: bool, loss: Lo
 
 
 @torch.no_grad()
-def restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
-    """Put the originals back into the parameters, in place."""
+def restore(model: nn.Module, originals: dict[str, Tensor], before: State) -> None:
+    """Put the originals back into the parameters, in place: the model is in the state ``before`` again."""
     for name, value in originals.items():
-        path, _, attribute = name.rpartition(".")
-        stored = model.get_submodule(path)._parameters[attribute]
-        assert stored is not None
-        stored.copy_(value)
+        model.get_parameter(name).copy_(value)
+    same_again(model, originals, before)
 
 
 @dataclass
@@ -173,12 +212,8 @@ class Loss:
     _miss: list[Tensor] = field(default_factory=list)
     _reach: list[Tensor] = field(default_factory=list)
 
-    def vector(self, lost: Tensor) -> None:
-        """E of a bias or a scale."""
-        self.squares += float(lost.double().square().sum())
-
     def block(self, lost: Tensor, exact: Tensor, x: Tensor | None) -> None:
-        """E and W + ΔW of some rows, and the input of the map: its effect there is added to ``effect``."""
+        """E and W + ΔW of some rows (or of a vector), and the input of the map, if it had but one."""
         self.squares += float(lost.double().square().sum())
         if x is not None:
             self._miss.append(lost @ x)

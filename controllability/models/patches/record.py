@@ -15,8 +15,8 @@ from controllability.models.hooks.carried_patches import carried, refuse_on_it
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.peft_form import Form
 from controllability.models.patches.served_sequences import Stream
-from controllability.models.reading.devices import refuse_offloaded
 from controllability.models.reading.fingerprints import State, changes, fingerprint, known_fingerprint, state_of
+from controllability.models.reading.modules import refuse_offloaded
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.report import Report
 
@@ -59,15 +59,17 @@ class PatchRecord:
             raise PatchError("the model that this patch was made on is gone: pass the model")
         return model
 
-    def fingerprint_of(self, model: nn.Module) -> str:
+    def mark(self) -> str:
         """The fingerprint of the weights that this patch is for, its own merge undone in thought."""
+        if self.fingerprint:
+            return self.fingerprint
+        model = self.model()
         on_it = carried(model)
         if self._merged_into is model and on_it == (self.id,):
             return fingerprint(model, self._originals)
-        if self._model is not None and self._model() is model and not on_it:
-            self._refuse_changes(model)
         if on_it:
             raise PatchError("patches are on the model at the moment: leave applied() or unmerge before saving")
+        self._refuse_changes(model)
         return known_fingerprint(model)
 
     def refuse_misuse(self, model: nn.Module) -> None:
@@ -81,7 +83,7 @@ class PatchRecord:
         if self._model is not None and self._model() is model:
             self._refuse_changes(model)
             return
-        if known_fingerprint(model) != (self.fingerprint or self.fingerprint_of(self.model())):
+        if known_fingerprint(model) != self.mark():
             raise PatchError("this patch was made for other weights (the fingerprints differ)")
 
     def _refuse_changes(self, model: nn.Module) -> None:

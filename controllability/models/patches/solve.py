@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from controllability.errors import BadInput
 from controllability.interfaces import JointOptions
 from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
-from controllability.models.patches.applier import Entry, own
+from controllability.models.patches.applier import Entry, with_tensors
 from controllability.models.patches.record import PatchRecord, refuse_scope
 from controllability.models.patches.served_sequences import Stream
 from controllability.models.reading.checked_reading import checked_reading, codebooks_of, streams_of
@@ -89,7 +89,12 @@ def _patch(
         plan = Plan(proofs, scope, standing)
         solvers, output = sweep(hooks, plan, targets, without_cache(model, source), source_rows, progress)
     entries = tuple(
-        Entry(param, own(delta), solver.layer.index, targets[solver.layer.index].index(solver.target))
+        Entry(
+            param,
+            with_tensors(delta, Tensor.clone),
+            solver.layer.index,
+            targets[solver.layer.index].index(solver.target),
+        )
         for solver in solvers
         for param, delta in solver.deltas().items()
     )
@@ -135,7 +140,7 @@ def parse_joint_options(scope: str, ridge: float, rank: int | None, keep_rms: bo
 
 
 def _refuse_unverified(
-    solvers: list[LayerSweep], logits: torch.Tensor, rows: Positions, target: torch.Tensor, target_rows: Positions
+    solvers: list[LayerSweep], logits: Tensor, rows: Positions, target: Tensor, target_rows: Positions
 ) -> None:
     """Every layer must have reached its target, and so must what is computed from the last one."""
     worst = refuse_unreached(solvers)
@@ -147,7 +152,7 @@ def _refuse_unverified(
         refuse_other_output(logits, target, worst, "sample {}".format, head)
 
 
-def paired_logits(target: torch.Tensor, rows: Positions, logits: torch.Tensor, source_rows: Positions) -> torch.Tensor:
+def paired_logits(target: Tensor, rows: Positions, logits: Tensor, source_rows: Positions) -> Tensor:
     """The target's logits where the source's are: (B, T, vocabulary) if every source position has a pair.
 
     Otherwise one row a pair, (N, vocabulary), as ``mp.rows.of(mp.logits)`` gives the patched ones.  Where the caller

@@ -16,9 +16,8 @@ from architectures.reading import Layer, Reading, architecture_of
 from controllability.errors import BadInput, NotControllable
 from controllability.models.hooks.carried_patches import carried
 from controllability.models.reading.compare_with_module import compare
-from controllability.models.reading.devices import refuse_offloaded
 from controllability.models.reading.fingerprints import looking, stored
-from controllability.models.reading.modules import modules_of
+from controllability.models.reading.modules import modules_of, refuse_offloaded
 from controllability.prover.derivation import Derivation
 from controllability.prover.search import derive
 
@@ -116,9 +115,7 @@ def known_reading(model: nn.Module) -> Reading:
 
 def _signature(model: nn.Module, reading: Reading) -> tuple[Any, ...]:
     """What is the same as long as nothing was replaced or written to: modules, parameters and their versions."""
-    found: list[Any] = [module for _, module in modules_of(model)][
-        1:
-    ]  # not the model itself, which could never be forgotten then
+    found: list[Any] = [module for _, module in modules_of(model)[1:]]  # the model itself could never be forgotten then
     for layer in reading.layers:
         for name in layer.params:
             module, attribute = layer.params.holder(name)
@@ -153,12 +150,8 @@ def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
                 raise BadInput(f"parameter {name} holds NaN or infinite values: nothing was changed")
             norms[name] = norm
     for name, value in stored(model):
-        if (
-            name not in norms
-            and isinstance(value, nn.Parameter)
-            and value.is_floating_point()
-            and not _finite(value.detach())
-        ):
+        checked = name in norms or not isinstance(value, nn.Parameter) or not value.is_floating_point()
+        if not checked and not _finite(value.detach()):
             raise BadInput(f"parameter {name} holds NaN or infinite values: nothing was changed")
     return norms
 

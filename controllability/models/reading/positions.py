@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from controllability.errors import BadInput, ReadingError
-
-Scope = Literal["each", "last"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +19,14 @@ class Positions:
     sample: Tensor
     position: Tensor
     shape: tuple[int, int]
+    before: int = 0
+    complete: bool = field(default=False, init=False)  # whether the rows are all positions in order
+
+    def __post_init__(self) -> None:
+        batch, length = self.shape
+        every = torch.arange(batch * length)
+        full = len(self.sample) == len(every) and bool((self.sample * length + self.position == every).all())
+        object.__setattr__(self, "complete", full)
 
     def of(self, states: Tensor) -> Tensor:
         """(B, T, …) -> (N, …).  States with positions before the input's (prompts, class tokens) skip those."""
@@ -49,28 +55,14 @@ class Positions:
         before = states.shape[1] - self.shape[1]
         return self.sample.to(states.device), self.position.to(states.device) + before
 
-    def grid(self, states: Tensor) -> tuple[int, int]:
+    @property
+    def grid(self) -> tuple[int, int]:
         """The (B, T) that states must have: the input's, and the positions that the model puts before it."""
         return self.shape[0], self.shape[1] + self.before
-
-    @property
-    def complete(self) -> bool:
-        """Whether the rows are all positions in order."""
-        return self._complete
-
-    def __post_init__(self) -> None:
-        batch, length = self.shape
-        full = len(self.sample) == batch * length and bool(
-            (self.sample * length + self.position == torch.arange(batch * length)).all()
-        )
-        object.__setattr__(self, "_complete", full)
 
     def named(self) -> list[list[int]]:
         """(sample, position) of every pair, as plain numbers."""
         return torch.stack([self.sample, self.position], -1).tolist()
-
-    before: int = 0
-    _complete: bool = False
 
     def streamed(self, count: int) -> Positions:
         """The rows of a model that keeps ``count`` states a position, one after the other on the sequence axis."""
@@ -140,22 +132,17 @@ def _valid(inputs: Mapping[str, Any], role: str, length: int | None) -> Tensor:
 
 
 def pair_positions(
-    target: Mapping[str, Any],
-    source: Mapping[str, Any],
-    scope: str,
-    positions: tuple[Any, Any] | None = None,
-    codebooks: int = 1,
-    length: int | None = None,
-) -> tuple[Positions, Positions]:
+    target: Mapping[str, Any], source: Mapping[str, Any], scope: str, positions: tuple[Any, Any] | None = None,
+    codebooks: int = 1, length: int | None = None,
+) -> tuple[Positions, Positions]:  # fmt: skip
     """(source rows, target rows): by default the source corresponds to the last positions of the target.
 
     Padding is respected per sample.  ``positions=(source positions, target positions)``, each (n,) or
     (B, n), gives other pairs.  Scope "last" keeps the last pair of each sample.  Raises ``BadInput``
     when the batches differ or a query is longer than its target.
     """
-    here, there = (
-        x[:: max(1, codebooks)] for x in (_valid(source, "source", length), _valid(target, "target", length))
-    )
+    both = _valid(source, "source", length), _valid(target, "target", length)
+    here, there = (x[:: max(1, codebooks)] for x in both)
     if main_input(target) is None:
         _refuse_other_images(target, source, positions)
     if here.shape[0] != there.shape[0]:
@@ -175,8 +162,7 @@ def pair_positions(
         last = torch.cat([sample[1:] != sample[:-1], torch.tensor([True])]) if sample.ndim == 1 else None
         sample, s, t = (x[last] if last is not None else x[:, -1] for x in (sample, s, t))
     sample, s, t = sample.reshape(-1), s.reshape(-1), t.reshape(-1)
-    shape_here, shape_there = (here.shape[0], here.shape[1]), (there.shape[0], there.shape[1])
-    return Positions(sample, s, shape_here), Positions(sample, t, shape_there)
+    return Positions(sample, s, (here.shape[0], here.shape[1])), Positions(sample, t, (there.shape[0], there.shape[1]))
 
 
 def _refuse_other_images(target: Mapping[str, Any], source: Mapping[str, Any], positions: Any) -> None:

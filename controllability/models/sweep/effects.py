@@ -16,32 +16,17 @@ from controllability.interfaces import Component, OutputControllable, Param, Par
 
 Move = tuple[Update, Delta]  # how a leaf is steered, and what is added to its parameter
 HALF = (torch.float16, torch.bfloat16)
-Effect = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, y, chosen experts) -> y with the deltas' effects
-
-
-def patched(
-    layer: Layer, tap: Tap, x: Tensor, y: Tensor, moves: Sequence[Move], chosen: Tensor | None = None
-) -> Tensor:
-    """``y`` (B, T, …) with the deltas of this tap's parameters at all positions: one patch, or one a sample.
-
-    ``chosen`` (B, T, k) are the experts.
-    """
-    moves = [(update, per_sample(delta)) for update, delta in moves]
-    return effect_on(layer, tap, x, y, moves, chosen).to(y.dtype)
-
-
-def effect_on(
-    layer: Layer, tap: Tap, x: Tensor, y: Tensor, moves: Sequence[Move], chosen: Tensor | None = None
-) -> Tensor:
-    """``y`` (…, n) with the deltas' effects, in float32 or better: whoever stores it rounds once.
-
-    Leading axes of the deltas are those of ``x``: row i of a delta belongs to row i of (N, …) states.
-    """
-    return ready(layer, tap, moves)(x, y, chosen)
+Effect = Callable[
+    [Tensor, Tensor, Tensor | None], Tensor
+]  # (x, y, chosen experts (…, k)) -> y with the deltas' effects
 
 
 def ready(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
-    """``effect_on`` of these moves; what does not depend on the input is computed here, once for any number of passes."""
+    """The effect of these moves, in float32 or better: whoever stores it rounds once.
+
+    Leading axes of the deltas are those of ``x``: row i of a delta belongs to row i of (N, …) states.  What does not
+    depend on the input is computed here, once for any number of passes.
+    """
     if len(tap.paths) > 1:
         return _formula(layer, tap, moves)
     adds = [_adding(layer.params, update, delta) for update, delta in moves]

@@ -26,9 +26,7 @@ from controllability.prover.derivation import Derivation
 from controllability.solvers.resorts import Resort
 from controllability.solvers.served_tokens import Known
 
-COARSE = (
-    1e-12  # machine epsilon from which on a free size is worth looking for: above it rounding can be magnified much
-)
+COARSE = 1e-12  # epsilon from which on a free size is worth looking for: above it rounding can be magnified much
 Served = Mapping[tuple[int, int], Mapping[Path, Known]]  # (layer, call) -> what each leaf knows of the tokens it serves
 
 

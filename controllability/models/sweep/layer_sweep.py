@@ -14,7 +14,7 @@ from controllability.errors import PatchError, SideConditionFailed
 from controllability.execution.patched_run import PatchedRun
 from controllability.interfaces import JointOptions, Param, Path
 from controllability.models.reading.positions import Positions
-from controllability.models.sweep.effects import effect_on, patched
+from controllability.models.sweep.effects import per_sample, ready
 from controllability.models.sweep.target_run import LayerTarget, as_state, check_finite
 from controllability.prover.derivation import Derivation
 from controllability.solvers.served_tokens import Known
@@ -73,10 +73,11 @@ class LayerSweep:
         chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
         if self.each:  # every position is patched: what the run goes on with is what was solved for
             index = rows.of(chosen) if chosen is not None else None
-            changed = effect_on(self.layer, tap, x_rows, y_rows, moves, index).to(y.dtype)
+            changed = ready(self.layer, tap, moves)(x_rows, y_rows, index).to(y.dtype)
             run.observe_output(tap.outlet, changed)
             return rows.put(y, changed)
-        y = patched(self.layer, tap, x, y, moves, chosen)
+        shared = [(update, per_sample(delta)) for update, delta in moves]
+        y = ready(self.layer, tap, shared)(x, y, chosen).to(y.dtype)
         run.observe_output(tap.outlet, rows.taken(y))
         return y
 
@@ -110,7 +111,7 @@ class LayerSweep:
 class Sweeper:
     """Listens to one layer in the source run and hands each call to a ``LayerSweep`` of its own."""
 
-    def __init__(self, layer: Layer, solvers: list[LayerSweep], finished: Callable[[], None]) -> None:
+    def __init__(self, layer: Layer, solvers: list[LayerSweep], finished: Callable[[Layer], None]) -> None:
         self.layer, self.solvers, self.finished = layer, solvers, finished
         self.calls = 0
 
@@ -138,4 +139,4 @@ class Sweeper:
 
     def leaving(self, value: Tensor) -> None:
         self.current.leaving(value)
-        self.finished()
+        self.finished(self.layer)

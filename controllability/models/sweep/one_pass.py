@@ -34,7 +34,7 @@ class Both:
     def __init__(self, layer: Layer, plan: Plan, rows: Positions, last: bool, stops: bool) -> None:
         self.layer, self.plan, self.rows, self.stops = layer, plan, rows, stops
         self.batch = rows.shape[0]
-        self.observer = Observer(layer, rows, last, lambda: None)
+        self.observer = Observer(layer, rows, last, lambda _: None)
         self.solvers: list[LayerSweep] = []
         self.failed: SideConditionFailed | None = None
 
@@ -161,8 +161,7 @@ def same(found: list[LayerSweep], apart: list[LayerSweep]) -> bool:
     """Whether two ways to do the source run met the same states in every layer: then neither saw the context."""
     for a, b in zip(found, apart, strict=True):
         for x, y in zip(a.states, b.states, strict=True):
-            assert x is not None
-            assert y is not None
+            assert x is not None and y is not None
             if not relative_error(x, y) <= SAME[x.dtype]:
                 return False
     return True

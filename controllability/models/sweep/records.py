@@ -121,13 +121,7 @@ def record(solver: LayerSweep) -> LayerRecord:
     for margin in run.journal.margins:
         key, values = (margin.condition.statement, margin.condition.where), margin.tokens
         known = seen.get(key)
-        seen[key] = (
-            torch.minimum(known, values)
-            if known is not None and values is not None
-            else values
-            if known is None
-            else known
-        )
+        seen[key] = values if known is None else known if values is None else torch.minimum(known, values)
     return LayerRecord(
         solver.layer.index, solver.choice, error, size, leaves, [(s, w, values) for (s, w), values in seen.items()], run.journal.routes,
         any(goal.update.kind == "scale" for goal in run.goals.values()),

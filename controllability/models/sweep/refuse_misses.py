@@ -25,10 +25,8 @@ def refuse_unreached(solvers: list[LayerSweep]) -> float:
     held: list[float] = []
     worst = torch.stack([errors.max().double().cpu() for errors in rows]).tolist()
     for solver, errors, error in zip(solvers, rows, worst, strict=True):
-        if solver.proof.route in ("ball", "scale"):
-            continue  # asked for, and known to amplify rounding
-        if made_good_later(solver):
-            continue  # the layer that makes good is held to its target
+        if solver.proof.route in ("ball", "scale") or made_good_later(solver):
+            continue  # known to amplify rounding, as was asked for; or the layer that makes good is held to its target
         held.append(error)
         if error > max(UNREACHED.of(_dtypes(solver)), _explained(solver)):
             raise NotVerified(

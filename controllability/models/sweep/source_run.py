@@ -26,16 +26,13 @@ def sweep(
     Raises ``SideConditionFailed`` with layer, position and component when nothing is left.
     """
     layers = hooks.reading.layers
+    finished = lambda layer: progress("source sweep", layer.index + 1, len(layers))  # noqa: E731
     while True:
         solvers = [
             [plan.solver(layer, i, call, rows) for i, call in enumerate(calls)]
             for layer, calls in zip(layers, targets, strict=True)
         ]
-        sweepers = []
-        for layer, calls in zip(layers, solvers, strict=True):
-            done = layer.index + 1
-            finished = lambda done=done: progress("source sweep", done, len(layers))  # noqa: E731
-            sweepers.append(Sweeper(layer, calls, finished))
+        sweepers = [Sweeper(layer, calls, finished) for layer, calls in zip(layers, solvers, strict=True)]
         try:
             output = hooks.run(sweepers, inputs)
         except SideConditionFailed as failed:

@@ -62,7 +62,7 @@ def check_finite(states: Tensor, run: str, layer: Layer, where: str) -> None:
 class Observer:
     """Listens to one layer in the target run; one ``LayerTarget`` a call."""
 
-    def __init__(self, layer: Layer, rows: Positions, last: bool, finished: Callable[[], None]) -> None:
+    def __init__(self, layer: Layer, rows: Positions, last: bool, finished: Callable[[Layer], None]) -> None:
         self.layer, self.rows, self.last, self.finished = layer, rows, last, finished
         self.calls: list[LayerTarget] = []
 
@@ -83,7 +83,7 @@ class Observer:
         if self.last:  # what leaves another layer is seen entering the next one
             check_finite(value, "target", self.layer, "leaving")
         self.calls[-1].outputs.setdefault((), self.rows.taken(value))
-        self.finished()
+        self.finished(self.layer)
 
 
 def observe_target(
@@ -94,11 +94,8 @@ def observe_target(
     One list a layer, with one entry a call.  A layer that this input does not reach has none.
     """
     layers = hooks.reading.layers
-    observers = []
-    for layer in layers:
-        done = layer.index + 1
-        finished = lambda done=done: progress("target run", done, len(layers))  # noqa: E731
-        observers.append(Observer(layer, rows, layer is layers[-1], finished))
+    finished = lambda layer: progress("target run", layer.index + 1, len(layers))  # noqa: E731
+    observers = [Observer(layer, rows, layer is layers[-1], finished) for layer in layers]
     output = hooks.run(observers, inputs)
     if not any(o.calls for o in observers):
         raise PatchError("no layer's hooks ran in the target run; is the model compiled or replaced?")
