@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache, reduce
+from functools import reduce
 from typing import Any
 
 from controllability.arrays import Array
@@ -220,6 +220,7 @@ class Combinator(Component):
 
     def __call__(self, params: Params, x: Array) -> Array:
         values: dict[int, Array] = {}
+        named: dict[str, Any] = {}
 
         def output(index: int) -> Array:
             if index not in values:
@@ -227,9 +228,10 @@ class Combinator(Component):
                 values[index] = self.children()[index](seen, self.child_input(index, x, output))
             return values[index]
 
-        @cache
         def bound() -> Params:
-            return {**params, **self.bindings(params, output)}
+            if not named:
+                named.update({**params, **self.bindings(params, output)})
+            return named
 
         return self.assemble(bound() if self.binds else params, output)
 
