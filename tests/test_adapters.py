@@ -25,7 +25,7 @@ from controllability.models.files.lora_factors import lora_factors, lora_tensors
 from controllability.models.files.peft_forms import forms_of
 from controllability.models.hooks.carried_patches import carried
 from controllability.models.patches.applier import Entry
-from controllability.models.patches.peft_form import Form
+from controllability.models.patches.record import Form
 
 peft = pytest.importorskip("peft")
 

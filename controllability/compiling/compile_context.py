@@ -25,19 +25,10 @@ from controllability.models.sweep.target_run import Progress, silent
 
 
 def compile_context(
-    model: nn.Module,
-    tokenizer: Any,
-    context: str,
-    queries: Sequence[str | Query],
-    heldout: Sequence[str | Query] = (),
-    unrelated: Sequence[str] = (),
-    answer_tokens: int = 0,
-    rank: int | None = None,
-    ridge: float | str | None = None,
-    keep_rms: bool = False,
-    via: str | None = None,
-    progress: Progress = silent,
-) -> Compiled:
+    model: nn.Module, tokenizer: Any, context: str, queries: Sequence[str | Query],
+    heldout: Sequence[str | Query] = (), unrelated: Sequence[str] = (), answer_tokens: int = 0, rank: int | None = None,
+    ridge: float | str | None = None, keep_rms: bool = False, via: str | None = None, progress: Progress = silent,
+) -> Compiled:  # fmt: skip
     """One set of weights with which ``model`` answers the queries as if the context stood before them.
 
     Exact on every token of the queries where one patch can be (theory 5); otherwise least squares, its λ chosen on the

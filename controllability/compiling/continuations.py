@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from controllability.compiling.token_sets import Sample, batches, padded
-from controllability.models.reading.inputs import without_cache
-from controllability.models.reading.logits import result_of
+from controllability.compiling.token_sets import Sample, batches
+from controllability.compiling.yardstick import run
 from controllability.models.sweep.target_run import Progress
 
 
@@ -24,8 +23,8 @@ def with_answers(
         growing = dict(enumerate(batch))
         for _ in range(count):
             open_ = sorted(growing)
-            following = _next_tokens(model, [batch[i] for i in open_])
-            for i, token in zip(open_, following, strict=True):
+            for i, logits in zip(open_, run(model, [batch[i] for i in open_], "target"), strict=True):
+                token = int(logits[len(batch[i].target) - 1].argmax())
                 if token in ends:
                     del growing[i]
                 else:
@@ -38,19 +37,9 @@ def with_answers(
     return found
 
 
-def _next_tokens(model: Any, samples: Sequence[Sample]) -> list[int]:
-    device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in padded(samples, "target").items()}
-    logits = result_of(model(**without_cache(model, inputs)))
-    return [int(logits[i, len(sample.target) - 1].argmax()) for i, sample in enumerate(samples)]
-
-
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """The tokens that end a text, from the tokenizer and the model's generation config."""
     config = getattr(model, "generation_config", None)
-    held = [tokenizer.eos_token_id, *_listed(getattr(config, "eos_token_id", None))]
+    more = getattr(config, "eos_token_id", None)
+    held = [tokenizer.eos_token_id, *(more if isinstance(more, list | tuple) else [more])]
     return frozenset(token for token in held if token is not None)
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]

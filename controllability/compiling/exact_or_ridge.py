@@ -17,9 +17,7 @@ from controllability.models.reading.tolerances import VERIFIED
 from controllability.models.sweep.target_run import Progress, silent
 
 EXACTLY = ("output", "input-output")  # Theorem 1b holds more tokens, and moves less of the model elsewhere
-FITTED = (
-    "output"  # least squares on the first maps as well were further off on texts outside the set (docs/compiling.md)
-)
+FITTED = "output"  # with the first maps as well, texts outside the set were further off (docs/compiling.md)
 AUTO = "auto"
 NEARLY = 100.0  # tolerances within which an exact solution that rounding spoils is still worth more than a fit
 

@@ -51,13 +51,9 @@ def refuse_existing(directory: Path) -> None:
 
 
 def write(
-    compiled: Compiled,
-    model: Any,
-    tokenizer: Any,
-    directory: str | Path,
-    kind: str = "patch",
+    compiled: Compiled, model: Any, tokenizer: Any, directory: str | Path, kind: str = "patch",
     by_rank: list[RankRow] | None = None,
-) -> Written:
+) -> Written:  # fmt: skip
     """Write a "patch", a "peft" adapter or "merged" weights into a new directory, with the report and (``by_rank``) the picture.
 
     It is made beside its destination and takes its place when what was loaded from it has met the compiled model's logits on

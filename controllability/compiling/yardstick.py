@@ -52,6 +52,13 @@ def agreement(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> Agreement:
     )
 
 
+def run(model: Any, batch: Sequence[Sample], side: Side) -> Tensor:
+    """The model's logits (B, L, vocabulary) in one of the two runs of a batch."""
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in padded(batch, side).items()}
+    return result_of(model(**without_cache(model, inputs)))
+
+
 @torch.no_grad()
 def logits_of(
     model: Any, samples: Sequence[Sample], side: Side = "source", known: Collection[Prefix] = (), alone: bool = False
@@ -61,11 +68,9 @@ def logits_of(
     Positions whose text so far is in ``known`` are left out.  ``alone`` runs every sample by itself: another batch rounds
     otherwise, and what holds in the batch that a patch was solved in alone is worth little.
     """
-    device = next(model.parameters()).device
     found: list[Tensor] = []
     for batch in [[sample] for sample in samples] if alone else batches(samples, side):
-        inputs = {name: value.to(device) for name, value in padded(batch, side).items()}
-        logits = result_of(model(**without_cache(model, inputs)))
+        logits = run(model, batch, side)
         found += [logits[i, sample.rows(side, known)].cpu() for i, sample in enumerate(batch)]
     return found
 

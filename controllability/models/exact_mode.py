@@ -27,12 +27,9 @@ class exact_mode(TorchFunctionMode):  # noqa: N801 (used like the context manage
     """
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         if not kwargs and func not in _CONVERTING:  # nearly everything, down to each look at a shape
             return func(*args)
         kwargs = dict(kwargs or {})

@@ -14,18 +14,12 @@ from controllability.models.files.peft_export import Exported, export_peft
 from controllability.models.files.peft_import import patch_of_adapter
 from controllability.models.patches.applied import applied
 from controllability.models.patches.extend import Extension, extend
-from controllability.models.patches.merged_error import MergedError, merged_error
-from controllability.models.patches.merging import merge, unmerge
+from controllability.models.patches.merging import MergedError, merge, merged_error, unmerge
 from controllability.models.patches.record import PatchRecord
 
 
 class ModelPatch(PatchRecord):
-    """What ``patch_model`` returns: every layer's patch, the patched logits, and the report.
-
-    ``logits`` (B, T, vocabulary) come from the sweep itself (``last_hidden_state`` of models
-    without logits); None for a patch loaded from disk, which remembers the model's name and how PEFT would
-    reach each parameter (``forms``).
-    """
+    """What ``patch_model`` returns: a ``PatchRecord``, with all that can be done with it."""
 
     @classmethod
     def of(cls, record: PatchRecord) -> ModelPatch:
@@ -79,7 +73,7 @@ class ModelPatch(PatchRecord):
         unmerge(self, model)
 
     def merged_error(self, model: nn.Module) -> MergedError:
-        """Run the merged model on the patch's own source.  See ``controllability.models.patches.merged_error``."""
+        """Run the merged model on the patch's own source.  See ``controllability.models.patches.merging``."""
         return merged_error(self, model)
 
     def save(self, directory: str | Path, model: nn.Module | None = None) -> Path:

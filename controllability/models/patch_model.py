@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
+from controllability.errors import BadInput
+from controllability.models.hooks.carried_patches import state_of_model, uncompiled
 from controllability.models.model_patch import ModelPatch
-from controllability.models.patches.solve import solve
+from controllability.models.patches.solve import parse_joint_options, solve
 from controllability.models.sweep.target_run import Progress, silent
 
 
 def patch_model(
-    model: nn.Module,
-    target: Mapping[str, Any],
-    source: Mapping[str, Any],
-    scope: str = "each",
-    via: str = "input-output",
-    route: str = "auto",
-    positions: tuple[Any, Any] | None = None,
-    progress: Progress = silent,
-    ridge: float = 0.0,
-    rank: int | None = None,
-    keep_rms: bool = False,
-) -> ModelPatch:
+    model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], scope: str = "each",
+    via: str = "input-output", route: str = "auto", positions: tuple[Any, Any] | None = None,
+    progress: Progress = silent, ridge: float = 0.0, rank: int | None = None, keep_rms: bool = False,
+) -> ModelPatch:  # fmt: skip
     """The patch with which the model at ``source`` gives what it gave at ``target``.
 
     ``target`` and ``source`` are keyword arguments of the model's own forward (``input_ids`` (B, T),
@@ -49,5 +44,13 @@ def patch_model(
     >>> bool(torch.allclose(patched, mp.target_logits, atol=1e-4))
     True
     """
-    found = solve(model, target, source, scope, via, route, positions, progress, ridge, rank, keep_rms)
-    return ModelPatch.of(found)
+    if scope not in ("each", "last", "all"):
+        raise BadInput(f"unknown scope {scope!r}: choose each, last or all")
+    joint = parse_joint_options(scope, ridge, rank, keep_rms)
+    for name, value in (("via", via), ("route", route)):
+        if not isinstance(value, str):
+            raise BadInput(f"{name} must be a name, got {type(value).__name__}")
+    model = uncompiled(model)
+    # what is kept must not be made inside torch.inference_mode: autograd would refuse it later
+    with state_of_model(model).lock, torch.inference_mode(False), torch.no_grad():
+        return ModelPatch.of(solve(model, target, source, scope, via, route, positions, progress, joint))

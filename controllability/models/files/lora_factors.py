@@ -12,7 +12,7 @@ from controllability.deltas import Delta, ExpertLowRank, LowRank
 from controllability.errors import PatchError
 from controllability.interfaces import Param
 from controllability.models.patches.applier import Entry
-from controllability.models.patches.peft_form import Form
+from controllability.models.patches.record import Form
 
 
 class Factors(NamedTuple):
@@ -78,11 +78,9 @@ def _factors(entry: Entry, shape: tuple[int, ...]) -> list[Factors]:
     for slot, expert in enumerate(one.index.tolist()):
         rows, columns = (one.right, one.left) if delta.transposed else (one.left, one.right)
         if len(shape) == 3:
-            place = range(shape[0])[index[0]][expert] if index else expert
-            rest = index[1:]
-            found.append(
-                Factors(_placed(rows[slot], rest, 0, shape[1]), _placed(columns[slot], rest, 1, shape[2]), place)
-            )
+            place, rest = range(shape[0])[index[0]][expert] if index else expert, index[1:]
+            placed = _placed(rows[slot], rest, 0, shape[1]), _placed(columns[slot], rest, 1, shape[2])
+            found.append(Factors(*placed, place))
         else:  # (experts · rows, columns): one block of rows an expert
             block = rows.shape[-1]
             whole = rows.new_zeros(rows.shape[-2], block * delta.experts)
@@ -114,10 +112,8 @@ def low_rank(param: Param, rows: Tensor, columns: Tensor, transposed: bool, expe
         rows = rows.reshape(len(rows), experts, -1).transpose(0, 1)
         columns = columns[None].expand(experts, -1, -1)
     elif param.index:
-        rows, columns = (
-            _cut(rows[param.index[0]], param.index[1:], 0),
-            _cut(columns[param.index[0]], param.index[1:], 1),
-        )
+        some, rest = param.index[0], param.index[1:]
+        rows, columns = _cut(rows[some], rest, 0), _cut(columns[some], rest, 1)
     moved = ((rows != 0).any(-1) & (columns != 0).any(-1)).any(-1).nonzero()[:, 0]
     rows, columns = rows[moved], columns[moved]
     left, right = (columns, rows) if transposed else (rows, columns)

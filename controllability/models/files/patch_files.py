@@ -18,8 +18,7 @@ from controllability.interfaces import JointOptions, Param
 from controllability.models.files.folders import refuse_occupied, written
 from controllability.models.files.peft_forms import forms_of
 from controllability.models.patches.applier import Entry
-from controllability.models.patches.peft_form import Form
-from controllability.models.patches.record import PatchRecord
+from controllability.models.patches.record import Form, PatchRecord
 from controllability.models.reading.fingerprints import known_fingerprint
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.report import Report
@@ -50,15 +49,7 @@ def save_patch(patch: PatchRecord, directory: Path, model: nn.Module | None) -> 
         raise PatchError("this patch was made for other weights than those of the model that was passed")
     with written(directory) as folder:
         save_file(_tensors(patch), folder / TENSORS)
-        kind = getattr(getattr(model, "config", None), "model_type", "")
-        description = _description(patch, mark, kind if isinstance(kind, str) else "")
-        description |= {
-            "model": patch.model_name,
-            "forms": {name: form.to_dict() for name, form in patch.forms.items()},
-        }
-        if model is not None:
-            description["model"] = str(getattr(model, "name_or_path", ""))
-            description["forms"] = {name: form.to_dict() for name, form in forms_of(model, patch.entries).items()}
+        description = _description(patch, mark, model)
         description["tensors_sha256"] = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
         description["sha256"] = _digest(description)
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")
@@ -99,42 +90,30 @@ def _described(entry: Entry) -> dict[str, Any]:
     delta = entry.delta
     kind = "shift" if isinstance(delta, Shift) else "experts" if isinstance(delta, ExpertLowRank) else "low rank"
     return {
-        "parameter": entry.param.name,
-        "slices": [[s.start, s.stop, s.step] for s in entry.param.index],
-        "layer": entry.layer,
-        "call": entry.call,
-        "kind": kind,
+        "parameter": entry.param.name, "slices": [[s.start, s.stop, s.step] for s in entry.param.index],
+        "layer": entry.layer, "call": entry.call, "kind": kind,
         "transposed": isinstance(delta, LowRank) and delta.transposed,
         "experts": delta.experts if isinstance(delta, ExpertLowRank) else 0,
-    }
+    }  # fmt: skip
 
 
-def _description(patch: PatchRecord, mark: str, model_type: str) -> dict[str, Any]:
+def _description(patch: PatchRecord, mark: str, model: nn.Module | None) -> dict[str, Any]:
+    runs = {role: patch.inputs[role] for role in ("source", "target")}
+    ids = {role: run["input_ids"].tolist() for role, run in runs.items() if "input_ids" in run}
     plain = {
-        role: {n: v for n, v in patch.inputs[role].items() if isinstance(v, bool | int | float | str)}
-        for role in ("source", "target")
+        role: {n: v for n, v in run.items() if isinstance(v, bool | int | float | str)} for role, run in runs.items()
     }
-    ids = {
-        role: patch.inputs[role]["input_ids"].tolist()
-        for role in ("source", "target")
-        if "input_ids" in patch.inputs[role]
-    }
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    name = patch.model_name if model is None else str(getattr(model, "name_or_path", ""))
+    forms = patch.forms if model is None else forms_of(model, patch.entries)
     return {
-        "format": FORMAT,
-        "version": VERSION,
-        "written_by": f"controllability {__version__}",
-        "fingerprint": mark,
-        "model_type": model_type,
-        "scope": patch.scope,
-        "via": patch.report.via,
-        "route": patch.report.route,
-        "together": patch.joint.to_dict() if patch.joint is not None else None,
-        "valid_for": {"token_ids": ids, "options": plain},
-        "rows_shape": list(patch.rows.shape),
-        "rows_before": patch.rows.before,
-        "entries": [_described(entry) for entry in patch.entries],
-        "report": patch.report.to_dict(),
-    }
+        "format": FORMAT, "version": VERSION, "written_by": f"controllability {__version__}", "fingerprint": mark,
+        "model_type": kind if isinstance(kind, str) else "", "scope": patch.scope, "via": patch.report.via,
+        "route": patch.report.route, "together": patch.joint.to_dict() if patch.joint is not None else None,
+        "valid_for": {"token_ids": ids, "options": plain}, "rows_shape": list(patch.rows.shape),
+        "rows_before": patch.rows.before, "entries": [_described(entry) for entry in patch.entries],
+        "report": patch.report.to_dict(), "model": name, "forms": {n: form.to_dict() for n, form in forms.items()},
+    }  # fmt: skip
 
 
 def read_patch(directory: str | Path) -> PatchRecord:
@@ -148,8 +127,7 @@ def read_patch(directory: str | Path) -> PatchRecord:
     if hashlib.sha256(raw).hexdigest() != description.get("tensors_sha256"):
         raise PatchError(f"{directory / TENSORS} is corrupt or truncated: its checksum is not the one that was saved")
     try:
-        tensors = load_file(directory / TENSORS)
-        return _build(description, tensors)
+        return _build(description, load_file(directory / TENSORS))
     except Exception as error:  # whatever a description that was tampered with may cause
         text = " ".join(str(error).split())[:200]
         raise PatchError(f"{directory} is corrupt: {type(error).__name__} {text}") from None
@@ -189,7 +167,7 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> PatchReco
             delta = ExpertLowRank(held["left"], held["right"], transposed, held["index"], int(item["experts"]))
         else:
             delta = Shift(held["shift"])
-        if any(isinstance(v, type(None)) for v in vars(delta).values()):
+        if any(v is None for v in vars(delta).values()):
             raise PatchError(f"the tensors of {item['parameter']} are missing")
         entries.append(dataclasses.replace(entry, delta=delta))
     inputs: dict[str, Any] = {
@@ -200,14 +178,10 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> PatchReco
     positions = tuple(tensors.get(f"positions::{role}") for role in ("source", "target"))
     inputs["positions"] = positions if positions[0] is not None else None
     shape = (int(description["rows_shape"][0]), int(description["rows_shape"][1]))
+    rows = Positions(tensors["rows.sample"], tensors["rows.position"], shape, int(description["rows_before"]))
     return PatchRecord(
-        tuple(entries),
-        description["scope"],
-        Positions(tensors["rows.sample"], tensors["rows.position"], shape, int(description["rows_before"])),
-        Report.from_dict(description["report"]),
-        inputs,
-        fingerprint=description["fingerprint"],
-        model_name=str(description["model"]),
+        tuple(entries), description["scope"], rows, Report.from_dict(description["report"]), inputs,
+        fingerprint=description["fingerprint"], model_name=str(description["model"]),
         joint=JointOptions(**description["together"]) if description["together"] is not None else None,
         forms={name: Form.from_dict(form) for name, form in description["forms"].items()},
-    )
+    )  # fmt: skip

@@ -121,9 +121,7 @@ def twin(model: nn.Module) -> nn.Module:
     # .data, not detach(): what PEFT does in place and undoes must not count as a change of the model
     shared: dict[int, Any] = {id(b): b.data for b in model.buffers()}
     for p in model.parameters():
-        packed = type(p) is not nn.Parameter and issubclass(
-            type(p), nn.Parameter
-        )  # 4 bits: more than a tensor, and frozen
+        packed = type(p) is not nn.Parameter and issubclass(type(p), nn.Parameter)  # 4 bits: more than a tensor, frozen
         if quantised.kind(p) == "bitsandbytes 4":
             shared[id(p)] = quantised.beside(p)
         else:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from architectures import quantised
-from controllability.errors import BadInput, PatchError
+from controllability.errors import PatchError
 from controllability.models.files.folders import refuse_occupied, written
 from controllability.models.files.lora_factors import lora_tensors, rank_of
 from controllability.models.files.peft_check import Check, check_adapter
@@ -22,8 +22,7 @@ from controllability.models.files.peft_reader import CONFIG, MADE_FOR, PREFIX, T
 from controllability.models.hooks.carried_patches import carried, uncompiled
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.merging import write
-from controllability.models.patches.peft_form import Form
-from controllability.models.patches.record import PatchRecord
+from controllability.models.patches.record import Form, PatchRecord
 from controllability.models.reading.fingerprints import known_fingerprint
 
 
@@ -58,15 +57,13 @@ def export_peft(patch: PatchRecord, directory: Path, model: nn.Module | None = N
     weights or an occupied directory, and ``NotVerified`` when the adapter does not give what the patch gives.
     Source: the layout of peft 0.21 (``tuners/lora/layer.py``); see ``adapters.forms``.
     """
-    if model is not None and not isinstance(model, nn.Module):
-        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
+    model = None if model is None else uncompiled(model)
     refuse_occupied(directory)
     patch.refuse_several("held by one adapter")
     if patch.made_under:
         raise PatchError("this patch was made while other patches were on the model: an adapter would lack those")
     model = model if model is not None or patch.fingerprint is not None else patch.model()
     if model is not None:
-        model = uncompiled(model)
         _refuse_other(patch, model)
     forms = forms_of(model, patch.entries) if model is not None else patch.forms
     _refuse_formless(patch, forms, model)

@@ -19,7 +19,7 @@ from torch import nn
 
 from controllability.deltas import Shift
 from controllability.models.patches.applier import Entry
-from controllability.models.patches.peft_form import Form
+from controllability.models.patches.record import Form
 
 # PEFT takes these for the per-expert matrices of transformers 4, in models whose experts are stacked now
 TAKEN_FOR_EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")

@@ -7,6 +7,7 @@ import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from controllability.deltas import Delta, Shift
-from controllability.errors import BadInput, PatchError
+from controllability.errors import PatchError
 from controllability.interfaces import Component, OutputControllable, Param, node
 from controllability.models.files.lora_factors import lora_factors, low_rank, rank_of, split_dense
 from controllability.models.files.peft_forms import plain_linear
 from controllability.models.files.peft_reader import MADE_FOR, PREFIX, read_adapter
 from controllability.models.hooks.carried_patches import carried, uncompiled
 from controllability.models.patches.applier import Entry
-from controllability.models.patches.peft_form import Form
-from controllability.models.patches.record import PatchRecord
+from controllability.models.patches.record import Form, PatchRecord
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.fingerprints import known_fingerprint, state_of
 from controllability.models.reading.positions import Positions
@@ -47,10 +47,8 @@ class Slot:
 
 def patch_of_adapter(directory: str | Path, model: nn.Module) -> PatchRecord:
     """A PEFT adapter as a patch.  See ``controllability.import_peft``."""
-    if not isinstance(model, nn.Module):
-        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
-    config, tensors, notes = read_adapter(Path(directory))
     model = uncompiled(model)
+    config, tensors, notes = read_adapter(Path(directory))
     if carried(model):
         raise PatchError("patches are on the model at the moment: leave applied() or unmerge before importing")
     if notes.get(MADE_FOR) not in (None, known_fingerprint(model)):
@@ -169,10 +167,7 @@ def _entry(slot: Slot, rows: Tensor, columns: Tensor) -> list[Entry]:
 
 
 def _lifted(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 @torch.no_grad()

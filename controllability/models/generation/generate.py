@@ -36,20 +36,10 @@ OnStep = Callable[[GeneratedToken], None]
 
 
 def generate(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    max_new_tokens: int = 20,
-    *,
-    via: str = "input-output",
-    route: str = "auto",
-    follow: str = "target",
-    control: bool = True,
-    reports: bool = False,
-    seed: int | None = None,
-    on_step: OnStep | None = None,
-    **options: Any,
-) -> Generation:
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20, *,
+    via: str = "input-output", route: str = "auto", follow: str = "target", control: bool = True, reports: bool = False,
+    seed: int | None = None, on_step: OnStep | None = None, **options: Any,
+) -> Generation:  # fmt: skip
     """Generate with the context and, beside it, without: patches recomputed for every token take its place.
 
     ``input_ids`` (B, L) are prompts; where their lengths differ ``attention_mask`` marks the padding, on either side.
@@ -147,10 +137,8 @@ class _Loop:
         padding = generation_config.pad_token_id
         first = True
         while bool(active.any()):
-            width = None if first else 1
-            inputs = model.prepare_inputs_for_generation(
-                input_ids, next_sequence_length=width, is_first_iteration=first, **options
-            )
+            at = {"next_sequence_length": None if first else 1, "is_first_iteration": first}
+            inputs = model.prepare_inputs_for_generation(input_ids, **at, **options)
             self._refuse_rewritten(input_ids, inputs)
             step = self._step(input_ids, inputs, Sampler(logits_processor, generation_config.do_sample), active)
             options = model._update_model_kwargs_for_generation(self._output, options)
@@ -184,10 +172,10 @@ class _Loop:
         tokens = lambda row: f"prompt {int(running[row])}, position {int(position[running[row]])}"  # noqa: E731
         worst = refuse_unreached(found.solvers)
         refuse_other_output(found.patched, found.target, worst, tokens, AFTER_THE_LAST_LAYER)
+        layers = Layers(map(record, found.solvers), self.checked.norms) if self.reports else None
         return compared(
-            input_ids, found.target, found.patched, found.without, choice, active, position, found.seconds,
-            self._layers(found.solvers),
-        )  # fmt: skip
+            input_ids, found.target, found.patched, found.without, choice, active, position, found.seconds, layers
+        )
 
     def _apart(self, input_ids: Tensor, inputs: dict[str, Any], source: dict[str, Any], running: Tensor) -> _Found:
         """The target's step with its cache, then the sweep."""
@@ -230,9 +218,6 @@ class _Loop:
             if not self.one_pass or solvers is None:
                 return _Found(target, alone, self._without(source), swept, seconds)
         return _Found(target, patched, without, solvers, seconds)
-
-    def _layers(self, solvers: list[LayerSweep]) -> Layers | None:
-        return Layers(map(record, solvers), self.checked.norms) if self.reports else None
 
     def _refuse_rewritten(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> None:
         given = inputs.get("input_ids")
@@ -329,8 +314,6 @@ def _padding(model: nn.Module, options: Mapping[str, Any]) -> int:
 
 
 def _refuse_misuse(model: Any, follow: str, count: Any, options: Mapping[str, Any]) -> None:
-    if not isinstance(model, nn.Module):
-        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
     if follow not in ("target", "patched"):
         raise BadInput(f"follow must be 'target' or 'patched', got {follow!r}")
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:

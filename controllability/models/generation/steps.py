@@ -51,11 +51,7 @@ class GeneratedToken:
 
     def of(self, sample: int) -> dict[str, Any]:
         """One sample's numbers, ready for JSON."""
-        numbers: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                numbers[name] = value[sample].item()
-        return numbers
+        return {name: value[sample].item() for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +93,8 @@ class Generation:
     @property
     def max_logit_error_unpatched(self) -> float | None:
         """The same without patches; None when that was not run."""
-        return (
-            float(self._over_active("max_logit_error_unpatched").max()) if self.steps[0].unpatched is not None else None
-        )
+        ran = self.steps[0].unpatched is not None
+        return float(self._over_active("max_logit_error_unpatched").max()) if ran else None
 
     @property
     def mismatches(self) -> list[tuple[int, int]]:

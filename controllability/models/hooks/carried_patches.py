@@ -16,7 +16,9 @@ from controllability.models.hooks.installation import HookStack, finishing
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile(model)``; any other model as it is."""
+    """The model inside ``torch.compile(model)``; any other model as it is.  Raises ``BadInput`` for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
     while isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
         model = inside
     return model
@@ -100,8 +102,6 @@ _LOADS_LOCK = threading.Lock()
 
 def state_of_model(model: nn.Module) -> ModelState:
     """What is on ``model``, and its lock; a compiled model and the one inside it are the same."""
-    if not isinstance(model, nn.Module):
-        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
     with _LOADS_LOCK:
         return _LOADS.setdefault(uncompiled(model), ModelState())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from controllability.interfaces import Param
 from controllability.interfaces import Path as NodePath
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.effects import Effect, Move, parameters_at, per_sample, ready, update_of
+from controllability.models.sweep.layer_sweep import LayerSweep
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,15 @@ class Entry:
     def module(self) -> str:
         """Name of the module that holds the parameter."""
         return self.param.name.rpartition(".")[0]
+
+
+def entries_of(solvers: Iterable[LayerSweep]) -> tuple[Entry, ...]:
+    """What was solved, in tensors of its own."""
+    return tuple(
+        Entry(param, with_tensors(delta, Tensor.clone), solver.layer.index, solver.call)
+        for solver in solvers
+        for param, delta in solver.deltas().items()
+    )
 
 
 class Applier:

@@ -17,19 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from controllability.errors import BadInput, NotVerified, PatchError, SideConditionFailed
+from controllability.interfaces import JointOptions
 from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.patches.applied import applied
-from controllability.models.patches.applier import Entry, with_tensors
+from controllability.models.patches.applier import entries_of
 from controllability.models.patches.record import PatchRecord
-from controllability.models.patches.served_sequences import (
-    PLAIN,
-    Learned,
-    Stream,
-    TokenSequence,
-    batch_of,
-    complete,
-)
+from controllability.models.patches.served_sequences import PLAIN, Stream, TokenSequence, batch_of, complete, learned_by
 from controllability.models.patches.solve import solve
 from controllability.models.reading.checked_reading import Checked, checked_reading
 from controllability.models.reading.fingerprints import state_of
@@ -78,21 +72,23 @@ def extend(
             refuse_bad_inputs(model, checked, inputs, role)
         step = _Step.of(stream, target, source, positions)
         inputs, rows = batch_of(step.among(stream.sequences))
-        done = _gone_on(patch, model, checked, stream, step)
-        changes = _changes(patch, model, checked, step, *done, inputs, rows) if done else _anew(patch, model, inputs)
-        scales = sum(s.run.journal.scale_seconds for s in done[0]) if done else 0.0
-        found = Extension(step.count, time.perf_counter() - started, scales, step.grows, done is None)
         try:
-            vars(patch).update(changes, extensions=[*patch.extensions, found])  # all of it or, interrupted, nothing
+            done = _gone_on(patch, model, checked, stream, step)
+            changed = (
+                _changes(patch, model, checked, step, *done, inputs, rows) if done else _anew(patch, model, inputs)
+            )
+            scales = sum(s.run.journal.scale_seconds for s in done[0]) if done else 0.0
+            found = Extension(step.count, time.perf_counter() - started, scales, step.grows, done is None)
+            vars(patch).update(changed, extensions=[*patch.extensions, found])  # all of it or, interrupted, nothing
         except BaseException:
-            step.known.caches = None
+            step.known.caches = None  # they hold tokens that the patch does not
             raise
     return found
 
 
 def _gone_on(
     patch: PatchRecord, model: nn.Module, checked: Checked, stream: Stream, step: _Step
-) -> tuple[list[LayerSweep], Learned, Any] | None:
+) -> tuple[list[LayerSweep], Any] | None:
     """The new tokens solved for, with what the earlier ones give as it is; None where everything has to be solved anew."""
     if not (stream.goes_on and complete(step.after) and is_causal(model, checked)):
         return None
@@ -105,9 +101,6 @@ def _gone_on(
     ):  # solved at once it may be possible, or is refused for good
         step.known.caches = None
         return None
-    except BaseException:
-        step.known.caches = None  # they hold tokens that the patch does not
-        raise
 
 
 def _refuse_unfit(patch: PatchRecord, model: nn.Module) -> Stream:
@@ -181,7 +174,7 @@ class _Step:
 
 def _solved(
     patch: PatchRecord, model: nn.Module, checked: Checked, stream: Stream, step: _Step, caches: Any
-) -> tuple[list[LayerSweep], Learned, Any]:
+) -> tuple[list[LayerSweep], Any]:
     """Both runs over the new tokens (over the whole sequence without ``caches``), solving for them."""
     proofs = checked.proofs(patch.report.via, patch.report.route, True)
     derivations = [layer.derivation for layer in _each_layer(patch)]
@@ -205,8 +198,7 @@ def _solved(
     refuse_unreached(solvers)
     if only_near(solvers):
         raise NotContinued("a layer that later ones make good gives its earlier tokens something else now")
-    learned = {(s.layer.index, targets[s.layer.index].index(s.target)): dict(s.run.served_after) for s in solvers}
-    return solvers, learned, pasts
+    return solvers, pasts
 
 
 def _each_layer(patch: PatchRecord) -> list[LayerReport | LayerRecord]:
@@ -234,47 +226,35 @@ def _caches(patch: PatchRecord, model: nn.Module, step: _Step) -> BothPasts | tu
 
 
 def _changes(
-    patch: PatchRecord, model: nn.Module, checked: Checked, step: _Step, solvers: list[LayerSweep], learned: Learned,
-    caches: Any, inputs: dict[str, Any], rows: Positions,
+    patch: PatchRecord, model: nn.Module, checked: Checked, step: _Step, solvers: list[LayerSweep], caches: Any,
+    inputs: dict[str, Any], rows: Positions,
 ) -> dict[str, Any]:  # fmt: skip
     """What of the patch is another when it is the extended one."""
-    try:
-        assert patch.stream is not None
-        entries = tuple(
-            Entry(param, with_tensors(delta, Tensor.clone), solver.layer.index, at[1])
-            for solver, at in zip(solvers, learned, strict=True)
-            for param, delta in solver.deltas().items()
-        )
-        layers, records = patch.report.layers, [record(s) for s in solvers]
-        if isinstance(layers, Layers):
-            records = [joined(a, b) for a, b in zip(layers.records, records, strict=True)]
-        report = replace(
-            patch.report, layers=Layers(records, checked.norms), tokens=patch.report.tokens + step.count,
-            numbers=sum(e.delta.numbers for e in entries), dense_numbers=sum(e.delta.dense_numbers for e in entries),
-            pairs=rows.named(),
-        )  # fmt: skip
-        same = patch._model is not None and patch._model() is model  # then its parameters were looked at a moment ago
-        seen = patch._seen | state_of(model, parameters=not same)
-        step.after.caches = caches
-        return {
-            "entries": entries, "inputs": inputs, "rows": rows, "logits": None, "target_logits": None, "report": report,
-            "stream": Stream(learned, step.among(patch.stream.sequences)), "_seen": seen, "_model": weakref.ref(model),
-            "fingerprint": None,
-        }  # fmt: skip
-    except BaseException:
-        step.known.caches = None
-        raise
+    assert patch.stream is not None
+    entries, layers, records = entries_of(solvers), patch.report.layers, [record(s) for s in solvers]
+    if isinstance(layers, Layers):
+        records = [joined(a, b) for a, b in zip(layers.records, records, strict=True)]
+    report = replace(
+        patch.report, layers=Layers(records, checked.norms), tokens=patch.report.tokens + step.count,
+        numbers=sum(e.delta.numbers for e in entries), dense_numbers=sum(e.delta.dense_numbers for e in entries),
+        pairs=rows.named(),
+    )  # fmt: skip
+    same = patch._model is not None and patch._model() is model  # then its parameters were looked at a moment ago
+    seen = patch._seen | state_of(model, parameters=not same)
+    step.after.caches = caches
+    return {
+        "entries": entries, "inputs": inputs, "rows": rows, "logits": None, "target_logits": None, "report": report,
+        "stream": Stream(learned_by(solvers), step.among(patch.stream.sequences)), "_seen": seen,
+        "_model": weakref.ref(model), "fingerprint": None,
+    }  # fmt: skip
 
 
 def _anew(patch: PatchRecord, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """The same where every sequence is solved for at once, with the new one among them."""
     device = next(model.parameters()).device
-    runs = [{k: v.to(device) for k, v in inputs[role].items()} for role in ("target", "source")]
-    asked = patch.joint
-    assert asked is not None
-    made = solve(
-        model, *runs, scope="all", via=patch.report.via, route=patch.report.route, positions=inputs["positions"],
-        keep_rms=asked.keep_rms,
-    )  # fmt: skip
+    there, here = ({k: v.to(device) for k, v in inputs[role].items()} for role in ("target", "source"))
+    assert patch.joint is not None
+    joint = JointOptions(keep_rms=patch.joint.keep_rms)
+    made = solve(model, there, here, "all", patch.report.via, patch.report.route, inputs["positions"], silent, joint)
     names = ("entries", "inputs", "rows", "report", "logits", "target_logits", "stream", "fingerprint", "_seen")
     return {name: getattr(made, name) for name in names}

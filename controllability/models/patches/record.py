@@ -4,21 +4,47 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from controllability.errors import BadInput, PatchError
+from controllability.errors import PatchError
 from controllability.interfaces import JointOptions
 from controllability.models.hooks.carried_patches import carried, refuse_on_it
 from controllability.models.patches.applier import Entry
-from controllability.models.patches.peft_form import Form
 from controllability.models.patches.served_sequences import Stream
 from controllability.models.reading.fingerprints import State, changes, fingerprint, known_fingerprint, state_of
 from controllability.models.reading.modules import refuse_offloaded
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.report import Report
+
+Kind = Literal["module", "parameter", "dense", "none"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How PEFT would reach one patched parameter: what a saved patch remembers for an export without the model.
+
+    ``kind`` says by which list of the config; "none" comes with a reason ``why``.  ``shape`` is that of the stored
+    parameter, ``swapped`` that lora_A holds its rows and lora_B its columns, ``key`` the module's name in an adapter file.
+    """
+
+    kind: Kind
+    shape: tuple[int, ...]
+    swapped: bool = False
+    key: str = ""
+    why: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Form:
+        """What ``to_dict`` gave."""
+        fields: dict[str, Any] = data | {"shape": tuple(data["shape"])}
+        return Form(**fields)
 
 
 @dataclass(eq=False)
@@ -133,9 +159,3 @@ class PatchRecord:
     def dense_numbers(self) -> int:
         """How many numbers the dense ΔW would be (one position's worth for each patch)."""
         return sum(entry.delta.dense_numbers for entry in self.entries)
-
-
-def refuse_scope(scope: str) -> None:
-    """Raise ``BadInput`` unless the scope is one that exists."""
-    if scope not in ("each", "last", "all"):
-        raise BadInput(f"unknown scope {scope!r}: choose each, last or all")

@@ -53,15 +53,19 @@ class Stream:
     goes_on: bool = True
 
     @staticmethod
-    def of(
-        solvers: list[LayerSweep], calls: list[tuple[int, int]], inputs: Mapping[str, Any], pairs: list[Any]
-    ) -> Stream:
+    def of(solvers: list[LayerSweep], inputs: Mapping[str, Any], pairs: list[Any]) -> Stream:
         """From a solved patch; ``pairs`` are its (source rows, target rows)."""
-        learned = {at: dict(solver.run.served_after) for at, solver in zip(calls, solvers, strict=True)}
         sequences = _sequences(inputs, *pairs)
         masks = [mask for role in ("target", "source") if (mask := inputs[role].get("attention_mask")) is not None]
         padded_left = bool(sequences) and any(not bool((mask[:, 0] != 0).all()) for mask in masks)
-        return Stream(learned, sequences, not padded_left and not only_near(solvers) and all(map(complete, sequences)))
+        return Stream(
+            learned_by(solvers), sequences, not padded_left and not only_near(solvers) and all(map(complete, sequences))
+        )
+
+
+def learned_by(solvers: list[LayerSweep]) -> Learned:
+    """What the leaves know now of the tokens they serve."""
+    return {(solver.layer.index, solver.call): dict(solver.run.served_after) for solver in solvers}
 
 
 def complete(sequence: TokenSequence) -> bool:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from controllability.errors import BadInput
 from controllability.interfaces import JointOptions
-from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
+from controllability.models.hooks.carried_patches import carried
 from controllability.models.hooks.layer_hooks import LayerHooks
-from controllability.models.patches.applier import Entry, with_tensors
-from controllability.models.patches.record import PatchRecord, refuse_scope
+from controllability.models.patches.applier import entries_of
+from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.served_sequences import Stream
 from controllability.models.reading.checked_reading import checked_reading, codebooks_of, streams_of
 from controllability.models.reading.fingerprints import state_of
@@ -30,40 +30,14 @@ from controllability.models.sweep.records import record
 from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
 from controllability.models.sweep.report import Layers, Report
 from controllability.models.sweep.source_run import sweep
-from controllability.models.sweep.target_run import Progress, check_finite, observe_target, silent
+from controllability.models.sweep.target_run import Progress, check_finite, observe_target
 
 
 def solve(
-    model: nn.Module,
-    target: Mapping[str, Any],
-    source: Mapping[str, Any],
-    scope: str = "each",
-    via: str = "input-output",
-    route: str = "auto",
-    positions: tuple[Any, Any] | None = None,
-    progress: Progress = silent,
-    ridge: float = 0.0,
-    rank: int | None = None,
-    keep_rms: bool = False,
-) -> PatchRecord:
-    """The solved patch.  See ``controllability.patch_model``, which documents the options and errors."""
-    refuse_scope(scope)
-    joint = parse_joint_options(scope, ridge, rank, keep_rms)
-    for name, value in (("via", via), ("route", route)):
-        if not isinstance(value, str):
-            raise BadInput(f"{name} must be a name, got {type(value).__name__}")
-    if not isinstance(model, nn.Module):
-        raise BadInput(f"the model must be a torch module, got {type(model).__name__}")
-    model = uncompiled(model)
-    # what is kept must not be made inside torch.inference_mode: autograd would refuse it later
-    with state_of_model(model).lock, torch.inference_mode(False), torch.no_grad():
-        return _patch(model, target, source, scope, via, route, positions, progress, joint)
-
-
-def _patch(
     model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], scope: str, via: str, route: str,
     positions: tuple[Any, Any] | None, progress: Progress, joint: JointOptions,
 ) -> PatchRecord:  # fmt: skip
+    """The solved patch.  See ``controllability.patch_model``, which documents the options and errors."""
     started = time.perf_counter()
     for role, inputs in (("target", target), ("source", source)):
         refuse_malformed(inputs, role)
@@ -88,16 +62,7 @@ def _patch(
         targets, target_output = observe_target(hooks, without_cache(model, target), target_rows, progress)
         plan = Plan(proofs, scope, standing)
         solvers, output = sweep(hooks, plan, targets, without_cache(model, source), source_rows, progress)
-    entries = tuple(
-        Entry(
-            param,
-            with_tensors(delta, Tensor.clone),
-            solver.layer.index,
-            targets[solver.layer.index].index(solver.target),
-        )
-        for solver in solvers
-        for param, delta in solver.deltas().items()
-    )
+    entries = entries_of(solvers)
     last = reading.layers[-1]
     logits, wanted = result_of(output).clone(), result_of(target_output)
     check_finite(logits, "source", last, "of the logits after")
@@ -119,8 +84,7 @@ def _patch(
     )  # fmt: skip
     mp._seen.update(state_of(model))
     if scope == "all" and joint.exact:
-        calls = [(s.layer.index, targets[s.layer.index].index(s.target)) for s in solvers]
-        stream = Stream.of(solvers, calls, kept, [source_rows, target_rows])
+        stream = Stream.of(solvers, kept, [source_rows, target_rows])
         mp.stream = stream if stream.sequences else None
     return mp
 

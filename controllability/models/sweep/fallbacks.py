@@ -51,7 +51,8 @@ class Plan:
         """What solves one call of a layer."""
         known = None if self.served is None else self.served[layer.index, call]
         proof, choice = self.proofs[layer.index], self.choices[layer.index]
-        return LayerSweep(layer, proof, choice, target, rows, self.scope, self._options(layer.index, self.short), known)
+        options = self._options(layer.index, self.short)
+        return LayerSweep(layer, call, proof, choice, target, rows, self.scope, options, known)
 
     def _options(self, layer: int, short: bool) -> JointOptions | None:
         return options_at(self.joint, layer == len(self.proofs) - 1, short)

@@ -24,10 +24,10 @@ class LayerSweep:
     """One call of one layer in the source run: solves each delta the moment its module's input is known."""
 
     def __init__(
-        self, layer: Layer, proof: Derivation, choice: int, target: LayerTarget, rows: Positions, scope: str,
+        self, layer: Layer, call: int, proof: Derivation, choice: int, target: LayerTarget, rows: Positions, scope: str,
         joint: JointOptions | None = None, known: Mapping[Path, Known] | None = None,
     ) -> None:  # fmt: skip
-        self.layer, self.proof, self.choice, self.target = layer, proof, choice, target
+        self.layer, self.call, self.proof, self.choice, self.target = layer, call, proof, choice, target
         self.joint, self.served = joint, known or {}
         self.rows = rows
         self.each = scope == "each"
