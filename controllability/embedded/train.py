@@ -118,19 +118,16 @@ def train(
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             seconds = time.perf_counter() - started
-            print(
-                f"step {step:5d}  facts <= {most}  loss {loss.item():.4f}  recall {recall:.3f}  {seconds:5.0f} s",
-                flush=True,
-            )
+            found = f"facts <= {most}  loss {loss.item():.4f}  recall {recall:.3f}"
+            print(f"step {step:5d}  {found}  {seconds:5.0f} s", flush=True)
     return model.eval(), tokenizer
 
 
 def main() -> None:
     """Train, measure on fresh worlds, and save only a model that recalls."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "model", help="where to save model and tokenizer"
-    )
+    usual = Path(__file__).parent / "model"
+    parser.add_argument("--out", type=Path, default=usual, help="where to save model and tokenizer")
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -89,11 +89,8 @@ def _symbols(proof: Derivation) -> dict[str, str]:
     names = sorted({str(p) for p in proof.block.parameters()})
     parts = {name: [p for p in name.split(".") if p not in ("weight", "bias")] or [name] for name in names}
     found: dict[str, str] = {}
-    for shown in (
-        {n: p[-1] for n, p in parts.items()},
-        {n: ".".join(p) for n, p in parts.items()},
-        {n: n for n in names},
-    ):
+    last, joined = {n: p[-1] for n, p in parts.items()}, {n: ".".join(p) for n, p in parts.items()}
+    for shown in (last, joined, {n: n for n in names}):
         met = Counter((_letter(name), shown[name]) for name in names)
         for name in names:
             if name not in found and (met[_letter(name), shown[name]] == 1 or shown[name] == name):
@@ -135,11 +132,8 @@ def _no_closed_form(why: str) -> str:
 
 
 def _fitted(formula: str) -> str:
-    return (
-        formula
-        if len(formula) <= WIDE
-        else rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{$\displaystyle {formula}$}}"
-    )
+    smaller = rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{$\displaystyle {formula}$}}"
+    return formula if len(formula) <= WIDE else smaller
 
 
 def _entry(x: IndexedArray, symbols: dict[str, str], letters: dict[str, str]) -> str:
@@ -174,8 +168,5 @@ def _items(step: Step, depth: int = 0) -> list[str]:
     indent = rf"\par\noindent\hangindent={depth + 1.2:.1f}em\hspace*{{{depth}em}}"
     line = rf"{indent}\textbf{{{escape(rule.name)}}} for {where}: {escape(rule.statement)}, since {escape(rule.when)}."
     patch = "" if rule.patch in ("none", "that of f", "that of g", "that of c") else f" Patch: {escape(rule.patch)}."
-    return [line + patch + rf" \emph{{({escape(rule.source)})}}", *_below(step, depth)]
-
-
-def _below(step: Step, depth: int) -> list[str]:
-    return [item for premise in step.premises for item in _items(premise, depth + 1)]
+    below = [item for premise in step.premises for item in _items(premise, depth + 1)]
+    return [line + patch + rf" \emph{{({escape(rule.source)})}}", *below]
