@@ -73,14 +73,13 @@ def _ask(
 ) -> tuple[dict[str, torch.Tensor], ModelPatch]:
     """Last logits (vocabulary,) of the three runs.  The patched ones come from the model with the patch applied."""
     mp = patch_model(model, target, source, scope, route=route)
+
+    def last(inputs: dict[str, Any]) -> torch.Tensor:
+        return model(**inputs, use_cache=False).logits[0, -1]
+
     with mp.applied(model):
-        patched = model(**source, use_cache=False).logits[0, -1]
-    answers = {
-        "with_context": model(**target, use_cache=False).logits[0, -1],
-        "without_context": model(**source, use_cache=False).logits[0, -1],
-        "patched": patched,
-    }
-    return answers, mp
+        patched = last(source)
+    return {"with_context": last(target), "without_context": last(source), "patched": patched}, mp
 
 
 def _show(output: Output, data: dict[str, Any], patch: ModelPatch) -> None:

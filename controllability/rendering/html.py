@@ -125,11 +125,13 @@ class _Writer:
     def rule(self, step: Step) -> str:
         """Statement, premise, patch, source, conditions, and what was checked."""
         conditions = "".join(f"<li>{escape(c.statement)}</li>" for c in step.conditions)
+        fixed = step.rule.name.endswith(("-before", "-after", "-after-fixed"))
+        here = f"fixed: {step.note}" if fixed else step.printed_note  # what the step says of this very place
         rows = [
             ("rule", escape(step.rule.statement)),
             ("when", escape(step.rule.when)),
             ("patch", f'<span class="formula">{escape(step.rule.patch)}</span>'),
-            ("here", escape(_note(step))),
+            ("here", escape(here)),
             ("conditions", f"<ul>{conditions}</ul>" if conditions else ""),
             ("source", escape(step.rule.source)),
             ("check", escape(self.said.get(step.rule.name, ""))),
@@ -309,12 +311,6 @@ def _name(part: Component) -> str:
 
 def _counted(count: int, what: str) -> str:
     return f"one {what}" if count == 1 else f"{count} {what}s"
-
-
-def _note(step: Step) -> str:
-    """What the step says of this very place."""
-    fixed = step.rule.name.endswith(("-before", "-after", "-after-fixed"))
-    return f"fixed: {step.note}" if fixed else step.printed_note
 
 
 def _list(rows: Iterable[tuple[str, str]]) -> str:

@@ -68,20 +68,20 @@ def _promise(proof: Derivation, moved: str) -> list[str]:
 
 def _matrices(proof: Derivation) -> list[str]:
     """How many tokens one patch serves, and its change of each parameter in matrices whose columns are the tokens."""
-    served = [rf"\item {escape(one)}" for one in reach(proof)]
-    changes = [rf"\item {escape(one)}" for one in matrix_formulas(proof)]
-    return [
-        r"\paragraph{Tokens in general position that one patch serves.}", r"\begin{itemize}\small", *served, r"\end{itemize}",
-        r"\paragraph{The patch.} The tokens' vectors are the columns of $Z$, $Z'$ and $Y$, the wanted changes those of $D$; $A^{+}$ is the pseudo-inverse.",
-        r"\begin{itemize}\small", *changes, r"\end{itemize}",
-    ]  # fmt: skip
+    served, changes = (list(map(escape, said(proof))) for said in (reach, matrix_formulas))
+    columns = "The tokens' vectors are the columns of $Z$, $Z'$ and $Y$, the wanted changes those of $D$; $A^{+}$ is the pseudo-inverse."
+    head = r"\paragraph{Tokens in general position that one patch serves.}"
+    return [head, *_listed(served), rf"\paragraph{{The patch.}} {columns}", *_listed(changes)]
+
+
+def _listed(items: list[str]) -> list[str]:
+    return [r"\begin{itemize}\small", *(rf"\item {item}" for item in items), r"\end{itemize}"]
 
 
 def _conditions(proof: Derivation) -> list[str]:
-    listed = [rf"\item {escape(c.statement)} --- \texttt{{{escape(c.where)}}}" for c in dict.fromkeys(proof.conditions)]
-    if not listed:
-        return [r"\paragraph{Side conditions.} None."]
-    return [r"\paragraph{Side conditions.}", r"\begin{itemize}\small", *listed, r"\end{itemize}"]
+    found = [rf"{escape(c.statement)} --- \texttt{{{escape(c.where)}}}" for c in dict.fromkeys(proof.conditions)]
+    title = r"\paragraph{Side conditions.}"
+    return [title, *_listed(found)] if found else [f"{title} None."]
 
 
 def _symbols(proof: Derivation) -> dict[str, str]:
@@ -99,41 +99,32 @@ def _symbols(proof: Derivation) -> dict[str, str]:
 
 
 def _letter(name: str) -> str:
-    if name.endswith("bias"):
-        return "b"
-    return "m" if "norm" in name else "W"
+    return "b" if name.endswith("bias") else "m" if "norm" in name else "W"
 
 
 def _patch(proof: Derivation) -> list[str]:
     try:
         form = closed_form(proof)
-    except ControllabilityError as reason:
-        return [_no_closed_form(str(reason))]
     except Exception as reason:  # a component that is not ours may fail in any way
-        return [_no_closed_form(f"a component does not run on symbols ({type(reason).__name__}: {reason})")]
+        foreign = f"a component does not run on symbols ({type(reason).__name__}: {reason})"
+        why = str(reason) if isinstance(reason, ControllabilityError) else foreign
+        return [rf"\paragraph{{The patch.}} No closed form: {escape(printable(why.splitlines()[0]))}."]
     own, written = _symbols(proof), written_names(proof.block)
     names = [rf"${symbol}$ is \texttt{{{escape(name)}}}" for name, symbol in own.items()]
     symbols = {str(replace(p, name=written[p.name])): own[str(p)] for p in proof.block.parameters()}
     formulas = [_delta(own[name], symbols, delta) for name, delta in form.deltas.items()]
+    where = _definitions(form, symbols)
     return [
-        r"\paragraph{The patch.}",
-        *(rf"\begin{{equation*}}{_fitted(f)}\end{{equation*}}" for f in formulas),
-        "where",
-        *(rf"\begin{{equation*}}{_fitted(f)}\end{{equation*}}" for f in _definitions(form, symbols)),
+        r"\paragraph{The patch.}", *map(_equation, formulas), "where", *map(_equation, where),
         r"Sums run over the whole range of their index. $n$ is a normalisation (a second one that differs is numbered); activations stand for themselves, or for any"
         r" other function; $e_r$ is the $r$-th chosen expert and $s_r$ its share. \par\noindent "
-        + "; ".join(names)
-        + ".",
-    ]
+        + "; ".join(names) + ".",
+    ]  # fmt: skip
 
 
-def _no_closed_form(why: str) -> str:
-    return rf"\paragraph{{The patch.}} No closed form: {escape(printable(why.splitlines()[0]))}."
-
-
-def _fitted(formula: str) -> str:
+def _equation(formula: str) -> str:
     smaller = rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{$\displaystyle {formula}$}}"
-    return formula if len(formula) <= WIDE else smaller
+    return rf"\begin{{equation*}}{formula if len(formula) <= WIDE else smaller}\end{{equation*}}"
 
 
 def _entry(x: IndexedArray, symbols: dict[str, str], letters: dict[str, str]) -> str:
