@@ -99,7 +99,8 @@ def _report(
     extra: dict[str, Any], with_valid: bool = False,
 ) -> int:  # fmt: skip
     valid, patched, unpatched = found.verified(args.dtype), found.patched, found.unpatched
-    words = {run: _word(tokenizer, token) for run, token in found.top1.items()}
+    # a token has no text where the vocabulary of the model is larger than the tokenizer's
+    words = {run: tokenizer.convert_ids_to_tokens(token) or f"token {token}" for run, token in found.top1.items()}
     kl = float(patched.kl.max())
     if not found.finite:
         raise NotVerified("verification failed: the logits are not finite; nothing was saved")
@@ -122,11 +123,6 @@ def _report(
     return 0 if valid else 1
 
 
-def _word(tokenizer: Any, token: int) -> str:
-    """A token as text; its number where the vocabulary of the model is larger than the tokenizer's."""
-    return tokenizer.convert_ids_to_tokens(token) or f"token {token}"
-
-
 def refuse_unusable(out: Path) -> None:
     """Fail before the work, not after it."""
     refuse_occupied(out)
@@ -146,7 +142,8 @@ def export(args: argparse.Namespace, output: Output) -> int:
     refuse_unusable(directory)
     mp = load_patch(args.patch)
     mp.refuse_several("held by one adapter")  # before the model is loaded
-    name = args.model or _remembered(mp)
+    # the directory that it was made on, if it is still there: nothing is downloaded unasked
+    name = args.model or (mp.model_name if mp.model_name and Path(mp.model_name).is_dir() else "")
     model: Any = None
     if name:
         with output.busy(f"loading {name}"):
@@ -170,8 +167,3 @@ def export(args: argparse.Namespace, output: Output) -> int:
     else:
         output.text(done.check.note + ("" if name else "; --model MODEL would check it"))
     return 0
-
-
-def _remembered(mp: ModelPatch) -> str:
-    """The model directory that the patch was made on, if it is still there; nothing is downloaded unasked."""
-    return mp.model_name if mp.model_name and Path(mp.model_name).is_dir() else ""

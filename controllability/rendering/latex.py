@@ -113,9 +113,8 @@ def _patch(proof: Derivation) -> list[str]:
     names = [rf"${symbol}$ is \texttt{{{escape(name)}}}" for name, symbol in own.items()]
     symbols = {str(replace(p, name=written[p.name])): own[str(p)] for p in proof.block.parameters()}
     formulas = [_delta(own[name], symbols, delta) for name, delta in form.deltas.items()]
-    where = _definitions(form, symbols)
     return [
-        r"\paragraph{The patch.}", *map(_equation, formulas), "where", *map(_equation, where),
+        r"\paragraph{The patch.}", *map(_equation, formulas), "where", *map(_equation, _definitions(form, symbols)),
         r"Sums run over the whole range of their index. $n$ is a normalisation (a second one that differs is numbered); activations stand for themselves, or for any"
         r" other function; $e_r$ is the $r$-th chosen expert and $s_r$ its share. \par\noindent "
         + "; ".join(names) + ".",

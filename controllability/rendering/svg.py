@@ -130,7 +130,6 @@ class Fragment:
     boxed: bool = False
 
     def at(self, x: float, y: float) -> tuple[Shape, ...]:
-        """The shapes, moved."""
         return tuple(_moved(shape, x, y) for shape in self.shapes)
 
 
