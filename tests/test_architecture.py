@@ -40,7 +40,6 @@ LAZY_ROOMS = {
 }
 LAZY = {
     ("controllability", "importlib"): "the package itself loads next to nothing",
-    ("controllability.cli.patch", "os"): "none: it can stand at the top",
     ("architectures.registry", "difflib"): "only somebody who mistyped a name waits for it",
     ("controllability.components.fixed", "controllability.components.activation"): "none: it can stand at the top",
     ("controllability.rendering.closed_form", "controllability.rendering.tokens_served"): "only a refusal needs it",

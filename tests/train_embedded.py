@@ -119,10 +119,8 @@ def train(
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             seconds = time.perf_counter() - started
-            print(
-                f"step {step:5d}  facts <= {most}  loss {loss.item():.4f}  recall {recall:.3f}  {seconds:5.0f} s",
-                flush=True,
-            )
+            found = f"facts <= {most}  loss {loss.item():.4f}  recall {recall:.3f}"
+            print(f"step {step:5d}  {found}  {seconds:5.0f} s", flush=True)
     return model.eval(), tokenizer
 
 

@@ -78,9 +78,8 @@ def _element_kind(value: Any) -> Arithmetic:
     for test, kind in _ELEMENTS:
         if test(value):
             return kind
-    raise BadInput(
-        f"cannot compute with elements of type {type(value).__name__}; use floats, Fraction, SymPy or mpmath"
-    )
+    kind = type(value).__name__
+    raise BadInput(f"cannot compute with elements of type {kind}; use floats, Fraction, SymPy or mpmath")
 
 
 def _is_tensor(x: Any) -> bool:

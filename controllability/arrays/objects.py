@@ -71,9 +71,8 @@ class RationalArithmetic(ObjectArithmetic):
                 return Fraction(top, bottom)
         if name != "sqrt" and value == 0:
             return Fraction(int(name == "exp"))
-        raise NotExact(
-            f"{name}({value}) is not rational; use SymPy or mpmath numbers, or choose the instance so that it is"
-        )
+        remedy = "use SymPy or mpmath numbers, or choose the instance so that it is"
+        raise NotExact(f"{name}({value}) is not rational; {remedy}")
 
 
 class MpmathArithmetic(ObjectArithmetic):

@@ -100,12 +100,8 @@ class TorchArithmetic(Arithmetic):
 
     def activation(self, name: str, x: Array) -> Array | None:
         functional = self.torch.nn.functional
-        kernels = {
-            "silu": functional.silu,
-            "relu": functional.relu,
-            "gelu": functional.gelu,
-            "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
-        }
+        tanh = functools.partial(functional.gelu, approximate="tanh")
+        kernels = {"silu": functional.silu, "relu": functional.relu, "gelu": functional.gelu, "gelu_tanh": tanh}
         return kernels[name](x) if name in kernels else None
 
     def concatenate(self, parts: list[Array], axis: int) -> Array:

@@ -20,13 +20,12 @@ class Command(NamedTuple):
 
 
 def _demo(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", help="also write a picture of every layer's error and patch sizes")
-    parser.add_argument(
-        "--worlds", type=int, default=8, metavar="N", help="how many fresh contexts to draw (default 8)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="which contexts are drawn (default 0)")
-    parser.add_argument("--scope", choices=("each", "last"), default="each", help="see the patch command")
-    parser.add_argument("--route", choices=ROUTES, default="auto")
+    add = parser.add_argument
+    add("--out", metavar="DIR", help="also write a picture of every layer's error and patch sizes")
+    add("--worlds", type=int, default=8, metavar="N", help="how many fresh contexts to draw (default 8)")
+    add("--seed", type=int, default=0, help="which contexts are drawn (default 0)")
+    add("--scope", choices=("each", "last"), default="each", help="see the patch command")
+    add("--route", choices=ROUTES, default="auto")
 
 
 def _list(parser: ArgumentParser) -> None:
@@ -48,23 +47,16 @@ def _recheck(parser: ArgumentParser) -> None:
 
 
 def _patch(parser: ArgumentParser) -> None:
+    add = parser.add_argument
     _model(parser)
-    parser.add_argument("--context", required=True, metavar="TEXT")
-    parser.add_argument("--query", required=True, metavar="TEXT")
-    parser.add_argument(
-        "--scope",
-        choices=("each", "last", "all"),
-        default="each",
-        help="a patch for each position (default), one for the last, or one for all of them",
-    )
+    add("--context", required=True, metavar="TEXT")
+    add("--query", required=True, metavar="TEXT")
+    scope = "a patch for each position (default), one for the last, or one for all of them"
+    add("--scope", choices=("each", "last", "all"), default="each", help=scope)
     _solving(parser)
-    parser.add_argument(
-        "--positions",
-        choices=("keep", "reset"),
-        default="keep",
-        help="positions of the query: as in the target (default), or from 0",
-    )
-    parser.add_argument("--out", metavar="DIR", help="save the patch here; must be new or empty")
+    positions = "positions of the query: as in the target (default), or from 0"
+    add("--positions", choices=("keep", "reset"), default="keep", help=positions)
+    add("--out", metavar="DIR", help="save the patch here; must be new or empty")
 
 
 def _verify(parser: ArgumentParser) -> None:
@@ -73,59 +65,39 @@ def _verify(parser: ArgumentParser) -> None:
 
 
 def _generate(parser: ArgumentParser) -> None:
+    add = parser.add_argument
     _model(parser)
-    parser.add_argument(
-        "--prompt", required=True, action="append", metavar="TEXT", help="may be given several times: one batch"
-    )
-    parser.add_argument("--tokens", type=int, default=20, metavar="N", help="how many to generate (default 20)")
+    add("--prompt", required=True, action="append", metavar="TEXT", help="may be given several times: one batch")
+    add("--tokens", type=int, default=20, metavar="N", help="how many to generate (default 20)")
     _solving(parser)
-    parser.add_argument(
-        "--follow",
-        choices=("target", "patched"),
-        default="target",
-        help="whose tokens the history is made of: the contextual model's (default), or the patched model's own",
-    )
-    parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
-    parser.add_argument("--temperature", type=float, metavar="T", help="with --sample (default: the model's own)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="with --sample: draw among the K likeliest")
-    parser.add_argument("--top-p", type=float, metavar="P", help="with --sample: among the likeliest that make up P")
-    parser.add_argument("--seed", type=int, metavar="S", help="with --sample: which tokens are drawn (default 0)")
+    follow = "whose tokens the history is made of: the contextual model's (default), or the patched model's own"
+    add("--follow", choices=("target", "patched"), default="target", help=follow)
+    add("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    add("--temperature", type=float, metavar="T", help="with --sample (default: the model's own)")
+    add("--top-k", type=int, metavar="K", help="with --sample: draw among the K likeliest")
+    add("--top-p", type=float, metavar="P", help="with --sample: among the likeliest that make up P")
+    add("--seed", type=int, metavar="S", help="with --sample: which tokens are drawn (default 0)")
 
 
 def _compile(parser: ArgumentParser) -> None:
+    add = parser.add_argument
     _model(parser)
-    parser.add_argument("--context", required=True, metavar="TEXT")
-    parser.add_argument(
-        "--queries", required=True, metavar="FILE", help='one query a line, or .jsonl: {"query": TEXT, "weight": N}'
-    )
-    parser.add_argument("--heldout", metavar="FILE", help="queries that the weights are judged on and not made for")
-    parser.add_argument(
-        "--unrelated", metavar="FILE", help="texts on which nothing should change (default: some of ours)"
-    )
-    parser.add_argument(
-        "--answer-tokens", type=int, default=0, metavar="N", help="add N tokens of the contextual model's own answers"
-    )
-    parser.add_argument("--rank", type=int, metavar="R", help="largest rank of a ΔW (default: as many as it takes)")
-    parser.add_argument(
-        "--ridge",
-        type=_ridge,
-        metavar="L",
-        help="λ of a least-squares fit, or auto: chosen by cross-validation; 0: exact or refused (default: exact, or else auto)",
-    )
-    parser.add_argument(
-        "--keep-rms", action="store_true", help="exact, without moving the RMS before a norm, or refused"
-    )
-    parser.add_argument(
-        "--via", choices=VIA, help="default: output, or input-output where that is not exact, and for least squares"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32; float64 computes exactly")
+    add("--context", required=True, metavar="TEXT")
+    add("--queries", required=True, metavar="FILE", help='one query a line, or .jsonl: {"query": TEXT, "weight": N}')
+    add("--heldout", metavar="FILE", help="queries that the weights are judged on and not made for")
+    add("--unrelated", metavar="FILE", help="texts on which nothing should change (default: some of ours)")
+    add("--answer-tokens", type=int, default=0, metavar="N", help="add N tokens of the contextual model's own answers")
+    add("--rank", type=int, metavar="R", help="largest rank of a ΔW (default: as many as it takes)")
+    ridge = "λ of a least-squares fit, or auto: chosen by cross-validation; 0: exact or refused (default: exact, or else auto)"
+    add("--ridge", type=_ridge, metavar="L", help=ridge)
+    add("--keep-rms", action="store_true", help="exact, without moving the RMS before a norm, or refused")
+    add("--via", choices=VIA, help="default: output, or input-output where that is not exact, and for least squares")
+    add("--dtype", choices=DTYPES, default="float32", help="default float32; float64 computes exactly")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--peft", action="store_true", help="write a PEFT adapter (default: a patch)")
     kind.add_argument("--merge", action="store_true", help="write whole weights that plain transformers loads")
-    parser.add_argument(
-        "--picture", action="store_true", help="agreement and drift against rank (drawn with --heldout anyway)"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="must not exist")
+    add("--picture", action="store_true", help="agreement and drift against rank (drawn with --heldout anyway)")
+    add("--out", required=True, metavar="DIR", help="must not exist")
 
 
 def _ridge(text: str) -> float | str:
@@ -136,23 +108,17 @@ _ridge.__name__ = "number"  # what argparse calls it
 
 
 def _export(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "patch", metavar="PATCH_DIR", help="written by controllability patch --scope last (or all) --out"
-    )
-    parser.add_argument("--peft", required=True, metavar="DIR", help="write the adapter here; must be new or empty")
-    parser.add_argument(
-        "--model", metavar="MODEL", help="the model it was made for (default: the directory that the patch remembers)"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that a model directory brings (off by default)"
-    )
+    add = parser.add_argument
+    add("patch", metavar="PATCH_DIR", help="written by controllability patch --scope last (or all) --out")
+    add("--peft", required=True, metavar="DIR", help="write the adapter here; must be new or empty")
+    add("--model", metavar="MODEL", help="the model it was made for (default: the directory that the patch remembers)")
+    add("--trust-remote-code", action="store_true", help="run code that a model directory brings (off by default)")
 
 
 def _model(parser: ArgumentParser, what: str = "directory written by save_pretrained, or a Hub id") -> None:
-    parser.add_argument("model", metavar="MODEL", help=f"{what}; embedded is the package's own trained model")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that a model directory brings (off by default)"
-    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=f"{what}; embedded is the package's own trained model")
+    add("--trust-remote-code", action="store_true", help="run code that a model directory brings (off by default)")
 
 
 def _solving(parser: ArgumentParser) -> None:

@@ -123,6 +123,6 @@ def _elsewhere(module: str, name: str) -> Callable[[argparse.Namespace, Output],
     return lambda args, output: getattr(import_module(f"controllability.cli.{module}"), name)(args, output)
 
 
-patch, verify = _elsewhere("patch", "patch"), _elsewhere("patch", "verify")
-generate, export, demo = (_elsewhere(name, name) for name in ("generate", "export", "demo"))
+patch, verify, export = (_elsewhere("patch", name) for name in ("patch", "verify", "export"))
+generate, demo = _elsewhere("generate", "generate"), _elsewhere("demo", "demo")
 compile = _elsewhere("compile", "compile")  # noqa: A001 (named after the command)

@@ -80,13 +80,10 @@ def _show(output: Output, compiled: Compiled, done: Written, seconds: float) -> 
                     title if who == "compiled" else "", who, f"{found.top1_agreement:.1%}", number(found.kl),
                     number(found.max_logit_error),
                 ])  # fmt: skip
-    output.table(
-        "how far it carries", ["texts", "model", "same likeliest token", "mean KL", "largest logit error"], rows
-    )
-    answers = compiled.answers()
-    rows = [
-        [printable(str(row[k])) for k in ("query", "with_context", "patched", "without_context")] for row in answers
-    ]
+    columns = ["texts", "model", "same likeliest token", "mean KL", "largest logit error"]
+    output.table("how far it carries", columns, rows)
+    runs = ("query", "with_context", "patched", "without_context")
+    rows = [[printable(str(row[k])) for k in runs] for row in compiled.answers()]
     more = f" (the first {LISTED} of {len(rows)})" if len(rows) > LISTED else ""
     output.table(f"next token{more}", ["query", "with context", "compiled", "without"], rows[:LISTED])
     output.text(_how(compiled))
@@ -103,9 +100,8 @@ def _how(compiled: Compiled) -> str:
         size += ", the first token's own state let go"
     if compiled.exact:
         return f"exact: {size}.\nExactness holds on the set of queries; the held-out queries tell what generalises."
-    fit = (
-        "solved exactly, but rounding shows" if compiled.solution.rounded else f"least squares with λ {data['ridge']:g}"
-    )
+    rounded = compiled.solution.rounded
+    fit = "solved exactly, but rounding shows" if rounded else f"least squares with λ {data['ridge']:g}"
     lines = [f"not exact ({fit}): {size}."]
     if compiled.solution.choice is not None:
         lines.append(f"λ was chosen on {compiled.solution.choice.judged_on}.")
@@ -117,9 +113,8 @@ def _checked_line(done: Written, seconds: float) -> str:
     found: dict[str, Any] = done.verified
     lines = [f"{done.directory}: {', '.join(done.files)}"]
     if found["passed"]:
-        lines.append(
-            f"verified: {found['how']}, has a largest logit error of {number(found['max_logit_error'])} on the queries"
-        )
+        error = number(found["max_logit_error"])
+        lines.append(f"verified: {found['how']}, has a largest logit error of {error} on the queries")
     else:
         lines.append(found["how"])
     return "\n".join([*lines, f"{seconds:.1f} s"])

@@ -5,17 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from controllability.arrays import relative_error
 from controllability.cli.output import Output, number
 from controllability.embedded.world import draw_worlds
 from controllability.errors import BadInput
 from controllability.models import ModelPatch, patch_model
+from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.loading import embedded_directory, encode, load_model
+from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.logits import compare_logits
+from controllability.models.reading.positions import pair_positions
+from controllability.models.sweep.target_run import observe_target, silent
+from controllability.rendering.figure import drawn, two_plots
 
 
 def demo(args: argparse.Namespace, output: Output) -> int:
@@ -52,8 +60,6 @@ def demo(args: argparse.Namespace, output: Output) -> int:
         "patch_numbers": first[0].numbers, "dense_numbers": first[0].dense_numbers, "scope": args.scope,
     }  # fmt: skip
     if out is not None:
-        from controllability.cli.demo_figure import layer_picture
-
         data["picture"] = str(layer_picture(model, *first, out / "demo.png"))
     data["seconds"] = time.perf_counter() - started
     output.result(data)
@@ -67,14 +73,13 @@ def _ask(
 ) -> tuple[dict[str, torch.Tensor], ModelPatch]:
     """Last logits (vocabulary,) of the three runs.  The patched ones come from the model with the patch applied."""
     mp = patch_model(model, target, source, scope, route=route)
+
+    def last(inputs: dict[str, Any]) -> torch.Tensor:
+        return model(**inputs, use_cache=False).logits[0, -1]
+
     with mp.applied(model):
-        patched = model(**source, use_cache=False).logits[0, -1]
-    answers = {
-        "with_context": model(**target, use_cache=False).logits[0, -1],
-        "without_context": model(**source, use_cache=False).logits[0, -1],
-        "patched": patched,
-    }
-    return answers, mp
+        patched = last(source)
+    return {"with_context": last(target), "without_context": last(source), "patched": patched}, mp
 
 
 def _show(output: Output, data: dict[str, Any], patch: ModelPatch) -> None:
@@ -108,3 +113,43 @@ def _writable(out: Path) -> Path:
     if not os.access(out, os.W_OK):
         raise BadInput(f"cannot write to {out}: no permission")
     return out
+
+
+def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Mapping[str, Any], path: Path) -> Path:
+    """Draw one patched pair of runs to ``path`` (PNG, written atomically); returns the path."""
+    before = unpatched_errors(model, target, source, patch.scope)
+    layers = patch.report.layers
+    index = range(len(layers))
+    scales = {"yscale": "log", "xlabel": "layer", "xticks": [*index]}
+    figure, (errors, sizes) = two_plots()
+    errors.bar([i - 0.2 for i in index], before, 0.4, label="without the context", color="#bb5a2a")
+    after = [max(x.residual, 1e-17) for x in layers]
+    errors.bar([i + 0.2 for i in index], after, 0.4, label="patched", color="#2a6fbb")
+    errors.set(ylabel="relative error of the layer's output", title="error against the contextual run", **scales)
+    errors.legend(loc="lower left")
+    names = [*dict.fromkeys(_short(name) for x in layers for name in x.relative_changes)]
+    width = 0.8 / len(names)
+    for k, name in enumerate(names):
+        heights = [next((v or 0.0 for n, v in x.relative_changes.items() if _short(n) == name), 0.0) for x in layers]
+        sizes.bar([i + (k - (len(names) - 1) / 2) * width for i in index], heights, width, label=name)
+    sizes.set(ylabel="relative change (largest over the words)", title="size of the patches", **scales)
+    sizes.legend(fontsize="small")
+    return drawn(figure, path)
+
+
+@torch.no_grad()
+def unpatched_errors(model: Any, target: Mapping[str, Any], source: Mapping[str, Any], scope: str) -> list[float]:
+    """The negative control: relative error of each layer's output in the plain source run."""
+    source_rows, target_rows = pair_positions(target, source, scope)
+    checked = checked_reading(model)
+    with LayerHooks(model, checked.reading) as hooks:
+        runs = [
+            observe_target(hooks, without_cache(model, inputs), rows, silent)[0]
+            for inputs, rows in ((source, source_rows), (target, target_rows))
+        ]
+    calls = [[call for layer in run for call in layer] for run in runs]
+    return [relative_error(s.outputs[()], t.outputs[()]) for s, t in zip(*calls, strict=True)]
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]

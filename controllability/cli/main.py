@@ -10,16 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from controllability import errors
 from controllability.cli.arguments import COMMANDS
 from controllability.cli.output import Output
-from controllability.errors import (
-    BadInput,
-    ControllabilityError,
-    NotControllable,
-    PatchError,
-    ReadingError,
-    SideConditionFailed,
-)
 
 REFUSED, USAGE = 1, 2
 
@@ -70,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = int(getattr(commands, args.command)(args, output))
         sys.stdout.flush()
         return status
-    except (BadInput, ReadingError, PatchError) as error:
+    except (errors.BadInput, errors.ReadingError, errors.PatchError) as error:
         return _fail(error, USAGE)
-    except (NotControllable, SideConditionFailed) as error:
+    except (errors.NotControllable, errors.SideConditionFailed) as error:
         output.refusal(error)
         return _refuse(error)
-    except ControllabilityError as error:
+    except errors.ControllabilityError as error:
         return _fail(error, REFUSED)
     except KeyboardInterrupt:
         print("controllability: interrupted; nothing was changed", file=sys.stderr)

@@ -1,9 +1,10 @@
-"""The commands that work on a model directory: patch and verify."""
+"""The commands that make, verify and export a patch."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,13 +47,12 @@ class Measured:
 @torch.no_grad()
 def measure(model: Any, mp: ModelPatch) -> Measured:
     """Fresh target, patched and unpatched runs of a patch's own inputs."""
-    source_rows, target_rows = pair_positions(
-        mp.inputs["target"], mp.inputs["source"], mp.scope, mp.inputs["positions"]
-    )
-    target = target_rows.of(model(**without_cache(model, mp.inputs["target"])).logits)
-    unpatched = source_rows.of(model(**without_cache(model, mp.inputs["source"])).logits)
+    inputs = mp.inputs
+    source_rows, target_rows = pair_positions(inputs["target"], inputs["source"], mp.scope, inputs["positions"])
+    target = target_rows.of(model(**without_cache(model, inputs["target"])).logits)
+    unpatched = source_rows.of(model(**without_cache(model, inputs["source"])).logits)
     with mp.applied(model):
-        patched = source_rows.of(model(**without_cache(model, mp.inputs["source"])).logits)
+        patched = source_rows.of(model(**without_cache(model, inputs["source"])).logits)
     top1 = {"target": target, "patched": patched, "unpatched": unpatched}
     return Measured(
         compare_logits(patched, target), compare_logits(unpatched, target),
@@ -99,7 +99,8 @@ def _report(
     extra: dict[str, Any], with_valid: bool = False,
 ) -> int:  # fmt: skip
     valid, patched, unpatched = found.verified(args.dtype), found.patched, found.unpatched
-    words = {run: _word(tokenizer, token) for run, token in found.top1.items()}
+    # a token has no text where the vocabulary of the model is larger than the tokenizer's
+    words = {run: tokenizer.convert_ids_to_tokens(token) or f"token {token}" for run, token in found.top1.items()}
     kl = float(patched.kl.max())
     if not found.finite:
         raise NotVerified("verification failed: the logits are not finite; nothing was saved")
@@ -122,18 +123,47 @@ def _report(
     return 0 if valid else 1
 
 
-def _word(tokenizer: Any, token: int) -> str:
-    """A token as text; its number where the vocabulary of the model is larger than the tokenizer's."""
-    return tokenizer.convert_ids_to_tokens(token) or f"token {token}"
-
-
 def refuse_unusable(out: Path) -> None:
     """Fail before the work, not after it."""
     refuse_occupied(out)
     existing = next((p for p in (out, *out.parents) if p.exists()), None)
     if existing is None or not existing.is_dir():
         raise BadInput(f"cannot write to {out}: {existing} is not a directory")
-    import os
-
     if not os.access(existing, os.W_OK):
         raise BadInput(f"cannot write to {out}: no permission in {existing}")
+
+
+def export(args: argparse.Namespace, output: Output) -> int:
+    """Write a saved patch as a PEFT adapter; see ``controllability export --help``."""
+    started = time.perf_counter()
+    if not args.peft:
+        raise BadInput("--peft is empty: give a directory")
+    directory = Path(args.peft)
+    refuse_unusable(directory)
+    mp = load_patch(args.patch)
+    mp.refuse_several("held by one adapter")  # before the model is loaded
+    # the directory that it was made on, if it is still there: nothing is downloaded unasked
+    name = args.model or (mp.model_name if mp.model_name and Path(mp.model_name).is_dir() else "")
+    model: Any = None
+    if name:
+        with output.busy(f"loading {name}"):
+            model, _ = load_model(name, mp.report.dtype, args.trust_remote_code)
+    with output.busy("writing the adapter and loading it with peft"):
+        done = mp.export_peft(directory, model)
+    data = done.to_dict()
+    data |= {"out": data.pop("directory"), "model": name or None, "seconds": time.perf_counter() - started}
+    output.result(data)
+    whole = "".join(f"\n  {module}" for module in done.dense)
+    output.text(
+        f"{directory}: {' and '.join(done.files)}, {done.low_rank} matrices of low rank (up to {done.rank})"
+        + (f"\nsaved whole, because PEFT has no LoRA for vectors:{whole}" if whole else "")
+        + (f"\nmodel: {name}" if name else "")
+    )
+    if done.verified:
+        output.text(
+            f"verified: peft loads it, and its output is the patched model's (relative error {number(done.check.error)}; "
+            f"unpatched: {number(done.check.unpatched)})"
+        )
+    else:
+        output.text(done.check.note + ("" if name else "; --model MODEL would check it"))
+    return 0

@@ -134,9 +134,8 @@ def shown(text: str, console: Console, instead: str | None = None) -> str:
     try:
         text.encode(console.encoding)
     except UnicodeEncodeError:
-        return (
-            text.encode(console.encoding, "backslashreplace").decode(console.encoding) if instead is None else instead
-        )
+        coded = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+        return coded if instead is None else instead
     return text
 
 

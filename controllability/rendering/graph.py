@@ -8,22 +8,8 @@ from collections import Counter
 from dataclasses import replace
 
 from controllability.interfaces import Component, Path, leaves
+from controllability.rendering import svg
 from controllability.rendering.leaf_states import WORDS, Group, Roles
-from controllability.rendering.svg import (
-    BOLD,
-    LINE,
-    MONO,
-    RADIUS,
-    Box,
-    Fragment,
-    Frame,
-    Junction,
-    Label,
-    Shape,
-    Wire,
-    badge_width,
-    markup,
-)
 
 ROOM = 36  # letters of a parameter's name that are shown, in lines of NAME
 NAME = 20
@@ -49,25 +35,25 @@ def graph_svg(block: Component, roles: Roles) -> str:
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="group" aria-label="the block as a graph">'
-        f"{arrow}{markup(whole.shapes)}</svg>"
+        f"{arrow}{svg.markup(whole.shapes)}</svg>"
     )
 
 
-def draw(block: Component, roles: Roles) -> Fragment:
+def draw(block: Component, roles: Roles) -> svg.Fragment:
     """The whole block with its input above and its output below, in a margin."""
     names = [leaf.input_name for _, leaf in leaves(block) if leaf.input_name]
     inside = Drawing(block, roles).part(block, ())
     heads = ("inputs: " + ", ".join(dict.fromkeys(names)) if names else "input v", "output")
-    left = max(inside.axis, *(len(h) * BOLD / 2 for h in heads))
-    right = max(inside.width - inside.axis, *(len(h) * BOLD / 2 for h in heads))
+    left = max(inside.axis, *(len(h) * svg.BOLD / 2 for h in heads))
+    right = max(inside.width - inside.axis, *(len(h) * svg.BOLD / 2 for h in heads))
     top, axis = 30.0, left + PAD
     bottom = top + GAP + inside.height
     shapes = (
-        Label(axis, 20, heads[0]), Wire(((axis, top), (axis, top + GAP)), inside.boxed),
+        svg.Label(axis, 20, heads[0]), svg.Wire(((axis, top), (axis, top + GAP)), inside.boxed),
         *inside.at(axis - inside.axis, top + GAP),
-        Wire(((axis, bottom), (axis, bottom + GAP))), Label(axis, bottom + GAP + 12, heads[1]),
+        svg.Wire(((axis, bottom), (axis, bottom + GAP))), svg.Label(axis, bottom + GAP + 12, heads[1]),
     )  # fmt: skip
-    return Fragment(left + right + 2 * PAD, bottom + GAP + 26, axis, shapes)
+    return svg.Fragment(left + right + 2 * PAD, bottom + GAP + 26, axis, shapes)
 
 
 class Drawing:
@@ -78,7 +64,7 @@ class Drawing:
         self.names = short_names(block)
         self.spans = {(s.path, s.start, s.stop): s for s in roles.spans}
 
-    def part(self, part: Component, path: Path) -> Fragment:
+    def part(self, part: Component, path: Path) -> svg.Fragment:
         """Any component, with its frame if it has one."""
         if part.in_line:
             return self.sequence(part.children(), path)
@@ -89,27 +75,27 @@ class Drawing:
         inside = self.lanes(part, path) if part.children() else self.leaf(part, path)
         return _framed(inside, framed) if framed else inside
 
-    def box(self, leaf: Component, path: Path) -> Box:
+    def box(self, leaf: Component, path: Path) -> svg.Box:
         """What a leaf is, its parameter, and the badge of its state."""
         state = self.roles.states[path]
         badge, words = WORDS[state]
         kind, name = leaf_text(leaf, self.names)
         if leaf.is_skip and path and not badge:
             kind = ("skip",)
-        text = max([*(len(line) * BOLD for line in kind), *(len(line) * MONO for line in name)])
-        width = max(text + 2 * PAD, 2 * badge_width(badge) + 24 if badge else 0)  # the badge clears the arrow
-        height = len(kind) * LINE + len(name) * (LINE - 2) + 18 + (3 if badge else 0)
+        text = max([*(len(line) * svg.BOLD for line in kind), *(len(line) * svg.MONO for line in name)])
+        width = max(text + 2 * PAD, 2 * svg.badge_width(badge) + 24 if badge else 0)  # the badge clears the arrow
+        height = len(kind) * svg.LINE + len(name) * (svg.LINE - 2) + 18 + (3 if badge else 0)
         title, stacked = f"{leaf.describe()}: {words}", leaf.per_expert and bool(leaf.own_parameters())
-        return Box(0, 0, width, height, path, state, title, kind, name, badge, stacked)
+        return svg.Box(0, 0, width, height, path, state, title, kind, name, badge, stacked)
 
-    def leaf(self, leaf: Component, path: Path, at_least: float = 0) -> Fragment:
+    def leaf(self, leaf: Component, path: Path, at_least: float = 0) -> svg.Fragment:
         """A box as a part; the maps of experts are drawn as a stack."""
         box = self.box(leaf, path)
         room = 6.0 * box.stacked
         box = replace(box, y=room, width=max(box.width, at_least))
-        return Fragment(box.width + room, box.height + room, box.width / 2, (box,), True)
+        return svg.Fragment(box.width + room, box.height + room, box.width / 2, (box,), True)
 
-    def sequence(self, parts: tuple[Component, ...], path: Path) -> Fragment:
+    def sequence(self, parts: tuple[Component, ...], path: Path) -> svg.Fragment:
         """Parts in line; a run of them may stand in a frame, a cut is a dashed line across."""
         single = {i: part for i, part in enumerate(parts) if not part.children()}
         wide = max((self.box(part, (*path, i)).width for i, part in single.items()), default=0)
@@ -126,25 +112,25 @@ class Drawing:
         return self._column(drawn, 0, path, skipped=(span.start, span.stop))
 
     def _column(
-        self, drawn: list[Fragment], first: int, path: Path, skipped: tuple[int, int] | None = None
-    ) -> Fragment:
+        self, drawn: list[svg.Fragment], first: int, path: Path, skipped: tuple[int, int] | None = None
+    ) -> svg.Fragment:
         axis = max(f.axis for f in drawn)
         width = axis + max(f.width - f.axis for f in drawn)
-        shapes: list[Shape] = []
+        shapes: list[svg.Shape] = []
         y, index = 0.0, first
         for i, fragment in enumerate(drawn):
             if i:
                 cut = (path, index) in self.roles.cuts
                 room = 52.0 if cut else GAP
-                shapes.append(Wire(((axis, y), (axis, y + room)), fragment.boxed))
+                shapes.append(svg.Wire(((axis, y), (axis, y + room)), fragment.boxed))
                 shapes += _cut_line(axis, width, y + room / 2) if cut else []
                 y += room
             shapes += fragment.at(axis - fragment.axis, y)
             y += fragment.height
             index = skipped[1] if skipped and index == skipped[0] else index + 1
-        return Fragment(width, y, axis, tuple(shapes), drawn[0].boxed)
+        return svg.Fragment(width, y, axis, tuple(shapes), drawn[0].boxed)
 
-    def lanes(self, part: Component, path: Path) -> Fragment:
+    def lanes(self, part: Component, path: Path) -> svg.Fragment:
         """Parts that read the same beside each other, each above those that read it; the router's lane ends in the choice."""
         children, lanes = part.children(), list[list[int]]()
         for i in range(len(children)):
@@ -152,7 +138,7 @@ class Drawing:
             if lane is None:
                 lanes.append(lane := [])
             lane.append(i)
-        beside, drawn = list[bool](), list[Fragment]()
+        beside, drawn = list[bool](), list[svg.Fragment]()
         for lane in lanes:
             column = [self.part(children[i], (*path, i)) for i in lane]
             decides = bool(part.chosen) and lane[0] not in part.binds
@@ -161,21 +147,21 @@ class Drawing:
         weighted = part.joined_by == "weighted sum"
         if part.chosen:
             word = "sum of the chosen experts" + (", each times its share" if weighted else "")
-            return _parallel(drawn, beside, Junction(0, 0, "Σ", path, word), "shares" if weighted else "choice")
+            return _parallel(drawn, beside, svg.Junction(0, 0, "Σ", path, word), "shares" if weighted else "choice")
         sign, word = SIGNS.get(part.joined_by, ("•", ""))
         title = f"{word} of {len(children)} terms" if word else part.describe()
-        return _parallel(drawn, beside, Junction(0, 0, sign, path, title))
+        return _parallel(drawn, beside, svg.Junction(0, 0, sign, path, title))
 
 
-def _choice(part: Component, path: Path) -> Fragment:
+def _choice(part: Component, path: Path) -> svg.Fragment:
     """The dashed box that says how a mixture chooses its experts."""
     lines = tuple(textwrap.wrap("choice: " + part.choice_words, KIND, break_on_hyphens=False))
-    width, height = max(len(line) for line in lines) * BOLD + 2 * PAD, len(lines) * LINE + 18
-    box = Box(0, 0, width, height, path, "choice", f"choice of the experts: {part.choice_words}", lines)
-    return Fragment(width, height, width / 2, (box,), True)
+    width, height = max(len(line) for line in lines) * svg.BOLD + 2 * PAD, len(lines) * svg.LINE + 18
+    box = svg.Box(0, 0, width, height, path, "choice", f"choice of the experts: {part.choice_words}", lines)
+    return svg.Fragment(width, height, width / 2, (box,), True)
 
 
-def _parallel(lanes: list[Fragment], skips: list[bool], join: Junction, label: str = "") -> Fragment:
+def _parallel(lanes: list[svg.Fragment], skips: list[bool], join: svg.Junction, label: str = "") -> svg.Fragment:
     """Lanes side by side from one fork to one junction; a lane that is a skip does not stand on the axis."""
     order = sorted(range(len(lanes)), key=lambda i: not skips[i])
     lefts, x = {}, 0.0
@@ -185,42 +171,40 @@ def _parallel(lanes: list[Fragment], skips: list[bool], join: Junction, label: s
     main = [ways[i] for i in order if not skips[i]] or [*ways.values()]
     axis = (main[(len(main) - 1) // 2] + main[len(main) // 2]) / 2
     top, deepest = 2 * GAP - 6, max(lane.height for lane in lanes)
-    y = top + deepest + GAP + RADIUS
-    shapes: list[Shape] = []
+    y = top + deepest + GAP + svg.RADIUS
+    shapes: list[svg.Shape] = []
     for i in order:
         way, lane = ways[i], lanes[i]
-        enter = (
-            ((axis, 0.0), (axis, GAP - 8), (way, GAP - 8), (way, top)) if way != axis else ((axis, 0.0), (axis, top))
-        )
-        shapes += [Wire(enter, lane.boxed), *lane.at(lefts[i], top)]
+        aside = ((axis, GAP - 8), (way, GAP - 8)) if way != axis else ()
+        enter = ((axis, 0.0), *aside, (way, top))
+        shapes += [svg.Wire(enter, lane.boxed), *lane.at(lefts[i], top)]
         end = top + lane.height
-        side = axis - RADIUS if way < axis else axis + RADIUS
-        leave = ((way, end), (way, y), (side, y)) if way != axis else ((axis, end), (axis, y - RADIUS))
-        shapes.append(Wire(leave, True, "wire choice" if label and skips[i] else "wire"))
+        side = axis - svg.RADIUS if way < axis else axis + svg.RADIUS
+        leave = ((way, end), (way, y), (side, y)) if way != axis else ((axis, end), (axis, y - svg.RADIUS))
+        shapes.append(svg.Wire(leave, True, "wire choice" if label and skips[i] else "wire"))
         if label and skips[i]:
-            shapes.append(Label((way + side) / 2, y - 9, label))
+            shapes.append(svg.Label((way + side) / 2, y - 9, label))
     shapes.append(replace(join, x=axis, y=y))
-    return Fragment(x - LANE, y + RADIUS, axis, tuple(shapes))
+    return svg.Fragment(x - LANE, y + svg.RADIUS, axis, tuple(shapes))
 
 
-def _framed(inside: Fragment, span: Group) -> Fragment:
+def _framed(inside: svg.Fragment, span: Group) -> svg.Fragment:
     """A border around a part, with room for the heading beside the wire that enters."""
     head, pad = 24.0, 10.0
     needed = len(span.label) * 6.6 + 24 - (inside.axis + pad)  # the heading ends before the wire
     left = pad + max(0.0, needed)
     width, height = inside.width + left + pad, inside.height + head + pad
     axis = inside.axis + left
-    wires = (
-        Wire(((axis, 0.0), (axis, head)), inside.boxed), Wire(((axis, height - pad), (axis, height)), False),
-    )  # fmt: skip
-    frame = Frame(0, 0, width, height, span.label, span.css)
-    return Fragment(width, height, axis, (frame, *wires, *inside.at(left, head)))
+    enter, leave = ((axis, 0.0), (axis, head)), ((axis, height - pad), (axis, height))
+    wires = svg.Wire(enter, inside.boxed), svg.Wire(leave, False)
+    frame = svg.Frame(0, 0, width, height, span.label, span.css)
+    return svg.Fragment(width, height, axis, (frame, *wires, *inside.at(left, head)))
 
 
-def _cut_line(axis: float, width: float, y: float) -> list[Shape]:
+def _cut_line(axis: float, width: float, y: float) -> list[svg.Shape]:
     """Where the proof's inner function ends and the outer one begins."""
-    line = Wire(((0.0, y), (width, y)), False, "cut")
-    return [line, Label(axis + 36, y - 9, "f above"), Label(axis + 36, y + 10, "g below")]
+    line = svg.Wire(((0.0, y), (width, y)), False, "cut")
+    return [line, svg.Label(axis + 36, y - 9, "f above"), svg.Label(axis + 36, y + 10, "g below")]
 
 
 def short_names(block: Component) -> dict[str, str]:

@@ -6,6 +6,7 @@ Without scripts: a node links to its panel, and CSS shows the panel that the add
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -100,20 +101,16 @@ def refusal_html(name: str, block: Component | None, refused: NotControllable) -
     return _page(title, [head, _workspace(block, marked, _Writer(marked, refused=refused))], block)
 
 
+@dataclass(frozen=True)
 class _Writer:
     """What panels and tree have in common: steps with their numbers, and what was checked of their rules."""
 
-    def __init__(
-        self,
-        found: Roles,
-        root: Step | None = None,
-        numbered: Mapping[int, int] | None = None,
-        said: Mapping[str, str] | None = None,
-        moved: frozenset[str] = frozenset(),
-        refused: NotControllable | None = None,
-    ) -> None:
-        self.found, self.root, self.numbered = found, root, numbered or {}
-        self.said, self.moved, self.refused = said or {}, moved, refused
+    found: Roles
+    root: Step | None = None
+    numbered: Mapping[int, int] = field(default_factory=dict)
+    said: Mapping[str, str] = field(default_factory=dict)
+    moved: frozenset[str] = frozenset()
+    refused: NotControllable | None = None
 
     def tree(self, step: Step) -> str:
         """The derivation as nested folds."""
@@ -128,11 +125,13 @@ class _Writer:
     def rule(self, step: Step) -> str:
         """Statement, premise, patch, source, conditions, and what was checked."""
         conditions = "".join(f"<li>{escape(c.statement)}</li>" for c in step.conditions)
+        fixed = step.rule.name.endswith(("-before", "-after", "-after-fixed"))
+        here = f"fixed: {step.note}" if fixed else step.printed_note  # what the step says of this very place
         rows = [
             ("rule", escape(step.rule.statement)),
             ("when", escape(step.rule.when)),
             ("patch", f'<span class="formula">{escape(step.rule.patch)}</span>'),
-            ("here", escape(_note(step))),
+            ("here", escape(here)),
             ("conditions", f"<ul>{conditions}</ul>" if conditions else ""),
             ("source", escape(step.rule.source)),
             ("check", escape(self.said.get(step.rule.name, ""))),
@@ -189,9 +188,8 @@ def _head(title: str, proof: Derivation, level: str, checks: Checks) -> str:
     rest = " What is marked as skipped was not shown." if skipped else ""
     warning = '<p class="warning">A check failed: do not trust this proof, and please report it.</p>' if failed else ""
     spare = len(proof.alternatives)
-    others = (
-        f" If a condition fails on the numbers, {_counted(spare, 'other derivation')} can be tried." if spare else ""
-    )
+    tried = f" If a condition fails on the numbers, {_counted(spare, 'other derivation')} can be tried."
+    others = tried if spare else ""
     frozen = f" Asked to stay: {', '.join(sorted(proof.frozen))}." if proof.frozen else ""
     if proof.jointly:
         lead = (
@@ -256,8 +254,7 @@ def _moves(proof: Derivation, found: Roles) -> str:
                 f'<td>{found.states[path]}</td><td class="rule">{escape(step.rule.name)}</td>'
                 f'<td class="formula">{escape(step.rule.patch)}</td></tr>'
             )
-    head = "<tr><th>parameter</th><th>side</th><th>rule</th><th>change</th></tr>"
-    return f'<section><h2>What moves</h2><div class="wide"><table>{head}{"".join(rows)}</table></div></section>'
+    return _table("What moves", ("parameter", "side", "rule", "change"), rows)
 
 
 def _conditions(proof: Derivation) -> str:
@@ -279,12 +276,16 @@ def _reach(proof: Derivation) -> str:
 def _checks(checks: Checks) -> str:
     if not checks:
         return ""
-    rows = "".join(
+    rows = [
         f'<tr><td>{escape(c["rule"])}</td><td class="{escape(c["status"])}">{escape(c["status"])}</td><td>{escape(c["method"])}</td></tr>'
         for c in checks
-    )
-    head = "<tr><th>rule</th><th>result</th><th>how</th></tr>"
-    return f'<section><h2>What was checked, and how</h2><div class="wide"><table>{head}{rows}</table></div></section>'
+    ]
+    return _table("What was checked, and how", ("rule", "result", "how"), rows)
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[str]) -> str:
+    head = "<tr>" + "".join(f"<th>{column}</th>" for column in columns) + "</tr>"
+    return f'<section><h2>{title}</h2><div class="wide"><table>{head}{"".join(rows)}</table></div></section>'
 
 
 def _nodes(part: Component, path: Path = ()) -> Iterable[tuple[Component, Path]]:
@@ -310,12 +311,6 @@ def _name(part: Component) -> str:
 
 def _counted(count: int, what: str) -> str:
     return f"one {what}" if count == 1 else f"{count} {what}s"
-
-
-def _note(step: Step) -> str:
-    """What the step says of this very place."""
-    fixed = step.rule.name.endswith(("-before", "-after", "-after-fixed"))
-    return f"fixed: {step.note}" if fixed else step.printed_note
 
 
 def _list(rows: Iterable[tuple[str, str]]) -> str:

@@ -68,20 +68,20 @@ def _promise(proof: Derivation, moved: str) -> list[str]:
 
 def _matrices(proof: Derivation) -> list[str]:
     """How many tokens one patch serves, and its change of each parameter in matrices whose columns are the tokens."""
-    served = [rf"\item {escape(one)}" for one in reach(proof)]
-    changes = [rf"\item {escape(one)}" for one in matrix_formulas(proof)]
-    return [
-        r"\paragraph{Tokens in general position that one patch serves.}", r"\begin{itemize}\small", *served, r"\end{itemize}",
-        r"\paragraph{The patch.} The tokens' vectors are the columns of $Z$, $Z'$ and $Y$, the wanted changes those of $D$; $A^{+}$ is the pseudo-inverse.",
-        r"\begin{itemize}\small", *changes, r"\end{itemize}",
-    ]  # fmt: skip
+    served, changes = (list(map(escape, said(proof))) for said in (reach, matrix_formulas))
+    columns = "The tokens' vectors are the columns of $Z$, $Z'$ and $Y$, the wanted changes those of $D$; $A^{+}$ is the pseudo-inverse."
+    head = r"\paragraph{Tokens in general position that one patch serves.}"
+    return [head, *_listed(served), rf"\paragraph{{The patch.}} {columns}", *_listed(changes)]
+
+
+def _listed(items: list[str]) -> list[str]:
+    return [r"\begin{itemize}\small", *(rf"\item {item}" for item in items), r"\end{itemize}"]
 
 
 def _conditions(proof: Derivation) -> list[str]:
-    listed = [rf"\item {escape(c.statement)} --- \texttt{{{escape(c.where)}}}" for c in dict.fromkeys(proof.conditions)]
-    if not listed:
-        return [r"\paragraph{Side conditions.} None."]
-    return [r"\paragraph{Side conditions.}", r"\begin{itemize}\small", *listed, r"\end{itemize}"]
+    found = [rf"{escape(c.statement)} --- \texttt{{{escape(c.where)}}}" for c in dict.fromkeys(proof.conditions)]
+    title = r"\paragraph{Side conditions.}"
+    return [title, *_listed(found)] if found else [f"{title} None."]
 
 
 def _symbols(proof: Derivation) -> dict[str, str]:
@@ -89,11 +89,8 @@ def _symbols(proof: Derivation) -> dict[str, str]:
     names = sorted({str(p) for p in proof.block.parameters()})
     parts = {name: [p for p in name.split(".") if p not in ("weight", "bias")] or [name] for name in names}
     found: dict[str, str] = {}
-    for shown in (
-        {n: p[-1] for n, p in parts.items()},
-        {n: ".".join(p) for n, p in parts.items()},
-        {n: n for n in names},
-    ):
+    last, joined = {n: p[-1] for n, p in parts.items()}, {n: ".".join(p) for n, p in parts.items()}
+    for shown in (last, joined, {n: n for n in names}):
         met = Counter((_letter(name), shown[name]) for name in names)
         for name in names:
             if name not in found and (met[_letter(name), shown[name]] == 1 or shown[name] == name):
@@ -102,44 +99,31 @@ def _symbols(proof: Derivation) -> dict[str, str]:
 
 
 def _letter(name: str) -> str:
-    if name.endswith("bias"):
-        return "b"
-    return "m" if "norm" in name else "W"
+    return "b" if name.endswith("bias") else "m" if "norm" in name else "W"
 
 
 def _patch(proof: Derivation) -> list[str]:
     try:
         form = closed_form(proof)
-    except ControllabilityError as reason:
-        return [_no_closed_form(str(reason))]
     except Exception as reason:  # a component that is not ours may fail in any way
-        return [_no_closed_form(f"a component does not run on symbols ({type(reason).__name__}: {reason})")]
+        foreign = f"a component does not run on symbols ({type(reason).__name__}: {reason})"
+        why = str(reason) if isinstance(reason, ControllabilityError) else foreign
+        return [rf"\paragraph{{The patch.}} No closed form: {escape(printable(why.splitlines()[0]))}."]
     own, written = _symbols(proof), written_names(proof.block)
     names = [rf"${symbol}$ is \texttt{{{escape(name)}}}" for name, symbol in own.items()]
     symbols = {str(replace(p, name=written[p.name])): own[str(p)] for p in proof.block.parameters()}
     formulas = [_delta(own[name], symbols, delta) for name, delta in form.deltas.items()]
     return [
-        r"\paragraph{The patch.}",
-        *(rf"\begin{{equation*}}{_fitted(f)}\end{{equation*}}" for f in formulas),
-        "where",
-        *(rf"\begin{{equation*}}{_fitted(f)}\end{{equation*}}" for f in _definitions(form, symbols)),
+        r"\paragraph{The patch.}", *map(_equation, formulas), "where", *map(_equation, _definitions(form, symbols)),
         r"Sums run over the whole range of their index. $n$ is a normalisation (a second one that differs is numbered); activations stand for themselves, or for any"
         r" other function; $e_r$ is the $r$-th chosen expert and $s_r$ its share. \par\noindent "
-        + "; ".join(names)
-        + ".",
-    ]
+        + "; ".join(names) + ".",
+    ]  # fmt: skip
 
 
-def _no_closed_form(why: str) -> str:
-    return rf"\paragraph{{The patch.}} No closed form: {escape(printable(why.splitlines()[0]))}."
-
-
-def _fitted(formula: str) -> str:
-    return (
-        formula
-        if len(formula) <= WIDE
-        else rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{$\displaystyle {formula}$}}"
-    )
+def _equation(formula: str) -> str:
+    smaller = rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{$\displaystyle {formula}$}}"
+    return rf"\begin{{equation*}}{formula if len(formula) <= WIDE else smaller}\end{{equation*}}"
 
 
 def _entry(x: IndexedArray, symbols: dict[str, str], letters: dict[str, str]) -> str:
@@ -174,8 +158,5 @@ def _items(step: Step, depth: int = 0) -> list[str]:
     indent = rf"\par\noindent\hangindent={depth + 1.2:.1f}em\hspace*{{{depth}em}}"
     line = rf"{indent}\textbf{{{escape(rule.name)}}} for {where}: {escape(rule.statement)}, since {escape(rule.when)}."
     patch = "" if rule.patch in ("none", "that of f", "that of g", "that of c") else f" Patch: {escape(rule.patch)}."
-    return [line + patch + rf" \emph{{({escape(rule.source)})}}", *_below(step, depth)]
-
-
-def _below(step: Step, depth: int) -> list[str]:
-    return [item for premise in step.premises for item in _items(premise, depth + 1)]
+    below = [item for premise in step.premises for item in _items(premise, depth + 1)]
+    return [line + patch + rf" \emph{{({escape(rule.source)})}}", *below]

@@ -60,9 +60,8 @@ class IndexPrinter(LatexPrinter):
         if re.fullmatch(r"k_\d+", name):
             level = int(name[2:]) - 1
             return LETTERS[level] if level < len(LETTERS) else f"k_{{{level}}}"
-        return (
-            self.head(name) if name in self.heads or re.fullmatch(r"t\d+|v\d*'?", name) else super()._print_Symbol(expr)
-        )
+        is_array = name in self.heads or re.fullmatch(r"t\d+|v\d*'?", name)
+        return self.head(name) if is_array else super()._print_Symbol(expr)
 
     def head(self, name: str) -> str:
         """How an array is written."""

@@ -88,12 +88,10 @@ def refused_roles(block: Component, culprit: str) -> Roles:
 
     Several parts may have the same description; all of them are marked.
     """
-    states: dict[Path, State] = {path: unmoved(leaf) for path, leaf in leaves(block)}
-    spans = list(_described(block, (), culprit))
-    for path, leaf in leaves(block):
-        if leaf.describe() == culprit:
-            states[path] = "culprit"
-    return Roles(states, spans=tuple(spans))
+    states: dict[Path, State] = {
+        path: "culprit" if leaf.describe() == culprit else unmoved(leaf) for path, leaf in leaves(block)
+    }
+    return Roles(states, spans=tuple(_described(block, (), culprit)))
 
 
 def unmoved(leaf: Component) -> State:

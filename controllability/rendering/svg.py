@@ -62,7 +62,6 @@ class Junction:
     title: str
 
     def svg(self) -> str:
-        """The circle as markup."""
         circle = f'<circle class="body" cx="{self.x:g}" cy="{self.y:g}" r="{RADIUS:g}"/>'
         return _link(self.path, "node junction", self.title, circle + _text(self.x, self.y, self.sign, "sign"))
 
@@ -76,7 +75,6 @@ class Wire:
     css: str = "wire"
 
     def svg(self) -> str:
-        """The line as markup."""
         (x, y), *rest = self.points
         path = f"M{x:g} {y:g}"
         for (ax, ay), (bx, by), (cx, cy) in zip(self.points, rest, rest[1:], strict=False):
@@ -101,7 +99,6 @@ class Frame:
     css: str
 
     def svg(self) -> str:
-        """The border as markup."""
         size = f'width="{self.width:g}" height="{self.height:g}" rx="10"'
         rect = f'<rect class="frame {self.css}" x="{self.x:g}" y="{self.y:g}" {size}/>'
         return rect + _text(self.x + 10, self.y + 13, self.label, f"heading {self.css}")
@@ -116,7 +113,6 @@ class Label:
     text: str
 
     def svg(self) -> str:
-        """The words as markup."""
         return _text(self.x, self.y, self.text, "label")
 
 
@@ -134,7 +130,6 @@ class Fragment:
     boxed: bool = False
 
     def at(self, x: float, y: float) -> tuple[Shape, ...]:
-        """The shapes, moved."""
         return tuple(_moved(shape, x, y) for shape in self.shapes)
 
 

@@ -99,6 +99,5 @@ def _cut(lead: str, width: int, depth: int) -> str:
 
 
 def _short(step: Step, width: int) -> str:
-    described = printable(step.place.describe())
-    room = max(width - 30, width // 2)
+    described, room = printable(step.place.describe()), max(width - 30, width // 2)
     return described if len(described) <= room else described[: room - 1] + "…"

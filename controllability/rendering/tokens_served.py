@@ -21,17 +21,13 @@ def reach(proof: Derivation) -> list[str]:
     lines = []
     for step in proof.root.walk():
         if step.max_tokens is not None and step.update is not None:
-            lines.append(
-                f"{step.update.param} serves {_tokens(step.max_tokens)}" + " an expert" * (step.rule.name == EXPERTS)
-            )
+            most = step.max_tokens
+            served = "tokens that ask for the same change (T = 1)" if most == 1 else f"T ≤ {most}"
+            lines.append(f"{step.update.param} serves {served}" + " an expert" * (step.rule.name == EXPERTS))
         if step.rule.name == NORMALISED:
             where = step.place.parts()[-1].describe()
             lines.append(f"{where} serves T ≤ about d/2 with every RMS kept, and any T when ε > 0 and the RMS may move")
     return list(dict.fromkeys(lines))
-
-
-def _tokens(most: int | str) -> str:
-    return "tokens that ask for the same change (T = 1)" if most == 1 else f"T ≤ {most}"
 
 
 def matrix_formulas(proof: Derivation) -> list[str]:

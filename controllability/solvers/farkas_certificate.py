@@ -42,9 +42,8 @@ class Farkas:
         weights: list[Fraction | int] = [0] * len(like)
         for t, weight in zip(kept.tolist(), self.weights, strict=True):
             weights[t] = weight
-        return replace(
-            self, coefficients=np.asarray(self.coefficients)[like], right=np.asarray(self.right)[like], weights=tuple(weights)
-        )  # fmt: skip
+        rows, right = np.asarray(self.coefficients)[like], np.asarray(self.right)[like]
+        return replace(self, coefficients=rows, right=right, weights=tuple(weights))
 
     def named(self, names: Sequence[str]) -> Farkas:
         """This certificate with a name for each token."""
@@ -132,9 +131,8 @@ def _proposals(A: np.ndarray, q: np.ndarray, guess: np.ndarray | None) -> Iterat
 
     # most inside: Aᵀλ ≥ δ, qᵀλ ≤ −δ, |λ| ≤ 1, δ as large as possible
     system = np.block([[-rows.T, np.ones((d, 1))], [right[None], np.ones((1, 1))]])
-    best = linprog(
-        np.append(np.zeros(T), -1), A_ub=system, b_ub=np.zeros(d + 1), bounds=[(-1, 1)] * T + [(0, 1)], method="highs"
-    )
+    goal, bounds = np.append(np.zeros(T), -1), [(-1, 1)] * T + [(0, 1)]
+    best = linprog(goal, A_ub=system, b_ub=np.zeros(d + 1), bounds=bounds, method="highs")
     if best.status == 0 and best.x[-1] > 0:
         yield whole(best.x[:-1])
     # any: the sum of what is not zero, as large as possible

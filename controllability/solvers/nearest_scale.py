@@ -81,9 +81,8 @@ def nearest_scale(
 
     start = np.log(np.maximum(np.where(size > 0, size, typical), least))
     options = {"maxiter": ROUNDS, "maxfun": 2 * ROUNDS, "ftol": min(SETTLED, 0.1 * ridge)}
-    found = minimize(
-        objective, start, jac=True, method="L-BFGS-B", bounds=[(low, None) for low in np.log(least)], options=options
-    )
+    bounds = [(low, None) for low in np.log(least)]
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     scale = stored(sign * np.exp(found.x))
     scale = np.where(scale == 0, sign * least, scale)
     unit[live] = secular(xp, wanted, scale, radius)[1]

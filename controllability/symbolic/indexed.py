@@ -46,7 +46,6 @@ class IndexedArray:
 
     @property
     def ndim(self) -> int:
-        """How many axes."""
         return len(self.shape)
 
     @property

@@ -109,9 +109,8 @@ def _nonnegative(expression: Any) -> bool:
         return _nonnegative(expression.function)
     if isinstance(expression, sympy.Pow):
         power = expression.exp
-        return bool((power % 2 == 0 and expression.base.is_real) or (power.is_Rational and not power.is_Integer)) or (
-            _nonnegative(expression.base)
-        )
+        even, rooted = power % 2 == 0 and expression.base.is_real, power.is_Rational and not power.is_Integer
+        return bool(even or rooted) or _nonnegative(expression.base)
     return bool(expression.is_nonnegative)
 
 

@@ -83,9 +83,8 @@ def heads(expression: Any) -> set[str]:
     """The names that occur in an entry: of arrays and of symbols."""
     import sympy
 
-    return {str(e.func) for e in expression.atoms(sympy.core.function.AppliedUndef)} | {
-        str(s) for s in expression.free_symbols
-    }
+    applied = {e.func for e in expression.atoms(sympy.core.function.AppliedUndef)}
+    return {str(name) for name in applied | expression.free_symbols}
 
 
 def renamed_heads(expression: Any, names: dict[str, str]) -> Any:
