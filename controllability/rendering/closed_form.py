@@ -112,7 +112,7 @@ def _mapped(delta: Delta, function: Callable[[IndexedArray], Any]) -> Delta:
 
 
 def _numbered(form: ClosedForm) -> ClosedForm:
-    """The same with t1, t2, … for the names that are left."""
+    """A closed form whose intermediate values are called t1, t2, … in their order."""
     new = {name: f"t{i + 1}" for i, name in enumerate(form.where)}
 
     def again(x: IndexedArray) -> IndexedArray:
