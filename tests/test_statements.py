@@ -70,7 +70,7 @@ def test_every_formula_of_a_leaf_is_here():
 def test_the_printed_joint_formula_is_what_the_component_does(formula):
     rule, component, x, gap, by_hand = JOINT_FORMULAS[formula]
     assert next(r.patch for r in RULES if r.name == f"{rule} jointly") == formula
-    way = next(s.jointly for s in component.updates(rule[0]) if s.rule == rule)
+    way = next(s.jointly for s in component.updates() if s.kind == rule[2:])
     solved = way.solve(JointOptions(), PARAMS | {CHOSEN: CHOSEN_BY}, x, gap, gap * 0)
     assert error(solved.delta.dense(), by_hand()) < 1e-13
     assert (solved.margin > 0).all()
