@@ -26,7 +26,7 @@ ONE_VECTOR = "one vector for all tokens: let a matrix move"
 
 
 def one_matrix(weight: Param, where: str, width: int | str | None, transposed: bool) -> JointUpdate:
-    """ΔW X = gaps, the least norm of all solutions; rank at most T."""
+    """ΔW X = D, the least norm of all solutions; rank at most T."""
     condition = Condition(
         f"tokens whose inputs of {weight} depend on each other have targets that depend in the same way"
         + (f" (T ≤ {width} in general position)" if width else ""), where, hint=TOO_MANY,
@@ -52,7 +52,7 @@ def one_vector(
     stored: Callable[[Params, Array], Delta],
     what: str,
 ) -> JointUpdate:
-    """Δ ∘ reads(x_t) = gap_t for all tokens, entry by entry: a bias reads 1, a scale its input."""
+    """Δ ∘ reads(x_t) = δ_t for all tokens, entry by entry: a bias reads 1, a scale its input."""
     condition = Condition(f"all tokens ask for the same change of {param} ({what})", where, hint=ONE_VECTOR)
 
     def solve(
@@ -80,7 +80,7 @@ def one_vector(
 
 
 def one_bias(bias: Param, where: str) -> JointUpdate:
-    """Δb = gap_t for all tokens."""
+    """Δb = δ_t for all tokens."""
     return one_vector(bias, where, lambda x: x[..., :1] * 0 + 1, lambda params, value: Shift(value), "equal δ_t")
 
 
@@ -128,7 +128,7 @@ def one_sum_of_experts(
     condition: Condition, joint: JointOptions, x: Array, shares: Array, index: Array, delta: Array, raw: Array,
     transposed: bool, experts: int, known: Known | None = None,
 ) -> JointSolution:  # fmt: skip
-    """Σ_j s_tj ΔW_e(t,j) y_tj = gap_t: one matrix for the stacked vectors (s_tj y_tj)_j, so T ≤ (experts used) · h.
+    """Σ_j s_tj ΔW_e(t,j) y_tj = δ_t: one matrix for the stacked vectors (s_tj y_tj)_j, so T ≤ (experts used) · h.
 
     ``x`` (T, k, h) what the experts' last matrices read, ``shares`` (T, k, 1), ``index`` (T, k), ``delta`` (T, d).
     """
@@ -169,7 +169,7 @@ def fitted(
     condition: Condition, joint: JointOptions, xp: Arithmetic, tokens: Known, like: Array, known: Known | None = None,
     named: bool = False,
 ) -> Fit:  # fmt: skip
-    """The least-norm ΔW with ΔW x_t = gap_t for these tokens and those ``known``; or the fit that was asked for."""
+    """The least-norm ΔW with ΔW x_t = δ_t for these tokens and those ``known``; or the fit that was asked for."""
     count = len(tokens.x)
     if known is not None and known.span is not None and known.span.basis.dtype != object and joint.exact:
         both, rest = continued(known, tokens.x, tokens.delta, tokens.raw)

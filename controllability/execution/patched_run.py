@@ -38,7 +38,7 @@ class Goal:
 
 
 class PatchedRun(Trace):
-    """The source run with the patch: raw outputs are computed or observed, gaps solved, effects added.
+    """The source run with the patch: raw outputs are computed or observed, changes solved, effects added.
 
     With ``joint`` axis 0 runs over the tokens and there is one delta for all of them; else every token has its own.
     """

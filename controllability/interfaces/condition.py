@@ -13,7 +13,7 @@ from controllability.errors import SideConditionFailed
 class Condition:
     """A side condition: a statement about numbers, where it is made, and how far they are from breaking it.
 
-    ``margin(x, gap)`` returns one number a token, shape (..., 1), positive when the condition holds;
+    ``margin(x, delta)`` returns one number a token, shape (..., 1), positive when the condition holds;
     ``x`` is the input of the component and ``delta`` the wanted change of its output.  ``hint`` is what to do
     where it fails, or a function of the margin that says so.
     """

@@ -16,9 +16,9 @@ NAMED = 0.01  # weights below this part of the largest are not named
 
 @dataclass(frozen=True, eq=False)
 class Dependent:
-    """Weights λ (T,) with Σ λ_t x_t = 0 and Σ λ_t gap_t ≠ 0: whatever ΔW is, it maps the first sum to 0.
+    """Weights λ (T,) with Σ λ_t x_t = 0 and Σ λ_t δ_t ≠ 0: whatever ΔW is, it maps the first sum to 0.
 
-    ``inputs`` is max |Σ λ_t x_t| and ``targets`` max |Σ λ_t gap_t|, both over the largest |λ_t|‖·_t‖∞.  ``exact`` says that the first
+    ``inputs`` is max |Σ λ_t x_t| and ``targets`` max |Σ λ_t δ_t|, both over the largest |λ_t|‖·_t‖∞.  ``exact`` says that the first
     is exactly 0 in the numbers given (fractions), not to rounding.  ``names`` (T,) say where each token stands, if anywhere.
     """
 
@@ -103,7 +103,7 @@ def _weights(x: np.ndarray, delta: np.ndarray, worst: int) -> np.ndarray:
 
 
 def _null_weights(x: np.ndarray, delta: np.ndarray) -> np.ndarray:
-    """λ with Σ λ_t x_t = 0, of all those the one that tells most of a gap apart."""
+    """λ with Σ λ_t x_t = 0, of all those the one that tells most of a δ apart."""
     sizes = np.linalg.norm(x, axis=-1, keepdims=True)
     sizes = np.where(sizes == 0, 1.0, sizes)
     u, s, _ = np.linalg.svd(x / sizes)
@@ -133,7 +133,7 @@ def _nearest_weights(x: np.ndarray, worst: int, others: list[int]) -> np.ndarray
 
 
 def _exact_weights(x: np.ndarray, delta: np.ndarray, worst: int, others: list[int]) -> np.ndarray:
-    """A dependence found by elimination of fractions: the first that Σ λ_t gap_t = 0 does not hold for."""
+    """A dependence found by elimination of fractions: the first that Σ λ_t δ_t = 0 does not hold for."""
     zero, one = x.flat[0] * 0, x.flat[0] * 0 + 1
     kept: list[tuple[np.ndarray, np.ndarray]] = []  # (reduced row, which combination of tokens it is)
 

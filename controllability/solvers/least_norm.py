@@ -1,7 +1,7 @@
 """The row space of many tokens: what one matrix must do for all of them, solved with the least norm.
 
-Rows are tokens, X (T, n) and gaps (T, m).  ΔW x_t = gap_t for every t is solvable exactly when every dependency among
-the rows of X is one among those of the gaps; the least-norm solution is Σ_k left_k right_kᵀ with ``right`` spanning the rows.
+Rows are tokens, X (T, n) and δ (T, m).  ΔW x_t = δ_t for every t is solvable exactly when every dependency among
+the rows of X is one among those of δ; the least-norm solution is Σ_k left_k right_kᵀ with ``right`` spanning the rows.
 Floats are solved in float64 by a singular value decomposition; fractions, symbols and many-digit numbers by elimination.
 """
 
@@ -22,7 +22,7 @@ UNIT_ROUNDINGS = 100  # machine epsilons below which a direction of the unit row
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Equations coordinates · left = gap of tokens that came at once, (T, r) floats; they are decomposed once."""
+    """Equations coordinates · left = δ of tokens that came at once, (T, r) floats; they are decomposed once."""
 
     coordinates: np.ndarray
 
@@ -99,7 +99,7 @@ class Span:
     def solve(self, delta: np.ndarray, ridge: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """(left (r, m), what is left over (T, m)): least squares in units of each token's size, exact where it can be.
 
-        ``ridge`` > 0 minimises Σ_t ‖ΔW x_t − gap_t‖²/‖x_t‖² + ridge·‖ΔW‖² instead (theory 5).
+        ``ridge`` > 0 minimises Σ_t ‖ΔW x_t − δ_t‖²/‖x_t‖² + ridge·‖ΔW‖² instead (theory 5).
         """
         if self.basis.dtype == object:
             return _substituted(self.coordinates, delta)

@@ -33,7 +33,7 @@ class Known:
     memory: Memory = field(default_factory=Memory, repr=False)
 
     def moved(self, change: np.ndarray) -> Known:
-        """These tokens with other targets: ``change`` (T, m) is added to the gaps; the left factor alone is solved anew.
+        """These tokens with other targets: ``change`` (T, m) is added to their δ; the left factor alone is solved anew.
 
         Where tokens depend on each other and their new targets do not, there is no solution to go on from.
         """
@@ -80,7 +80,7 @@ def among(known: Known, used: np.ndarray) -> Known:
 
 
 def continued(known: Known, x: np.ndarray, delta: np.ndarray, raw: np.ndarray) -> tuple[Known, np.ndarray]:
-    """(the tokens with ``x`` (N, n) and ``delta`` (N, m) among them, what is left over of the new gaps).
+    """(the tokens with ``x`` (N, n) and ``delta`` (N, m) among them, what is left over of the new δ).
 
     Each new token brings one direction, orthogonal to the earlier tokens' inputs: what they give does not move.  O(rank · width)
     a token.  Source: theory 5, streaming (new).
