@@ -4,15 +4,15 @@
 """
 
 from architectures import families as _families  # noqa: F401  (registers them)
-from architectures.reading import Layer as Layer
-from architectures.reading import Reading as Reading
-from architectures.reading import read as read
-from architectures.registry import Architecture as Architecture
-from architectures.registry import StatePoint as StatePoint
-from architectures.registry import add as add
-from architectures.registry import block as block
-from architectures.registry import find as find
-from architectures.registry import names as names
-from architectures.registry import register as register
-from architectures.registry import unregister as unregister
+from architectures.reading import Layer as Layer, Reading as Reading, read as read
+from architectures.registry import (
+    Architecture as Architecture,
+    StatePoint as StatePoint,
+    add as add,
+    block as block,
+    find as find,
+    names as names,
+    register as register,
+    unregister as unregister,
+)
 from architectures.view import View as View

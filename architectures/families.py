@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from architectures import encoders as _encoders  # noqa: F401  (registers them)
-from architectures import experts as _experts  # noqa: F401
-from architectures import refused as _refused  # noqa: F401
-from architectures import special as _special  # noqa: F401
+from architectures import (
+    encoders as _encoders,  # noqa: F401  (registers them)
+    experts as _experts,  # noqa: F401
+    refused as _refused,  # noqa: F401
+    special as _special,  # noqa: F401
+)
 from architectures.feed_forward import Fused, Gated, Norm, Plain, layer_norm
 from architectures.shapes import either, family, parallel, post_ln, sequential
 

@@ -10,18 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from architectures.view import View
-from controllability.components import (
-    Activation,
-    Glu,
-    Linear,
-    Mixture,
-    Product,
-    Routing,
-    Share,
-    Sum,
-    Times,
-    gated,
-)
+from controllability.components import Activation, Glu, Linear, Mixture, Product, Routing, Share, Sum, Times, gated
 from controllability.interfaces import Component
 
 FeedForward = Callable[[View], Component]

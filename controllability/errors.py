@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 
+def in_a_line(error: BaseException, length: int = 300) -> str:
+    """What somebody else's error says, in one line of at most ``length`` characters."""
+    return " ".join(str(error).split())[:length]
+
+
 class ControllabilityError(Exception):
     """Base of all errors that the package raises on purpose."""
 

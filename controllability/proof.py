@@ -74,11 +74,7 @@ class Proof(Derivation):
 
 
 def prove(
-    block: Component,
-    via: Via = "input-output",
-    route: str = "auto",
-    frozen: Iterable[str] = (),
-    jointly: bool = False,
+    block: Component, via: Via = "input-output", route: str = "auto", frozen: Iterable[str] = (), jointly: bool = False
 ) -> Proof:
     """A proof that ``block`` can be patched: f(v; θ') = f(v'; θ) for admissible states v, v'.
 

@@ -120,10 +120,7 @@ def _every_layer_shares(config: Any, cls: Any) -> None:
     text.__class__ = type(type(text).__name__, (type(text),), modes)
 
 
-_REPAIRS: dict[str, Any] = {
-    "gemma4_assistant": _every_layer_shares,
-    "gemma4_unified_assistant": _every_layer_shares,
-}
+_REPAIRS: dict[str, Any] = {"gemma4_assistant": _every_layer_shares, "gemma4_unified_assistant": _every_layer_shares}
 
 
 def inputs(name: str, model: nn.Module, batch: int = 2, context: int = 8, query: int = 4, seed: int = 3) -> Any:

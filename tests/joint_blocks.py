@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import architectures
 import controllability as ct
-from controllability.components import (
-    Activation,
-    Bias,
-    ExpertLinear,
-    Linear,
-    Mixture,
-    Routing,
-    residual,
-    rms_norm,
-)
+from controllability.components import Activation, Bias, ExpertLinear, Linear, Mixture, Routing, residual, rms_norm
 from controllability.interfaces import Param
 from controllability.rules import Step
 

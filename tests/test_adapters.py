@@ -19,8 +19,7 @@ import controllability as ct
 from controllability.cli.main import main
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.interfaces import Param
-from controllability.models.files import peft_check as checking
-from controllability.models.files import peft_export as exporting
+from controllability.models.files import peft_check as checking, peft_export as exporting
 from controllability.models.files.lora_factors import lora_factors, lora_tensors
 from controllability.models.files.peft_forms import forms_of
 from controllability.models.hooks.carried_patches import carried

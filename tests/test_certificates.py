@@ -23,13 +23,7 @@ from trees import D, Grower
 import architectures
 import controllability as ct
 from controllability.cli.catalogue import rows, shapes
-from controllability.components import (
-    Bias,
-    Linear,
-    Normalize,
-    Routing,
-    residual,
-)
+from controllability.components import Bias, Linear, Normalize, Routing, residual
 from controllability.interfaces import Bijection, Component, Layout, Param
 from controllability.proof_files.codec import decode, encode, own_classes
 from controllability.proof_files.read import BESIDE, MANY, PROOF

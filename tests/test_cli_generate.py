@@ -13,8 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from controllability.cli import generate as generating
-from controllability.cli import side_by_side
+from controllability.cli import generate as generating, side_by_side
 from controllability.cli.generate import padded, word_after
 from controllability.cli.main import main
 from controllability.cli.side_by_side import Transcript

@@ -11,10 +11,14 @@ import pytest
 import torch
 
 import controllability as ct
-from controllability.compiling import Query, compile_context, ridge
-from controllability.compiling import exact_or_ridge as solving
-from controllability.compiling import rank_figure as picture
-from controllability.compiling import unrelated_texts as unrelated
+from controllability.compiling import (
+    Query,
+    compile_context,
+    exact_or_ridge as solving,
+    rank_figure as picture,
+    ridge,
+    unrelated_texts as unrelated,
+)
 from controllability.compiling.continuations import end_tokens, with_answers
 from controllability.compiling.exact_or_ridge import rank_of
 from controllability.compiling.queries import read_queries

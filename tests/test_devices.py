@@ -72,10 +72,7 @@ def test_a_loaded_model_with_a_device_map(saved_gemma):
 
 @pytest.mark.parametrize(
     ("part", "culprit"),
-    [
-        ("model_layers_1", "parameter model.layers.1.self_attn.q_proj.weight"),
-        ("lm_head", "parameter lm_head.weight"),
-    ],
+    [("model_layers_1", "parameter model.layers.1.self_attn.q_proj.weight"), ("lm_head", "parameter lm_head.weight")],
 )
 def test_offloaded_weights_are_refused(tmp_path, part, culprit):
     """Wherever they are: not only in the layers that would be patched."""

@@ -127,9 +127,7 @@ def test_each_step_is_what_patch_model_gives(model, prompt):
         n = int(step.position)
         history = done.sequences[:, : n + 1]
         mp = ct.patch_model(
-            model,
-            {"input_ids": history},
-            {"input_ids": history[:, -1:], "position_ids": torch.tensor([[n]])},
+            model, {"input_ids": history}, {"input_ids": history[:, -1:], "position_ids": torch.tensor([[n]])}
         )
         wanted = mp.target_logits[0, -1].double().numpy()
         assert int(step.patched) == int(mp.logits[0, -1].argmax())

@@ -10,10 +10,7 @@ import sympy
 
 import controllability as ct
 from controllability.arrays import ARITHMETICS
-from controllability.components import (
-    Activation,
-    Linear,
-)
+from controllability.components import Activation, Linear
 from controllability.errors import NotExact
 from controllability.interfaces import Param
 from controllability.rules.schema import undefined

@@ -13,13 +13,10 @@ from controllability.arrays import ARITHMETICS
 from controllability.checks import symbolic_joint_block
 from controllability.checks.numeric_block import residuals_of
 from controllability.checks.symbolic_rules import rule_check
-from controllability.components import Activation, residual
-from controllability.components import joint_updates as ways
+from controllability.components import Activation, joint_updates as ways, residual
 from controllability.deltas import ExpertLowRank
 from controllability.interfaces import JointOptions
-from controllability.rules import RULES
-from controllability.rules import mixture as mixture_rules
-from controllability.rules import normalised_jointly as joint_rules
+from controllability.rules import RULES, mixture as mixture_rules, normalised_jointly as joint_rules
 from controllability.solvers import least_norm as span
 
 # ------------------------------------------------------------------------------------------- level symbolic

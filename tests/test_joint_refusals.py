@@ -12,16 +12,7 @@ from joint_blocks import EXPERTS, silu, square, tanh
 
 import controllability as ct
 from controllability.arrays import ARITHMETICS
-from controllability.components import (
-    Bias,
-    ExpertLinear,
-    Linear,
-    Normalize,
-    Scale,
-    SoftCap,
-    residual,
-    rms_norm,
-)
+from controllability.components import Bias, ExpertLinear, Linear, Normalize, Scale, SoftCap, residual, rms_norm
 from controllability.deltas import LowRank
 from controllability.interfaces import JointOptions, Param
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from controllability.arrays.base import Arithmetic as Arithmetic
-from controllability.arrays.base import Array as Array
+from controllability.arrays.base import Arithmetic as Arithmetic, Array as Array
 from controllability.arrays.objects import MpmathArithmetic, RationalArithmetic
 from controllability.arrays.tensors import TorchArithmetic
 from controllability.errors import BadInput

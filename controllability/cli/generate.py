@@ -13,8 +13,7 @@ import torch
 from controllability.cli.output import Output, number
 from controllability.cli.side_by_side import Transcript, live_view, numbers, plain_console, shown, side_by_side
 from controllability.errors import BadInput, ControllabilityError, NotVerified
-from controllability.models import exact_mode
-from controllability.models import generate as generate_tokens
+from controllability.models import exact_mode, generate as generate_tokens
 from controllability.models.generation.steps import GeneratedToken, Generation
 from controllability.models.loading import DTYPES, load_model
 from controllability.models.reading.tolerances import VERIFIED

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # ours to mend; still no traceback for the user
         if os.environ.get("CONTROLLABILITY_TRACEBACK"):
             raise
-        text = " ".join(str(error).split())[:300]
+        text = errors.in_a_line(error)
         hint = "please report it; CONTROLLABILITY_TRACEBACK=1 shows where"
         return _fail(f"internal error ({type(error).__name__}: {text}); {hint}", REFUSED)
 

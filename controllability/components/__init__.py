@@ -1,27 +1,19 @@
 """The components, one idea a file."""
 
-from controllability.components.activation import Activation as Activation
-from controllability.components.activation import SoftCap as SoftCap
+from controllability.components.activation import Activation as Activation, SoftCap as SoftCap
 from controllability.components.bias import Bias as Bias
-from controllability.components.fixed import Fixed as Fixed
-from controllability.components.fixed import Gate as Gate
-from controllability.components.glu import XIELU as XIELU
-from controllability.components.glu import Glu as Glu
-from controllability.components.glu import Swish as Swish
+from controllability.components.fixed import Fixed as Fixed, Gate as Gate
+from controllability.components.glu import XIELU as XIELU, Glu as Glu, Swish as Swish
 from controllability.components.linear import Linear as Linear
-from controllability.components.mixture import ExpertLinear as ExpertLinear
-from controllability.components.mixture import Mixture as Mixture
-from controllability.components.mixture import Share as Share
-from controllability.components.normalisation import Normalize as Normalize
-from controllability.components.normalisation import layer_norm as layer_norm
-from controllability.components.normalisation import rms_norm as rms_norm
-from controllability.components.residual import Identity as Identity
-from controllability.components.residual import gated as gated
-from controllability.components.residual import residual as residual
+from controllability.components.mixture import ExpertLinear as ExpertLinear, Mixture as Mixture, Share as Share
+from controllability.components.normalisation import (
+    Normalize as Normalize,
+    layer_norm as layer_norm,
+    rms_norm as rms_norm,
+)
+from controllability.components.residual import Identity as Identity, gated as gated, residual as residual
 from controllability.components.routing import Routing as Routing
 from controllability.components.scale import Scale as Scale
 from controllability.components.select import Select as Select
 from controllability.components.times import Times as Times
-from controllability.interfaces import Product as Product
-from controllability.interfaces import Sequence as Sequence
-from controllability.interfaces import Sum as Sum
+from controllability.interfaces import Product as Product, Sequence as Sequence, Sum as Sum

@@ -114,6 +114,16 @@ class Bijection(ABC):
         raise NotImplementedError(f"{type(self).__name__} has image conditions but no image_margin")
 
 
+def updates_of(component: Component, *sides: str) -> tuple[Update, ...]:
+    """The updates that a component states for these sides, "input" and "output"; none where it states nothing."""
+    found: tuple[Update, ...] = ()
+    if "input" in sides and isinstance(component, InputControllable):
+        found += component.input_updates()
+    if "output" in sides and isinstance(component, OutputControllable):
+        found += component.output_updates()
+    return found
+
+
 def first_open(updates: tuple[Update, ...], params: Params, x: Array, delta: Array) -> dict[str, Delta]:
     """The delta of the first update whose conditions hold on these numbers."""
     failure: SideConditionFailed | None = None

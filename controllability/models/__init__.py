@@ -2,8 +2,10 @@
 
 from controllability.models.exact_mode import exact_mode as exact_mode
 from controllability.models.generation.generate import generate as generate
-from controllability.models.model_patch import ModelPatch as ModelPatch
-from controllability.models.model_patch import import_peft as import_peft
-from controllability.models.model_patch import load_patch as load_patch
+from controllability.models.model_patch import (
+    ModelPatch as ModelPatch,
+    import_peft as import_peft,
+    load_patch as load_patch,
+)
 from controllability.models.patch_model import patch_model as patch_model
 from controllability.models.patches.diff import diff as diff

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import architectures
-from controllability.errors import BadInput, ReadingError
+from controllability.errors import BadInput, ReadingError, in_a_line
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,8 +24,7 @@ def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = Fals
     Only safetensors are loaded.  Raises ``BadInput`` when something is missing, truncated or
     inconsistent, and for model types that are not registered.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers import logging as hf_logging
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging as hf_logging
 
     if dtype not in DTYPES:
         raise BadInput(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -55,7 +54,7 @@ def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = Fals
         raise
     except Exception as error:  # whatever transformers, tokenizers or safetensors raise about bad files
         what = "model" if local else f"model (no directory {name} here, and as a Hub id it"
-        text = " ".join(str(error).split())[:300] or type(error).__name__
+        text = in_a_line(error) or type(error).__name__
         raise BadInput(
             f"cannot load the {what} {name}: {text}" if local else f"cannot load {what} failed): {text}"
         ) from None
@@ -110,10 +109,7 @@ def encode(tokenizer: Any, context: str, query: str, positions: str = "keep") ->
         raise BadInput(f"the {'query' if before else 'context'} has no tokens in this vocabulary")
     target = {"input_ids": torch.tensor([before + asked])}
     start = len(before) if positions == "keep" else 0
-    source = {
-        "input_ids": torch.tensor([asked]),
-        "position_ids": torch.arange(start, start + len(asked))[None],
-    }
+    source = {"input_ids": torch.tensor([asked]), "position_ids": torch.arange(start, start + len(asked))[None]}
     return target, source
 
 

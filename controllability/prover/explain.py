@@ -6,15 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from controllability.errors import NotControllable
-from controllability.interfaces import (
-    Component,
-    InputControllable,
-    OutputControllable,
-    Place,
-    leaves,
-    node,
-    overlap,
-)
+from controllability.interfaces import Component, InputControllable, OutputControllable, Place, leaves, node, overlap
 from controllability.prover.edits import short
 from controllability.prover.remedies import TWICE, Remedy, remedies
 from controllability.rules import RULES, Attempt, Failure, Side, is_about

@@ -10,7 +10,7 @@ from typing import Any
 from controllability.components.bias import Bias
 from controllability.components.linear import Linear
 from controllability.components.mixture import ExpertLinear
-from controllability.interfaces import Component, OutputControllable, Param, Path, Place, Sequence, leaves, node
+from controllability.interfaces import Component, Param, Path, Place, Sequence, leaves, node, updates_of
 from controllability.prover.edits import (
     above,
     fresh,
@@ -182,8 +182,7 @@ def _own_maps(block: Component, path: Path) -> Iterator[tuple[str, Component]]:
     """A map that all chosen experts of a mixture share, replaced by one for each expert."""
     shared = node(block, path)
     mixtures = [m for i, m in above(block, path) if i in m.binds]
-    ways = shared.output_updates() if isinstance(shared, OutputControllable) else ()
-    shape = next((way.param.shape for way in ways if way.kind == "linear"), None)
+    shape = next((way.param.shape for way in updates_of(shared, "output") if way.kind == "linear"), None)
     if shape is None or not mixtures:
         return
     known = [c.own_parameters()[0].shape for _, c in leaves(mixtures[-1]) if c.per_expert and c.own_parameters()]

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from controllability.errors import BadInput, NotControllable
-from controllability.interfaces import Component, InputControllable, OutputControllable, Param, Path
+from controllability.interfaces import Component, Param, Path, updates_of
 from controllability.prover.derivation import Derivation
 from controllability.rendering.css import STYLE
 from controllability.rendering.graph import graph_svg
@@ -297,8 +297,7 @@ def _nodes(part: Component, path: Path = ()) -> Iterable[tuple[Component, Path]]
 
 
 def _own_rules(part: Component) -> list[Any]:
-    names = [way.rule("input") for way in part.input_updates()] if isinstance(part, InputControllable) else []
-    names += [way.rule("output") for way in part.output_updates()] if isinstance(part, OutputControllable) else []
+    names = [way.rule(side) for side in ("input", "output") for way in updates_of(part, side)]
     return [rule for rule in RULES if rule.name in names]
 
 

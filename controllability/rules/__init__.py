@@ -5,12 +5,14 @@ The leaves' own rules (I-linear, O-scale, …) state their formulas beside the c
 
 from controllability.errors import BadInput
 from controllability.interfaces import Component
-from controllability.rules.base import Attempt as Attempt
-from controllability.rules.base import Failure as Failure
-from controllability.rules.base import Rule as Rule
-from controllability.rules.base import Side as Side
-from controllability.rules.base import Step as Step
-from controllability.rules.base import construct as construct
+from controllability.rules.base import (
+    Attempt as Attempt,
+    Failure as Failure,
+    Rule as Rule,
+    Side as Side,
+    Step as Step,
+    construct as construct,
+)
 from controllability.rules.input_side import InputAfter, InputBefore, InputCombine, InputConstant
 from controllability.rules.leaves import LEAF_RULES
 from controllability.rules.mixture import InputMixture, JointMixture, JointThroughMixture, OutputMixture, ThroughMixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from controllability.execution.patched_run import Goal, PatchedRun
-from controllability.interfaces import InputControllable, OutputControllable, Place, Update
+from controllability.interfaces import Place, Update, updates_of
 from controllability.rules.base import Attempt, Failure, Rule, Schema, Search, Side, Step, Target, per_expert_rows
 
 OTHER_ROUTES = "take route='auto' or 'uniform': they do not divide by the activations of the norm"
@@ -48,13 +48,8 @@ class LeafRule(Rule):
 
     def _ways(self, place: Place) -> list[Update]:
         """The ways that the component states under this rule's name."""
-        leaf = place.component
-        updates: tuple[Update, ...] = ()
-        if self.side == "input" and isinstance(leaf, InputControllable):
-            updates = leaf.input_updates()
-        if self.side == "output" and isinstance(leaf, OutputControllable):
-            updates = leaf.output_updates()
-        return [way for way in updates if way.kind == self.kind and (way.jointly is not None or not self.jointly)]
+        ways = updates_of(place.component, self.side)
+        return [way for way in ways if way.kind == self.kind and (way.jointly is not None or not self.jointly)]
 
     def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         assert step.update is not None

@@ -11,16 +11,7 @@ import numpy as np
 from controllability.arrays import Array, arithmetic
 from controllability.deltas import Delta, ExpertLowRank, LowRank, PatchedMatrix, Shift
 from controllability.errors import BadInput
-from controllability.interfaces import (
-    Component,
-    InputControllable,
-    OutputControllable,
-    Param,
-    Params,
-    Path,
-    leaves,
-    node,
-)
+from controllability.interfaces import Component, Param, Params, Path, leaves, node, updates_of
 
 
 @dataclass(frozen=True)
@@ -134,9 +125,7 @@ class _Reader:
     def _place(self) -> tuple[Path, Component] | None:
         """The first leaf that is steered by this parameter."""
         for path, leaf in leaves(self.block):
-            ways = leaf.input_updates() if isinstance(leaf, InputControllable) else ()
-            ways += leaf.output_updates() if isinstance(leaf, OutputControllable) else ()
-            if any(way.param == self.param for way in ways):
+            if any(way.param == self.param for way in updates_of(leaf, "input", "output")):
                 return path, leaf
         return None
 

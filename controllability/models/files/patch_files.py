@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from controllability.deltas import ExpertLowRank, LowRank, Shift
-from controllability.errors import PatchError
+from controllability.errors import PatchError, in_a_line
 from controllability.interfaces import JointOptions, Param
 from controllability.models.files.folders import refuse_occupied, written
 from controllability.models.files.peft_forms import forms_of
@@ -129,7 +129,7 @@ def read_patch(directory: str | Path) -> PatchRecord:
     try:
         return _build(description, load_file(directory / TENSORS))
     except Exception as error:  # whatever a description that was tampered with may cause
-        text = " ".join(str(error).split())[:200]
+        text = in_a_line(error, 200)
         raise PatchError(f"{directory} is corrupt: {type(error).__name__} {text}") from None
 
 

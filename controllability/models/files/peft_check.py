@@ -14,7 +14,7 @@ from torch import nn
 
 from architectures import quantised
 from controllability.arrays import relative_error
-from controllability.errors import NotVerified
+from controllability.errors import NotVerified, in_a_line
 from controllability.models.exact_mode import exact_mode
 from controllability.models.patches.applied import applied
 from controllability.models.patches.record import PatchRecord
@@ -79,7 +79,7 @@ def _with_adapter(model: nn.Module, directory: Path) -> nn.Module:
         try:
             adapted = on_twin(model, directory)
         except Exception as error:  # whatever PEFT raises about names and shapes
-            text = " ".join(str(error).split())[:300]
+            text = in_a_line(error)
             raise NotVerified(
                 f"PEFT cannot load the adapter ({type(error).__name__}: {text}); nothing was written"
             ) from None
@@ -102,7 +102,7 @@ def _run(adapted: nn.Module, inputs: dict[str, Any]) -> Any:
     try:
         return adapted(**inputs)
     except Exception as error:  # the model reads something that PEFT's wrappers hide
-        text = " ".join(str(error).split())[:300]
+        text = in_a_line(error)
         raise NotVerified(
             f"with the adapter the model does not run ({type(error).__name__}: {text}): it reads weights past the "
             "module that PEFT wraps; nothing was written; merge the patch instead"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from controllability.deltas import Delta, Shift
 from controllability.errors import PatchError
-from controllability.interfaces import Component, OutputControllable, Param, node
+from controllability.interfaces import Component, Param, node, updates_of
 from controllability.models.files.lora_factors import lora_factors, low_rank, rank_of, split_dense
 from controllability.models.files.peft_forms import plain_linear
 from controllability.models.files.peft_reader import MADE_FOR, PREFIX, read_adapter
@@ -81,7 +81,7 @@ def _slots(model: nn.Module) -> dict[str, list[Slot]]:
     for layer in checked_reading(model).reading.layers:
         for path in (path for tap in layer.taps for path in tap.paths):
             leaf = node(layer.block, path)
-            for update in leaf.output_updates() if isinstance(leaf, OutputControllable) else ():
+            for update in updates_of(leaf, "output"):
                 slots.setdefault(update.param.name, []).append(Slot(layer.index, update.param, leaf))
     return slots
 

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from controllability.errors import PatchError
+from controllability.errors import PatchError, in_a_line
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what PEFT puts before the model's own names
@@ -37,7 +37,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], di
         with safe_open(path, framework="pt") as file:
             tensors, notes = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # whatever safetensors raises about a damaged file
-        raise PatchError(f"{path} is corrupt or truncated: {' '.join(str(error).split())[:200]}") from None
+        raise PatchError(f"{path} is corrupt or truncated: {in_a_line(error, 200)}") from None
     for key, value in tensors.items():
         if not value.is_floating_point() or not bool(value.isfinite().all()):
             raise PatchError(f"{path}: {key} holds what is no finite number")

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controllability.errors import BadInput, ControllabilityError, PatchError
+from controllability.errors import BadInput, ControllabilityError, PatchError, in_a_line
 from controllability.models.generation.steps import GeneratedToken, Generation, Sampler, compared
 from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
-from controllability.models.reading.checked_reading import Checked, checked_reading, codebooks_of, streams_of
-from controllability.models.reading.model_facts import forward_arguments, input_embedding, position_limit, takes_cache
+from controllability.models.reading.checked_reading import Checked, checked_reading
+from controllability.models.reading.model_facts import forward_arguments, input_embedding, takes_cache
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.random_inputs import refuse_ids
 from controllability.models.sweep.fallbacks import Plan
@@ -166,7 +166,7 @@ class _Loop:
         running = active.nonzero()[:, 0].cpu()  # samples that ended are decoded on by the batch, and not patched
         position = self._position(inputs, input_ids)
         source = self._source(input_ids[running], position[running])
-        at_once = self.one_pass is not False and possible(inputs, streams_of(self.checked))
+        at_once = self.one_pass is not False and possible(inputs, self.checked.streams)
         found = (self._together if at_once else self._apart)(input_ids, inputs, source, running)
         check_finite(found.patched, "source", self.checked.reading.layers[-1], "of the logits after")
         tokens = lambda row: f"prompt {int(running[row])}, position {int(position[running[row]])}"  # noqa: E731
@@ -229,7 +229,7 @@ class _Loop:
 
     def _all(self, rows: Positions) -> Positions:
         """The rows of every state that the model keeps a position."""
-        streams = streams_of(self.checked)
+        streams = self.checked.streams
         return rows.streamed(streams) if streams > 1 else rows
 
     def _position(self, inputs: Mapping[str, Any], input_ids: Tensor) -> Tensor:
@@ -301,7 +301,7 @@ def _failure(model: Any, ids: Tensor, mask: Tensor, tokens: int, error: Exceptio
 
 def _said(error: Exception) -> str:
     """Type and words of another library's error, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {in_a_line(error)}"
 
 
 def _padding(model: nn.Module, options: Mapping[str, Any]) -> int:
@@ -343,9 +343,9 @@ def _refuse_prompts(model: Any, checked: Checked, ids: Tensor, mask: Tensor, cou
     embedding = input_embedding(model)
     if embedding is not None:
         refuse_ids(ids.masked_fill(mask == 0, 0), int(embedding.shape[0]), "prompt")
-    if codebooks_of(checked) > 1:
+    if checked.codebooks > 1:
         raise BadInput(f"{type(model).__name__} reads several rows of ids a sample: patched generation is for text")
-    limit = position_limit(checked.reading.config)
+    limit = checked.position_limit
     longest = int(mask.sum(1).max())
     if limit is not None and limit < longest + count - 1:
         raise BadInput(

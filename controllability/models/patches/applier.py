@@ -13,8 +13,7 @@ from torch import Tensor
 from architectures.reading import Layer, Tap
 from controllability.deltas import Delta
 from controllability.errors import PatchError
-from controllability.interfaces import Param
-from controllability.interfaces import Path as NodePath
+from controllability.interfaces import Param, Path as NodePath
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.effects import Effect, Move, parameters_at, per_sample, ready, update_of
 from controllability.models.sweep.layer_sweep import LayerSweep

@@ -25,7 +25,7 @@ from controllability.models.hooks.installation import HookStack
 from controllability.models.hooks.layer_hooks import LayerHook, LayerHooks
 from controllability.models.patches.applier import Entry, with_tensors
 from controllability.models.patches.record import PatchRecord
-from controllability.models.reading.checked_reading import checked_reading, codebooks_of
+from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.fingerprints import State, same_again, state_of
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.logits import compare_logits, result_of
@@ -103,7 +103,7 @@ def solved_again(patch: PatchRecord, model: nn.Module) -> Iterator[Entry]:
     jointly = patch.scope == "all"
     reading, proofs = checked.reading, checked.proofs(patch.report.via, patch.report.route, jointly)
     source_rows, target_rows = pair_positions(
-        inputs["target"], inputs["source"], patch.scope, inputs["positions"], codebooks_of(checked), checked.length
+        inputs["target"], inputs["source"], patch.scope, inputs["positions"], checked.codebooks, checked.length
     )
     joint = patch.joint
     if joint is not None and jointly:

@@ -19,7 +19,7 @@ from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.patches.applier import entries_of
 from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.served_sequences import Stream
-from controllability.models.reading.checked_reading import checked_reading, codebooks_of, streams_of
+from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.fingerprints import state_of
 from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed, without_cache
 from controllability.models.reading.logits import result_of
@@ -44,11 +44,11 @@ def solve(
     checked = checked_reading(model, target)
     for role, inputs in (("target", target), ("source", source)):
         refuse_bad_inputs(model, checked, inputs, role)
-    source_rows, target_rows = pair_positions(target, source, scope, positions, codebooks_of(checked), checked.length)
+    source_rows, target_rows = pair_positions(target, source, scope, positions, checked.codebooks, checked.length)
     shown = source_rows, target_rows  # where the logits are, one row of ids after the other
-    if (books := codebooks_of(checked)) > 1:
+    if (books := checked.codebooks) > 1:
         shown = source_rows.repeated(books), target_rows.repeated(books)
-    if (streams := streams_of(checked)) > 1:
+    if (streams := checked.streams) > 1:
         if scope == "last":
             raise BadInput(
                 f"scope {scope!r} is one patch for each sample, and {checked.reading.architecture.name} keeps {streams} "

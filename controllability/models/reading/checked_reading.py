@@ -17,21 +17,10 @@ from controllability.errors import BadInput, NotControllable
 from controllability.models.hooks.carried_patches import carried
 from controllability.models.reading.compare_with_module import compare
 from controllability.models.reading.fingerprints import looking, stored
+from controllability.models.reading.model_facts import position_limit
 from controllability.models.reading.modules import modules_of, refuse_offloaded
 from controllability.prover.derivation import Derivation
 from controllability.prover.search import derive
-
-
-def codebooks_of(checked: Checked) -> int:
-    """How many rows of ids the model reads a sample (audio models read several)."""
-    count = checked.reading.architecture.codebooks
-    return count(checked.reading.config) if count else 1
-
-
-def streams_of(checked: Checked) -> int:
-    """How many states the model keeps a position (hyper-connections keep several)."""
-    count = checked.reading.architecture.streams
-    return count(checked.reading.config) if count else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +39,23 @@ class Checked:
     length: int | None = None  # positions of a layer's states, for models that read no tokens
     tried: dict[str, bool] = field(default_factory=dict)
     _proofs: dict[tuple[str, str, bool], list[Derivation]] = field(default_factory=dict)
+
+    @property
+    def codebooks(self) -> int:
+        """How many rows of ids the model reads a sample (audio models read several)."""
+        count = self.reading.architecture.codebooks
+        return count(self.reading.config) if count else 1
+
+    @property
+    def streams(self) -> int:
+        """How many states the model keeps a position (hyper-connections keep several)."""
+        count = self.reading.architecture.streams
+        return count(self.reading.config) if count else 1
+
+    @property
+    def position_limit(self) -> int | None:
+        """How many positions the model's config admits; None where it does not say."""
+        return position_limit(self.reading.config)
 
     def proofs(self, via: str, route: str, jointly: bool = False) -> list[Derivation]:
         """One proof a layer, searched once.  Raises ``NotControllable`` with the layer that has none."""

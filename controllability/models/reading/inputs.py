@@ -10,7 +10,7 @@ from torch import nn
 
 from controllability.errors import BadInput
 from controllability.models.reading.checked_reading import Checked
-from controllability.models.reading.model_facts import input_embedding, position_limit, takes_cache
+from controllability.models.reading.model_facts import input_embedding, takes_cache
 from controllability.models.reading.positions import input_shape
 from controllability.models.reading.random_inputs import refuse_ids
 
@@ -49,7 +49,7 @@ def refuse_bad_inputs(model: nn.Module, checked: Checked, inputs: Mapping[str, A
     embedding = input_embedding(model)
     if embedding is None and isinstance(checked.embedding, nn.Embedding):
         embedding = checked.embedding.weight
-    limit = position_limit(checked.reading.config)
+    limit = checked.position_limit
     positions = inputs.get("position_ids")
     if positions is not None and (
         not isinstance(positions, torch.Tensor) or positions.shape not in ((batch, length), (1, length))

@@ -12,7 +12,7 @@ from architectures.reading import Layer, Tap
 from controllability.arrays import arithmetic
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift, added
-from controllability.interfaces import Component, OutputControllable, Param, Params, Update, node
+from controllability.interfaces import Component, Param, Params, Update, node, updates_of
 
 Move = tuple[Update, Delta]  # how a leaf is steered, and what is added to its parameter
 HALF = (torch.float16, torch.bfloat16)
@@ -102,8 +102,7 @@ def update_of(layer: Layer, tap: Tap, param: Param) -> Update:
     for path in tap.paths:
         leaf = node(layer.block, path)
         if param in leaf.own_parameters():
-            assert isinstance(leaf, OutputControllable)
-            return next(s for s in leaf.output_updates() if s.param == param)
+            return next(way for way in updates_of(leaf, "output") if way.param == param)
     raise AssertionError(f"no leaf of {tap.module} holds {param}")
 
 
