@@ -47,7 +47,10 @@ def test_every_rule_is_complete_and_named_once():
     names = [(rule.name, rule.side) for rule in RULES]
     assert len(names) == len(set(names))
     assert len({rule.name: rule.statement for rule in RULES}) == len({(r.name, r.statement) for r in RULES})
-    stated = {cls.__name__ for cls in Rule.__subclasses__()} - {"LeafRule", "Assumption"}  # what schemas assume
+    stated = {cls.__name__ for cls in Rule.__subclasses__() if cls.__module__.startswith("controllability.")} - {
+        "LeafRule",
+        "Assumption",
+    }  # what schemas assume
     assert stated <= {type(rule).__name__ for rule in RULES}
     for rule in RULES:
         for text in (rule.statement, rule.when, rule.patch, rule.source):
