@@ -150,3 +150,12 @@ def test_what_cannot_be_registered(rule):
 def test_a_part_is_exchanged_without_a_word_of_the_combinator():
     changed = BLOCK.map_children(lambda i, part: part if i == 0 else part.map_children(lambda j, p: plain(f"new{j}")))
     assert {p.name for p in changed.parameters()} == {"new0.up", "new0.down", "new1.up", "new1.down"}
+
+
+def test_a_part_that_reads_itself_or_a_later_one_is_refused():
+    class Looped(Halves):
+        def source_of(self, index):
+            return index
+
+    with pytest.raises(ct.BadInput, match="part 0 reads part 0; a part can read only one before it"):
+        ct.prove(residual(Looped(plain("low"), plain("high"))))

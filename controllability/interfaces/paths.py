@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from controllability.errors import BadInput
 from controllability.interfaces.component import Component, Sequence, Size
 from controllability.interfaces.param import Param
 
@@ -76,6 +77,10 @@ class Layout:
             nodes[path] = component
             for i, child in enumerate(component.children()):
                 at = component.source_of(i)
+                if at is not None and not 0 <= at < i:
+                    raise BadInput(
+                        f"{component.describe()}: part {i} reads part {at}; a part can read only one before it"
+                    )
                 source[*path, i] = None if at is None else (*path, at)
                 pending.append(((*path, i), child))
             if (*path, 0) in source and (binds := component.binds):

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from controllability.errors import BadInput
-from controllability.interfaces import Component, Param, Path, Place, leaves
+from controllability.interfaces import Component, Layout, Param, Path, Place, leaves
 from controllability.prover.derivation import Derivation
 from controllability.prover.explain import explained, leaf_failure, refusal
 from controllability.prover.remedies import Remedy
@@ -34,6 +34,7 @@ def derive(block: Component, via: Via, route: str, frozen: Iterable[str] = (), j
         raise BadInput(
             f"frozen names {', '.join(unknown)}, which the block does not have; it has {', '.join(sorted(known))}"
         )
+    Layout.of(block)  # refuses parts that read what is not there yet
     prover = Prover(block, via, route, frozen, jointly)
     place = Place(block)
     attempt = prover.attempt(place, "input")
