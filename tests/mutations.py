@@ -218,8 +218,18 @@ def right_missing(goal: Any, raw: Any, share: Any) -> Any:
     return goal - (raw * share).sum(-2)
 
 
+def balanced(scale: Any) -> Any:
+    """A wrong scale of the balanced route, of the right weights w."""
+
+    def wrong(xp: Any, G: Any, m: Any, q: Any) -> Any:
+        usual = xp.name(xp.mean(m * m) / xp.sqrt(xp.mean(G * G)))
+        return scale(xp, G, xp.name(m * m + xp.magnitude(G) * usual), q) * m / xp.magnitude(m)
+
+    return wrong
+
+
 OUT, BALL, SCALE = (("via", "output"),), (("via", "output"), ("route", "ball")), (("route", "scale"),)
-UNIFORM, SECULAR = (("route", "uniform"),), (("route", "secular"),)
+UNIFORM, SECULAR, BALANCED = (("route", "uniform"),), (("route", "secular"),), (("route", "balanced"),)
 NO_DOWN = (("frozen", ("down",)),)
 CAPPED = residual(square >> SoftCap(30.0))
 MUTATIONS = {
@@ -288,6 +298,11 @@ MUTATIONS = {
     "normalised: the scale as it was": Mutation("O-normalised", routes, "candidate", candidate(scale=lambda a, G, m, y, eps: m), POST, UNIFORM),
     "uniform: q forgotten": Mutation("O-normalised", routes, "candidate", candidate(scale=lambda a, G, m, y, eps: root(mean_square(G / m)) * m), POST, UNIFORM),
     "uniform: RMS of G instead of G/m": Mutation("O-normalised", routes, "candidate", candidate(scale=lambda a, G, m, y, eps: root(mean_square(G)) * m), POST, UNIFORM),
+    "balanced: q forgotten": Mutation("O-normalised", routes, "_balanced", balanced(lambda xp, G, w, q: xp.sqrt(xp.mean(G * G / w)) * xp.sqrt(w)), POST, BALANCED),
+    "balanced: κ² for κ": Mutation("O-normalised", routes, "_balanced", balanced(lambda xp, G, w, q: xp.mean(G * G / w) / q * xp.sqrt(w)), POST, BALANCED),
+    "balanced: w for its root": Mutation("O-normalised", routes, "_balanced", balanced(lambda xp, G, w, q: xp.sqrt(xp.mean(G * G / w) / q) * w), POST, BALANCED),
+    "balanced: RMS of G instead of G/√w": Mutation("O-normalised", routes, "_balanced", balanced(lambda xp, G, w, q: xp.sqrt(xp.mean(G * G) / q) * xp.sqrt(w)), POST, BALANCED),
+    "balanced: ε forgotten in y*": Mutation("O-normalised", routes, "candidate", candidate(before=lambda a, G, m, y, eps: a.unit * root(mean_square(y))), POST, BALANCED),
     "ball: root forgotten": Mutation("O-normalised", routes, "candidate", candidate(before=lambda a, G, m, y, eps: a.unit * eps / (1 - mean_square(a.unit))), POST, BALL),
     "ball: sphere instead of ball": Mutation("O-normalised", routes, "candidate", candidate(before=lambda a, G, m, y, eps: a.unit / (1 - mean_square(a.unit))), POST, BALL),
     "secular: m + μ/m": Mutation("O-normalised", routes, "secular", wrong_secular(lambda G, m, mu: (m + mu / m, G * m / (m * m - mu))), POST, SECULAR),

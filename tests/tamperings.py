@@ -94,7 +94,7 @@ ILL_FORMED = {  # name: (the change, the JSON path, what was expected)
     "a verdict of one's own": (lambda d: d.update(verdict="proved"), "verdict: ", "expected patchable"),
     "a level of one's own": (lambda d: d.update(level="certain"), "level: ", "expected derived or symbolic"),
     "no such theorem": (lambda d: d.update(via="magic"), "via: ", "expected input-output or output"),
-    "no such route": (lambda d: d.update(route="short"), "route: ", "expected auto or scale"),
+    "no such route": (lambda d: d.update(route="short"), "route: ", "expected auto or balanced"),
     "no such frozen parameter": (lambda d: d.update(frozen=["x"]), "frozen: ", "parameters of the block"),
     "a surplus key": (lambda d: d["tree"].update(trust=True), r"tree\.trust: ", "not expected"),
     "a missing key": (lambda d: at(d, *DOWN).pop("cost"), r"tree\.premises\[1\]\.premises\[0\]\.cost: ", "missing"),

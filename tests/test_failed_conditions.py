@@ -83,7 +83,7 @@ CONDITIONS = {
     "scale of a norm, on route scale": (
         residual(W >> rms_norm("post", 2)), {"W": EYE, "post.weight": [1, 1]}, [1.0, 0.0], [1.0, 2.0], {"route": "scale"},
         "side condition failed at scale post.weight, position 0: no input coordinate of post.weight is zero where its output must change (margin 0)\n"
-        "  hint:  take route='auto' or 'uniform': they do not divide by the activations of the norm",
+        "  hint:  take route='auto' or 'balanced': they do not divide by the activations of the norm",
     ),
     "fixed scale": (
         residual(W >> Scale(Param("m", (2,)))), {"W": EYE, "m": [1, 0]}, ONES, ZERO, {"frozen": ("m",)},
@@ -110,7 +110,7 @@ CONDITIONS = {
         {"route": "ball"},
         "side condition failed at normalise (rms) post, position 1: mean((G/m)²) < 1: the target lies in the image of the normalisation (ε > 0) (margin -4.68)\n"
         "  tried: route ball\n"
-        "  hint:  with the scale as it is only targets with mean((G/m)²) < 1 are reached: take route='auto' or 'uniform', which move a scale after the norm",
+        "  hint:  with the scale as it is only targets with mean((G/m)²) < 1 are reached: take route='auto' or 'balanced', which move a scale after the norm",
     ),
     "ball, the scale frozen": (
         residual(W >> rms_norm("post", 2, 1e-2)), {"W": EYE, "post.weight": [1, 1]}, ONES, [[1.0, 1.0], [3.0, 1.0]],

@@ -42,23 +42,18 @@ def test_every_token_has_its_own_numbers_in_the_order_of_the_pairs():
                 assert values == pytest.approx(both.tokens.changes[name][mine], rel=1e-3)
 
 
-def test_each_token_names_the_route_it_took():
-    """uniform multiplies every scale by one number; secular does not."""
+@pytest.mark.parametrize(("asked", "taken"), [("auto", "balanced"), ("uniform", "uniform"), ("secular", "secular")])
+def test_each_token_names_the_route_it_took(asked, taken):
+    """uniform multiplies every scale by one number; the others do not."""
     model = tiny_gemma(layers=2, seed=2)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.post_feedforward_layernorm.weight.mul_(2)
-    mp = ct.patch_model(model, *runs(context=9, query=6, seed=2))
-    named, uniform = [], []
+    mp = ct.patch_model(model, *runs(context=9, query=6, seed=2), route=asked)
     for layer in mp.report.layers:
-        named += layer.tokens.route
         delta = next(e.delta for e in mp.entries if e.layer == layer.index and isinstance(e.delta, Shift))
-        m = 1 + model.model.layers[layer.index].post_feedforward_layernorm.weight
-        factor = 1 + delta.value / m
-        uniform += [bool(f.std() < 1e-5 * f.mean().abs()) for f in factor]
-        assert layer.route == "+".join(sorted(set(layer.tokens.route), reverse=True))
-    assert set(named) == {"uniform", "secular"}
-    assert [name == "uniform" for name in named] == uniform
+        factor = 1 + delta.value / (1 + model.model.layers[layer.index].post_feedforward_layernorm.weight)
+        same = factor.std(-1) < 1e-5 * factor.mean(-1).abs()
+        assert bool(same.all()) if taken == "uniform" else not bool(same.any())
+        assert layer.route == taken
+        assert layer.tokens.route == [taken] * 6
 
 
 @pytest.mark.parametrize("via", ["input-output", "output"])

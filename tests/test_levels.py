@@ -92,7 +92,7 @@ def test_a_check_says_what_was_reduced_and_how():
         "f(z; θ') − f(z'; θ) reduced to 0; every size a symbol, s1, f, g undefined functions; "
         "each premise is asked for what it can do"
     )
-    assert "on route uniform, route secular, route ball, route scale" in rows["O-normalised"]
+    assert "on route balanced, route uniform, route secular, route ball, route scale" in rows["O-normalised"]
     assert rows["O-linear"] == "g(y; φ') − g(y; φ) − δ reduced to 0; every size a symbol"
     assert rows["whole block"].startswith(
         "residual reduced to 0 in index notation: every size, entry, ε and activation"

@@ -38,8 +38,8 @@ class Arithmetic:
         """``x`` in the precision in which patches are solved (half precisions become float32)."""
         return x
 
-    def as_stored(self, x: Array, like: Array) -> Array:
-        """``x`` after the rounding that storing it with the dtype of ``like`` costs."""
+    def as_stored(self, x: Array, like: Array, side: int = 0) -> Array:
+        """``x`` as the dtype of ``like`` holds it: the nearest value, or the largest below (side −1), the smallest above (1)."""
         return x
 
     def function(self, name: str, x: Array) -> Array:

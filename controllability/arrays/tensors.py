@@ -34,8 +34,12 @@ class TorchArithmetic(Arithmetic):
     def lift(self, x: Array) -> Array:
         return x.float() if x.dtype in (self.torch.float16, self.torch.bfloat16) else x
 
-    def as_stored(self, x: Array, like: Array) -> Array:
-        return x.to(like.dtype).to(x.dtype)
+    def as_stored(self, x: Array, like: Array, side: int = 0) -> Array:
+        near = x.to(like.dtype)
+        if side:
+            beyond = near.nextafter(self.torch.full_like(near, side * math.inf))
+            near = self.torch.where((near.to(x.dtype) - x) * side < 0, beyond, near)
+        return near.to(x.dtype)
 
     def function(self, name: str, x: Array) -> Array:
         return getattr(x, name)() if hasattr(x, name) else getattr(math, name)(x)

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import NamedTuple
 
-VIA, ROUTES = ("input-output", "output"), ("auto", "scale", "secular", "uniform", "ball")
+VIA, ROUTES = ("input-output", "output"), ("auto", "balanced", "scale", "secular", "uniform", "ball")
 LEVELS, FORMATS = ("derived", "symbolic", "exact", "numeric"), ("text", "latex", "html", "json")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 

@@ -47,11 +47,11 @@ class Scale(Component, Steerable, Bijection):
     def updates(self) -> tuple[Update, ...]:
         return (elementwise(self, self.weight, self.moved),)
 
-    def to_scale(self, params: Params, wanted: Array) -> Shift:
-        """The delta that makes the effective scale ``wanted``, as far as the stored dtype can hold it."""
+    def to_scale(self, params: Params, wanted: Array, side: int = 0) -> Shift:
+        """The delta that makes the effective scale ``wanted``, or what the stored dtype can hold next to it, on either ``side``."""
         stored = self.weight.value(params)
         xp = arithmetic(stored, wanted)
-        return Shift(xp.as_stored(wanted - self.offset, like=stored) - xp.lift(stored))
+        return Shift(xp.as_stored(wanted - self.offset, stored, side) - xp.lift(stored))
 
     def moved(self, params: Params, change: Array) -> Shift:
         """The delta that changes the effective scale by ``change``, as far as the stored dtype can hold it."""

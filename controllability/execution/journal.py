@@ -30,15 +30,12 @@ class Margin:
 class RouteTaken:
     """How one normalised output was reached.
 
-    ``route`` names every route that was taken, joined by "+".  ``winner`` (..., 1) says which of ``options`` each
-    token took; None where all took the same.  ``amplification`` (..., 1) is None in exact arithmetics.
+    ``amplification`` (..., 1) is None in exact arithmetics.
     """
 
     where: str
     route: str
     why: Callable[[], str]
-    options: tuple[str, ...] = ()
-    winner: Array | None = None
     amplification: Array | None = None
 
 

@@ -8,7 +8,7 @@ from controllability.execution.patched_run import Goal, PatchedRun
 from controllability.interfaces import Place, Update, updates_of
 from controllability.rules.base import Attempt, Failure, Rule, Schema, Search, Side, Step, Target, per_expert_rows
 
-OTHER_ROUTES = "take route='auto' or 'uniform': they do not divide by the activations of the norm"
+OTHER_ROUTES = "take route='auto' or 'balanced': they do not divide by the activations of the norm"
 
 
 class LeafRule(Rule):

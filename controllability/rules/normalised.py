@@ -66,10 +66,10 @@ class Solution(ABC):
         assert self.scale is not None
         return self.scale.effective(self.run.params)
 
-    def stored(self, wanted: Array) -> Array:
-        """A wanted scale as the parameter will hold it: stored + Δ, exactly as it is applied."""
+    def stored(self, wanted: Array, side: int = 0) -> Array:
+        """A wanted scale as the parameter will hold it, stored + Δ: the nearest value, or the next one on a ``side``."""
         assert self.scale is not None
-        return self.m + self.scale.to_scale(self.run.params, wanted).value
+        return self.m + self.scale.to_scale(self.run.params, wanted, side).value
 
     def before(self) -> Array:
         """y*, what must enter the normalisation."""
@@ -87,20 +87,16 @@ class OneToken(Solution):
         xp, route = arithmetic(G, y), self.step.route
         G, y = xp.name(G), xp.name(y)
         m = xp.zeros_like(y) + 1 if self.scale is None else xp.name(self.m)
-        given = (G, m, y, self.eps, self.stored if route != "ball" else lambda scale: scale)
-        if route == "auto":
-            answer, used, why = routes.choose(*given)
-        else:
-            answer, used, why = routes.candidate(route, *given), route, lambda: "asked for"
+        given = (G, m, y, self.eps, self.stored)
+        answer = routes.choose(*given) if route == "auto" else routes.candidate(route, *given)
         if not xp.all(answer.open):
             raise self._closed(answer, G, y)
         margin = routes.room(answer) if route == "ball" else None
         self.run.journal.margins.append(Margin(self.step.conditions[0], margin))
-        spread = answer.amplified
-        if spread is None and not xp.exact:
-            spread = routes.amplification(answer, G, y, self.eps)
-        where = self.place.describe()
-        self.run.journal.routes.append(RouteTaken(where, used, why, answer.options, answer.winner, spread))
+        spread = None if xp.exact else routes.amplification(answer, G, y, self.eps)
+        why = "the least amplification of noise, nearly" if route == "auto" else "asked for"
+        taken = RouteTaken(self.place.describe(), answer.route, lambda: why, spread)
+        self.run.journal.routes.append(taken)
         return NewScale(answer.scale, arithmetic(answer.before).name(answer.before))
 
     def _closed(self, answer: routes.Candidate, G: Array, y: Array) -> SideConditionFailed:
@@ -167,7 +163,7 @@ class OutputNormalised(Rule):
         return schema(Sequence.of(Assumed("g", side=self.side), norm, *parts[-1:] if scaled else ()), (0,))
 
     def variants(self, step: Step) -> dict[str, Step]:
-        taken = ("uniform", "secular", "ball", "scale") if step.route == "auto" else (step.route,)
+        taken = ("balanced", "uniform", "secular", "ball", "scale") if step.route == "auto" else (step.route,)
         return {f"route {r}": replace(step, route=r) for r in taken}
 
     def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
@@ -180,7 +176,7 @@ class OutputNormalised(Rule):
 ROUTE_CONDITIONS = {
     "auto": "some route is open for the target (uniform always is when ε > 0 or the activation is not zero)",
     "secular": "the target and the scale are finite; the hard case leaves dead channels",
-    "uniform": "the target and the scale are finite",
+    **dict.fromkeys(("balanced", "uniform"), "the target and the scale are finite"),
     "ball": "mean((G/m)²) < 1: the target lies in the image of the normalisation (ε > 0)",
 }
 
@@ -191,7 +187,7 @@ def _advice(asked: str, route: str, scale: Component | None) -> str:
         return "the numbers around the normalisation are too large to be squared: take another dtype"
     inside = "with the scale as it is only targets with mean((G/m)²) < 1 are reached"
     if asked == "ball":
-        return f"{inside}: take route='auto' or 'uniform', which move a scale after the norm"
+        return f"{inside}: take route='auto' or 'balanced', which move a scale after the norm"
     if isinstance(scale, Scale):
         return f"{inside}: let {scale.weight} move"
     return f"{inside}: let a scale after the norm move, or add a bias after it"

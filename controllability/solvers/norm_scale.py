@@ -2,34 +2,33 @@
 
 All functions work on (..., d) arrays, one token a row.  ``G`` is what the normalised branch must
 output, ``m`` the effective scale, ``y`` what enters the normalisation before its own patch.
+
+Which route is the best conditioned: noise of relative size η in y* reaches the output as m'∘δn, E‖m'∘δn‖² = η²·Σ m'².  Every
+route that keeps the mean square has mean(u²) = q with u = G/m', so by Cauchy–Schwarz mean(m'²) ≥ mean(|G|)²/q, with equality
+exactly at m'² ∝ |G|.  ``balanced`` stays below (1 + 1/(ρ·mean|G|/RMS(G))) times that.  (new)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from controllability.arrays import Arithmetic, Array, arithmetic
 from controllability.errors import BadInput, NotExact
 from controllability.solvers.secular import secular
+from controllability.solvers.stored_scale import Stored, stored_scale
 
-ROUTES = ("auto", "scale", "secular", "uniform", "ball")
-INFINITE = float("inf")
-GOOD, MILD = 30.0, 3.0  # amplification (no route has less than 1) and change at which `auto` takes uniform at once
-CALM = 1e3  # amplification up to which `auto` looks no further than uniform and secular
-NEAR = 10.0  # `auto`: amplifications within this factor of the best count as equally good
-SHUT = 1e6  # added to the amplification of a route that shuts a channel down
-COARSE = 1e-12  # machine epsilon above which `ball` loses too many digits to 1/√ε
+ROUTES = ("auto", "balanced", "scale", "secular", "uniform", "ball")
+RHO = 1  # balanced: how much the target counts beside the scale that is there
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One route's answer: scale m', unit-ball point u, pre-norm target y*, and where it holds.
 
-    ``open`` (..., 1) says for which tokens the route exists; ``tame`` for which it leaves every
-    channel alive.  Where tokens took different routes, ``winner`` (..., 1) says which of ``options`` each took.
+    ``open`` (..., 1) says for which tokens the route exists; ``tame`` for which it leaves every channel alive.
     """
 
     route: str
@@ -38,9 +37,6 @@ class Candidate:
     before: Array
     open: Array
     tame: Array
-    options: tuple[str, ...] = ()
-    winner: Array | None = None
-    amplified: Array | None = None
 
 
 def check_route(route: str) -> None:
@@ -49,48 +45,63 @@ def check_route(route: str) -> None:
         raise BadInput(f"unknown route {route!r}: choose one of {', '.join(ROUTES)}")
 
 
-def candidate(route: str, G: Array, m: Array, y: Array, eps: Any, stored: Any) -> Candidate:
+def candidate(route: str, G: Array, m: Array, y: Array, eps: Any, stored: Stored) -> Candidate:
     """The answer of one route (not ``auto``) for every token.
 
-    ``stored(scale)`` rounds a scale to what the parameter can hold; u = G/m' is taken of that.
-    Source: scale [G, Thm 1]; secular [G, App. B] with Δm = −μ/m (new); uniform, ball (new).
+    ``stored(scale)`` is what the parameter can hold next to a scale; u = G/m' is taken of that.
+    Source: scale [G, Thm 1]; secular [G, App. B] with Δm = −μ/m (new); balanced, uniform, ball (new).
     """
     xp = arithmetic(G, m, y)
     eps = xp.number(eps)
     if route == "scale":
         return _scale(xp, G, m, y, eps, stored)
     live = _revived(xp, G, m)
+    if route == "ball":
+        return _ball(xp, G, m, live, eps)
     r2 = _usable_mean_square(xp, y, eps)
     q = r2 / (r2 + eps)
-    everywhere = xp.is_zero(q * 0)
-    if route == "ball":
-        return _ball(xp, G, m, live, eps, stored)
-    if route == "uniform":
-        ratio = G / live
-        scale, unit = xp.sqrt(xp.mean(ratio * ratio)) / xp.sqrt(q) * live, G * 0
-        tame = everywhere
-    else:
+    if route == "secular":
         scale, unit = secular(xp, G, live, q)
         tame = _alive(xp, scale, live)
-    scale, u = _settled(xp, G, m, scale, unit, stored)
-    return Candidate(route, scale, u, u * xp.sqrt(r2 + eps), everywhere, tame)
+    else:
+        scale, unit = (_balanced if route == "balanced" else _uniform)(xp, G, live, q), G * 0
+        tame = xp.is_zero(q * 0)
+    scale, u = _settled(xp, G, m, scale, unit, lambda wanted: stored_scale(xp, G, wanted, stored))
+    before = u * xp.sqrt(r2 + eps)
+    finite = xp.is_zero(q * 0) if xp.exact else xp.is_zero(xp.sum((scale + before) * 0))
+    return Candidate(route, scale, u, before, finite, tame)
 
 
-def _settled(xp: Arithmetic, G: Array, m: Array, scale: Array, unit: Array, stored: Any) -> tuple[Array, Array]:
-    """(m' as stored, u = G/m'): where m'_i = 0 u comes from the solver; where G = 0 nothing moves and u = 0."""
-    nothing = xp.is_zero(G).all(-1, keepdims=True)
+def _balanced(xp: Arithmetic, G: Array, m: Array, q: Array) -> Array:
+    """m'² = κ²·(m² + ρ·|G|·mean(m²)/RMS(G)) with κ² from mean((G/m')²) = q, and the signs of m."""
+    usual = xp.name(xp.mean(m * m) / xp.or_one(xp.sqrt(xp.mean(G * G))))
+    weight = xp.name(m * m + RHO * xp.magnitude(G) * usual)
+    kappa = xp.sqrt(xp.mean(G * G / weight) / q)
+    return kappa * xp.sqrt(weight) * m / xp.magnitude(m)
+
+
+def _uniform(xp: Arithmetic, G: Array, m: Array, q: Array) -> Array:
+    """m' = c·m with c = RMS(G/m)/√q."""
+    ratio = G / m
+    return xp.sqrt(xp.mean(ratio * ratio)) / xp.sqrt(q) * m
+
+
+def _settled(
+    xp: Arithmetic, G: Array, m: Array, scale: Array, unit: Array, hold: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """(m' as held, u = G/m'): where m'_i = 0 u comes from the solver; where nothing is asked for nothing moves."""
+    nothing = xp.is_zero(G).all(-1, keepdims=True) | (xp.is_zero(G) & xp.is_zero(m))
     if xp.any(nothing):
-        scale = xp.where(nothing, m + xp.zeros_like(G), scale)
-        unit = xp.where(nothing, xp.zeros_like(unit), unit)
-    scale = stored(scale)
+        scale, unit = xp.where(nothing, m + xp.zeros_like(G), scale), xp.where(nothing, xp.zeros_like(unit), unit)
+    scale = hold(scale)
     dead = xp.is_zero(scale)
     if not xp.any(dead):
         return scale, G / scale
     return scale, xp.where(dead, unit, G / xp.where(dead, scale + 1, scale))
 
 
-def _ball(xp: Arithmetic, G: Array, m: Array, live: Array, eps: Any, stored: Any) -> Candidate:
-    scale, u = _settled(xp, G, m, live + xp.zeros_like(G), G * 0, stored)
+def _ball(xp: Arithmetic, G: Array, m: Array, live: Array, eps: Any) -> Candidate:
+    scale, u = _settled(xp, G, m, live + xp.zeros_like(G), G * 0, lambda scale: scale)
     room = 1 - xp.mean(u * u)
     open_ = xp.is_zero(room * 0) if xp.symbolic else room > 0
     open_ = open_ & ~(xp.is_zero(room * 0) & (eps == 0))  # without ε the image is the sphere, not the ball
@@ -140,7 +151,7 @@ def enlarged(G: Array, m: Array, eps: Any) -> tuple[Array, Array]:
     return c * m, xp.name(u * xp.sqrt(eps / (1 - xp.mean(u * u))))
 
 
-def _scale(xp: Arithmetic, G: Array, m: Array, y: Array, eps: Any, stored: Any) -> Candidate:
+def _scale(xp: Arithmetic, G: Array, m: Array, y: Array, eps: Any, stored: Stored) -> Candidate:
     r2 = xp.mean(y * y)
     total = r2 + eps
     total = xp.where(xp.is_zero(total), total + 1, total)
@@ -176,83 +187,14 @@ def relative_change(scale: Array, m: Array) -> Array:
     return xp.largest(change / xp.or_one(m))
 
 
-def choose(G: Array, m: Array, y: Array, eps: Any, stored: Any) -> tuple[Candidate, str, Callable[[], str]]:
-    """``auto``: the best-conditioned route for every token.  Returns it, its name, and a function that says why.
+def choose(G: Array, m: Array, y: Array, eps: Any, stored: Stored) -> Candidate:
+    """``auto``: balanced, which is next to the least amplification of noise on every target; nothing has to be compared.
 
-    uniform is taken at once where it amplifies rounding at most ``GOOD`` times and changes no scale by more
-    than ``MILD`` times itself.  Else secular is compared with it; scale and ball too where one of them
-    amplifies more than ``CALM`` times.  Amplifications within a factor 10 of the best count as equal, and among those the
-    smallest relative change of the scale wins.  Dead channels are avoided; ``ball`` below float64
-    is taken only if nothing else is open.  Exact arithmetics cannot compare sizes: they take
-    uniform, or scale where a root would be irrational.
+    Fractions, in which it has irrational roots, take uniform, or scale where that has some too.
     """
-    xp = arithmetic(G, m, y)
-    if xp.exact:
+    for route in ("balanced", "uniform"):
         try:
-            return candidate("uniform", G, m, y, eps, stored), "uniform", lambda: "exact arithmetic: closed form"
+            return candidate(route, G, m, y, eps, stored)
         except NotExact:
-            return candidate("scale", G, m, y, eps, stored), "scale", lambda: "exact arithmetic: no root needed"
-    options = [_judged(xp, "uniform", G, m, y, eps, stored)]
-    if xp.all(options[0].cost <= GOOD) and xp.all(options[0].change <= MILD):
-        return options[0].answer, "uniform", _why(xp, options, " (good enough, no other was tried)")
-    options.append(_judged(xp, "secular", G, m, y, eps, stored))
-    if not all(xp.all(option.cost <= CALM) for option in options):
-        options += [_judged(xp, route, G, m, y, eps, stored) for route in ("scale", "ball")]
-    best = options[0].cost
-    for option in options[1:]:
-        best = xp.where(option.cost < best, option.cost, best)
-    if xp.any(best == INFINITE):  # nothing is open but, perhaps, the last resort
-        best = xp.where(best == INFINITE, options[-1].last_resort, best)
-        options[-1].cost = xp.where(options[-1].cost == INFINITE, options[-1].last_resort, options[-1].cost)
-    picked, smallest = options[0].answer, best * 0 + INFINITE
-    winner = xp.zeros_like(best)
-    for index, option in enumerate(options):
-        better = (option.cost <= NEAR * best) & (option.change < smallest)
-        picked = option.answer if xp.all(better) else _select(xp, better, option.answer, picked)
-        smallest = xp.where(better, option.change, smallest)
-        winner = xp.where(better, xp.zeros_like(winner) + index, winner)
-    names = tuple(option.answer.route for option in options)
-    used = "+".join(name for i, name in enumerate(names) if xp.any(winner == i))
-    return replace(picked, options=names, winner=winner), used, _why(xp, options)
-
-
-def _why(xp: Arithmetic, options: list[_Judged], remark: str = "") -> Callable[[], str]:
-    """One phrase for each route, of its worst token; written when it is asked for, from two small arrays each."""
-    seen = [(option.answer.route, option.cost, option.change) for option in options]
-
-    def told() -> str:
-        phrase = "{}: amplification {}, scale change {}".format
-        return "; ".join(phrase(r, _worst(xp, cost), _worst(xp, change)) for r, cost, change in seen) + remark
-
-    return told
-
-
-@dataclass
-class _Judged:
-    """A candidate with what `auto` compares: cost (∞ where closed) and relative change, (..., 1) each."""
-
-    answer: Candidate
-    cost: Array
-    change: Array
-    last_resort: Array
-
-
-def _judged(xp: Arithmetic, route: str, G: Array, m: Array, y: Array, eps: Any, stored: Any) -> _Judged:
-    answer = candidate(route, G, m, y, eps, stored)
-    amplified = amplification(answer, G, y, eps)
-    usable = answer.open & (amplified < INFINITE)  # no NaN or infinity in the scale or before it
-    kappa = amplified if xp.all(answer.tame) else xp.where(answer.tame, amplified, amplified + SHUT)
-    closed = xp.zeros_like(kappa) + INFINITE
-    last_resort = xp.where(usable, kappa, closed)
-    cost = closed if route == "ball" and xp.machine_epsilon(G) > COARSE else last_resort
-    return _Judged(replace(answer, amplified=amplified), cost, relative_change(answer.scale, m), last_resort)
-
-
-def _select(xp: Arithmetic, mask: Array, a: Candidate, b: Candidate) -> Candidate:
-    names = ("scale", "unit", "before", "open", "tame", "amplified")
-    return Candidate("mixed", **{name: xp.where(mask, getattr(a, name), getattr(b, name)) for name in names})
-
-
-def _worst(xp: Arithmetic, values: Array) -> str:
-    worst = xp.to_float(xp.max(values.reshape(-1)).reshape(()))
-    return "closed" if worst == float("inf") else f"{worst:.2g}"
+            continue
+    return candidate("scale", G, m, y, eps, stored)

@@ -73,13 +73,9 @@ class LayerRecord:
         """The same for every pair, each against its own size."""
         return (self.error.double() / self.size.double().clamp_min(_TINY)).tolist()
 
-    def routes_taken(self) -> list[str]:
-        """The route of every pair."""
-        count = len(self.error)
-        if not self.routes:
-            return ["scale" if self.by_scale else "none"] * count
-        each = [_routes_of(taken, count) for taken in self.routes]
-        return ["+".join(dict.fromkeys(names)) for names in zip(*each, strict=True)]
+    def route(self) -> str:
+        """The route that its norms took; "scale" where a norm's scale alone was moved, "none" without one."""
+        return "+".join(dict.fromkeys(taken.route for taken in self.routes)) or ("scale" if self.by_scale else "none")
 
     def amplification(self) -> list[float | None]:
         """How much the norm after the patched map magnifies that map's rounding, for every pair; None without one."""
@@ -183,9 +179,3 @@ def _each(values: Tensor, count: int) -> Tensor:
 def _largest(x: Tensor) -> Tensor:
     """The largest absolute entry of each row: (N, …) -> (N,)."""
     return torch.linalg.vector_norm(x.flatten(1), math.inf, dim=-1)
-
-
-def _routes_of(taken: RouteTaken, count: int) -> list[str]:
-    if taken.winner is None:
-        return [taken.route] * count
-    return [taken.options[int(i)] for i in taken.winner.reshape(count).tolist()]

@@ -170,15 +170,14 @@ def layer_report(record: LayerRecord, norms: dict[str, float]) -> LayerReport:
     return LayerReport(
         index=record.index,
         residual=record.residual(),
-        route="+".join(dict.fromkeys(name for taken in record.routes for name in taken.route.split("+")))
-        or ("scale" if record.by_scale else "none"),
+        route=record.route(),
         why="; ".join(taken.why() for taken in record.routes) or "the only way here",
         amplification=largest(amplification),
         condition=largest(v for values in condition.values() for v in values),
         derivation=record.derivation,
         margins=_merged(record.margins, margins),
         relative_changes={name: largest(values) for name, values in changes.items()},
-        tokens=Tokens(residual, record.routes_taken(), amplification, condition, margins, changes),
+        tokens=Tokens(residual, [record.route()] * count, amplification, condition, margins, changes),
     )
 
 
