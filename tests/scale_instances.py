@@ -26,16 +26,20 @@ def mean_square(y):
     return np.mean(y * y, -1)
 
 
-def phase_one(G, m, r2, kappa, eps=EPS):
-    """The smallest total violation of "every RMS is kept" with the scale within a factor kappa: HiGHS, own formulation in 1/m'²."""
-    T, d = G.shape
-    A, q = G**2 / d, r2 / (r2 + eps)
-    slack = np.hstack([np.eye(T), -np.eye(T)])
-    bounds = [(1 / (mi * kappa) ** 2, (kappa / mi) ** 2) for mi in np.abs(m)] + [(0, None)] * (2 * T)
-    cost = np.append(np.zeros(d), np.ones(2 * T))
-    answer = linprog(cost, A_eq=np.hstack([A, slack]), b_eq=q, bounds=bounds, method="highs")
-    assert answer.status == 0
-    return answer.fun
+def cost(s, m):
+    """What a scale m' = 1/√s costs: its noise in units of |m|, and a little for a channel that is shut down."""
+    return float(np.sum((1 / s + 0.01 * m**4 * s) / np.abs(m)))
+
+
+def least_cost(G, m, r2, s, eps=EPS):
+    """A bound below the cost of every s > 0 that keeps the RMS: the dual 2·Σ √((0.01·m⁴/|m| + Aᵀλ)/|m|) − q·λ, at the λ that fits ``s`` best."""
+    A, q, size = G**2 / G.shape[1], r2 / (r2 + eps), np.abs(m)
+    pull = 1 / s**2 / size - 0.01 * size**3  # = Aᵀλ at the optimum
+    weight = s**1.5 * np.sqrt(size)
+    factor = np.linalg.lstsq((A * weight).T, pull * weight, rcond=None)[0]
+    inside = (0.01 * size**3 + factor @ A) / size
+    assert (inside > 0).all()
+    return float(2 * np.sqrt(inside).sum() - q @ factor)
 
 
 def solvable(G, r2, eps=EPS):

@@ -57,7 +57,7 @@ def test_repeated_tokens(noise, copies):
     answer = joint_scale(G, m, np.repeat(r2, copies), EPS, keep_rms=True)
     assert answer.resort == "kept rms"
     assert error(answer, G) < 1e-13
-    assert answer.change - 1 < 1.05 * (once.change - 1)
+    assert np.allclose(answer.scale, once.scale, rtol=1e-4)
 
 
 def test_repeated_tokens_with_other_targets_are_refused():

@@ -77,7 +77,7 @@ def _octant(axes: Any, G: Any) -> None:
     if ends is not None:
         axes.plot(*(ends @ SLANT).T, color=DARK, linewidth=3, solid_capstyle="round", label="both")
         taken = 1 / joint_scale(np.array(G), np.ones(3), np.ones(2), EPS).scale ** 2
-        axes.plot(*(taken @ SLANT), "o", color="white", markeredgecolor=DARK, markersize=9, label="taken: least change")
+        axes.plot(*(taken @ SLANT), "o", color="white", markeredgecolor=DARK, markersize=9, label="taken: least noise")
     axes.set_title("s > 0: they meet in a segment" if ends is not None else "s > 0: they do not meet")
     axes.set(xlim=(-1.9, 3.9), ylim=(-1.2, 3.8), aspect="equal")
     axes.axis("off")

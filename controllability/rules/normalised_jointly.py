@@ -61,8 +61,9 @@ class OneScale(Solution):
         run.journal.scale_seconds += time.perf_counter() - started
         count = len(new.x)
         spread = xp.array(task.amplification(chosen)[-count:], like=G)
-        told = f"largest relative change of the scale {task.change(chosen):.3g}{chosen.remark}"
-        run.journal.routes.append(RouteTaken(self.place.describe(), chosen.resort, lambda: told, amplification=spread))
+        run.journal.routes.append(
+            RouteTaken(self.place.describe(), chosen.resort, lambda: task.told(chosen), amplification=spread)
+        )
         if known is not None:
             self._move(known, chosen.before[:-count])
         run.served_after[path] = replace(tokens, raw=chosen.before)

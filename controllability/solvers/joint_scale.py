@@ -1,7 +1,14 @@
 """One scale m' for all tokens of a normalised output: m'∘n(y*_t) = G_t.  (theory: one patch for many tokens; new)
 
 In s = 1/m'² "every token keeps its RMS" is linear: A s = q with A_ti = G_ti²/d, q_t = r_t²/(r_t²+ε).
-The unknowns here are σ = s·m², so that σ = 1 is the present scale, and κ² bounds σ and 1/σ.
+The unknowns here are σ = s·m², so that σ = 1 is the present scale.  Of all solutions the one is taken with the least
+
+    Σ_i (m'_i² + τ·m_i⁴/m'_i²)/|m_i|  =  Σ_i |m_i|·(1/σ_i + τ·σ_i),    τ = ``programs.STAY`` = 0.01,
+
+which is convex in s.  m'_i² is the noise that channel i passes on.  It counts in units of |m_i|, halfway between noise as it is
+(which the few channels with huge m decide) and noise relative to what the channel has now (which those with tiny m
+decide); τ keeps a channel alive that no token needs.  One token: m'⁴ = τ·m⁴ + λ·|m|·G² with one number λ, for τ = 0 in closed
+form m'² = |G|·√|m| · mean(|G|/√|m|)/q.  Decided on a trained model: see the page on joint patches.  (new)
 """
 
 from __future__ import annotations
@@ -33,8 +40,8 @@ class JointScale:
 
     ``scale`` (d,) is m' as the parameter holds it; ``unit`` (T, d) u_t = G_t/m'; ``before`` (T, d)
     y*_t = u_t·√(r_t²+ε) with mean(u_t²) = r_t²/(r_t²+ε), so that m'∘n(y*_t) = G_t.  ``resort`` says
-    which order of resort it took, ``change`` is max over channels of m'/m and m/m' (1: unchanged),
-    ``shrinkage`` the largest factor by which a token's √(r_t²+ε) fell (1: kept), ``residual`` is
+    which order of resort it took, ``change`` is max over channels of m'/m and m/m' (1: unchanged), ``noise`` the worst
+    token's ``Targets.noise``, ``shrinkage`` the largest factor by which a token's √(r_t²+ε) fell (1: kept), ``residual`` is
     max |m'∘n(y*_t) − G_t| / max |G_t| of the worst token (rounding, and what rounding m' leaves), and
     ``certificate`` proves "kept rms" impossible where another resort was taken.
     """
@@ -44,6 +51,7 @@ class JointScale:
     before: Vector
     resort: Resort
     change: float
+    noise: float
     shrinkage: float
     residual: float
     certificate: Farkas | None
@@ -57,7 +65,7 @@ def joint_scale(
 
     ``m`` (d,) is the effective scale, ``r2`` (T,) mean(y_t²) of what enters the normalisation now (where
     it is next to nothing it counts as ε: there is no RMS to keep), ``stored`` rounds a scale to what the parameter can hold.
-    Orders of resort: "kept rms" with the least change, "moved rms" with the best conditioning,
+    Orders of resort: "kept rms" and "moved rms" with the least noise,
     "enlarged" (m' = c·m).  The last two need ε > 0.
 
     Raises ``Infeasible`` with the certificate where no scale keeps every RMS and ``keep_rms`` or ε = 0;
@@ -84,7 +92,7 @@ def joint_scale(
     answers = [answer for answer in _moved(task, certificate) if answer.residual <= ACCEPTED]
     if not answers:
         answers = list(_enlarged(task, certificate))[-1:]
-    return min(answers, key=lambda answer: answer.shrinkage * np.abs(answer.scale).max())
+    return min(answers, key=lambda answer: answer.noise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +118,16 @@ class Targets:
     def root(self) -> Vector:
         """√(r²+ε) of a token that keeps its RMS, (T,)."""
         return np.sqrt(to_keep(self.square, self.eps) + self.eps)
+
+    def noise(self, scale: Vector, before: Vector) -> Vector:
+        """By how much noise in W y, relative to the RMS of y, is magnified in m'∘n(y*), relative to G's, (T,); 0 where G = 0.
+
+        Where one token alone keeps its RMS the least is mean|G|/(RMS(G)·√q), about 1.
+        """
+        size, root = np.sqrt(np.mean(self.G**2, -1)), np.sqrt(np.mean(before**2, -1) + self.eps)
+        there = (size > 0) & (root > 0)
+        part = np.divide(self.root, root * size, out=np.zeros_like(root), where=there)
+        return np.sqrt(np.mean(scale**2)) * part
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +194,7 @@ class _Task(Targets):
         return JointScale(
             scale, unit, before, resort,
             change=largest_change(scale, self.m),
+            noise=float(self.noise(scale, before).max(initial=0)),
             shrinkage=float((self.root / root)[self.live].max(initial=1)),
             residual=self._residual(scale, before), certificate=certificate,
         )  # fmt: skip
@@ -202,14 +221,12 @@ class _Task(Targets):
 
 
 def _keeping(task: _Task) -> tuple[JointScale | None, Vector | None]:
-    """("kept rms" with the least change, None), or (None, what the search saw of an obstacle)."""
+    """("kept rms" with the least noise, None), or (None, what the search saw of an obstacle)."""
     q = task.q[task.live]
     rows = task.rows() / q[:, None]
     sigma: Vector | None = np.ones(task.d)
     if np.abs(rows.sum(1) - 1).max() > ROUNDING:
-        if len(rows) == 1:
-            return task.finished(sigma / rows.sum(), Resort.KEPT, None), None  # route uniform: no scale changes less
-        sigma, weights = _solution(rows)
+        sigma, weights = _solution(rows, task.usual)
         if sigma is None:
             hopeless = np.zeros(len(task.q))
             hopeless[task.live] = 0 if weights is None else weights / q
@@ -217,14 +234,14 @@ def _keeping(task: _Task) -> tuple[JointScale | None, Vector | None]:
     return task.finished(sigma, Resort.KEPT, None), None
 
 
-def _solution(rows: Vector) -> tuple[Vector | None, Vector | None]:
-    """(σ > 0 with rows·σ = 1 and the least spread, None), or (None, weights of the rows that exclude it, if found)."""
+def _solution(rows: Vector, price: Vector) -> tuple[Vector | None, Vector | None]:
+    """(σ > 0 with rows·σ = 1 and the least cost, None), or (None, weights of the rows that exclude it, if found)."""
     for cutoff in CUTOFFS:
         equations = programs.Equations.of(rows, cutoff)
         sigma, weights = programs.positive_solution(equations)
         if sigma is None:
             return None, weights
-        sigma = programs.polished(rows, programs.least_spread(equations, sigma))
+        sigma = programs.polished(rows, programs.least_cost(equations, sigma, price))
         if np.abs(rows @ sigma - 1).max() <= ACCEPTED:
             return sigma, None
     return None, None

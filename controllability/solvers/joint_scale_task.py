@@ -9,11 +9,11 @@ import numpy as np
 
 from controllability.solvers.farkas_certificate import Infeasible
 from controllability.solvers.joint_scale import Targets, joint_scale
-from controllability.solvers.nearest_scale import STAY, largest_change, nearest_scale
+from controllability.solvers.nearest_scale import STAY, nearest_scale
 from controllability.solvers.resorts import Resort
 
-MAGNIFIED = 5e-6  # amplification, times machine epsilon, above which a block had better do something else
-CALM = 10.0  # amplification up to which it need not in any precision
+MAGNIFIED = 5e-6  # noise, times machine epsilon, above which a block had better do something else
+CALM = 10.0  # noise up to which it need not in any precision
 AFFINE = 1e-6  # differences of mean(u²) from q that count as none
 FACTORS = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
 SHRUNK = 0.1  # no output is made smaller than this part of its size
@@ -90,11 +90,12 @@ class ScaleTask(Targets):
 
     def is_calm(self, chosen: Chosen, epsilon: float) -> bool:
         """Whether the rounding of a computation with machine ``epsilon`` is magnified little enough."""
-        return bool(self.amplification(chosen).max() <= max(CALM, MAGNIFIED / epsilon))
+        return bool(self.noise(chosen.scale, chosen.before).max() <= max(CALM, MAGNIFIED / epsilon))
 
-    def change(self, chosen: Chosen) -> float:
-        """The largest m'/m or m/m' of a channel."""
-        return largest_change(chosen.scale, self.m)
+    def told(self, chosen: Chosen) -> str:
+        """What a report says of it."""
+        noise = self.noise(chosen.scale, chosen.before).max()
+        return f"noise before the norm is magnified by {noise:.3g}{chosen.remark}"
 
 
 def distinct(rows: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,15 @@ from controllability.models.reading.tolerances import UNREACHED
 from controllability.models.sweep.fallbacks import made_good_later
 from controllability.models.sweep.layer_sweep import LayerSweep
 
+LOSS = 0.1  # an error that is no patch any more, whatever explains it
+MAGNIFIED = (
+    "because no scale serves all tokens without magnifying rounding that much: patch fewer tokens at once, or a model in "
+    "float64"
+)
+UNDECLARED = (
+    "more than rounding explains: on this input the model computes something that its expression does not have (a mask, or "
+    "a switch that depends on the input)"
+)
 AFTER_THE_LAST_LAYER = (
     "something after the last patched layer depends on the context or on the token (a mixer, per-layer embeddings, "
     "an adapter that the runs choose differently)"
@@ -28,12 +37,12 @@ def refuse_unreached(solvers: list[LayerSweep]) -> float:
         if solver.proof.route in ("ball", "scale") or made_good_later(solver):
             continue  # known to amplify rounding, as was asked for; or the layer that makes good is held to its target
         held.append(error)
-        if error > max(UNREACHED.of(_dtypes(solver)), _explained(solver)):
+        enough, explained = UNREACHED.of(_dtypes(solver)), _explained(solver)
+        if error > max(enough, min(explained, LOSS)):
+            why = MAGNIFIED if error <= explained else UNDECLARED
             raise NotVerified(
                 f"layer {solver.layer.index} ({solver.layer.name}), {solver.rows.name(int(errors.argmax()))}: with its "
-                f"patch it misses the target run by {error:.2g} (relative), more than rounding explains: on this input "
-                "the model computes something that its expression does not have (a mask, or a switch that depends on "
-                "the input); nothing was changed"
+                f"patch it misses the target run by {error:.2g} (relative), {why}; nothing was changed"
             )
     return max(held, default=0.0)
 
