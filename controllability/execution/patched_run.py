@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from controllability.arrays import Array, arithmetic
+from controllability.components.updates import turned
 from controllability.deltas import Delta, Shift, added
 from controllability.execution.journal import Journal, Margin, RouteTaken
 from controllability.execution.trace import Trace
@@ -63,6 +64,7 @@ class PatchedRun(Trace):
         self.journal = Journal()
         self.joint = joint
         self.served: Mapping[Path, Known] = {}  # tokens that the patch serves already
+        self.others: dict[Path, Array] = {}  # what else a leaf reads with the same change, (N, T, in)
         self.served_after: dict[Path, Known] = {}  # those and these
         self.target_shift: dict[Path, Array] = {}  # what the known tokens' outputs must give more, (T, ·)
         self.output_sizes: Array | None = (
@@ -159,7 +161,8 @@ class PatchedRun(Trace):
             return self._solve_jointly(path, goal, x, delta)
         for condition in goal.update.conditions:
             self.check(condition, x, delta)
-        return goal.update.solve(self.params_at(path), x, delta)
+        change = goal.update.solve(self.params_at(path), x, delta)
+        return turned(change, x, xp.lift(self.others[path])) if path in self.others else change
 
     def _solve_jointly(self, path: Path, goal: Goal, x: Array, delta: Array) -> Delta:
         way, params = goal.update.jointly, self.params_at(path)

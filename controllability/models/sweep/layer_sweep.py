@@ -68,6 +68,8 @@ class LayerSweep:
             return None
         if len(tap.paths) == 1:
             run.observe_raw(tap.outlet, rows.taken(y))
+        if not self.each and self.joint is None and x.ndim == 3 and x.shape[1] > 1:
+            run.others.update((path, rows.others(x)) for path, _ in goals)
         with self._located():
             moves = [(update, run.change(path)) for path, update in goals]
         chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
