@@ -142,8 +142,8 @@ def export(args: argparse.Namespace, output: Output) -> int:
     refuse_unusable(directory)
     mp = load_patch(args.patch)
     mp.refuse_several("held by one adapter")  # before the model is loaded
-    # the directory that it was made on, if it is still there: nothing is downloaded unasked
-    name = args.model or (mp.model_name if mp.model_name and Path(mp.model_name).is_dir() else "")
+    # the directory or file that it was made on, if it is still there: nothing is downloaded unasked
+    name = args.model or (mp.model_name if mp.model_name and Path(mp.model_name).exists() else "")
     model: Any = None
     if name:
         with output.busy(f"loading {name}"):
