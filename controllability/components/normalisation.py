@@ -29,6 +29,7 @@ class Normalize(Component):
 
     def __call__(self, params: Params, x: Array) -> Array:
         xp = arithmetic(x)
+        x = xp.lift(x)  # half precision cannot hold the squares
         if self.kind == "layer":
             x = x - xp.mean(x)
         return x / xp.sqrt(xp.mean(x * x) + xp.number(self.eps))

@@ -98,6 +98,8 @@ class PatchedRun(Trace):
         """The output of ``place`` at its patched input, with none of its own parameters moved."""
         if not place.component.children():
             return self.raw(place.path)
+        if place.outlet in self.raw_outputs and not self._moves_before_the_outlet(place):
+            return self.raw_outputs[place.outlet]
         if place.component.outlet is not None:
             first, *rest = (place.parts()[i] for i in place.component.chain())
             value = self.raw_of(first)
@@ -105,6 +107,11 @@ class PatchedRun(Trace):
                 value = part.component(self.params_at(part.path), value)
             return value
         return place.component(self.params_at(place.path), self.input(place.inlet))
+
+    def _moves_before_the_outlet(self, place: Place) -> bool:
+        """Whether a leaf of ``place`` is steered that is not the one whose output is the place's own."""
+        own = [part.path for part in place.parts()]
+        return any(g != place.outlet and any(g[: len(p)] == p for p in own) for g in self.goals)
 
     def bound(self, path: Path) -> Params:
         new = path not in self._bound

@@ -24,12 +24,14 @@ class Entry:
     """One patched parameter: the module that holds it, and its delta with one row a pair.
 
     ``layer`` counts the layers with a feed-forward half, ``call`` the calls of a layer that runs several times.
+    ``reads`` (in,) is the input that a matrix was solved for, where there is but one; a loaded patch does not know it.
     """
 
     param: Param
     delta: Delta
     layer: int = 0
     call: int = 0
+    reads: Tensor | None = None
 
     @property
     def module(self) -> str:
@@ -40,9 +42,9 @@ class Entry:
 def entries_of(solvers: Iterable[LayerSweep]) -> tuple[Entry, ...]:
     """What was solved, in tensors of its own."""
     return tuple(
-        Entry(param, with_tensors(delta, Tensor.clone), solver.layer.index, solver.call)
+        Entry(param, with_tensors(delta, Tensor.clone), solver.layer.index, solver.call, reads)
         for solver in solvers
-        for param, delta in solver.deltas().items()
+        for param, delta, reads in solver.solved()
     )
 
 

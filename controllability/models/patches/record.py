@@ -18,6 +18,7 @@ from controllability.models.reading.fingerprints import State, changes, fingerpr
 from controllability.models.reading.modules import refuse_offloaded
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.report import Report
+from controllability.models.sweep.sensitivity import Sensitivity
 
 Kind = Literal["module", "parameter", "dense", "none"]
 
@@ -67,6 +68,8 @@ class PatchRecord:
     fingerprint: str | None = None
     model_name: str = ""
     joint: JointOptions | None = None
+    merged: Any = None  # what the last merge did, a MergedError
+    measured: Sensitivity | None = None
     stream: Stream | None = field(default=None, repr=False)
     extensions: list[Any] = field(default_factory=list, repr=False)
     forms: dict[str, Form] = field(default_factory=dict, repr=False)

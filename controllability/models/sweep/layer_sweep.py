@@ -9,7 +9,7 @@ from torch import Tensor
 
 from architectures.reading import Layer, Tap
 from controllability.components.mixture import CHOSEN, SHARES
-from controllability.deltas import Delta
+from controllability.deltas import Delta, LowRank
 from controllability.errors import PatchError, SideConditionFailed
 from controllability.execution.patched_run import PatchedRun
 from controllability.interfaces import JointOptions, Param, Path
@@ -105,9 +105,12 @@ class LayerSweep:
         """What the layer's output is held to, (N, d): the target's, in the size that was chosen where sizes do not count."""
         return self.run.wanted()
 
-    def deltas(self) -> dict[Param, Delta]:
-        """The solved patch of this layer, one row a pair."""
-        return {goal.update.param: self.run.solved[path] for path, goal in self.run.goals.items()}
+    def solved(self) -> Iterator[tuple[Param, Delta, Tensor | None]]:
+        """The patch of this layer, parameter by parameter: delta, one row a pair, and the input of a matrix that has but one."""
+        for path, goal in self.run.goals.items():
+            delta = self.run.solved[path]
+            one = type(delta) is LowRank and len(self.rows.sample) == 1
+            yield goal.update.param, delta, self.run.input(path).reshape(-1).clone() if one else None
 
 
 class Sweeper:
