@@ -58,8 +58,8 @@ def save_patch(patch: PatchRecord, directory: Path, model: nn.Module | None) -> 
 
 
 def _measured(data: dict[str, Any] | None) -> Sensitivity | None:
-    """The sensitivity that a file tells, if it was measured."""
-    return Sensitivity.from_dict(data) if data and data.get("patched") is not None else None
+    """The sensitivity that a file tells, or why it has none."""
+    return Sensitivity.from_dict(data) if data else None
 
 
 def _digest(description: dict[str, Any]) -> str:

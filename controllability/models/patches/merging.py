@@ -21,8 +21,8 @@ from controllability.models.patches.applier import Entry
 from controllability.models.patches.merged_error import before_merging
 from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.rounding import HALF, write
-from controllability.models.patches.solved_again import solve_again
 from controllability.models.patches.sensitivity import warn_if_fragile
+from controllability.models.patches.solved_again import solve_again
 from controllability.models.reading.fingerprints import State, same_again, state_of
 from controllability.models.sweep.report import Rounding
 

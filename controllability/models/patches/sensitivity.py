@@ -19,19 +19,21 @@ from controllability.models.reading.checked_reading import known_reading
 from controllability.models.sweep.sensitivity import Sensitivity
 
 SEED = 0
+FLOAT32 = torch.finfo(torch.float32).eps  # the norms of a float64 model run in float32
 
 
 def sensitivity_of(patch: PatchRecord, model: nn.Module | None = None) -> Sensitivity:
     """What was measured of a patch; measured now if it has not been, on ``model`` or the one that it was made on."""
-    if patch.measured is None:
-        try:
-            found = measure_sensitivity(patch, model if model is not None else patch.model())
-        except PatchError as error:
-            return Sensitivity(None, None, str(error))
-        if found.patched is None:
-            return found  # perhaps it can be measured later
+    known = patch.measured
+    if known is not None and (known.patched is not None or (model is None and patch._model is None)):
+        return known
+    try:
+        found = measure_sensitivity(patch, model if model is not None else patch.model())
+    except PatchError as error:
+        return Sensitivity(None, None, str(error))
+    if found.patched is not None:  # else perhaps it can be measured later
         patch.measured = found
-    return patch.measured
+    return found
 
 
 def measure_sensitivity(patch: PatchRecord, model: nn.Module) -> Sensitivity:
@@ -55,7 +57,7 @@ def measure_sensitivity(patch: PatchRecord, model: nn.Module) -> Sensitivity:
 def _magnified(patch: PatchRecord, model: nn.Module) -> float:
     """The relative change of the logits over that of the states."""
     clean = at_source(patch, model)
-    size = torch.finfo(clean.dtype).eps ** (2 / 3)
+    size = max(torch.finfo(clean.dtype).eps, FLOAT32) ** (2 / 3)
     installation = HookStack()
     disturbed = _Disturbed(size)
     try:

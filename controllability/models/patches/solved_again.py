@@ -7,7 +7,6 @@ not made for that.  Here each layer is solved on top of the rounded weights befo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -19,7 +18,7 @@ from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.positions import pair_positions
 from controllability.models.sweep.fallbacks import Plan, with_reader_of_last_layer
-from controllability.models.sweep.layer_sweep import Sweeper
+from controllability.models.sweep.layer_sweep import LayerSweep, Sweeper
 from controllability.models.sweep.target_run import observe_target, silent
 
 
@@ -49,21 +48,20 @@ def solve_again(patch: PatchRecord, model: nn.Module, put: Callable[[Entry], Non
             if not calls:
                 continue  # this input does not reach it
             solver = plan.solver(layer, 0, calls[0], source_rows)
-            sweeper = Sweeper(layer, [solver], lambda _: None)
-            watch = LayerHook(
-                model, layer, sweeper, installation, sequence_first=reading.architecture.sequence_first
-            )  # fmt: skip
-            installation.again(model.get_submodule(layer.name), _written(watch, solver, put))
+            sweeper, watched = Sweeper(layer, [solver], lambda _: None), HookStack()
+            installation.finally_do(watched.undo)
+            LayerHook(model, layer, sweeper, watched, sequence_first=reading.architecture.sequence_first)
+            installation.again(model.get_submodule(layer.name), _written(watched, solver, put))
         model(**without_cache(model, inputs["source"]))
     finally:
         installation.undo()
 
 
-def _written(watch: LayerHook, solver: Any, put: Callable[[Entry], None]) -> Callable[[], None]:
-    """Writes what a layer's run has solved; nobody listens to the run with the new weights."""
+def _written(watched: HookStack, solver: LayerSweep, put: Callable[[Entry], None]) -> Callable[[], None]:
+    """Writes what a layer's run has solved; in the run with the new weights nobody listens."""
 
     def write() -> None:
-        watch.listener = None
+        watched.undo()
         for entry in entries_of([solver]):
             put(entry)
 
