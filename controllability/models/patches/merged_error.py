@@ -105,5 +105,7 @@ def at_source(patch: PatchRecord, model: nn.Module) -> Tensor:
 
 def _at_pairs(logits: Any, patch: PatchRecord) -> Tensor:
     """The logits of the paired positions; the target's are kept there already, unless every position has a pair."""
-    at_positions = logits.ndim == 3 and logits.shape[:2] == patch.rows.shape
-    return patch.rows.of(logits) if at_positions else logits
+    rows, books = patch.rows, logits.shape[0] // patch.rows.shape[0]
+    if logits.ndim == 3 and books > 1:
+        rows = rows.repeated(books)  # one row of logits for each codebook
+    return rows.of(logits) if logits.ndim == 3 and logits.shape[:2] == rows.shape else logits

@@ -43,7 +43,7 @@ def merge(patch: PatchRecord, model: nn.Module, corrected: bool | None = None, m
         if corrected is None:
             corrected = any(weight.dtype in HALF for weight in stored.values())
         before = None
-        if measured:
+        if measured and patch.inputs.get("target"):  # an imported adapter has no target
             warn_if_fragile(patch, "merging", model)
             before = before_merging(patch, model)
         size = _merge(patch, model, stored, corrected)

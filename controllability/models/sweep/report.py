@@ -131,6 +131,8 @@ class Report:
         known = {f.name: data[f.name] for f in fields(cls) if f.name != "probe"}
         known["layers"] = [LayerReport.from_dict(layer) for layer in data["layers"]]
         known["rounding"] = [Rounding(**each) for each in data["rounding"]]
+        if told := data.get("sensitivity"):
+            known["probe"] = lambda: Sensitivity.from_dict(told)
         return cls(**known)
 
     def __str__(self) -> str:
