@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,8 @@ from controllability.models.patches.applier import Entry, with_tensors
 from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.fingerprints import State, same_again, state_of
+from controllability.models.reading.heads import Result, Runs, compare_results, without_logits
 from controllability.models.reading.inputs import without_cache
-from controllability.models.reading.logits import compare_logits, result_of
 from controllability.models.reading.positions import pair_positions
 from controllability.models.sweep.fallbacks import Plan, with_reader_of_last_layer
 from controllability.models.sweep.layer_sweep import Sweeper
@@ -154,18 +153,19 @@ def merged_error(patch: PatchRecord, model: nn.Module) -> MergedError:
     """
     if patch._merged_into is not uncompiled(model):
         raise PatchError("this patch is not merged into this model: merge it first")
-    if patch.target_logits is None or patch.logits is None:
+    if patch.output is None or patch.target_output is None:
         raise PatchError("a loaded patch does not hold the target's logits: compare with `controllability verify`")
-    found = result_of(model(**without_cache(model, patch.inputs["source"])))
-    found, applied, wanted = (_at_pairs(x, patch) for x in (found, patch.logits, patch.target_logits))
-    merged, swept = compare_logits(found, wanted), compare_logits(applied, wanted)
+    source = patch.inputs["source"]
+    with Runs(model, without_logits(model, [source])) as run:
+        found = run(source)
+    found, applied, wanted = (_at_pairs(x, patch) for x in (found, patch.output, patch.target_output))
+    merged, swept = compare_results(wanted, found, applied)
     return MergedError(merged.relative_error, merged.max_logit_error, swept.relative_error, merged.top1_agreement)
 
 
-def _at_pairs(logits: Any, patch: PatchRecord) -> Tensor:
-    """The logits of the paired positions; the target's are kept there already, unless every position has a pair."""
-    at_positions = logits.ndim == 3 and logits.shape[:2] == patch.rows.shape
-    return patch.rows.of(logits) if at_positions else logits
+def _at_pairs(result: Result, patch: PatchRecord) -> Result:
+    """The paired positions; the target's are kept there already, unless every position has a pair."""
+    return result.at(patch.rows) if result.held.shape[:2] == patch.rows.shape else result
 
 
 def refuse_quantised(model: nn.Module, entries: tuple[Entry, ...]) -> None:

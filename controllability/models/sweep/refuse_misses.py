@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from controllability.arrays import errors_and_sizes
-from controllability.errors import NotVerified
+from controllability.errors import BadInput, NotVerified
+from controllability.models.reading.heads import Result, in_blocks
 from controllability.models.reading.tolerances import UNREACHED
 from controllability.models.sweep.fallbacks import made_good_later
 from controllability.models.sweep.layer_sweep import LayerSweep
@@ -38,17 +39,35 @@ def refuse_unreached(solvers: list[LayerSweep]) -> float:
     return max(held, default=0.0)
 
 
-def refuse_other_output(found: Tensor, wanted: Tensor, worst: float, name: Callable[[int], str], why: str) -> None:
+def refuse_other_output(found: Result, wanted: Result, worst: float, name: Callable[[int], str], why: str) -> None:
     """Raise ``NotVerified`` where all layers reach their targets (``worst`` says so) and the model's output (N, n) does not."""
     if worst > UNREACHED[torch.float32]:
-        return  # half precision, or a route that amplifies: the layers' residuals say it
-    errors = _row_errors(found, wanted)
+        refuse_not_finite(found, name)  # half precision, or a route that amplifies: the layers' residuals say it
+        return
+    seen: list[tuple[Tensor, Tensor]] = []
+    for x, y in in_blocks(found, wanted):
+        refuse_not_finite(Result.of(x), name, sum(len(e) for e, _ in seen))
+        seen.append(errors_and_sizes(x, y))
+    errors = _relative(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
     error, row = float(errors.max()), int(errors.argmax())
     if error > 10 * UNREACHED.get(found.dtype, UNREACHED[torch.float32]):
         raise NotVerified(
             f"every layer reaches its target, and the model's output at {name(row)} misses the target run by {error:.2g} "
             f"(relative): {why}; nothing was changed"
         )
+
+
+def refuse_not_finite(found: Result, name: Callable[[int], str], first: int = 0) -> None:
+    """Raise ``BadInput`` for a row of the source run's logits with NaN or infinity; ``first`` is the number of the first."""
+    for (logits,) in in_blocks(found):
+        finite = torch.isfinite(logits.sum(-1, dtype=torch.promote_types(logits.dtype, torch.float32)))
+        for row in (~finite).nonzero()[:, 0].tolist():
+            if not bool(torch.isfinite(logits[row]).all()):
+                raise BadInput(
+                    f"source run: the logits at {name(first + row)} are not finite; the model overflows on this input (try "
+                    "another dtype); nothing was changed"
+                )
+        first += len(logits)
 
 
 def _explained(solver: LayerSweep) -> float:
@@ -71,6 +90,9 @@ def _dtypes(solver: LayerSweep) -> set[torch.dtype]:
 
 def _row_errors(found: Tensor, wanted: Tensor) -> Tensor:
     """The relative error of each row of (N, n), each against its own size, (N,)."""
-    error, size = errors_and_sizes(found, wanted)
+    return _relative(*errors_and_sizes(found, wanted))
+
+
+def _relative(error: Tensor, size: Tensor) -> Tensor:
     floor = 1e-6 * size.max() + torch.finfo(size.dtype).tiny
     return error / torch.maximum(size, floor)
