@@ -22,13 +22,14 @@ from controllability.models.hooks.carried_patches import (
 )
 from controllability.models.hooks.installation import HookStack
 from controllability.models.hooks.layer_hooks import LayerHook, LayerHooks
-from controllability.models.patches.applier import Entry, with_tensors
+from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.fingerprints import State, same_again, state_of
 from controllability.models.reading.heads import Result, Runs, compare_results, without_logits
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.positions import pair_positions
+from controllability.models.sweep.effects import with_tensors
 from controllability.models.sweep.fallbacks import Plan, with_reader_of_last_layer
 from controllability.models.sweep.layer_sweep import Sweeper
 from controllability.models.sweep.report import Rounding

@@ -26,7 +26,7 @@ from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malf
 from controllability.models.reading.positions import Positions, pair_positions
 from controllability.models.sweep.fallbacks import Plan, with_reader_of_last_layer
 from controllability.models.sweep.layer_sweep import LayerSweep
-from controllability.models.sweep.records import record
+from controllability.models.sweep.records import LayerRecord
 from controllability.models.sweep.refuse_misses import (
     AFTER_THE_LAST_LAYER,
     refuse_not_finite,
@@ -44,11 +44,11 @@ def solve(
 ) -> PatchRecord:  # fmt: skip
     """The solved patch.  See ``controllability.patch_model``, which documents the options and errors."""
     started = time.perf_counter()
-    for role, inputs in (("target", target), ("source", source)):
-        refuse_malformed(inputs, role)
+    for role, given in (("target", target), ("source", source)):
+        refuse_malformed(given, role)
     checked = checked_reading(model, target)
-    for role, inputs in (("target", target), ("source", source)):
-        refuse_bad_inputs(model, checked, inputs, role)
+    for role, given in (("target", target), ("source", source)):
+        refuse_bad_inputs(model, checked, given, role)
     source_rows, target_rows = pair_positions(target, source, scope, positions, checked.codebooks, checked.length)
     shown = source_rows, target_rows  # where the logits are, one row of ids after the other
     if (books := checked.codebooks) > 1:
@@ -68,30 +68,31 @@ def solve(
         targets, output = observe_target(hooks, lean.inputs(target), target_rows, progress)
         wanted = lean.of(output).at(shown[1])
         plan = Plan(proofs, scope, standing)
-        solvers, output = sweep(hooks, plan, targets, lean.inputs(source), source_rows, progress)
+        kept: dict[LayerSweep, LayerRecord] = {}
+        solvers, output = sweep(hooks, plan, targets, lean.inputs(source), source_rows, progress, kept)
         found = lean.of(output)
     entries = entries_of(solvers)
     last = reading.layers[-1]
     del targets, output
     found, wanted = found.kept(), wanted.kept()
     check_finite(found.held, "source", last, "of the logits after")
-    records = [record(s) for s in solvers]
-    _refuse_unverified(solvers, found, wanted, shown[0], joint.exact)
+    records = [kept[s] for s in solvers]
+    _refuse_unverified(solvers, records if joint.exact else None, found, wanted, shown[0])
     report = Report(
         scope, via, route, str(found.dtype).removeprefix("torch."), len(source_rows.sample),
         sum(e.delta.numbers for e in entries), sum(e.delta.dense_numbers for e in entries),
         time.perf_counter() - started, Layers(records, checked.norms), source_rows.named(),
         fit=None if joint.exact else {"ridge": joint.ridge, "rank": joint.rank},
     )  # fmt: skip
-    kept = {"target": dict(target), "source": dict(source), "positions": positions}
+    inputs = {"target": dict(target), "source": dict(source), "positions": positions}
     source_rows = replace(source_rows, before=solvers[0].before)
     mp = PatchRecord(
-        entries, scope, source_rows, report, kept, found, _as_source(wanted, found, shown[0]), carried(model), joint=joint,
+        entries, scope, source_rows, report, inputs, found, _as_source(wanted, found, shown[0]), carried(model), joint=joint,
         _model=weakref.ref(model),
     )  # fmt: skip
     mp._seen.update(state_of(model))
     if scope == "all" and joint.exact:
-        stream = Stream.of(solvers, kept, [source_rows, target_rows])
+        stream = Stream.of(solvers, inputs, [source_rows, target_rows])
         mp.stream = stream if stream.sequences else None
     return mp
 
@@ -111,13 +112,13 @@ def parse_joint_options(scope: str, ridge: float, rank: int | None, keep_rms: bo
 
 
 def _refuse_unverified(
-    solvers: list[LayerSweep], output: Result, wanted: Result, rows: Positions, exact: bool
+    solvers: list[LayerSweep], records: list[LayerRecord] | None, output: Result, wanted: Result, rows: Positions
 ) -> None:  # fmt: skip
-    """Every layer must have reached its target, and so must what is computed from the last one."""
+    """Every layer must have reached its target, as its record says, and so must what is computed from the last one."""
     found, per_position = output.at(rows), output.held.ndim == 3
     comparable = found.held.ndim == 2 and found.held.shape == wanted.held.shape
-    if exact:
-        worst = refuse_unreached(solvers)
+    if records is not None:
+        worst = refuse_unreached(solvers, records)
         head = "the model's head reads a position that is not paired: name it, positions=(source, target)"
         name, why = (rows.name, AFTER_THE_LAST_LAYER) if per_position else ("sample {}".format, head)
         if comparable:

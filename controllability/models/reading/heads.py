@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -102,17 +102,22 @@ class Result:
         return self.held.shape[-1] if self.head is None else self.head.width
 
 
-def in_blocks(*results: Result) -> Iterator[tuple[Tensor, ...]]:
-    """The logits of the same rows of each, (n, ·), a few rows at a time."""
+T = TypeVar("T")
+
+
+def by_blocks(use: Callable[..., T], *results: Result) -> list[T]:
+    """``use(number of the first row, logits of the same rows (n, ·) of each)`` for a few rows at a time, which can go then."""
     flat = [replace(result, held=result.held.reshape(-1, result.held.shape[-1])) for result in results]
     rows = max(1, ENTRIES // flat[0].width)
-    for start in range(0, len(flat[0].held), rows):
-        yield tuple(replace(each, held=each.held[start : start + rows]).logits() for each in flat)
+    return [
+        use(start, *(replace(each, held=each.held[start : start + rows]).logits() for each in flat))
+        for start in range(0, len(flat[0].held), rows)
+    ]
 
 
 def compare_results(wanted: Result, *found: Result) -> list[LogitComparison]:
     """Each of ``found`` against ``wanted``, at the same positions."""
-    blocks = [[compare_logits(x, y) for x in others] for y, *others in in_blocks(wanted, *found)]
+    blocks = by_blocks(lambda _, y, *others: [compare_logits(x, y) for x in others], wanted, *found)
     return [joined(list(parts)) for parts in zip(*blocks, strict=True)]
 
 
