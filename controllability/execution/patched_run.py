@@ -216,6 +216,15 @@ class PatchedRun(Trace):
                 return self.layout.nodes[earlier[:depth]].feeds(a, b)
         return False
 
+    def forget(self) -> None:
+        """Let go of every value and of how the goals are reached: the solved deltas and the journal stay."""
+        self.goals = {path: Goal(goal.update) for path, goal in self.goals.items()}
+        self.watched.clear()
+        self.raw_outputs.clear()
+        for run in (self, self.unpatched, self.target):
+            for held in (run.observed, run._outputs, run._inputs, run._bound):
+                held.clear()
+
     def deltas(self) -> dict[Param, Delta]:
         """Every delta of the patch; solves what is not solved yet."""
         self.output(())

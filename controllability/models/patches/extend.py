@@ -243,7 +243,7 @@ def _changes(
     seen = patch._seen | state_of(model, parameters=not same)
     step.after.caches = caches
     return {
-        "entries": entries, "inputs": inputs, "rows": rows, "logits": None, "target_logits": None, "report": report,
+        "entries": entries, "inputs": inputs, "rows": rows, "output": None, "target_output": None, "report": report,
         "stream": Stream(learned_by(solvers), step.among(patch.stream.sequences)), "_seen": seen,
         "_model": weakref.ref(model), "fingerprint": None, "measured": None,
     }  # fmt: skip
@@ -262,8 +262,8 @@ def _anew(patch: PatchRecord, model: nn.Module, inputs: dict[str, Any]) -> dict[
         "inputs",
         "rows",
         "report",
-        "logits",
-        "target_logits",
+        "output",
+        "target_output",
         "stream",
         "fingerprint",
         "measured",

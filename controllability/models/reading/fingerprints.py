@@ -102,12 +102,12 @@ def state_of(model: nn.Module, parameters: bool = True) -> State:
     state: State = {}
     with looking():
         for (name, value), sample in zip(held.items(), sampled(list(held.values())), strict=True):
-            place, version = _place(value)
-            state[name] = (place, aliases.get((name, version), version), sample)
+            where, version = place(value)
+            state[name] = (where, aliases.get((name, version), version), sample)
     return state
 
 
-def _place(value: Tensor) -> tuple[int | None, int]:
+def place(value: Tensor) -> tuple[int | None, int]:
     """A tensor's storage and version; no storage, where the first forward has yet to pack a weight."""
     to_come = getattr(value, "to_come", None)
     if to_come is not None:
