@@ -8,7 +8,7 @@ from controllability.version import __version__ as __version__
 
 # Names are loaded on first use: `import controllability` loads neither torch, transformers nor SymPy.
 _ROOMS = {
-    "errors": "BadInput ControllabilityError NotControllable NotExact NotVerified PatchError ReadingError SideConditionFailed",
+    "errors": "BadInput ControllabilityError ControllabilityWarning NotControllable NotExact NotVerified PatchError ReadingError SideConditionFailed",
     "interfaces": "Component Condition InputControllable OutputControllable Param",
     "execution.trace": "Trace",
     "execution.patch": "Patch",
@@ -20,7 +20,8 @@ _ROOMS = {
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
-    "BadInput", "Component", "Condition", "ControllabilityError", "InputControllable", "ModelPatch", "NotControllable",
+    "BadInput", "Component", "Condition", "ControllabilityError", "ControllabilityWarning", "InputControllable",
+    "ModelPatch", "NotControllable",
     "NotExact", "NotVerified", "OutputControllable", "Param", "Patch", "PatchError", "Proof",
     "ReadingError", "SideConditionFailed", "Trace", "compile_context", "diff", "exact_mode", "generate",
     "import_peft", "load_patch", "patch_model", "prove", "sample", "verify",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from controllability.errors import (
         BadInput,
         ControllabilityError,
+        ControllabilityWarning,
         NotControllable,
         NotExact,
         NotVerified,

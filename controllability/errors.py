@@ -15,6 +15,10 @@ class ControllabilityError(Exception):
     """Base of all errors that the package raises on purpose."""
 
 
+class ControllabilityWarning(UserWarning):
+    """What was asked for was done, and can be used less than one would think."""
+
+
 class BadInput(ControllabilityError, ValueError):
     """What was passed in cannot be used; nothing was changed."""
 

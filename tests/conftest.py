@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import runs, tiny_gemma
+from real_model import real_file as real_file, real_gemma as real_gemma
 
 import controllability as ct
 

@@ -46,6 +46,27 @@ def test_a_whole_generation_with_one_patch(gemma):
     assert unchanged(gemma, before)
 
 
+def with_statistics(gemma):
+    """A buffer that no forward reads, and that was never filled."""
+    gemma.register_buffer("statistics", torch.tensor([float("nan"), 0.5]))
+    return gemma, ct.patch_model(gemma, *runs(context=9, query=4))
+
+
+def test_nan_in_an_unrelated_buffer_is_no_change(gemma):
+    model, mp = with_statistics(gemma)
+    with torch.no_grad(), mp.applied(model):
+        assert error(model(**runs(context=9, query=4)[1]).logits, mp.target_logits) < 5e-6
+
+
+@pytest.mark.parametrize("bits", [0, 0x7FC00001, -0x400000, 0x7F800000], ids=["zero", "payload", "sign", "infinity"])
+def test_a_buffer_of_nan_that_changed_is_noticed(gemma, bits):
+    """Behind torch's back, where no version counts it: by its bits."""
+    model, mp = with_statistics(gemma)
+    model.statistics.data.view(torch.int32)[0] = bits
+    with pytest.raises(ct.PatchError, match="statistics changed"), mp.applied(model):
+        pass
+
+
 def test_generating_with_a_patch_for_each_position_is_refused(patched):
     """After the first step the model gets one token, and the patch has one for each of four."""
     model, mp, _, source = patched

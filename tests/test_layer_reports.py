@@ -120,9 +120,10 @@ def test_the_report_is_json_and_survives_saving(tmp_path):
 def test_tables_have_a_row_a_layer_and_a_row_a_token():
     model = tiny_gemma(layers=2)
     mp = ct.patch_model(model, *runs(context=9, query=3, batch=2))
-    assert len(str(mp.report).splitlines()) == 1 + 2
+    assert len(str(mp.report).splitlines()) == 1 + 2 + 1
     rows = mp.report.table().splitlines()
-    assert len(rows) == 1 + 2 * 6
+    assert len(rows) == 1 + 2 * 6 + 1
+    assert rows[-1] == str(mp.sensitivity)
     assert rows[6].split()[:2] == ["0", "1:2"]
     assert all(len(row) == len(LAYER_COLUMNS) for row in layer_rows(mp.report.layers))
 

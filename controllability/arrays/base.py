@@ -159,6 +159,14 @@ class Arithmetic:
         """``a @ b``, whatever the precisions of the two."""
         return a @ b
 
+    def identity(self, n: int, like: Array) -> Array:
+        """The identity matrix, (n, n)."""
+        return np.eye(n, dtype=like.dtype)
+
+    def solve(self, matrix: Array, right: Array) -> Array:
+        """x with ``matrix`` x = ``right``: (..., n, n), (..., n, k) -> (..., n, k)."""
+        return np.linalg.solve(matrix, right)
+
     def activation(self, name: str, x: Array) -> Array | None:
         """A fused kernel for a named activation, or None where the formula is to be used."""
         return None

@@ -53,6 +53,12 @@ class TorchArithmetic(Arithmetic):
     def top(self, x: Array, k: int) -> Array:
         return x.topk(k, dim=-1).indices.sort(-1).values
 
+    def identity(self, n: int, like: Array) -> Array:
+        return self.torch.eye(n, dtype=like.dtype, device=like.device)
+
+    def solve(self, matrix: Array, right: Array) -> Array:
+        return self.torch.linalg.solve(matrix, right)
+
     def take(self, x: Array, index: Array) -> Array:
         return x.gather(-1, index)
 

@@ -111,11 +111,17 @@ def _export(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("patch", metavar="PATCH_DIR", help="written by controllability patch --scope last (or all) --out")
     add("--peft", required=True, metavar="DIR", help="write the adapter here; must be new or empty")
-    add("--model", metavar="MODEL", help="the model it was made for (default: the directory that the patch remembers)")
+    add(
+        "--model",
+        metavar="MODEL",
+        help="the model it was made for (default: the directory or file that the patch remembers)",
+    )
     add("--trust-remote-code", action="store_true", help="run code that a model directory brings (off by default)")
 
 
-def _model(parser: ArgumentParser, what: str = "directory written by save_pretrained, or a Hub id") -> None:
+def _model(
+    parser: ArgumentParser, what: str = "directory written by save_pretrained, a GGUF file, or a Hub id"
+) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"{what}; embedded is the package's own trained model")
     add("--trust-remote-code", action="store_true", help="run code that a model directory brings (off by default)")
@@ -145,7 +151,7 @@ COMMANDS = {
         _recheck,
     ),
     "patch": Command(
-        "Patches that replace a context, on a model directory or Hub id.",
+        "Patches that replace a context, on a model directory, GGUF file or Hub id.",
         'controllability patch MODEL_DIR --context "Mia lives in Oslo ." --query "Where does Mia live ?"',
         _patch,
     ),

@@ -17,8 +17,8 @@ from controllability.errors import BadInput, NotVerified
 from controllability.models import ModelPatch, exact_mode, load_patch, patch_model
 from controllability.models.files.folders import refuse_occupied
 from controllability.models.loading import DTYPES, encode, load_model
-from controllability.models.reading.inputs import without_cache
-from controllability.models.reading.logits import LogitComparison, compare_logits
+from controllability.models.reading.heads import Runs, compare_results, without_logits
+from controllability.models.reading.logits import LogitComparison
 from controllability.models.reading.positions import pair_positions
 from controllability.models.reading.tolerances import VERIFIED
 
@@ -49,15 +49,13 @@ def measure(model: Any, mp: ModelPatch) -> Measured:
     """Fresh target, patched and unpatched runs of a patch's own inputs."""
     inputs = mp.inputs
     source_rows, target_rows = pair_positions(inputs["target"], inputs["source"], mp.scope, inputs["positions"])
-    target = target_rows.of(model(**without_cache(model, inputs["target"])).logits)
-    unpatched = source_rows.of(model(**without_cache(model, inputs["source"])).logits)
-    with mp.applied(model):
-        patched = source_rows.of(model(**without_cache(model, inputs["source"])).logits)
-    top1 = {"target": target, "patched": patched, "unpatched": unpatched}
-    return Measured(
-        compare_logits(patched, target), compare_logits(unpatched, target),
-        {name: int(logits[-1].argmax()) for name, logits in top1.items()},
-    )  # fmt: skip
+    with Runs(model, without_logits(model, [inputs["target"], inputs["source"]])) as run:
+        target, unpatched = run(inputs["target"]).at(target_rows), run(inputs["source"]).at(source_rows)
+        with mp.applied(model):
+            patched = run(inputs["source"]).at(source_rows)
+    found, without = compare_results(target, patched, unpatched)
+    best = {"target": found.best_wanted, "patched": found.best, "unpatched": without.best}
+    return Measured(found, without, {name: int(tokens[-1]) for name, tokens in best.items()})
 
 
 def patch(args: argparse.Namespace, output: Output) -> int:
@@ -142,8 +140,8 @@ def export(args: argparse.Namespace, output: Output) -> int:
     refuse_unusable(directory)
     mp = load_patch(args.patch)
     mp.refuse_several("held by one adapter")  # before the model is loaded
-    # the directory that it was made on, if it is still there: nothing is downloaded unasked
-    name = args.model or (mp.model_name if mp.model_name and Path(mp.model_name).is_dir() else "")
+    # the directory or file that it was made on, if it is still there: nothing is downloaded unasked
+    name = args.model or (mp.model_name if mp.model_name and Path(mp.model_name).exists() else "")
     model: Any = None
     if name:
         with output.busy(f"loading {name}"):

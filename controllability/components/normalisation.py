@@ -29,9 +29,12 @@ class Normalize(Component):
 
     def __call__(self, params: Params, x: Array) -> Array:
         xp = arithmetic(x)
+        given, x = x, xp.lift(x)  # half precision cannot hold the squares
+        half = x is not given
         if self.kind == "layer":
             x = x - xp.mean(x)
-        return x / xp.sqrt(xp.mean(x * x) + xp.number(self.eps))
+        n = x / xp.sqrt(xp.mean(x * x) + xp.number(self.eps))
+        return xp.array(n, like=given) if half else n
 
     def describe(self) -> str:
         return f"normalise ({self.kind})" + (f" {self.computed_by}" if self.computed_by else "")

@@ -7,11 +7,13 @@ adds a wanted δ to the output.  Source: [D] Thm 2.2; [G] lem:output_weight, lem
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from controllability.arrays import Array, arithmetic, dot
 from controllability.components.joint_updates import one_bias, one_matrix, one_set_of_experts, one_vector
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
 from controllability.interfaces import Component, Condition, Param, Params, Update
+from controllability.solvers.right_vector import right_vector
 
 INFINITE = float("inf")
 CHOSEN = "(chosen experts)"  # names that a mixture binds for its experts, not stored parameters
@@ -64,6 +66,13 @@ def rank_one_change(x: Array, delta: Array, transposed: bool) -> Delta:
         unit = x / size
         right = unit / (dot(unit, unit) * size)
     return LowRank(delta[..., None, :], right[..., None, :], transposed)
+
+
+def turned(change: Delta, x: Array, others: Array) -> Delta:
+    """The same change at ``x`` (N, in), which other inputs (N, T, in) feel least: rank-one changes of a matrix have that freedom."""
+    if type(change) is not LowRank or change.right.shape[-2] != 1:
+        return change
+    return replace(change, right=right_vector(x, others)[..., None, :])
 
 
 def offset_change(x: Array, delta: Array) -> Delta:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from controllability.arrays import Array, arithmetic
+from controllability.components.updates import turned
 from controllability.deltas import Delta, Shift, added
 from controllability.execution.journal import Journal, Margin, RouteTaken
 from controllability.execution.trace import Trace
@@ -63,6 +64,7 @@ class PatchedRun(Trace):
         self.journal = Journal()
         self.joint = joint
         self.served: Mapping[Path, Known] = {}  # tokens that the patch serves already
+        self.others: dict[Path, Array] = {}  # what else a leaf reads with the same change, (N, T, in)
         self.served_after: dict[Path, Known] = {}  # those and these
         self.target_shift: dict[Path, Array] = {}  # what the known tokens' outputs must give more, (T, ·)
         self.output_sizes: Array | None = (
@@ -96,6 +98,8 @@ class PatchedRun(Trace):
         """The output of ``place`` at its patched input, with none of its own parameters moved."""
         if not place.component.children():
             return self.raw(place.path)
+        if place.outlet in self.raw_outputs and not self._moves_before_the_outlet(place):
+            return self.raw_outputs[place.outlet]
         if place.component.outlet is not None:
             first, *rest = (place.parts()[i] for i in place.component.chain())
             value = self.raw_of(first)
@@ -103,6 +107,11 @@ class PatchedRun(Trace):
                 value = part.component(self.params_at(part.path), value)
             return value
         return place.component(self.params_at(place.path), self.input(place.inlet))
+
+    def _moves_before_the_outlet(self, place: Place) -> bool:
+        """Whether a leaf of ``place`` is steered that is not the one whose output is the place's own."""
+        own = [part.path for part in place.parts()]
+        return any(g != place.outlet and any(g[: len(p)] == p for p in own) for g in self.goals)
 
     def bound(self, path: Path) -> Params:
         new = path not in self._bound
@@ -159,7 +168,8 @@ class PatchedRun(Trace):
             return self._solve_jointly(path, goal, x, delta)
         for condition in goal.update.conditions:
             self.check(condition, x, delta)
-        return goal.update.solve(self.params_at(path), x, delta)
+        change = goal.update.solve(self.params_at(path), x, delta)
+        return turned(change, x, xp.lift(self.others[path])) if path in self.others else change
 
     def _solve_jointly(self, path: Path, goal: Goal, x: Array, delta: Array) -> Delta:
         way, params = goal.update.jointly, self.params_at(path)
@@ -205,6 +215,15 @@ class PatchedRun(Trace):
             if a != b:
                 return self.layout.nodes[earlier[:depth]].feeds(a, b)
         return False
+
+    def forget(self) -> None:
+        """Let go of every value and of how the goals are reached: the solved deltas and the journal stay."""
+        self.goals = {path: Goal(goal.update) for path, goal in self.goals.items()}
+        self.watched.clear()
+        self.raw_outputs.clear()
+        for run in (self, self.unpatched, self.target):
+            for held in (run.observed, run._outputs, run._inputs, run._bound):
+                held.clear()
 
     def deltas(self) -> dict[Param, Delta]:
         """Every delta of the patch; solves what is not solved yet."""

@@ -13,6 +13,11 @@ _CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
 _CONVERTING = frozenset((*_CASTS, torch.Tensor.to, torch.Tensor.type))  # by their first arguments, not by ``dtype=``
 
 
+def in_exact_mode() -> bool:
+    """Whether ``exact_mode`` is on."""
+    return torch.ones((), dtype=torch.float64).float().dtype == torch.float64
+
+
 class exact_mode(TorchFunctionMode):  # noqa: N801 (used like the context managers of torch)
     """Within this context every cast of a tensor to float32 or below goes to float64 instead.
 

@@ -12,47 +12,42 @@ import torch
 
 import architectures
 from controllability.errors import BadInput, ReadingError, in_a_line
+from controllability.models.gguf_files.load import gguf_in, load_gguf
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) from a directory written by ``save_pretrained``, or a Hub id.
+    """(model in eval mode, tokenizer) from a directory written by ``save_pretrained``, a GGUF file, or a Hub id.
 
     ``"embedded"`` is the package's own trained model (``"./embedded"`` a directory of that name).
-    Only safetensors are loaded.  Raises ``BadInput`` when something is missing, truncated or
-    inconsistent, and for model types that are not registered.
+    Only safetensors and GGUF are loaded, the former where a directory holds both.  Raises ``BadInput`` when something
+    is missing, truncated or inconsistent, and for model types that are not registered.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging as hf_logging
+    from transformers import logging as hf_logging
 
     if dtype not in DTYPES:
         raise BadInput(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     name = str(embedded_directory()) if name == "embedded" else name
     folder = Path(name)
-    local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if local and not folder.is_dir():
-        raise BadInput(
-            f"model directory {name} does not exist" if not folder.exists() else f"{name} is not a directory"
-        )
-    if local:
+    file = gguf_in(folder)
+    local = file is not None or folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if local and file is None:
         _refuse_incomplete(folder)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     for library in ("transformers", "huggingface_hub"):  # one line of ours says what went wrong
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        config = AutoConfig.from_pretrained(name, **options)
-        architectures.find(config.model_type)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
-        )
-        model, notes = loaded
+        if file is not None:
+            model, tokenizer, notes = load_gguf(file, DTYPES[dtype])
+            model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
+        else:
+            model, tokenizer, notes = _load_directory(name, DTYPES[dtype], local, trust_remote_code)
     except (BadInput, ReadingError):
         raise
-    except Exception as error:  # whatever transformers, tokenizers or safetensors raise about bad files
+    except Exception as error:  # whatever transformers, tokenizers, gguf or safetensors raise about bad files
         what = "model" if local else f"model (no directory {name} here, and as a Hub id it"
         text = in_a_line(error) or type(error).__name__
         raise BadInput(
@@ -62,16 +57,36 @@ def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = Fals
     return model.eval(), tokenizer
 
 
+def _load_directory(name: str, dtype: torch.dtype, local: bool, trust_remote_code: bool) -> tuple[Any, Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
+    config = AutoConfig.from_pretrained(name, **options)
+    architectures.find(config.model_type)
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+    )
+    model, notes = loaded
+    return model, tokenizer, notes
+
+
 def _refuse_incomplete(folder: Path) -> None:
+    if not folder.exists():
+        raise BadInput(f"model directory {folder} does not exist")
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is not a directory, and no GGUF file by its name (NAME.gguf)")
     config = folder / "config.json"
     if not config.is_file():
-        raise BadInput(f"{folder} holds no model: config.json is missing")
+        raise BadInput(f"{folder} holds no model: config.json is missing, and so is a GGUF file")
     try:
         json.loads(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BadInput(f"{config} is corrupt or truncated: {error}") from None
     if not any(folder.glob("*.safetensors")):
-        raise BadInput(f"{folder} holds no weights in safetensors format; pickled weights are not loaded")
+        raise BadInput(
+            f"{folder} holds no weights in safetensors format, and no GGUF file; pickled weights are not loaded"
+        )
     if not any((folder / name).is_file() for name in TOKENIZERS):
         # transformers would build an empty tokenizer of the model's family without a word
         raise BadInput(f"{folder} holds no tokenizer: save one with tokenizer.save_pretrained({str(folder)!r})")
@@ -79,7 +94,10 @@ def _refuse_incomplete(folder: Path) -> None:
 
 def _refuse_mismatch(name: str, notes: Any) -> None:
     def listed(key: str) -> list[str]:
-        return [str(x) for x in (notes.get(key) if isinstance(notes, dict) else getattr(notes, key, ())) or ()]
+        found = (notes.get(key) if isinstance(notes, dict) else getattr(notes, key, ())) or ()
+        return [
+            str(x[0] if isinstance(x, tuple) else x) for x in found
+        ]  # a name, or (name, its shape, the shape wanted)
 
     for key, what in (
         ("missing_keys", "lacks"),

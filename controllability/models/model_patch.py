@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from controllability.models.files.peft_export import Exported, export_peft
 from controllability.models.files.peft_import import patch_of_adapter
 from controllability.models.patches.applied import applied
 from controllability.models.patches.extend import Extension, extend
-from controllability.models.patches.merging import MergedError, merge, merged_error, unmerge
+from controllability.models.patches.merged_error import MergedError, merged_error
+from controllability.models.patches.merging import merge, unmerge
 from controllability.models.patches.record import PatchRecord
+from controllability.models.patches.sensitivity import sensitivity_of, warn_if_fragile
+from controllability.models.sweep.sensitivity import Sensitivity
 
 
 class ModelPatch(PatchRecord):
@@ -24,7 +28,20 @@ class ModelPatch(PatchRecord):
     @classmethod
     def of(cls, record: PatchRecord) -> ModelPatch:
         """The face of a record."""
-        return cls(**vars(record))
+        patch = cls(**vars(record))
+        patch.report = replace(patch.report, probe=lambda: sensitivity_of(patch))
+        return patch
+
+    @property
+    def sensitivity(self) -> Sensitivity:
+        """How much a small disturbance of all states grows in the logits, with the patch and without.
+
+        Measured when it is first asked for, by two short runs of the source each; ``note`` says why it could not be (the patch
+        is merged, or was loaded without its model).  A ratio above 20 is called fragile.  Source: new.
+
+        >>> # mp.sensitivity.ratio
+        """
+        return sensitivity_of(self)
 
     def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """Within this context the model's own modules compute with the patched weights.
@@ -53,16 +70,17 @@ class ModelPatch(PatchRecord):
         """
         return extend(self, model, target, source, positions)
 
-    def merge(self, model: nn.Module, corrected: bool = False) -> int:
+    def merge(self, model: nn.Module, corrected: bool | None = None, measured: bool = True) -> int:
         """Write the patch into the weights (W := W + ΔW, rounded to the model's dtype).
 
-        Keeps the originals for ``unmerge`` and returns how many bytes that takes; ``report.rounding`` says what
-        rounding cost each parameter, ``merged_error(model)`` measures the whole.  ``corrected=True`` solves each layer again
-        on top of the rounded weights before it, so that rounding does not add up (one source run a layer).  Raises ``PatchError``
-        when the patch is not one set of weights: scope "each" with more than one position, or one patch
-        for each of several samples.
+        Keeps the originals for ``unmerge`` and returns how many bytes that takes.  ``corrected=True`` solves each layer again
+        on top of the rounded weights before it, so that rounding does not add up (a target run, and a source run in which each layer runs
+        twice); None does so in half precision.  Unless ``measured`` is False the merged model is run on the source: ``merged``
+        holds its errors, ``report.rounding`` what rounding cost each parameter, and a ``ControllabilityWarning`` says
+        where it misses the target, or where the patch is fragile.  Raises ``PatchError`` when the patch is not one set of weights: scope
+        "each" with more than one position, or one patch for each of several samples.
         """
-        return merge(self, model, corrected)
+        return merge(self, model, corrected, measured)
 
     def unmerge(self, model: nn.Module) -> None:
         """Put the original weights back, bit for bit.
@@ -78,10 +96,12 @@ class ModelPatch(PatchRecord):
 
     def save(self, directory: str | Path, model: nn.Module | None = None) -> Path:
         """Write the patch as safetensors and JSON, atomically.  See ``controllability.models.files.patch_files``."""
+        warn_if_fragile(self, "saving", model)
         return save_patch(self, Path(directory), model)
 
     def export_peft(self, directory: str | Path, model: nn.Module | None = None) -> Exported:
         """Write the patch as a LoRA adapter that ``peft`` loads.  See ``controllability.models.files``."""
+        warn_if_fragile(self, "exporting", model)
         return export_peft(self, Path(directory), model)
 
 

@@ -47,7 +47,9 @@ def stored_scale(xp: Arithmetic, G: Array, scale: Array, stored: Stored) -> Arra
     first = xp.where(xp.magnitude(low - scale) < xp.magnitude(high - scale), low, high)
     second = low + high - first
     a, b = _squares(xp, G, first, used), _squares(xp, G, second, used)
-    return xp.where(used, xp.where(_flipped(xp, a, b - a, q), second, first), held)
+    count = G.shape[-1]
+    taken = _flipped(xp, q * count - xp.sum(a), b - a, ROUNDINGS * xp.machine_epsilon(G) * q * count)
+    return xp.where(used, xp.where(taken, second, first), held)
 
 
 def _squares(xp: Arithmetic, G: Array, scale: Array, used: Array) -> Array:
@@ -56,20 +58,18 @@ def _squares(xp: Arithmetic, G: Array, scale: Array, used: Array) -> Array:
     return xp.where(used, ratio * ratio, xp.zeros_like(ratio))
 
 
-def _flipped(xp: Arithmetic, squares: Array, gain: Array, q: Array) -> Array:
-    """Which entries are to add their ``gain`` to the sum of ``squares``, so that it comes as near to d·q as it can.
+def _flipped(xp: Arithmetic, missing: Array, gain: Array, enough: Array) -> Array:
+    """Which of the entries are to add their ``gain`` (..., n), so that the sum comes near ``missing`` (..., 1).
 
-    Again and again the entry is taken whose gain comes nearest to what is missing.
+    Again and again the entry is taken, or given back, that comes nearest; what is below ``enough`` counts as nothing.
     """
-    count = squares.shape[-1]
-    missing, ones = q * count - xp.sum(squares), xp.zeros_like(squares) + 1
-    enough = ROUNDINGS * xp.machine_epsilon(squares) * q * count
-    sign = ones  # −1 where the entry has been taken: what is taken can be given back
-    for _ in range(min(FLIPS, count)):
+    ones = xp.zeros_like(gain) + 1
+    sign = ones  # −1 where the entry has been taken
+    for _ in range(min(FLIPS, gain.shape[-1])):
         after = xp.magnitude(missing - sign * gain)
         nearest = xp.top(-after, 1)
-        better = xp.take(after, nearest) < xp.magnitude(missing)
-        if not xp.any(better & (xp.magnitude(missing) > enough)):
+        better = (xp.take(after, nearest) < xp.magnitude(missing)) & (xp.magnitude(missing) > enough)
+        if not xp.any(better):
             break
         turned = xp.where(better, xp.only(ones, nearest, 0), xp.zeros_like(ones))
         missing, sign = missing - xp.sum(turned * sign * gain), sign * (1 - 2 * turned)

@@ -22,6 +22,7 @@ from controllability.models.patches.record import Form, PatchRecord
 from controllability.models.reading.fingerprints import known_fingerprint
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.report import Report
+from controllability.models.sweep.sensitivity import Sensitivity
 from controllability.version import __version__
 
 FORMAT, VERSION = "controllability-patch", 4
@@ -54,6 +55,11 @@ def save_patch(patch: PatchRecord, directory: Path, model: nn.Module | None) -> 
         description["sha256"] = _digest(description)
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")
     return directory
+
+
+def _measured(data: dict[str, Any] | None) -> Sensitivity | None:
+    """The sensitivity that a file tells, or why it has none."""
+    return Sensitivity.from_dict(data) if data else None
 
 
 def _digest(description: dict[str, Any]) -> str:
@@ -182,6 +188,7 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> PatchReco
     return PatchRecord(
         tuple(entries), description["scope"], rows, Report.from_dict(description["report"]), inputs,
         fingerprint=description["fingerprint"], model_name=str(description["model"]),
+        measured=_measured(description["report"].get("sensitivity")),
         joint=JointOptions(**description["together"]) if description["together"] is not None else None,
         forms={name: Form.from_dict(form) for name, form in description["forms"].items()},
     )  # fmt: skip

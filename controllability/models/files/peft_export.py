@@ -21,8 +21,8 @@ from controllability.models.files.peft_forms import forms_of
 from controllability.models.files.peft_reader import CONFIG, MADE_FOR, PREFIX, TENSORS
 from controllability.models.hooks.carried_patches import carried, uncompiled
 from controllability.models.patches.applier import Entry
-from controllability.models.patches.merging import write
 from controllability.models.patches.record import Form, PatchRecord
+from controllability.models.patches.rounding import write
 from controllability.models.reading.fingerprints import known_fingerprint
 
 

@@ -19,6 +19,7 @@ from controllability.models.generation.steps import GeneratedToken, Generation, 
 from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.checked_reading import Checked, checked_reading
+from controllability.models.reading.heads import Result
 from controllability.models.reading.model_facts import forward_arguments, input_embedding, takes_cache
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.random_inputs import refuse_ids
@@ -171,7 +172,7 @@ class _Loop:
         check_finite(found.patched, "source", self.checked.reading.layers[-1], "of the logits after")
         tokens = lambda row: f"prompt {int(running[row])}, position {int(position[running[row]])}"  # noqa: E731
         worst = refuse_unreached(found.solvers)
-        refuse_other_output(found.patched, found.target, worst, tokens, AFTER_THE_LAST_LAYER)
+        refuse_other_output(Result.of(found.patched), Result.of(found.target), worst, tokens, AFTER_THE_LAST_LAYER)
         layers = Layers(map(record, found.solvers), self.checked.norms) if self.reports else None
         return compared(
             input_ids, found.target, found.patched, found.without, choice, active, position, found.seconds, layers

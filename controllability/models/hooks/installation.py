@@ -80,6 +80,27 @@ class HookStack:
         self._undo.append(lambda: _unhook(call, module._forward_hooks, module._forward_hooks_with_kwargs))
         module.register_forward_hook(call, with_kwargs=True)
 
+    def disturb(self, module: nn.Module, change: Callable[[Any], Any]) -> None:
+        """Let ``module`` work on ``change`` of its first argument, or of ``hidden_states``."""
+
+        def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (change(args[0]), *args[1:]), kwargs
+            return args, {k: change(v) if k == "hidden_states" else v for k, v in kwargs.items()}
+
+        self._undo.append(lambda: _unhook(call, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
+        module.register_forward_pre_hook(call, with_kwargs=True)
+
+    def again(self, module: nn.Module, between: Callable[[], None]) -> None:
+        """After a forward of ``module`` call ``between`` and run it again on the same arguments: that output counts."""
+
+        def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> Any:
+            between()
+            return module.forward(*args, **kwargs)
+
+        self._undo.append(lambda: _unhook(call, module._forward_hooks, module._forward_hooks_with_kwargs))
+        module.register_forward_hook(call, with_kwargs=True)
+
     def assign(self, owner: Any, attribute: str, value: Any) -> None:
         """Let ``owner`` hold ``value`` under ``attribute`` of its own dictionary, until ``undo``."""
         held = vars(owner)

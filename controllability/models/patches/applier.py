@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from controllability.deltas import Delta
 from controllability.errors import PatchError
 from controllability.interfaces import Param, Path as NodePath
 from controllability.models.reading.positions import Positions
-from controllability.models.sweep.effects import Effect, Move, parameters_at, per_sample, ready, update_of
+from controllability.models.sweep.effects import Effect, Move, parameters_at, per_sample, ready, update_of, with_tensors
 from controllability.models.sweep.layer_sweep import LayerSweep
 
 
@@ -24,12 +23,14 @@ class Entry:
     """One patched parameter: the module that holds it, and its delta with one row a pair.
 
     ``layer`` counts the layers with a feed-forward half, ``call`` the calls of a layer that runs several times.
+    ``reads`` (in,) is the input that a matrix was solved for, where there is but one; a loaded patch does not know it.
     """
 
     param: Param
     delta: Delta
     layer: int = 0
     call: int = 0
+    reads: Tensor | None = None
 
     @property
     def module(self) -> str:
@@ -39,11 +40,13 @@ class Entry:
 
 def entries_of(solvers: Iterable[LayerSweep]) -> tuple[Entry, ...]:
     """What was solved, in tensors of its own."""
-    return tuple(
-        Entry(param, with_tensors(delta, Tensor.clone), solver.layer.index, solver.call)
-        for solver in solvers
-        for param, delta in solver.deltas().items()
-    )
+    entries: list[Entry] = []
+    for solver in solvers:
+        solver.own_deltas()
+        entries += [
+            Entry(param, delta, solver.layer.index, solver.call, reads) for param, delta, reads in solver.solved()
+        ]
+    return tuple(entries)
 
 
 class Applier:
@@ -123,9 +126,3 @@ def refuse_other_tokens(given: Any, valid: Tensor) -> None:
             f"is token {int(valid[sample, position])}, the model got {int(given[sample, position])}; make a patch for these "
             "tokens, or use scope 'last', which is one patch for any input"
         )
-
-
-def with_tensors(delta: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A delta with each of its tensors changed."""
-    held = {name: change(value) for name, value in vars(delta).items() if isinstance(value, Tensor)}
-    return dataclasses.replace(delta, **held)

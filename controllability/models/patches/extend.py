@@ -243,9 +243,9 @@ def _changes(
     seen = patch._seen | state_of(model, parameters=not same)
     step.after.caches = caches
     return {
-        "entries": entries, "inputs": inputs, "rows": rows, "logits": None, "target_logits": None, "report": report,
+        "entries": entries, "inputs": inputs, "rows": rows, "output": None, "target_output": None, "report": report,
         "stream": Stream(learned_by(solvers), step.among(patch.stream.sequences)), "_seen": seen,
-        "_model": weakref.ref(model), "fingerprint": None,
+        "_model": weakref.ref(model), "fingerprint": None, "measured": None,
     }  # fmt: skip
 
 
@@ -256,5 +256,17 @@ def _anew(patch: PatchRecord, model: nn.Module, inputs: dict[str, Any]) -> dict[
     assert patch.joint is not None
     joint = JointOptions(keep_rms=patch.joint.keep_rms)
     made = solve(model, there, here, "all", patch.report.via, patch.report.route, inputs["positions"], silent, joint)
-    names = ("entries", "inputs", "rows", "report", "logits", "target_logits", "stream", "fingerprint", "_seen")
+    made.report = replace(made.report, probe=patch.report.probe)
+    names = (
+        "entries",
+        "inputs",
+        "rows",
+        "report",
+        "output",
+        "target_output",
+        "stream",
+        "fingerprint",
+        "measured",
+        "_seen",
+    )
     return {name: getattr(made, name) for name in names}

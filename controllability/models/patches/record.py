@@ -15,9 +15,11 @@ from controllability.models.hooks.carried_patches import carried, refuse_on_it
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.served_sequences import Stream
 from controllability.models.reading.fingerprints import State, changes, fingerprint, known_fingerprint, state_of
+from controllability.models.reading.heads import Result
 from controllability.models.reading.modules import refuse_offloaded
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.report import Report
+from controllability.models.sweep.sensitivity import Sensitivity
 
 Kind = Literal["module", "parameter", "dense", "none"]
 
@@ -49,11 +51,10 @@ class Form:
 
 @dataclass(eq=False)
 class PatchRecord:
-    """Every layer's patch, the patched logits, and the report.
+    """Every layer's patch, what the two runs gave, and the report.
 
-    ``logits`` (B, T, vocabulary) come from the sweep itself (``last_hidden_state`` of models
-    without logits); None for a patch loaded from disk, which remembers the model's name and how PEFT would
-    reach each parameter (``forms``).
+    A patch loaded from disk has no runs; it remembers the model's name and how PEFT would reach each parameter
+    (``forms``).
     """
 
     entries: tuple[Entry, ...]
@@ -61,12 +62,14 @@ class PatchRecord:
     rows: Positions
     report: Report
     inputs: dict[str, Any]
-    logits: Tensor | None = None
-    target_logits: Tensor | None = None
+    output: Result | None = None
+    target_output: Result | None = None
     made_under: tuple[str, ...] = ()
     fingerprint: str | None = None
     model_name: str = ""
     joint: JointOptions | None = None
+    merged: Any = None  # what the last merge did, a MergedError
+    measured: Sensitivity | None = None
     stream: Stream | None = field(default=None, repr=False)
     extensions: list[Any] = field(default_factory=list, repr=False)
     forms: dict[str, Form] = field(default_factory=dict, repr=False)
@@ -77,6 +80,20 @@ class PatchRecord:
     _merged_state: State = field(default_factory=dict, repr=False)
     _originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _merged_into: Any = field(default=None, repr=False)
+
+    @property
+    def logits(self) -> Tensor | None:
+        """The patched logits (B, T, vocabulary) of the sweep itself (``last_hidden_state`` of models without logits).
+
+        None for a patch that was loaded or extended.  Long runs keep their last hidden states in place of them: the logits are
+        then computed anew by each look, and ``PatchError`` says so when the model is gone, or what stands behind its layers changed.
+        """
+        return None if self.output is None else self.output.logits()
+
+    @property
+    def target_logits(self) -> Tensor | None:
+        """The same of the target run: (B, T, vocabulary) where every source position has a pair, else one row a pair."""
+        return None if self.target_output is None else self.target_output.logits()
 
     def model(self) -> nn.Module:
         """The model this patch was made on.  Raises ``PatchError`` when it is gone, or was never in this process."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from controllability.errors import BadInput
 from controllability.interfaces import JointOptions
@@ -21,13 +21,18 @@ from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.served_sequences import Stream
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.fingerprints import state_of
-from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed, without_cache
-from controllability.models.reading.logits import result_of
+from controllability.models.reading.heads import Result, Runs, without_logits
+from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed
 from controllability.models.reading.positions import Positions, pair_positions
 from controllability.models.sweep.fallbacks import Plan, with_reader_of_last_layer
 from controllability.models.sweep.layer_sweep import LayerSweep
-from controllability.models.sweep.records import record
-from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
+from controllability.models.sweep.records import LayerRecord
+from controllability.models.sweep.refuse_misses import (
+    AFTER_THE_LAST_LAYER,
+    refuse_not_finite,
+    refuse_other_output,
+    refuse_unreached,
+)
 from controllability.models.sweep.report import Layers, Report
 from controllability.models.sweep.source_run import sweep
 from controllability.models.sweep.target_run import Progress, check_finite, observe_target
@@ -39,11 +44,11 @@ def solve(
 ) -> PatchRecord:  # fmt: skip
     """The solved patch.  See ``controllability.patch_model``, which documents the options and errors."""
     started = time.perf_counter()
-    for role, inputs in (("target", target), ("source", source)):
-        refuse_malformed(inputs, role)
+    for role, given in (("target", target), ("source", source)):
+        refuse_malformed(given, role)
     checked = checked_reading(model, target)
-    for role, inputs in (("target", target), ("source", source)):
-        refuse_bad_inputs(model, checked, inputs, role)
+    for role, given in (("target", target), ("source", source)):
+        refuse_bad_inputs(model, checked, given, role)
     source_rows, target_rows = pair_positions(target, source, scope, positions, checked.codebooks, checked.length)
     shown = source_rows, target_rows  # where the logits are, one row of ids after the other
     if (books := checked.codebooks) > 1:
@@ -57,34 +62,37 @@ def solve(
         source_rows, target_rows = source_rows.streamed(streams), target_rows.streamed(streams)
     proofs = checked.proofs(via, route, scope == "all")
     reading = checked.reading
-    with LayerHooks(model, reading) as hooks, torch.inference_mode():  # small operations cost less there
+    lean = Runs(model, without_logits(model, [target, source], checked.tried))
+    with lean, LayerHooks(model, reading) as hooks, torch.inference_mode():  # small operations cost less there
         standing = with_reader_of_last_layer(joint, model, checked, target) if scope == "all" else joint
-        targets, target_output = observe_target(hooks, without_cache(model, target), target_rows, progress)
+        targets, output = observe_target(hooks, lean.inputs(target), target_rows, progress)
+        wanted = lean.of(output).at(shown[1])
         plan = Plan(proofs, scope, standing)
-        solvers, output = sweep(hooks, plan, targets, without_cache(model, source), source_rows, progress)
+        kept: dict[LayerSweep, LayerRecord] = {}
+        solvers, output = sweep(hooks, plan, targets, lean.inputs(source), source_rows, progress, kept)
+        found = lean.of(output)
     entries = entries_of(solvers)
     last = reading.layers[-1]
-    logits, wanted = result_of(output).clone(), result_of(target_output)
-    check_finite(logits, "source", last, "of the logits after")
-    records = [record(s) for s in solvers]
-    paired = paired_logits(wanted, shown[1], logits, shown[0]).clone()
-    if joint.exact:
-        _refuse_unverified(solvers, logits, shown[0], wanted, shown[1])
+    del targets, output
+    found, wanted = found.kept(), wanted.kept()
+    check_finite(found.held, "source", last, "of the logits after")
+    records = [kept[s] for s in solvers]
+    _refuse_unverified(solvers, records if joint.exact else None, found, wanted, shown[0])
     report = Report(
-        scope, via, route, str(logits.dtype).removeprefix("torch."), len(source_rows.sample),
+        scope, via, route, str(found.dtype).removeprefix("torch."), len(source_rows.sample),
         sum(e.delta.numbers for e in entries), sum(e.delta.dense_numbers for e in entries),
         time.perf_counter() - started, Layers(records, checked.norms), source_rows.named(),
         fit=None if joint.exact else {"ridge": joint.ridge, "rank": joint.rank},
     )  # fmt: skip
-    kept = {"target": dict(target), "source": dict(source), "positions": positions}
+    inputs = {"target": dict(target), "source": dict(source), "positions": positions}
     source_rows = replace(source_rows, before=solvers[0].before)
     mp = PatchRecord(
-        entries, scope, source_rows, report, kept, logits, paired, carried(model), joint=joint,
+        entries, scope, source_rows, report, inputs, found, _as_source(wanted, found, shown[0]), carried(model), joint=joint,
         _model=weakref.ref(model),
     )  # fmt: skip
     mp._seen.update(state_of(model))
     if scope == "all" and joint.exact:
-        stream = Stream.of(solvers, kept, [source_rows, target_rows])
+        stream = Stream.of(solvers, inputs, [source_rows, target_rows])
         mp.stream = stream if stream.sequences else None
     return mp
 
@@ -104,26 +112,26 @@ def parse_joint_options(scope: str, ridge: float, rank: int | None, keep_rms: bo
 
 
 def _refuse_unverified(
-    solvers: list[LayerSweep], logits: Tensor, rows: Positions, target: Tensor, target_rows: Positions
-) -> None:
-    """Every layer must have reached its target, and so must what is computed from the last one."""
-    worst = refuse_unreached(solvers)
-    per_position = logits.ndim == 3 and logits.shape[1] == rows.shape[1] and target.shape[1] == target_rows.shape[1]
-    if per_position:
-        refuse_other_output(rows.of(logits), target_rows.of(target), worst, rows.name, AFTER_THE_LAST_LAYER)
-    elif logits.ndim == 2 and logits.shape == target.shape:
+    solvers: list[LayerSweep], records: list[LayerRecord] | None, output: Result, wanted: Result, rows: Positions
+) -> None:  # fmt: skip
+    """Every layer must have reached its target, as its record says, and so must what is computed from the last one."""
+    found, per_position = output.at(rows), output.held.ndim == 3
+    comparable = found.held.ndim == 2 and found.held.shape == wanted.held.shape
+    if records is not None:
+        worst = refuse_unreached(solvers, records)
         head = "the model's head reads a position that is not paired: name it, positions=(source, target)"
-        refuse_other_output(logits, target, worst, "sample {}".format, head)
+        name, why = (rows.name, AFTER_THE_LAST_LAYER) if per_position else ("sample {}".format, head)
+        if comparable:
+            refuse_other_output(found, wanted, worst, name, why)
+    elif comparable:
+        refuse_not_finite(found, rows.name)
 
 
-def paired_logits(target: Tensor, rows: Positions, logits: Tensor, source_rows: Positions) -> Tensor:
+def _as_source(wanted: Result, found: Result, rows: Positions) -> Result:
     """The target's logits where the source's are: (B, T, vocabulary) if every source position has a pair.
 
     Otherwise one row a pair, (N, vocabulary), as ``mp.rows.of(mp.logits)`` gives the patched ones.  Where the caller
     kept fewer logits (``logits_to_keep``), or the model has one output a sample, they are returned as they are.
     """
-    if target.ndim != 3 or target.shape[1] != rows.shape[1]:
-        return target
-    picked = rows.of(target)
-    whole = source_rows.complete and logits.shape[:2] == source_rows.shape
-    return picked.reshape(logits.shape) if whole else picked
+    whole = rows.complete and found.held.shape[:2] == rows.shape and wanted.held.ndim < found.held.ndim
+    return replace(wanted, held=wanted.held.reshape(found.held.shape)) if whole else wanted

@@ -49,21 +49,26 @@ def _rewritten(module: nn.Module, attribute: str) -> bool:
     return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
 
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
+
+
 @torch.no_grad()
-def sampled(values: list[Tensor]) -> list[float]:
-    """For each tensor the sum of some 64 entries spread over it: cheap, and different after almost any change.
+def sampled(values: list[Tensor]) -> list[int]:
+    """For each tensor the sum of some 64 entries spread over it, their bits read as integers: cheap, and different after
+    almost any change.  Bits, because NaN is no value that equals itself, and is nevertheless unchanged.
 
     One copy a device and dtype, however many tensors there are.
     """
-    sums = [0.0] * len(values)
+    sums = [0] * len(values)
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for index, value in enumerate(values):
         if value.numel() and not value.is_meta:
             groups.setdefault((value.device, value.dtype), []).append((index, _spread(value)))
     for group in groups.values():
-        joint = torch.cat([picked for _, picked in group]).double().cpu().numpy()
+        joint = torch.cat([picked for _, picked in group])
+        bits = joint.view(_BITS[joint.element_size()]).cpu().numpy().astype(np.int64)
         starts = np.cumsum([0, *(len(picked) for _, picked in group[:-1])])
-        for (index, _), total in zip(group, np.add.reduceat(joint, starts).tolist(), strict=True):
+        for (index, _), total in zip(group, np.add.reduceat(bits, starts).tolist(), strict=True):
             sums[index] = total
     return sums
 
@@ -79,7 +84,7 @@ def _spread(value: Tensor) -> Tensor:
 
 looking = torch._C.DisableTorchFunction  # a context for many looks at tensors: modes like ``exact_mode`` would see each
 
-State = dict[str, tuple[int | None, int, float]]  # name -> storage (None: not yet where it will be), version, sample
+State = dict[str, tuple[int | None, int, int]]  # name -> storage (None: not yet where it will be), version, sample
 
 # versions of parameters at which their bits are those of an earlier version: after a merge was undone
 _SAME_AGAIN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, int], int]] = weakref.WeakKeyDictionary()
@@ -97,12 +102,12 @@ def state_of(model: nn.Module, parameters: bool = True) -> State:
     state: State = {}
     with looking():
         for (name, value), sample in zip(held.items(), sampled(list(held.values())), strict=True):
-            place, version = _place(value)
-            state[name] = (place, aliases.get((name, version), version), sample)
+            where, version = place(value)
+            state[name] = (where, aliases.get((name, version), version), sample)
     return state
 
 
-def _place(value: Tensor) -> tuple[int | None, int]:
+def place(value: Tensor) -> tuple[int | None, int]:
     """A tensor's storage and version; no storage, where the first forward has yet to pack a weight."""
     to_come = getattr(value, "to_come", None)
     if to_come is not None:
@@ -113,7 +118,7 @@ def _place(value: Tensor) -> tuple[int | None, int]:
 def changes(seen: State, now: State) -> list[str]:
     """The names in ``seen`` of what is another now; that a weight was packed in its first forward since is no change.
 
-    >>> changes({"w": (None, 0, 1.5)}, {"w": (4096, 0, 1.5)}), changes({"w": (512, 0, 1.5)}, {"w": (4096, 0, 1.5)})
+    >>> changes({"w": (None, 0, 15)}, {"w": (4096, 0, 15)}), changes({"w": (512, 0, 15)}, {"w": (4096, 0, 15)})
     ([], ['w'])
     """
     found = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from controllability.arrays import errors_and_sizes, quotient
 from controllability.errors import BadInput
 
-ROWS = 256  # positions compared at a time: a row holds a vocabulary of float64 several times over
+ENTRIES = 2**20  # logits compared at a time: in float64, several times over
 
 
 def result_of(output: Any) -> Tensor:
@@ -35,13 +35,19 @@ class LogitComparison:
     """Logits held against those that are wanted, position by position: tensors (N,), computed in float64.
 
     ``error`` is max |found − wanted| and ``size`` max |wanted| over the vocabulary, ``kl`` is KL(wanted ‖ found) in nats, and
-    ``same`` says whether the likeliest token is the same.
+    ``best`` and ``best_wanted`` are the likeliest tokens.
     """
 
     error: Tensor
     size: Tensor
     kl: Tensor
-    same: Tensor
+    best: Tensor
+    best_wanted: Tensor
+
+    @property
+    def same(self) -> Tensor:
+        """Whether the likeliest token of a position is the same, (N,)."""
+        return self.best == self.best_wanted
 
     @property
     def max_logit_error(self) -> float:
@@ -79,17 +85,18 @@ def compare_logits(found: Tensor, wanted: Tensor) -> LogitComparison:
     (3.0, 1.5, 0.5)
     """
     found, wanted = (x.reshape(-1, x.shape[-1]) for x in (found, wanted))
+    rows = max(1, ENTRIES // wanted.shape[-1])
     return joined([
-        _compared(x.double(), y.double()) for x, y in zip(found.split(ROWS), wanted.split(ROWS), strict=True)
+        _compared(x.double(), y.double()) for x, y in zip(found.split(rows), wanted.split(rows), strict=True)
     ])  # fmt: skip
 
 
 def joined(parts: list[LogitComparison]) -> LogitComparison:
     """One comparison of the positions of all ``parts``."""
-    return LogitComparison(*(torch.cat([getattr(p, name) for p in parts]) for name in ("error", "size", "kl", "same")))
+    return LogitComparison(*(torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])))
 
 
 def _compared(found: Tensor, wanted: Tensor) -> LogitComparison:
     log_p, log_q = wanted.log_softmax(-1), found.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
-    return LogitComparison(*errors_and_sizes(found, wanted), kl, found.argmax(-1) == wanted.argmax(-1))
+    return LogitComparison(*errors_and_sizes(found, wanted), kl, found.argmax(-1), wanted.argmax(-1))

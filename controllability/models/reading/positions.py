@@ -20,6 +20,7 @@ class Positions:
     position: Tensor
     shape: tuple[int, int]
     before: int = 0
+    valid: Tensor | None = None  # (B, T), False where there is padding; None where there is none
     complete: bool = field(default=False, init=False)  # whether the rows are all positions in order
 
     def __post_init__(self) -> None:
@@ -37,6 +38,15 @@ class Positions:
     def taken(self, states: Tensor) -> Tensor:
         """The same as a copy of its own."""
         return self.of(states).clone() if self.complete else self.of(states)
+
+    def others(self, states: Tensor) -> Tensor:
+        """(B, T, n) -> (N, T, n): for each pair its sample's states, with 0 at the pair's own position and at padding."""
+        sample, position = self._index(states)
+        found = states[sample]
+        found[torch.arange(len(sample), device=states.device), position] = 0
+        if self.valid is not None and states.shape[1] == self.shape[1]:
+            found = found.where(self.valid.to(states.device)[sample][..., None], found.new_zeros(()))
+        return found
 
     def put(self, states: Tensor, rows: Tensor) -> Tensor:
         """``states`` (B, T, …) with these rows (N, …) in their places; ``states`` itself is left alone."""
@@ -162,7 +172,10 @@ def pair_positions(
         last = torch.cat([sample[1:] != sample[:-1], torch.tensor([True])]) if sample.ndim == 1 else None
         sample, s, t = (x[last] if last is not None else x[:, -1] for x in (sample, s, t))
     sample, s, t = sample.reshape(-1), s.reshape(-1), t.reshape(-1)
-    return Positions(sample, s, (here.shape[0], here.shape[1])), Positions(sample, t, (there.shape[0], there.shape[1]))
+    valid = None if bool(here.all()) else here
+    return Positions(sample, s, (here.shape[0], here.shape[1]), valid=valid), Positions(
+        sample, t, (there.shape[0], there.shape[1])
+    )
 
 
 def _refuse_other_images(target: Mapping[str, Any], source: Mapping[str, Any], positions: Any) -> None:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from architectures.reading import Layer, Tap
 from controllability.components.mixture import CHOSEN, SHARES
-from controllability.deltas import Delta
+from controllability.deltas import Delta, LowRank
 from controllability.errors import PatchError, SideConditionFailed
 from controllability.execution.patched_run import PatchedRun
 from controllability.interfaces import JointOptions, Param, Path
 from controllability.models.reading.positions import Positions
-from controllability.models.sweep.effects import per_sample, ready
+from controllability.models.sweep.effects import per_sample, ready, with_tensors
 from controllability.models.sweep.target_run import LayerTarget, as_state, check_finite
 from controllability.prover.derivation import Derivation
 from controllability.solvers.served_tokens import Known
@@ -33,8 +33,10 @@ class LayerSweep:
         self.each = scope == "each"
         self.states: list[Tensor | None] = [None] * len(layer.inputs)
         self.chosen: dict[Path, Tensor] = {}
+        self.reads: dict[Path, Tensor] = {}  # what a steered leaf reads, where there is but one pair
         self.output: Tensor | None = None
         self.before = 0  # positions that the model puts before the input's
+        self.owns = False  # whether the deltas are tensors of their own, made outside of torch.inference_mode
         self._run: PatchedRun | None = None
 
     @property
@@ -68,6 +70,10 @@ class LayerSweep:
             return None
         if len(tap.paths) == 1:
             run.observe_raw(tap.outlet, rows.taken(y))
+        if not self.each and self.joint is None and x.ndim == 3 and x.shape[1] > 1:
+            run.others.update((path, rows.others(x)) for path, _ in goals)
+        if len(rows.sample) == 1:
+            self.reads.update((path, x_rows.reshape(-1).clone()) for path, _ in goals)
         with self._located():
             moves = [(update, run.change(path)) for path, update in goals]
         chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
@@ -103,16 +109,33 @@ class LayerSweep:
         """What the layer's output is held to, (N, d): the target's, in the size that was chosen where sizes do not count."""
         return self.run.wanted()
 
-    def deltas(self) -> dict[Param, Delta]:
-        """The solved patch of this layer, one row a pair."""
-        return {goal.update.param: self.run.solved[path] for path, goal in self.run.goals.items()}
+    def solved(self) -> Iterator[tuple[Param, Delta, Tensor | None]]:
+        """The patch of this layer, parameter by parameter: delta, one row a pair, and the input of a matrix that has but one."""
+        for path, goal in self.run.goals.items():
+            delta = self.run.solved[path]
+            yield goal.update.param, delta, self.reads.get(path) if type(delta) is LowRank else None
+
+    def own_deltas(self) -> None:
+        """Give the solved deltas tensors of their own."""
+        solved = self.run.solved
+        if not self.owns:
+            solved.update({path: with_tensors(delta, Tensor.clone) for path, delta in solved.items()})
+        self.owns = True
+
+    def let_go(self) -> None:
+        """Let go of what only the solving needed."""
+        self.run.forget()
+        self.target, self.chosen = LayerTarget(self.layer, []), {}
 
 
 class Sweeper:
     """Listens to one layer in the source run and hands each call to a ``LayerSweep`` of its own."""
 
-    def __init__(self, layer: Layer, solvers: list[LayerSweep], finished: Callable[[Layer], None]) -> None:
-        self.layer, self.solvers, self.finished = layer, solvers, finished
+    def __init__(
+        self, layer: Layer, solvers: list[LayerSweep], finished: Callable[[Layer], None],
+        begun: Callable[[LayerSweep], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self.layer, self.solvers, self.finished, self.begun = layer, solvers, finished, begun
         self.calls = 0
 
     @property
@@ -127,6 +150,7 @@ class Sweeper:
                 f"layer {self.layer.index} ({self.layer.name}) runs {self.calls} times in the source run and "
                 f"{len(self.solvers)} times in the target run: calls are paired one to one"
             )
+        self.begun(self.current)
 
     def entering(self, index: int, value: Tensor) -> None:
         self.current.entering(index, value)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from controllability.arrays import errors_and_sizes
-from controllability.errors import NotVerified
+from controllability.errors import BadInput, NotVerified
+from controllability.models.reading.heads import Result, by_blocks
 from controllability.models.reading.tolerances import UNREACHED
 from controllability.models.sweep.fallbacks import made_good_later
 from controllability.models.sweep.layer_sweep import LayerSweep
+from controllability.models.sweep.records import LayerRecord
 
 LOSS = 0.1  # an error that is no patch any more, whatever explains it
 MAGNIFIED = (
@@ -28,9 +30,15 @@ AFTER_THE_LAST_LAYER = (
 )
 
 
-def refuse_unreached(solvers: list[LayerSweep]) -> float:
-    """Raise ``NotVerified`` where a layer, patched, misses its target; else the largest relative error of a row."""
-    rows = [_row_errors(_output(s), s.wanted()) for s in solvers]
+def refuse_unreached(solvers: list[LayerSweep], records: Sequence[LayerRecord] | None = None) -> float:
+    """Raise ``NotVerified`` where a layer, patched, misses its target; else the largest relative error of a row.
+
+    ``records`` are those of solvers that let everything else go.
+    """
+    if records is None:
+        rows = [_relative(*errors_and_sizes(_output(s), s.wanted())) for s in solvers]
+    else:
+        rows = [_relative(r.error, r.size) for r in records]
     held: list[float] = []
     worst = torch.stack([errors.max().double().cpu() for errors in rows]).tolist()
     for solver, errors, error in zip(solvers, rows, worst, strict=True):
@@ -47,17 +55,39 @@ def refuse_unreached(solvers: list[LayerSweep]) -> float:
     return max(held, default=0.0)
 
 
-def refuse_other_output(found: Tensor, wanted: Tensor, worst: float, name: Callable[[int], str], why: str) -> None:
+def refuse_other_output(found: Result, wanted: Result, worst: float, name: Callable[[int], str], why: str) -> None:
     """Raise ``NotVerified`` where all layers reach their targets (``worst`` says so) and the model's output (N, n) does not."""
     if worst > UNREACHED[torch.float32]:
-        return  # half precision, or a route that amplifies: the layers' residuals say it
-    errors = _row_errors(found, wanted)
+        refuse_not_finite(found, name)  # half precision, or a route that amplifies: the layers' residuals say it
+        return
+
+    def compared(first: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        _refuse_not_finite(x, name, first)
+        return errors_and_sizes(x, y)
+
+    seen = by_blocks(compared, found, wanted)
+    errors = _relative(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
     error, row = float(errors.max()), int(errors.argmax())
     if error > 10 * UNREACHED.get(found.dtype, UNREACHED[torch.float32]):
         raise NotVerified(
             f"every layer reaches its target, and the model's output at {name(row)} misses the target run by {error:.2g} "
             f"(relative): {why}; nothing was changed"
         )
+
+
+def refuse_not_finite(found: Result, name: Callable[[int], str]) -> None:
+    """Raise ``BadInput`` for a row of the source run's logits with NaN or infinity."""
+    by_blocks(lambda first, logits: _refuse_not_finite(logits, name, first), found)
+
+
+def _refuse_not_finite(logits: Tensor, name: Callable[[int], str], first: int) -> None:
+    finite = torch.isfinite(logits.sum(-1, dtype=torch.promote_types(logits.dtype, torch.float32)))
+    for row in (~finite).nonzero()[:, 0].tolist():
+        if not bool(torch.isfinite(logits[row]).all()):  # a sum may overflow by itself
+            raise BadInput(
+                f"source run: the logits at {name(first + row)} are not finite; the model overflows on this input (try "
+                "another dtype); nothing was changed"
+            )
 
 
 def _explained(solver: LayerSweep) -> float:
@@ -78,8 +108,7 @@ def _dtypes(solver: LayerSweep) -> set[torch.dtype]:
     return {_output(solver).dtype, *solver.layer.params.dtypes}
 
 
-def _row_errors(found: Tensor, wanted: Tensor) -> Tensor:
-    """The relative error of each row of (N, n), each against its own size, (N,)."""
-    error, size = errors_and_sizes(found, wanted)
+def _relative(error: Tensor, size: Tensor) -> Tensor:
+    """The error of each row against its own size, (N,)."""
     floor = 1e-6 * size.max() + torch.finfo(size.dtype).tiny
     return error / torch.maximum(size, floor)

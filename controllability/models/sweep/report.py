@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from controllability.models.sweep.records import LayerRecord
+from controllability.models.sweep.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,12 @@ class Report:
     pairs: list[list[int]] = field(default_factory=list)
     rounding: list[Rounding] = field(default_factory=list)
     fit: dict[str, Any] | None = None
+    probe: Callable[[], Sensitivity] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """How much a small disturbance grows, with the patch and without; measured when it is first asked for."""
+        return None if self.probe is None else self.probe()
 
     @property
     def residual(self) -> float:
@@ -112,16 +119,20 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "rounding")}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "rounding", "probe")}
         found = {"layers": [asdict(x) for x in self.layers], "rounding": [asdict(x) for x in self.rounding]}
-        return plain | found | {"residual": self.residual}
+        sensitivity = self.sensitivity
+        found |= {"residual": self.residual, "sensitivity": None if sensitivity is None else sensitivity.to_dict()}
+        return plain | found
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """What ``to_dict`` made of one; raises ``KeyError`` or ``TypeError`` for anything else."""
-        known = {f.name: data[f.name] for f in fields(cls)}
+        known = {f.name: data[f.name] for f in fields(cls) if f.name != "probe"}
         known["layers"] = [LayerReport.from_dict(layer) for layer in data["layers"]]
         known["rounding"] = [Rounding(**each) for each in data["rounding"]]
+        if told := data.get("sensitivity"):
+            known["probe"] = lambda: Sensitivity.from_dict(told)
         return cls(**known)
 
     def __str__(self) -> str:
@@ -132,7 +143,7 @@ class Report:
              _short(largest(x.relative_changes.values()))]
             for x in self.layers
         ]  # fmt: skip
-        return _aligned([["layer", *_COLUMNS], *rows]) + self._fitted()
+        return _aligned([["layer", *_COLUMNS], *rows]) + self._below()
 
     def table(self) -> str:
         """Every layer and token as a table for people; ``layers[i].tokens`` has the numbers."""
@@ -145,13 +156,15 @@ class Report:
                 numbers = [seen.amplification[i], largest(v[i] for v in seen.condition.values())]
                 numbers += [min(margins, default=None), largest(v[i] for v in seen.changes.values())]
                 rows.append([str(layer.index), pair, _short(residual), seen.route[i], *map(_short, numbers)])
-        return _aligned([["layer", "sample:position", *_COLUMNS], *rows]) + self._fitted()
+        return _aligned([["layer", "sample:position", *_COLUMNS], *rows]) + self._below()
 
-    def _fitted(self) -> str:
+    def _below(self) -> str:
+        """What is to be said of the patch as a whole, below its table."""
+        told = "" if self.sensitivity is None else f"\n{self.sensitivity}"
         if self.fit is None:
-            return ""
+            return told
         asked = [f"{name} {value:g}" for name, value in self.fit.items() if value]
-        return (
+        return told + (
             f"\na fit by least squares ({', '.join(asked)}), not exact: a layer's output misses its target by up to "
             f"{_short(self.residual)} of the largest target"
         )

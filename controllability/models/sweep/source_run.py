@@ -9,20 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from controllability.errors import PatchError, SideConditionFailed
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.fallbacks import Plan
 from controllability.models.sweep.layer_sweep import LayerSweep, Sweeper
+from controllability.models.sweep.records import LayerRecord, record
 from controllability.models.sweep.target_run import LayerTarget, Progress
 
 
 def sweep(
     hooks: LayerHooks, plan: Plan, targets: list[list[LayerTarget]], inputs: Mapping[str, Any], rows: Positions,
-    progress: Progress,
+    progress: Progress, records: dict[LayerSweep, LayerRecord] | None = None,
 ) -> tuple[list[LayerSweep], Any]:  # fmt: skip
     """Run the source once, solving on the way.  Where a side condition fails, it is run again by what ``plan`` falls back to.
 
+    With ``records`` a layer's is put there when the next one begins, and what only the solving needed is let go.
     Raises ``SideConditionFailed`` with layer, position and component when nothing is left.
     """
     layers = hooks.reading.layers
@@ -32,9 +36,13 @@ def sweep(
             [plan.solver(layer, i, call, rows) for i, call in enumerate(calls)]
             for layer, calls in zip(layers, targets, strict=True)
         ]
-        sweepers = [Sweeper(layer, calls, finished) for layer, calls in zip(layers, solvers, strict=True)]
+        closing = Closing(records)
+        sweepers = [
+            Sweeper(layer, calls, finished, closing.begun) for layer, calls in zip(layers, solvers, strict=True)
+        ]
         try:
             output = hooks.run(sweepers, inputs)
+            closing.begun(None)
         except SideConditionFailed as failed:
             plan.after(failed)
             continue
@@ -46,3 +54,25 @@ def sweep(
                     "source run: calls are paired one to one"
                 )
         return done, output
+
+
+class Closing:
+    """Keeps the records of layers that are done, and lets go of the rest of them; without ``records`` it does nothing."""
+
+    def __init__(self, records: dict[LayerSweep, LayerRecord] | None) -> None:
+        self.records = records
+        self.open: list[LayerSweep] = []
+        if records is not None:
+            records.clear()  # of a run that failed
+
+    def begun(self, solver: LayerSweep | None) -> None:
+        """``solver`` begins (None: the run is over): those before it that have their output are done."""
+        if self.records is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must not be made inside inference mode
+            for done in [each for each in self.open if each.output is not None]:
+                done.own_deltas()
+                self.records[done] = record(done)
+                done.let_go()
+                self.open.remove(done)
+        self.open += [] if solver is None else [solver]

@@ -16,6 +16,7 @@ from controllability.execution.trace import Trace
 from controllability.interfaces import Path
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.positions import Positions
+from controllability.models.sweep.shelf import Shelf
 
 Progress = Callable[[str, int, int], None]
 
@@ -62,8 +63,11 @@ def check_finite(states: Tensor, run: str, layer: Layer, where: str) -> None:
 class Observer:
     """Listens to one layer in the target run; one ``LayerTarget`` a call."""
 
-    def __init__(self, layer: Layer, rows: Positions, last: bool, finished: Callable[[Layer], None]) -> None:
+    def __init__(
+        self, layer: Layer, rows: Positions, last: bool, finished: Callable[[Layer], None], shelf: Shelf | None = None
+    ) -> None:
         self.layer, self.rows, self.last, self.finished = layer, rows, last, finished
+        self.shelf = None if rows.complete else shelf
         self.calls: list[LayerTarget] = []
 
     def begins(self) -> None:
@@ -71,18 +75,22 @@ class Observer:
 
     def entering(self, index: int, value: Tensor) -> None:
         check_finite(value, "target", self.layer, "entering the feed-forward half of")
-        self.calls[-1].states[index] = self.rows.taken(value)
+        self.calls[-1].states[index] = self._taken(value)
 
     def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
         self.calls[-1].bound[path] = {CHOSEN: self.rows.of(index), SHARES: self.rows.of(shares)}
 
     def computed(self, tap: Tap, x: Tensor, y: Tensor) -> None:
-        self.calls[-1].outputs[tap.outlet] = self.rows.taken(y)
+        self.calls[-1].outputs[tap.outlet] = self._taken(y)
+
+    def _taken(self, value: Tensor) -> Tensor:
+        """The paired rows, which are to stay."""
+        return self.rows.taken(value) if self.shelf is None else self.shelf.keep(self.rows.of(value))
 
     def leaving(self, value: Tensor) -> None:
         if self.last:  # what leaves another layer is seen entering the next one
             check_finite(value, "target", self.layer, "leaving")
-        self.calls[-1].outputs.setdefault((), self.rows.taken(value))
+        self.calls[-1].outputs.setdefault((), self._taken(value))
         self.finished(self.layer)
 
 
@@ -95,7 +103,8 @@ def observe_target(
     """
     layers = hooks.reading.layers
     finished = lambda layer: progress("target run", layer.index + 1, len(layers))  # noqa: E731
-    observers = [Observer(layer, rows, layer is layers[-1], finished) for layer in layers]
+    shelf = Shelf()
+    observers = [Observer(layer, rows, layer is layers[-1], finished, shelf) for layer in layers]
     output = hooks.run(observers, inputs)
     if not any(o.calls for o in observers):
         raise PatchError("no layer's hooks ran in the target run; is the model compiled or replaced?")
