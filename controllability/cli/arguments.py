@@ -54,6 +54,7 @@ def _patch(parser: ArgumentParser) -> None:
     scope = "a patch for each position (default), one for the last, or one for all of them"
     add("--scope", choices=("each", "last", "all"), default="each", help=scope)
     _solving(parser)
+    _measuring(parser)
     positions = "positions of the query: as in the target (default), or from 0"
     add("--positions", choices=("keep", "reset"), default="keep", help=positions)
     add("--out", metavar="DIR", help="save the patch here; must be new or empty")
@@ -62,6 +63,7 @@ def _patch(parser: ArgumentParser) -> None:
 def _verify(parser: ArgumentParser) -> None:
     _model(parser, "the model it was made for")
     parser.add_argument("patch", metavar="PATCH_DIR")
+    _measuring(parser)
 
 
 def _generate(parser: ArgumentParser) -> None:
@@ -70,6 +72,7 @@ def _generate(parser: ArgumentParser) -> None:
     add("--prompt", required=True, action="append", metavar="TEXT", help="may be given several times: one batch")
     add("--tokens", type=int, default=20, metavar="N", help="how many to generate (default 20)")
     _solving(parser)
+    _measuring(parser)
     follow = "whose tokens the history is made of: the contextual model's (default), or the patched model's own"
     add("--follow", choices=("target", "patched"), default="target", help=follow)
     add("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
@@ -125,6 +128,11 @@ def _model(
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"{what}; embedded is the package's own trained model")
     add("--trust-remote-code", action="store_true", help="run code that a model directory brings (off by default)")
+
+
+def _measuring(parser: ArgumentParser) -> None:
+    what = "do not measure how much a small disturbance grows"
+    parser.add_argument("--skip-sensitivity", action="store_true", help=what)
 
 
 def _solving(parser: ArgumentParser) -> None:

@@ -13,10 +13,11 @@ import torch
 from controllability.cli.output import Output, number
 from controllability.cli.side_by_side import Transcript, live_view, numbers, plain_console, shown, side_by_side
 from controllability.errors import BadInput, ControllabilityError, NotVerified
-from controllability.models import exact_mode, generate as generate_tokens
+from controllability.models import exact_mode, generate as generate_tokens, patch_model
 from controllability.models.generation.steps import GeneratedToken, Generation
 from controllability.models.loading import DTYPES, load_model
 from controllability.models.reading.tolerances import VERIFIED
+from controllability.models.sweep.sensitivity import Sensitivity
 
 INTERRUPTED = 130
 LISTED = 10  # differences that are written out one by one
@@ -49,7 +50,17 @@ def generate(args: argparse.Namespace, output: Output) -> int:
     if isinstance(stopped, ControllabilityError):
         _show(output, transcript, args.sample, stopped=True)
         raise stopped
-    return _report(args, output, transcript, stopped is not None, time.perf_counter() - started)
+    skipped = args.skip_sensitivity or stopped is not None
+    sensitivity = None if skipped else _sensitivity(model, reader.histories[0], args)
+    return _report(args, output, transcript, stopped is not None, time.perf_counter() - started, sensitivity)
+
+
+def _sensitivity(model: Any, history: list[int], args: argparse.Namespace) -> Sensitivity:
+    """Of the patch of one token, the last of the first prompt."""
+    ids = torch.tensor([history])
+    source = {"input_ids": ids[:, -1:], "position_ids": torch.tensor([[len(history) - 1]])}
+    with exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
+        return patch_model(model, {"input_ids": ids}, source, via=args.via, route=args.route).sensitivity
 
 
 class Reader:
@@ -128,7 +139,10 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return how | ({"do_sample": True, "seed": 0} | given if args.sample else {})
 
 
-def _report(args: argparse.Namespace, output: Output, transcript: Transcript, interrupted: bool, seconds: float) -> int:
+def _report(
+    args: argparse.Namespace, output: Output, transcript: Transcript, interrupted: bool, seconds: float,
+    sensitivity: Sensitivity | None,
+) -> int:  # fmt: skip
     found = transcript.summary
     measured = [v for sample in transcript.samples for row in sample for v in row.values() if isinstance(v, float)]
     if not all(map(math.isfinite, measured)):
@@ -148,8 +162,11 @@ def _report(args: argparse.Namespace, output: Output, transcript: Transcript, in
         "max_logit_error_unpatched": found.max_logit_error_unpatched, "different": different,
         "seconds_per_token": found.seconds_per_token, "dtype": args.dtype, "via": args.via, "route": args.route,
         "follow": args.follow, "sampled": args.sample, "verified": valid, "interrupted": interrupted, "seconds": seconds,
+        "sensitivity": None if sensitivity is None else sensitivity.to_dict(),
     })  # fmt: skip
     _show(output, transcript, args.sample, interrupted)
+    if sensitivity is not None:
+        output.text(str(sensitivity))
     output.text(_verdict(args, found, valid))
     if interrupted:
         return INTERRUPTED

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from controllability.errors import BadInput, NotVerified
 from controllability.models import ModelPatch, exact_mode, load_patch, patch_model
 from controllability.models.files.folders import refuse_occupied
 from controllability.models.loading import DTYPES, encode, load_model
+from controllability.models.patches.sensitivity import measure_sensitivity, sensitivity_of
 from controllability.models.reading.heads import Runs, compare_results, without_logits
 from controllability.models.reading.logits import LogitComparison
 from controllability.models.reading.positions import pair_positions
 from controllability.models.reading.tolerances import VERIFIED
+from controllability.models.sweep.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +74,12 @@ def patch(args: argparse.Namespace, output: Output) -> int:
     with output.progress() as progress, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
         mp = patch_model(model, target, source, args.scope, args.via, args.route, progress=progress)
         found = measure(model, mp)
+        sensitivity = None if args.skip_sensitivity else sensitivity_of(mp, model)
     saved = out if found.verified(args.dtype) else None
     if saved is not None:
         with output.busy("fingerprinting the weights and saving"):
             mp.save(saved, model)
-    return _report(args, output, mp, found, tokenizer, started, {"out": str(saved) if saved else None})
+    return _report(args, output, mp, found, tokenizer, started, {"out": str(saved) if saved else None}, sensitivity)
 
 
 def verify(args: argparse.Namespace, output: Output) -> int:
@@ -88,13 +91,14 @@ def verify(args: argparse.Namespace, output: Output) -> int:
         model, tokenizer = load_model(args.model, dtype, args.trust_remote_code)
     with exact_mode() if dtype == "float64" else contextlib.nullcontext():
         found = measure(model, mp)
+        sensitivity = None if args.skip_sensitivity else measure_sensitivity(mp, model)
     args.dtype = dtype  # the one it was made in: other rounding would be other weights
-    return _report(args, output, mp, found, tokenizer, started, {"out": str(args.patch)}, with_valid=True)
+    return _report(args, output, mp, found, tokenizer, started, {"out": str(args.patch)}, sensitivity, with_valid=True)
 
 
 def _report(
     args: argparse.Namespace, output: Output, mp: ModelPatch, found: Measured, tokenizer: Any, started: float,
-    extra: dict[str, Any], with_valid: bool = False,
+    extra: dict[str, Any], sensitivity: Sensitivity | None, with_valid: bool = False,
 ) -> int:  # fmt: skip
     valid, patched, unpatched = found.verified(args.dtype), found.patched, found.unpatched
     # a token has no text where the vocabulary of the model is larger than the tokenizer's
@@ -105,7 +109,8 @@ def _report(
     data = {
         "max_logit_error": patched.max_logit_error, "max_logit_error_unpatched": unpatched.max_logit_error,
         "relative_error": patched.relative_error, "kl": kl, "top1_target": words["target"],
-        "top1_patched": words["patched"], "top1_unpatched": words["unpatched"], "layers": mp.report.to_dict()["layers"],
+        "top1_patched": words["patched"], "top1_unpatched": words["unpatched"], "layers": [asdict(layer) for layer in mp.report.layers],
+        "sensitivity": None if sensitivity is None else sensitivity.to_dict(),
         "numbers": mp.numbers, "dense_numbers": mp.dense_numbers, "seconds": time.perf_counter() - started,
     } | extra  # fmt: skip
     output.result(data | ({"valid": valid} if with_valid else {}))
@@ -115,6 +120,7 @@ def _report(
         f"largest logit error   patched: {number(patched.max_logit_error)}   unpatched: {number(unpatched.max_logit_error)}\n"
         f"relative error: {number(patched.relative_error)}   KL: {number(kl)}   (checked numerically in {args.dtype}, scope {mp.scope})\n"
         f"the patch holds {mp.numbers:,} numbers; the dense ΔW would hold {mp.dense_numbers:,}\n"
+        + (f"{sensitivity}\n" if sensitivity is not None else "")
         + (f"saved to {extra['out']}\n" if extra["out"] and valid and not with_valid else "")
         + ("verified" if valid else f"NOT verified: the relative error is above {VERIFIED[DTYPES[args.dtype]]:g}")
     )

@@ -221,6 +221,7 @@ class PatchedRun(Trace):
         self.goals = {path: Goal(goal.update) for path, goal in self.goals.items()}
         self.watched.clear()
         self.raw_outputs.clear()
+        self.others.clear()
         for run in (self, self.unpatched, self.target):
             for held in (run.observed, run._outputs, run._inputs, run._bound):
                 held.clear()
