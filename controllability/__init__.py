@@ -15,7 +15,7 @@ _ROOMS = {
     "execution.sampling": "sample",
     "verification.verify": "verify",
     "proof": "Proof prove",
-    "models": "ModelPatch diff exact_mode generate import_peft load_patch patch_model",
+    "models": "ModelPatch diff exact_mode generate import_peft load_patch patch_model second_moments",
     "compiling": "compile_context",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
@@ -24,7 +24,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "ModelPatch", "NotControllable",
     "NotExact", "NotVerified", "OutputControllable", "Param", "Patch", "PatchError", "Proof",
     "ReadingError", "SideConditionFailed", "Trace", "compile_context", "diff", "exact_mode", "generate",
-    "import_peft", "load_patch", "patch_model", "prove", "sample", "verify",
+    "import_peft", "load_patch", "patch_model", "prove", "sample", "second_moments", "verify",
 ]  # fmt: skip
 
 
@@ -59,6 +59,15 @@ if TYPE_CHECKING:
     from controllability.execution.sampling import sample
     from controllability.execution.trace import Trace
     from controllability.interfaces import Component, Condition, InputControllable, OutputControllable, Param
-    from controllability.models import ModelPatch, diff, exact_mode, generate, import_peft, load_patch, patch_model
+    from controllability.models import (
+        ModelPatch,
+        diff,
+        exact_mode,
+        generate,
+        import_peft,
+        load_patch,
+        patch_model,
+        second_moments,
+    )  # fmt: skip
     from controllability.proof import Proof, prove
     from controllability.verification.verify import verify

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from controllability.arrays import Array, arithmetic
 from controllability.components.updates import turned
@@ -26,6 +27,18 @@ from controllability.solvers.resorts import Resort
 from controllability.solvers.served_tokens import Known
 
 ONE_NUMBER = "one number serves all features here: steer after it, by a map or a bias with a number for each feature"
+
+
+class Metric(Protocol):
+    """In which metric the change of a matrix is least: it is solved for ``seen`` inputs, and ``back`` is the one that reads them."""
+
+    def seen(self, x: Array) -> Array:
+        """L⁻¹x."""
+        ...
+
+    def back(self, change: Any, like: Array) -> Any:
+        """ΔW of what was solved for L⁻¹x."""
+        ...
 
 
 @dataclass
@@ -64,6 +77,9 @@ class PatchedRun(Trace):
         self.journal = Journal()
         self.joint = joint
         self.served: Mapping[Path, Known] = {}  # tokens that the patch serves already
+        self.metrics: Mapping[
+            str, Metric
+        ] = {}  # of matrices, by the parameter's name; without one Frobenius' norm counts
         self.others: dict[Path, Array] = {}  # what else a leaf reads with the same change, (N, T, in)
         self.served_after: dict[Path, Known] = {}  # those and these
         self.target_shift: dict[Path, Array] = {}  # what the known tokens' outputs must give more, (T, ·)
@@ -164,12 +180,17 @@ class PatchedRun(Trace):
             raw, wanted = self.raw(path), goal.wanted()
             delta = xp.tidy(xp.lift(wanted) - xp.lift(raw))
             self._same_size(path, delta, raw)
+        metric = self.metrics.get(goal.update.param.name) if goal.update.kind == "linear" else None
+        seen = (lambda rows: rows) if metric is None else metric.seen
         if self.joint is not None:
-            return self._solve_jointly(path, goal, x, delta)
-        for condition in goal.update.conditions:
-            self.check(condition, x, delta)
-        change = goal.update.solve(self.params_at(path), x, delta)
-        return turned(change, x, xp.lift(self.others[path])) if path in self.others else change
+            change = self._solve_jointly(path, goal, seen(x), delta)
+        else:
+            for condition in goal.update.conditions:
+                self.check(condition, x, delta)
+            change = goal.update.solve(self.params_at(path), seen(x), delta)
+            if path in self.others:
+                change = turned(change, seen(x), seen(xp.lift(self.others[path])))
+        return change if metric is None else metric.back(change, x)
 
     def _solve_jointly(self, path: Path, goal: Goal, x: Array, delta: Array) -> Delta:
         way, params = goal.update.jointly, self.params_at(path)

@@ -7,5 +7,6 @@ from controllability.models.model_patch import (
     import_peft as import_peft,
     load_patch as load_patch,
 )
+from controllability.models.moments import second_moments as second_moments
 from controllability.models.patch_model import patch_model as patch_model
 from controllability.models.patches.diff import diff as diff

@@ -11,6 +11,7 @@ from torch import nn
 from controllability.errors import BadInput
 from controllability.models.hooks.carried_patches import state_of_model, uncompiled
 from controllability.models.model_patch import ModelPatch
+from controllability.models.moments import Moments
 from controllability.models.patches.solve import parse_joint_options, solve
 from controllability.models.sweep.target_run import Progress, silent
 
@@ -19,6 +20,7 @@ def patch_model(
     model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], scope: str = "each",
     via: str = "input-output", route: str = "auto", positions: tuple[Any, Any] | None = None,
     progress: Progress = silent, ridge: float = 0.0, rank: int | None = None, keep_rms: bool = False,
+    moments: Moments | None = None,
 ) -> ModelPatch:  # fmt: skip
     """The patch with which the model at ``source`` gives what it gave at ``target``.
 
@@ -28,7 +30,8 @@ def patch_model(
     position its own patch, "last" one patch that is exact at the last position, "all" one patch that is exact at every
     source position of every sample.  ``keep_rms`` lets scope "all" refuse, with a certificate, rather than move the RMS before a
     norm; ``ridge`` > 0 (a weight on ‖ΔW‖² beside each token's relative error) and ``rank`` (of every ΔW) make it a fit that
-    promises no target.  The model is left as it was.  Raises ``BadInput``, ``ReadingError``, ``NotControllable`` or ``SideConditionFailed``.
+    promises no target.  ``moments`` (see ``second_moments``): of all exact changes of a matrix the one that ordinary text feels least,
+    tr(ΔW Σ ΔWᵀ), in place of the least norm.  The model is left as it was.  Raises ``BadInput``, ``ReadingError``, ``NotControllable`` or ``SideConditionFailed``.
     Source: [G, Thm 2, Alg. 1].
 
     >>> import torch
@@ -47,10 +50,12 @@ def patch_model(
     if scope not in ("each", "last", "all"):
         raise BadInput(f"unknown scope {scope!r}: choose each, last or all")
     joint = parse_joint_options(scope, ridge, rank, keep_rms)
+    if not isinstance(moments, Moments | None):
+        raise BadInput(f"moments must be what second_moments gave, got {type(moments).__name__}")
     for name, value in (("via", via), ("route", route)):
         if not isinstance(value, str):
             raise BadInput(f"{name} must be a name, got {type(value).__name__}")
     model = uncompiled(model)
     # what is kept must not be made inside torch.inference_mode: autograd would refuse it later
     with state_of_model(model).lock, torch.inference_mode(False), torch.no_grad():
-        return ModelPatch.of(solve(model, target, source, scope, via, route, positions, progress, joint))
+        return ModelPatch.of(solve(model, target, source, scope, via, route, positions, progress, joint, moments))

@@ -15,14 +15,15 @@ import torch
 from common import SHAPES, markdown, median, random_ids, random_model, timed, warm
 
 import controllability as ct
+from controllability.models.loading import load_model
 
 FULL = ("1b", "llama", "mixtral", "gptj")
 
 
 @torch.no_grad()
 def measure(shape: str, context: int, query: int, rounds: int) -> dict[str, Any]:
-    """One row: ratios of one shape, its errors beside those without a patch, and every round."""
-    model = random_model(shape)
+    """One row: ratios of one shape or trained model, its errors beside those without a patch, and every round."""
+    model = random_model(shape) if shape in SHAPES else load_model(shape)[0]
     ids = random_ids(1, context + query)
     target = {"input_ids": ids, "logits_to_keep": query, "use_cache": False}
     source = target | {"input_ids": ids[:, context:], "position_ids": torch.arange(context, context + query)[None]}
@@ -49,7 +50,9 @@ def measure(shape: str, context: int, query: int, rounds: int) -> dict[str, Any]
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["1b"], help=f"all of them: {' '.join(FULL)}")
+    parser.add_argument(
+        "--shape", nargs="+", default=["1b"], help=f"one of {' '.join(SHAPES)}, or a model directory; all: {' '.join(FULL)}"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--query", type=int, default=1)

@@ -181,7 +181,7 @@ def _solved(
     device = next(model.parameters()).device
     assert patch.joint is not None
     wish = replace(patch.joint, read_by="norm")  # if that would count, everything is solved anew
-    plan = Plan(proofs, "all", wish, derivations, stream.learned)
+    plan = Plan(proofs, "all", wish, derivations, stream.learned, patch.metrics)
     with LayerHooks(model, checked.reading) as hooks, torch.inference_mode():
         if isinstance(caches, BothPasts):
             ids = step.after.source[-step.count :].to(device)
@@ -255,7 +255,18 @@ def _anew(patch: PatchRecord, model: nn.Module, inputs: dict[str, Any]) -> dict[
     there, here = ({k: v.to(device) for k, v in inputs[role].items()} for role in ("target", "source"))
     assert patch.joint is not None
     joint = JointOptions(keep_rms=patch.joint.keep_rms)
-    made = solve(model, there, here, "all", patch.report.via, patch.report.route, inputs["positions"], silent, joint)
+    made = solve(
+        model,
+        there,
+        here,
+        "all",
+        patch.report.via,
+        patch.report.route,
+        inputs["positions"],
+        silent,
+        joint,
+        patch.moments,
+    )
     made.report = replace(made.report, probe=patch.report.probe)
     names = (
         "entries",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from controllability.errors import PatchError
 from controllability.interfaces import JointOptions
 from controllability.models.hooks.carried_patches import carried, refuse_on_it
+from controllability.models.moments import Metric, Moments
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.served_sequences import Stream
 from controllability.models.reading.fingerprints import State, changes, fingerprint, known_fingerprint, state_of
@@ -68,6 +70,7 @@ class PatchRecord:
     fingerprint: str | None = None
     model_name: str = ""
     joint: JointOptions | None = None
+    moments: Moments | None = None
     merged: Any = None  # what the last merge did, a MergedError
     measured: Sensitivity | None = None
     stream: Stream | None = field(default=None, repr=False)
@@ -80,6 +83,11 @@ class PatchRecord:
     _merged_state: State = field(default_factory=dict, repr=False)
     _originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _merged_into: Any = field(default=None, repr=False)
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """By the parameter's name: in which metric its change is least."""
+        return {} if self.moments is None else self.moments.metrics
 
     @property
     def logits(self) -> Tensor | None:

@@ -16,6 +16,7 @@ from controllability.errors import BadInput
 from controllability.interfaces import JointOptions
 from controllability.models.hooks.carried_patches import carried
 from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.moments import Moments
 from controllability.models.patches.applier import entries_of
 from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.served_sequences import Stream
@@ -41,6 +42,7 @@ from controllability.models.sweep.target_run import Progress, check_finite, obse
 def solve(
     model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], scope: str, via: str, route: str,
     positions: tuple[Any, Any] | None, progress: Progress, joint: JointOptions,
+    moments: Moments | None = None,
 ) -> PatchRecord:  # fmt: skip
     """The solved patch.  See ``controllability.patch_model``, which documents the options and errors."""
     started = time.perf_counter()
@@ -62,12 +64,14 @@ def solve(
         source_rows, target_rows = source_rows.streamed(streams), target_rows.streamed(streams)
     proofs = checked.proofs(via, route, scope == "all")
     reading = checked.reading
+    if moments is not None:
+        moments.refuse_other(reading)
     lean = Runs(model, without_logits(model, [target, source], checked.tried))
     with lean, LayerHooks(model, reading) as hooks, torch.inference_mode():  # small operations cost less there
         standing = with_reader_of_last_layer(joint, model, checked, target) if scope == "all" else joint
         targets, output = observe_target(hooks, lean.inputs(target), target_rows, progress)
         wanted = lean.of(output).at(shown[1])
-        plan = Plan(proofs, scope, standing)
+        plan = Plan(proofs, scope, standing, metrics=moments.metrics if moments is not None else None)
         kept: dict[LayerSweep, LayerRecord] = {}
         solvers, output = sweep(hooks, plan, targets, lean.inputs(source), source_rows, progress, kept)
         found = lean.of(output)
@@ -88,7 +92,7 @@ def solve(
     source_rows = replace(source_rows, before=solvers[0].before)
     mp = PatchRecord(
         entries, scope, source_rows, report, inputs, found, _as_source(wanted, found, shown[0]), carried(model), joint=joint,
-        _model=weakref.ref(model),
+        moments=moments, _model=weakref.ref(model),
     )  # fmt: skip
     mp._seen.update(state_of(model))
     if scope == "all" and joint.exact:

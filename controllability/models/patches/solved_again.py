@@ -41,7 +41,7 @@ def solve_again(patch: PatchRecord, model: nn.Module, put: Callable[[Entry], Non
     with LayerHooks(model, reading) as hooks:
         targets, _ = observe_target(hooks, without_cache(model, inputs["target"]), target_rows, silent)
     derivations = {layer.index: layer.derivation for layer in patch.report.layers}
-    plan = Plan(proofs, patch.scope, joint, [derivations.get(i, 0) for i in range(len(proofs))])
+    plan = Plan(proofs, patch.scope, joint, [derivations.get(i, 0) for i in range(len(proofs))], metrics=patch.metrics)
     installation = HookStack()
     try:
         for layer, calls in zip(reading.layers, targets, strict=True):

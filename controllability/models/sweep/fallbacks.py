@@ -16,6 +16,7 @@ from torch import nn
 
 from architectures.reading import Layer
 from controllability.errors import SideConditionFailed
+from controllability.execution.patched_run import Metric
 from controllability.interfaces import JointOptions, Path
 from controllability.models.reading.checked_reading import Checked
 from controllability.models.reading.positions import Positions
@@ -39,8 +40,9 @@ class Plan:
     def __init__(
         self, proofs: list[Derivation], scope: str, joint: JointOptions | None = None,
         derivations: Sequence[int] | None = None, served: Served | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:  # fmt: skip
-        self.proofs, self.scope, self.served = proofs, scope, served
+        self.proofs, self.scope, self.served, self.metrics = proofs, scope, served, metrics
         self.joint = joint if scope == "all" else None
         self.fixed = derivations is not None
         self.choices = list(derivations or [0] * len(proofs))
@@ -52,7 +54,7 @@ class Plan:
         known = None if self.served is None else self.served[layer.index, call]
         proof, choice = self.proofs[layer.index], self.choices[layer.index]
         options = self._options(layer.index, self.short)
-        return LayerSweep(layer, call, proof, choice, target, rows, self.scope, options, known)
+        return LayerSweep(layer, call, proof, choice, target, rows, self.scope, options, known, self.metrics)
 
     def _options(self, layer: int, short: bool) -> JointOptions | None:
         return options_at(self.joint, layer == len(self.proofs) - 1, short)

@@ -11,7 +11,7 @@ from architectures.reading import Layer, Tap
 from controllability.components.mixture import CHOSEN, SHARES
 from controllability.deltas import Delta, LowRank
 from controllability.errors import PatchError, SideConditionFailed
-from controllability.execution.patched_run import PatchedRun
+from controllability.execution.patched_run import Metric, PatchedRun
 from controllability.interfaces import JointOptions, Param, Path
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.effects import per_sample, ready, with_tensors
@@ -26,9 +26,10 @@ class LayerSweep:
     def __init__(
         self, layer: Layer, call: int, proof: Derivation, choice: int, target: LayerTarget, rows: Positions, scope: str,
         joint: JointOptions | None = None, known: Mapping[Path, Known] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:  # fmt: skip
         self.layer, self.call, self.proof, self.choice, self.target = layer, call, proof, choice, target
-        self.joint, self.served = joint, known or {}
+        self.joint, self.served, self.metrics = joint, known or {}, metrics or {}
         self.rows = rows
         self.each = scope == "each"
         self.states: list[Tensor | None] = [None] * len(layer.inputs)
@@ -46,7 +47,7 @@ class LayerSweep:
             self._run = self.proof.patched_run(
                 self.layer.params, as_state(self.states), self.target.trace(), self.choice, self.joint
             )
-            self._run.served = self.served
+            self._run.served, self._run.metrics = self.served, self.metrics
         return self._run
 
     def entering(self, index: int, value: Tensor) -> None:
