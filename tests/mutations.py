@@ -21,15 +21,16 @@ from controllability.components import (
     Sum,
     Times,
     gated,
+    layer_norm,
     residual,
     rms_norm,
     updates,
 )
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.interfaces import Component, Param
-from controllability.rules import construct, input_side, mixture, normalised, output_side, theorems, through
+from controllability.rules import centred, construct, input_side, mixture, normalised, output_side, theorems, through
 from controllability.rules.base import rest_of_sum, target_output
-from controllability.solvers import norm_scale as routes
+from controllability.solvers import centred_scale, norm_scale as routes
 
 up, gate = Linear(Param("up", ("h", "d"))), Linear(Param("gate", ("h", "d")))
 down = Linear(Param("down", ("d", "h")))
@@ -38,6 +39,7 @@ wide = Linear(Param("up", ("h", "d")), Param("c", ("h",)))
 square = Linear(Param("W", ("d", "d")))
 silu = Activation("silu")
 LLAMA = residual(rms_norm("pre") >> gated(gate, up, silu) >> down)
+CENTRED = residual(up >> silu >> down >> layer_norm("post", bias=False))
 POST = residual(gated(gate, up, silu) >> down >> rms_norm("post", offset=1))
 EXPERTS = residual(
     Mixture(
@@ -228,6 +230,18 @@ def balanced(scale: Any) -> Any:
     return wrong
 
 
+def uncentred(G: Any, m: Any, y: Any, eps: Any, stored: Any) -> Any:
+    """The scale of the RMS normalisation, whose u has a mean."""
+    xp = arithmetic(y)
+    return routes.candidate("balanced", G, m, y - xp.mean(y), eps, stored), None
+
+
+def centred_without_epsilon(G: Any, m: Any, y: Any, eps: Any, stored: Any) -> Any:
+    xp = arithmetic(y)
+    answer, margin = centred_scale.centred(G, m, y, eps, stored)
+    return replace(answer, before=answer.unit * root(mean_square(y - xp.mean(y)))), margin
+
+
 OUT, BALL, SCALE = (("via", "output"),), (("via", "output"), ("route", "ball")), (("route", "scale"),)
 UNIFORM, SECULAR, BALANCED = (("route", "uniform"),), (("route", "secular"),), (("route", "balanced"),)
 NO_DOWN = (("frozen", ("down",)),)
@@ -303,6 +317,8 @@ MUTATIONS = {
     "balanced: w for its root": Mutation("O-normalised", routes, "_balanced", balanced(lambda xp, G, w, q: xp.sqrt(xp.mean(G * G / w) / q) * w), POST, BALANCED),
     "balanced: RMS of G instead of G/√w": Mutation("O-normalised", routes, "_balanced", balanced(lambda xp, G, w, q: xp.sqrt(xp.mean(G * G) / q) * xp.sqrt(w)), POST, BALANCED),
     "balanced: ε forgotten in y*": Mutation("O-normalised", routes, "candidate", candidate(before=lambda a, G, m, y, eps: a.unit * root(mean_square(y))), POST, BALANCED),
+    "centred: the scale of the other norm": Mutation("O-centred", centred, "centred", uncentred, CENTRED),
+    "centred: ε forgotten in y*": Mutation("O-centred", centred, "centred", centred_without_epsilon, CENTRED),
     "ball: root forgotten": Mutation("O-normalised", routes, "candidate", candidate(before=lambda a, G, m, y, eps: a.unit * eps / (1 - mean_square(a.unit))), POST, BALL),
     "ball: sphere instead of ball": Mutation("O-normalised", routes, "candidate", candidate(before=lambda a, G, m, y, eps: a.unit / (1 - mean_square(a.unit))), POST, BALL),
     "secular: m + μ/m": Mutation("O-normalised", routes, "secular", wrong_secular(lambda G, m, mu: (m + mu / m, G * m / (m * m - mu))), POST, SECULAR),

@@ -5,7 +5,7 @@ Source: theory 7; the metric is that of ROME and MEMIT [Meng et al.].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,6 @@ from controllability.interfaces import Path, node, updates_of
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.inputs import refuse_bad_inputs, without_cache
-from controllability.models.sweep.target_run import Progress, silent
 
 SHRINK = 0.1  # weight of the identity in Σ: no direction of which the texts say nothing is free
 
@@ -75,7 +74,10 @@ class Moments:
 
 
 def second_moments(
-    model: nn.Module, texts: Iterable[Any], tokenizer: Any = None, progress: Progress = silent
+    model: nn.Module,
+    texts: Iterable[Any],
+    tokenizer: Any = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Moments:
     """C = E[x xᵀ]/‖x‖² of what the matrices of the feed-forward halves read on ``texts``; for ``patch_model(..., moments=)``.
 

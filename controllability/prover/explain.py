@@ -161,7 +161,7 @@ def _asking(parent: Component, failure: Failure) -> str:
 
 LETTERS = {
     "I-before": "pf", "I-after": "fq", "O-after-fixed": "pg", "O-through-bijection": "gq", "O-times": "gc",
-    "O-normalised": "gn", "T-before": "pc",
+    "O-normalised": "gn", "O-centred": "gn", "T-before": "pc",
 }  # fmt: skip
 
 

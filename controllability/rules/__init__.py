@@ -13,6 +13,7 @@ from controllability.rules.base import (
     Step as Step,
     construct as construct,
 )
+from controllability.rules.centred import OutputCentred
 from controllability.rules.input_side import InputAfter, InputBefore, InputCombine, InputConstant
 from controllability.rules.leaves import LEAF_RULES
 from controllability.rules.mixture import InputMixture, JointMixture, JointThroughMixture, OutputMixture, ThroughMixture
@@ -31,7 +32,8 @@ from controllability.rules.through import ThroughBefore, ThroughSplit, ThroughSu
 RULES: list[Rule] = [
     *LEAF_RULES, InputConstant(), InputBefore(), InputAfter(), InputCombine(), InputMixture(), Theorem1(), Theorem1b(),
     InputByOutput(),
-    OutputAfterFixed(), OutputThroughBijection(), OutputTimes(), OutputNormalised(), OutputSum(), OutputFactor(),
+    OutputAfterFixed(), OutputThroughBijection(), OutputTimes(), OutputNormalised(), OutputCentred(), OutputSum(),
+    OutputFactor(),
     OutputMixture(), ThroughSplit(), ThroughBefore(), ThroughSum(), ThroughMixture(),
     OutputThroughBijection("through"), OutputTimes("through"), OutputNormalised("through"),
     JointNormalised(), JointMixture(), JointThroughMixture(), JointNormalised("through"),

@@ -22,10 +22,6 @@ from controllability.solvers import norm_scale as routes
 LAST_RESORT = 3  # cost of the ball route where another one was asked for
 
 
-def _is_rms(component: Component) -> bool:
-    return isinstance(component, Normalize) and component.kind == "rms"
-
-
 class NewScale(NamedTuple):
     """A scale m', and what must enter the normalisation for it, y*."""
 
@@ -122,6 +118,7 @@ class OutputNormalised(Rule):
     patch = "m' by the route (auto, secular, uniform, ball); g reaches y* = u·√(r²+ε), u = G/m'"
     source = "[G, App. B]; uniform, ball and auto new"
     about = Sequence
+    kind = "rms"
     jointly: bool | None = False
     solution: type[Solution] = OneToken
 
@@ -134,7 +131,7 @@ class OutputNormalised(Rule):
         parts = place.component.children()
         scaled = isinstance(parts[-1], Scale)
         norm = len(parts) - (2 if scaled else 1)
-        if norm < 1 or not _is_rms(parts[norm]):
+        if norm < 1 or parts[norm].normalises != self.kind:
             return Attempt()
         inner = place.slice(0, norm)
         attempt = prover.attempt(inner, self.side)

@@ -55,10 +55,10 @@ def candidate(route: str, G: Array, m: Array, y: Array, eps: Any, stored: Stored
     eps = xp.number(eps)
     if route == "scale":
         return _scale(xp, G, m, y, eps, stored)
-    live = _revived(xp, G, m)
+    live = revived(xp, G, m)
     if route == "ball":
         return _ball(xp, G, m, live, eps)
-    r2 = _usable_mean_square(xp, y, eps)
+    r2 = usable_mean_square(xp, y, eps)
     q = r2 / (r2 + eps)
     if route == "secular":
         scale, unit = secular(xp, G, live, q)
@@ -66,7 +66,7 @@ def candidate(route: str, G: Array, m: Array, y: Array, eps: Any, stored: Stored
     else:
         scale, unit = (_balanced if route == "balanced" else _uniform)(xp, G, live, q), G * 0
         tame = xp.is_zero(q * 0)
-    scale, u = _settled(xp, G, m, scale, unit, lambda wanted: stored_scale(xp, G, wanted, stored))
+    scale, u = settled(xp, G, m, scale, unit, lambda wanted: stored_scale(xp, G, wanted, stored))
     before = u * xp.sqrt(r2 + eps)
     finite = xp.is_zero(q * 0) if xp.exact else xp.is_zero(xp.sum((scale + before) * 0))
     return Candidate(route, scale, u, before, finite, tame)
@@ -74,10 +74,15 @@ def candidate(route: str, G: Array, m: Array, y: Array, eps: Any, stored: Stored
 
 def _balanced(xp: Arithmetic, G: Array, m: Array, q: Array) -> Array:
     """m'² = κ²·(m² + ρ·|G|·mean(m²)/RMS(G)) with κ² from mean((G/m')²) = q, and the signs of m."""
-    usual = xp.name(xp.mean(m * m) / xp.or_one(xp.sqrt(xp.mean(G * G))))
-    weight = xp.name(m * m + RHO * xp.magnitude(G) * usual)
+    weight = balanced_weights(xp, G, m)
     kappa = xp.sqrt(xp.mean(G * G / weight) / q)
     return kappa * xp.sqrt(weight) * m / xp.magnitude(m)
+
+
+def balanced_weights(xp: Arithmetic, G: Array, m: Array) -> Array:
+    """w = m² + ρ·|G|·mean(m²)/RMS(G)."""
+    usual = xp.name(xp.mean(m * m) / xp.or_one(xp.sqrt(xp.mean(G * G))))
+    return xp.name(m * m + RHO * xp.magnitude(G) * usual)
 
 
 def _uniform(xp: Arithmetic, G: Array, m: Array, q: Array) -> Array:
@@ -86,7 +91,7 @@ def _uniform(xp: Arithmetic, G: Array, m: Array, q: Array) -> Array:
     return xp.sqrt(xp.mean(ratio * ratio)) / xp.sqrt(q) * m
 
 
-def _settled(
+def settled(
     xp: Arithmetic, G: Array, m: Array, scale: Array, unit: Array, hold: Callable[[Array], Array]
 ) -> tuple[Array, Array]:
     """(m' as held, u = G/m'): where m'_i = 0 u comes from the solver; where nothing is asked for nothing moves."""
@@ -101,7 +106,7 @@ def _settled(
 
 
 def _ball(xp: Arithmetic, G: Array, m: Array, live: Array, eps: Any) -> Candidate:
-    scale, u = _settled(xp, G, m, live + xp.zeros_like(G), G * 0, lambda scale: scale)
+    scale, u = settled(xp, G, m, live + xp.zeros_like(G), G * 0, lambda scale: scale)
     room = 1 - xp.mean(u * u)
     open_ = xp.is_zero(room * 0) if xp.symbolic else room > 0
     open_ = open_ & ~(xp.is_zero(room * 0) & (eps == 0))  # without ε the image is the sphere, not the ball
@@ -115,7 +120,7 @@ def room(answer: Candidate) -> Array | None:
     return None if xp.symbolic else 1 - xp.mean(answer.unit * answer.unit)
 
 
-def _revived(xp: Arithmetic, G: Array, m: Array) -> Array:
+def revived(xp: Arithmetic, G: Array, m: Array) -> Array:
     """m with a usable value where m_i = 0 but G_i ≠ 0: no route can leave those entries alone."""
     dead = xp.is_zero(m)
     if not xp.any(dead):
@@ -130,7 +135,7 @@ def _revived(xp: Arithmetic, G: Array, m: Array) -> Array:
     return xp.where(idle, xp.zeros_like(m) + 1, revived)
 
 
-def _usable_mean_square(xp: Arithmetic, y: Array, eps: Any) -> Array:
+def usable_mean_square(xp: Arithmetic, y: Array, eps: Any) -> Array:
     """mean(y²), or a value of the order of ε (1 if ε = 0) where y is too small to keep its size."""
     r2 = xp.mean(y * y)
     floor = eps if eps != 0 else xp.number(1)

@@ -44,11 +44,21 @@ def unfolded_to_zero(table: Definitions, expression: Any) -> Any:
 
     One that is not 0 at a random point is left as it is: writing it out would never end.
     """
-    if expression != 0 and not table.relations and abs(RandomPoint(table.arrays).value(expression)) > WRONG:
+    if expression != 0 and not table.relations and abs(_at_a_point(table, expression)) > WRONG:
         return expression
     while expression != 0 and expression != (expression := unfold_newest(table, expression)):
         pass
     return expression
+
+
+def _at_a_point(table: Definitions, expression: Any) -> complex:
+    """The value at the first random point where nothing is divided by 0; 0 where there is none."""
+    for draw in range(4):
+        try:
+            return RandomPoint(table.arrays, draw=draw).value(expression)
+        except ZeroDivisionError:
+            continue
+    return 0j
 
 
 def named_array(x: Any) -> Any:
@@ -149,11 +159,12 @@ def _written_whole(array: Any) -> Any:
 class RandomPoint:
     """Values of entries at a random point, with small sizes: functions become fixed random ones.
 
-    ``arrays`` are the definitions.  Equal arguments give equal values, so that an identity holds at every point.
+    ``arrays`` are the definitions.  Equal arguments give equal values, so that an identity holds at every point.  Values are positive
+    at the first ``draw`` and of both signs at others.
     """
 
-    def __init__(self, arrays: Mapping[str, Any], size: int = 2) -> None:
-        self.arrays, self.size = arrays, size
+    def __init__(self, arrays: Mapping[str, Any], size: int = 2, draw: int = 0) -> None:
+        self.arrays, self.size, self.draw = arrays, size + draw, draw
         self._known: dict[Any, complex] = {}
 
     def value(self, e: Any) -> complex:
@@ -182,7 +193,9 @@ class RandomPoint:
             return self._symbol(head, e)
         values = [self.value(a) for a in e.args]
         if isinstance(e, sympy.core.function.AppliedUndef):
-            return complex(random.Random(repr((head, [_rounded(v) for v in values]))).uniform(0.5, 1.5))
+            drawn = random.Random(repr((head, [_rounded(v) for v in values])))
+            size = drawn.uniform(0.5, 1.5)
+            return complex(size if not self.draw or e.is_positive or drawn.random() < 0.5 else -size)
         if e.is_Pow:
             return values[0] ** values[1]
         if e.is_Add or e.is_Mul:

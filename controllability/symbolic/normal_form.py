@@ -35,14 +35,17 @@ def _normal_form(expression: Any) -> Any:
             return expression
         names, meaning = {}, {}
         roots: dict[Any, Any] = {}
-        for atom in opaque(expression):
-            if isinstance(atom, sympy.Pow) and (2 * atom.exp).is_Integer:  # A^(k/2) is a power of one root
-                factor, radicands = _root(atom.base)
-                for radicand, sign in radicands:
-                    name = roots.setdefault(radicand, sympy.Dummy(positive=radicand.is_positive))
-                    factor, meaning[name] = factor * name**sign, sympy.sqrt(radicand)
-                names[atom] = factor ** (2 * atom.exp)
-            else:
+        atoms = opaque(expression)
+        halves = [a for a in atoms if isinstance(a, sympy.Pow) and (2 * a.exp).is_Integer]
+        taken = [_root(atom.base) for atom in halves]
+        alone = {radicand for _, radicands in taken for radicand, _ in radicands}
+        for atom, (factor, radicands) in zip(halves, taken, strict=True):  # A^(k/2) is a power of one root
+            for radicand, sign in ((part, sign) for whole, sign in radicands for part in _parts(whole, alone)):
+                name = roots.setdefault(radicand, sympy.Dummy(positive=radicand.is_positive))
+                factor, meaning[name] = factor * name**sign, sympy.sqrt(radicand)
+            names[atom] = factor ** (2 * atom.exp)
+        for atom in atoms:
+            if atom not in names:
                 name = sympy.Dummy(positive=atom.is_positive)
                 names[atom], meaning[name] = name, atom
         plain = expression.xreplace(names)
@@ -80,6 +83,14 @@ def _root(base: Any) -> tuple[Any, list[tuple[Any, int]]]:
         factor *= square**sign
         found += [(r, sign) for r in (sympy.Integer(inside), primitive) if r != 1]
     return factor, found
+
+
+def _parts(radicand: Any, alone: set[Any]) -> list[Any]:
+    """The factors of a product under a root that stand under roots of their own too, and what is left: √(AB) = √A·√B."""
+    own = [part for part in radicand.args if part in alone] if radicand.is_Mul else []
+    for part in own:
+        radicand = radicand / part
+    return [radicand, *own] if radicand != 1 else own
 
 
 def _square_part(expression: Any) -> tuple[Any, Any]:

@@ -279,7 +279,12 @@ def _outer(row: Row, w: Vector) -> Vector:
 
 
 def _divisor(case: Case) -> Mistake | None:
-    if any(row.vector is None for row in case.rows) or case.rule not in ("I-scale", "O-scale", "O-normalised"):
+    if any(row.vector is None for row in case.rows) or case.rule not in (
+        "I-scale",
+        "O-scale",
+        "O-normalised",
+        "O-centred",
+    ):
         return None
     for c in case.candidates:
         if all(case.close(row.vector * w, row.demand) for row, w in zip(case.rows, c.vectors, strict=True)):

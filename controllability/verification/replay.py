@@ -172,14 +172,15 @@ class AsGiven(OutputNormalised):
         """
         inner = step.premises[0]
         xp, eps = arithmetic(G), _epsilon_of(step, G)
-        ours = [xp.lift(run.raw_of(inner.place)), xp.lift(run.target.output(inner.place.outlet))]
+        middle = (lambda y: y - xp.mean(y)) if _norm_of(step).normalises == "layer" else (lambda y: y)
+        ours = [middle(xp.lift(y)) for y in (run.raw_of(inner.place), run.target.output(inner.place.outlet))]
         if self.side == "through":
             ours.reverse()
         sizes = [xp.mean(y * y) for y in ours]
         wanted = [_quotient(xp, G, m) for m in scales]
         answer = wanted[0] * xp.sqrt(sizes[0] + eps)
         if theirs is not None:
-            theirs = answer = xp.lift(theirs)
+            theirs = answer = middle(xp.lift(theirs))
             sizes.append(xp.mean(answer * answer))
         for u in reversed(wanted):
             for r2 in reversed(sizes):
@@ -197,8 +198,12 @@ def _quotient(xp: Any, G: Array, m: Array) -> Array:
 
 
 def _epsilon_of(step: Step, like: Array) -> Any:
-    norm = next(part for part in step.place.component.children() if part.normalises == "rms")
-    return arithmetic(like).number(norm.norm_epsilon)
+    return arithmetic(like).number(_norm_of(step).norm_epsilon)
+
+
+def _norm_of(step: Step) -> Component:
+    """The norm that a normalised output is steered through: the last one."""
+    return next(part for part in reversed(step.place.component.children()) if part.normalises)
 
 
 def _parallel(xp: Any, a: Array, b: Array, fit: float) -> Array:
@@ -221,8 +226,9 @@ def scale_of(step: Step) -> tuple[Path | None, Component | None]:
     last = step.place.parts()[-1]
     if not last.component.scales:
         return None, None
-    own = scale_update(last.component).param in step.moved and step.route != "ball"
-    return (last.path if own else None), last.component
+    return last.path if scale_update(
+        last.component
+    ).param in step.moved and step.route != "ball" else None, last.component
 
 
 def scale_update(scale: Component) -> Update:
@@ -233,7 +239,10 @@ def scale_update(scale: Component) -> Update:
 
 def as_given(step: Step) -> Step:
     """A derivation whose normalised outputs take the scale that the patch gives."""
-    rule = AsGiven(step.rule.side) if isinstance(step.rule, OutputNormalised) else step.rule
+    rule = step.rule
+    if isinstance(rule, OutputNormalised):
+        rule = AsGiven(rule.side)
+        rule.name = step.rule.name.removesuffix(" jointly")
     return replace(step, rule=rule, premises=tuple(map(as_given, step.premises)))
 
 
@@ -256,7 +265,7 @@ def rules_at(step: Step) -> Iterator[tuple[Path, str, Param]]:
         elif isinstance(part.rule, AsGiven):
             path, scale = scale_of(part)
             if path is not None and scale is not None:
-                yield path, "O-normalised", scale_update(scale).param
+                yield path, part.rule.name, scale_update(scale).param
 
 
 def steered(step: Step, instance: Instance) -> list[Steered]:

@@ -16,6 +16,7 @@ DEMANDS = {
     "O-bias": "Δb = δ",
     "O-scale": "Δm ∘ y = δ",
     "O-normalised": "(m + Δm) ∘ n((W + ΔW) y) = G",
+    "O-centred": "(m + Δm) ∘ n((W + ΔW) y) = G",
 }
 
 
@@ -47,5 +48,5 @@ def statement(rule: str) -> str:
     """
     z = letter(rule)
     rest = f"{z}' in the target run" if rule.startswith("I") else "δ what the output still lacks"
-    rest = "G what the branch must give" if rule == "O-normalised" else rest
+    rest = "G what the branch must give" if rule in ("O-normalised", "O-centred") else rest
     return f"{demanded(rule)}, {z} the input in the patched run, {rest}"

@@ -51,7 +51,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--shape", nargs="+", default=["1b"], help=f"one of {' '.join(SHAPES)}, or a model directory; all: {' '.join(FULL)}"
+        "--shape",
+        nargs="+",
+        default=["1b"],
+        help=f"one of {' '.join(SHAPES)}, or a model directory; all: {' '.join(FULL)}",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--context", type=int, default=64)
