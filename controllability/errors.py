@@ -23,6 +23,10 @@ class BadInput(ControllabilityError, ValueError):
     """What was passed in cannot be used; nothing was changed."""
 
 
+class Overflow(BadInput):
+    """The model's own numbers leave the range of its dtype."""
+
+
 class Remedy(Protocol):
     """A change of a refused question that was tried and has a proof: ``ct.prove(remedy.block, **remedy.options)``."""
 

@@ -266,7 +266,7 @@ def test_the_installed_command_and_the_module_agree():
 
 
 def test_help_has_examples(capsys):
-    for command in ("demo", "list", "prove", "patch", "verify", "generate", "export"):
+    for command in ("demo", "list", "prove", "patch", "verify", "generate", "protocol", "export"):
         with pytest.raises(SystemExit) as left:
             main([command, "--help"])
         assert left.value.code == 0

@@ -12,9 +12,13 @@ from helpers import unchanged
 
 import controllability as ct
 from controllability.cli import patch as patching
+from controllability.cli.generate import padded
 from controllability.cli.main import main
+from controllability.cli.protocol import INSTRUCTIONS
 from controllability.models.gguf_files.head import read_head
 from controllability.models.loading import encode, load_model
+from controllability.models.protocol.rescale import rescaled
+from controllability.models.protocol.run import run_protocol
 
 pytestmark = pytest.mark.real
 
@@ -63,6 +67,25 @@ def test_float16_is_refused_by_name(real_gemma):
     half = copy.deepcopy(model).half()
     with pytest.raises(ct.BadInput, match=r"target run: the state .* layer 8 is not finite .* the model overflows"):
         ct.patch_model(half, *encode(tokenizer, CONTEXT, QUERY))
+
+
+@pytest.mark.parametrize("dtype, error, most", [("float32", 3e-6, 0), ("bfloat16", 0.02, 1), ("float16", 0.005, 1)])
+def test_the_protocol_of_the_papers(real_gemma, dtype, error, most):
+    """float16 on a copy whose states are divided by 8: as it is this model overflows (above)."""
+    model, tokenizer = real_gemma
+    ids, mask = padded([tokenizer(text)["input_ids"] for text in INSTRUCTIONS[:2]])
+    if dtype == "float16":
+        model, s = rescaled(model, {"input_ids": ids})
+        assert s == 8
+    elif dtype == "bfloat16":
+        model = copy.deepcopy(model).to(torch.bfloat16)
+    (row,) = (row.to_dict() for row in run_protocol(model, ids, mask, 4))
+    assert (row["dtype"], row["tokens"], row["refused"]) == (dtype, 8, None)
+    assert row["mismatches"] == row["explained"] <= most
+    assert row["relative_error"] <= error
+    assert row["sensitivity"] <= 4
+    assert row["agreement_unpatched"] < 0.3
+    assert row["max_logit_error_unpatched"] > 100 * row["max_logit_error"]
 
 
 def test_an_unknown_dtype_is_refused(real_file):

@@ -82,6 +82,18 @@ def _generate(parser: ArgumentParser) -> None:
     add("--seed", type=int, metavar="S", help="with --sample: which tokens are drawn (default 0)")
 
 
+def _protocol(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    _model(parser)
+    add("--tokens", type=int, default=20, metavar="N", help="how many of each prompt (default 20)")
+    add("--prompts", metavar="FILE", help="one a line (default: five of ours)")
+    add("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[1:], help="default: all but float64")
+    add("--routes", nargs="+", choices=ROUTES, default=ROUTES, help="default: all")
+    add("--rescale", action="store_true", help="float16 on a copy whose states are divided so that they fit")
+    add("--out", metavar="FILE", help="also draw a figure: FILE.svg or FILE.png, must not exist")
+
+
 def _compile(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _model(parser)
@@ -172,6 +184,11 @@ COMMANDS = {
         "Generate with the context, and token for token without it from patched weights.",
         'controllability generate embedded --prompt "Mia lives in Oslo . Where does Mia live ?" --tokens 8',
         _generate,
+    ),
+    "protocol": Command(
+        "The papers' section 4: prompts × tokens, in every dtype and on every route.",
+        "controllability protocol embedded --dtypes float32 bfloat16 --tokens 5",
+        _protocol,
     ),
     "compile": Command(
         "One set of weights that answers many queries without their context.",

@@ -125,4 +125,5 @@ def _elsewhere(module: str, name: str) -> Callable[[argparse.Namespace, Output],
 
 patch, verify, export = (_elsewhere("patch", name) for name in ("patch", "verify", "export"))
 generate, demo = _elsewhere("generate", "generate"), _elsewhere("demo", "demo")
+protocol = _elsewhere("protocol", "protocol")
 compile = _elsewhere("compile", "compile")  # noqa: A001 (named after the command)

@@ -13,9 +13,10 @@ import torch
 from controllability.cli.output import Output, number
 from controllability.cli.side_by_side import Transcript, live_view, numbers, plain_console, shown, side_by_side
 from controllability.errors import BadInput, ControllabilityError, NotVerified
-from controllability.models import exact_mode, generate as generate_tokens, patch_model
+from controllability.models import exact_mode, generate as generate_tokens
 from controllability.models.generation.steps import GeneratedToken, Generation
 from controllability.models.loading import DTYPES, load_model
+from controllability.models.protocol.run import sensitivity_of_token
 from controllability.models.reading.tolerances import VERIFIED
 from controllability.models.sweep.sensitivity import Sensitivity
 
@@ -51,16 +52,10 @@ def generate(args: argparse.Namespace, output: Output) -> int:
         _show(output, transcript, args.sample, stopped=True)
         raise stopped
     skipped = args.skip_sensitivity or stopped is not None
-    sensitivity = None if skipped else _sensitivity(model, reader.histories[0], args)
-    return _report(args, output, transcript, stopped is not None, time.perf_counter() - started, sensitivity)
-
-
-def _sensitivity(model: Any, history: list[int], args: argparse.Namespace) -> Sensitivity:
-    """Of the patch of one token, the last of the first prompt."""
-    ids = torch.tensor([history])
-    source = {"input_ids": ids[:, -1:], "position_ids": torch.tensor([[len(history) - 1]])}
     with exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
-        return patch_model(model, {"input_ids": ids}, source, via=args.via, route=args.route).sensitivity
+        history = torch.tensor(reader.histories[:1])  # of the patch of one token, the last of the first prompt
+        sensitivity = None if skipped else sensitivity_of_token(model, history, via=args.via, route=args.route)
+    return _report(args, output, transcript, stopped is not None, time.perf_counter() - started, sensitivity)
 
 
 class Reader:
@@ -157,7 +152,7 @@ def _report(
         for t, b in found.mismatches
     ]
     output.result({
-        "tokens": transcript.samples[0], "samples": samples, "agreement": found.agreement, "kl_max": found.kl_max,
+        "tokens": transcript.samples[0], "samples": samples, "agreement": found.agreement, "kl_max": found.kl_max, "tv_max": found.tv_max,
         "relative_error": found.relative_error, "max_logit_error": found.max_logit_error,
         "max_logit_error_unpatched": found.max_logit_error_unpatched, "different": different,
         "seconds_per_token": found.seconds_per_token, "dtype": args.dtype, "via": args.via, "route": args.route,

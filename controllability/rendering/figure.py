@@ -21,12 +21,13 @@ def two_plots(rows: int = 1, size: tuple[float, float] = (10, 4)) -> tuple[Figur
 
 
 def drawn(figure: Figure, path: Path, dpi: int = 120, **how: Any) -> Path:
-    """Write a figure to ``path`` (PNG, atomically) and close it; returns the path."""
-    from matplotlib import pyplot
+    """Write a figure to ``path`` (PNG, or as its suffix says; atomically) and close it; returns the path."""
+    from matplotlib import pyplot, rc_context
 
     temporary = path.with_name(f".{path.name}.part")
     try:
-        figure.savefig(temporary, format="png", dpi=dpi, **how)
+        with rc_context({"svg.fonttype": "none"}):  # words stay words, and the file small
+            figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=dpi, **how)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,8 +18,8 @@ class GeneratedToken:
     """One generated token of every sample; tensors are (B,), one entry a sample.
 
     ``target``, ``patched`` and ``unpatched`` are the chosen token ids (the last is None without control);
-    ``relative_error`` is max |patched − target| / max |target| over the logits, ``kl`` KL(target ‖ patched) in nats,
-    ``top1_gap`` the difference between the contextual model's two largest logits; ``near_tie`` says whether its two best
+    ``relative_error`` is max |patched − target| / max |target| over the logits, ``kl`` KL(target ‖ patched) in nats, ``tv`` the total
+    variation, ``top1_gap`` the difference between the contextual model's two largest logits; ``near_tie`` says whether its two best
     scores (after the processors of logits) are closer than twice the largest error.  ``active`` says which samples had
     not ended before; the numbers of the others are 0.  ``seconds``: what the target's step and the sweep took.  ``layers``, where
     reports were asked for, are those of ``mp.report``; its tokens are the active samples, in order.
@@ -32,6 +32,7 @@ class GeneratedToken:
     max_logit_error: Tensor
     max_logit_error_unpatched: Tensor | None
     kl: Tensor
+    tv: Tensor
     top1_gap: Tensor
     near_tie: Tensor
     active: Tensor
@@ -81,6 +82,11 @@ class Generation:
         return float(self._over_active("kl").max())
 
     @property
+    def tv_max(self) -> float:
+        """The largest total variation between the two distributions of a token."""
+        return float(self._over_active("tv").max())
+
+    @property
     def relative_error(self) -> float:
         """The largest relative error of a token's logits."""
         return float(self._over_active("relative_error").max())
@@ -127,7 +133,7 @@ class Generation:
         """JSON-ready: every sample's tokens and the summary."""
         return {
             "samples": [self.tokens(b) for b in range(len(self.prompt_lengths))], "agreement": self.agreement,
-            "kl_max": self.kl_max, "relative_error": self.relative_error, "max_logit_error": self.max_logit_error,
+            "kl_max": self.kl_max, "tv_max": self.tv_max, "relative_error": self.relative_error, "max_logit_error": self.max_logit_error,
             "max_logit_error_unpatched": self.max_logit_error_unpatched, "seconds_per_token": self.seconds_per_token,
             "route": self.route, "dtype": self.dtype,
         }  # fmt: skip
@@ -187,7 +193,7 @@ def compared(
     tokens, scores = choice.among(input_ids, *map(spread, given))
     found, best = compare_logits(patched, target), target.double().topk(2, -1).values
     numbers = {
-        "relative_error": found.relative_errors, "max_logit_error": found.error, "kl": found.kl,
+        "relative_error": found.relative_errors, "max_logit_error": found.error, "kl": found.kl, "tv": found.tv,
         "top1_gap": best[:, 0] - best[:, 1],
     }  # fmt: skip
     off = None if unpatched is None else spread(errors_and_sizes(unpatched.double(), target.double())[0]).cpu()

@@ -12,17 +12,13 @@ from torch import Tensor, nn
 from architectures.reading import Layer, Reading, Tap
 from controllability.arrays import arithmetic, errors_and_sizes, relative_error
 from controllability.components.mixture import CHOSEN, SHARES
-from controllability.errors import BadInput, ControllabilityError, ReadingError
+from controllability.errors import ControllabilityError, Overflow, ReadingError
 from controllability.execution.trace import Trace
 from controllability.interfaces import Path, node
 from controllability.models.hooks.installation import HookStack
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.random_inputs import random_inputs, refuse_ids
 from controllability.models.reading.tolerances import EIGHT_BITS, TOLERANCE
-
-
-class Overflow(BadInput):
-    """The random input of the comparison overflows: one token can spoil every position after it."""
 
 
 class Comparer:

@@ -34,13 +34,14 @@ def result_of(output: Any) -> Tensor:
 class LogitComparison:
     """Logits held against those that are wanted, position by position: tensors (N,), computed in float64.
 
-    ``error`` is max |found − wanted| and ``size`` max |wanted| over the vocabulary, ``kl`` is KL(wanted ‖ found) in nats, and
-    ``best`` and ``best_wanted`` are the likeliest tokens.
+    ``error`` is max |found − wanted| and ``size`` max |wanted| over the vocabulary, ``kl`` is KL(wanted ‖ found) in nats, ``tv``
+    the total variation ½ Σ |p − q|, and ``best`` and ``best_wanted`` are the likeliest tokens.
     """
 
     error: Tensor
     size: Tensor
     kl: Tensor
+    tv: Tensor
     best: Tensor
     best_wanted: Tensor
 
@@ -98,5 +99,6 @@ def joined(parts: list[LogitComparison]) -> LogitComparison:
 
 def _compared(found: Tensor, wanted: Tensor) -> LogitComparison:
     log_p, log_q = wanted.log_softmax(-1), found.log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
-    return LogitComparison(*errors_and_sizes(found, wanted), kl, found.argmax(-1), wanted.argmax(-1))
+    p, q = log_p.exp(), log_q.exp()
+    kl, tv = (p * (log_p - log_q)).sum(-1).clamp_min(0), (p - q).abs().sum(-1) / 2
+    return LogitComparison(*errors_and_sizes(found, wanted), kl, tv, found.argmax(-1), wanted.argmax(-1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from controllability.arrays import errors_and_sizes
-from controllability.errors import BadInput, NotVerified
+from controllability.errors import NotVerified, Overflow
 from controllability.models.reading.heads import Result, by_blocks
 from controllability.models.reading.tolerances import UNREACHED
 from controllability.models.sweep.fallbacks import made_good_later
@@ -76,7 +76,7 @@ def refuse_other_output(found: Result, wanted: Result, worst: float, name: Calla
 
 
 def refuse_not_finite(found: Result, name: Callable[[int], str]) -> None:
-    """Raise ``BadInput`` for a row of the source run's logits with NaN or infinity."""
+    """Raise ``Overflow`` for a row of the source run's logits with NaN or infinity."""
     by_blocks(lambda first, logits: _refuse_not_finite(logits, name, first), found)
 
 
@@ -84,7 +84,7 @@ def _refuse_not_finite(logits: Tensor, name: Callable[[int], str], first: int) -
     finite = torch.isfinite(logits.sum(-1, dtype=torch.promote_types(logits.dtype, torch.float32)))
     for row in (~finite).nonzero()[:, 0].tolist():
         if not bool(torch.isfinite(logits[row]).all()):  # a sum may overflow by itself
-            raise BadInput(
+            raise Overflow(
                 f"source run: the logits at {name(first + row)} are not finite; the model overflows on this input (try "
                 "another dtype); nothing was changed"
             )

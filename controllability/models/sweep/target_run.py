@@ -11,7 +11,7 @@ from torch import Tensor
 
 from architectures.reading import Layer, Tap
 from controllability.components.mixture import CHOSEN, SHARES
-from controllability.errors import BadInput, PatchError
+from controllability.errors import Overflow, PatchError
 from controllability.execution.trace import Trace
 from controllability.interfaces import Path
 from controllability.models.hooks.layer_hooks import LayerHooks
@@ -48,13 +48,13 @@ def as_state(states: list[Tensor | None]) -> Any:
 
 
 def check_finite(states: Tensor, run: str, layer: Layer, where: str) -> None:
-    """Raise ``BadInput`` for a state with NaN or infinity at any position."""
+    """Raise ``Overflow`` for a state with NaN or infinity at any position."""
     if bool(torch.isfinite(states.sum(dtype=torch.promote_types(states.dtype, torch.float32)))):
         return  # one number says so for all of them, but for sums that overflow by themselves
     finite = torch.isfinite(states)
     if not bool(finite.all()):
         bad = (~finite).nonzero()[0].tolist()
-        raise BadInput(
+        raise Overflow(
             f"{run} run: the state {where} layer {layer.index} is not finite at sample {bad[0]}, position {bad[1]}; "
             "the model overflows on this input (try another dtype); nothing was changed"
         )
