@@ -184,14 +184,6 @@ def amplification(chosen: Candidate, G: Array, y: Array, eps: Any) -> Array:
     return xp.largest(chosen.scale) * size / r / xp.or_one(xp.largest(G))
 
 
-def relative_change(scale: Array, m: Array) -> Array:
-    """max |m' − m| / |m| over the channels with m ≠ 0: (..., 1)."""
-    xp = arithmetic(scale, m)
-    change = scale - m
-    change = xp.where(xp.is_zero(m), xp.zeros_like(change), change)
-    return xp.largest(change / xp.or_one(m))
-
-
 def choose(G: Array, m: Array, y: Array, eps: Any, stored: Stored) -> Candidate:
     """``auto``: balanced, which is next to the least amplification of noise on every target; nothing has to be compared.
 

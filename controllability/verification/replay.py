@@ -143,6 +143,9 @@ def _base(param: Param, params: Params) -> Array:
 class AsGiven(OutputNormalised):
     """O-normalised with the scale that the patch gives: any scale will do that the matrix before it goes with."""
 
+    def __init__(self, rule: OutputNormalised) -> None:
+        self.side, self.name = rule.side, rule.name.removesuffix(" jointly")
+
     def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         assert isinstance(run, GivenRun)
         inner = step.premises[0]
@@ -226,9 +229,8 @@ def scale_of(step: Step) -> tuple[Path | None, Component | None]:
     last = step.place.parts()[-1]
     if not last.component.scales:
         return None, None
-    return last.path if scale_update(
-        last.component
-    ).param in step.moved and step.route != "ball" else None, last.component
+    own = scale_update(last.component).param in step.moved and step.route != "ball"
+    return (last.path if own else None), last.component
 
 
 def scale_update(scale: Component) -> Update:
@@ -239,10 +241,7 @@ def scale_update(scale: Component) -> Update:
 
 def as_given(step: Step) -> Step:
     """A derivation whose normalised outputs take the scale that the patch gives."""
-    rule = step.rule
-    if isinstance(rule, OutputNormalised):
-        rule = AsGiven(rule.side)
-        rule.name = step.rule.name.removesuffix(" jointly")
+    rule = AsGiven(step.rule) if isinstance(step.rule, OutputNormalised) else step.rule
     return replace(step, rule=rule, premises=tuple(map(as_given, step.premises)))
 
 
