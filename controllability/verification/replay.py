@@ -141,7 +141,7 @@ def _base(param: Param, params: Params) -> Array:
 
 
 class AsGiven(OutputNormalised):
-    """O-normalised with the scale that the patch gives: any scale will do that the matrix before it goes with."""
+    """The rule with the scale that the patch gives: any scale will do that the matrix before it goes with."""
 
     def __init__(self, rule: OutputNormalised) -> None:
         self.side, self.name = rule.side, rule.name.removesuffix(" jointly")
@@ -210,8 +210,7 @@ def _norm_of(step: Step) -> Component:
 
 
 def _parallel(xp: Any, a: Array, b: Array, fit: float) -> Array:
-    size = xp.sum(b * b)
-    factor = xp.sum(a * b) / xp.where(xp.is_zero(size), size + 1, size)
+    factor = xp.sum(a * b) / xp.or_one(xp.sum(b * b))
     return (xp.largest(a - factor * b) <= fit * xp.largest(a)) & (factor > 0)
 
 
