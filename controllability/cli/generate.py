@@ -29,9 +29,9 @@ def generate(args: argparse.Namespace, output: Output) -> int:
     started = time.perf_counter()
     options = _options(args)
     with output.busy(f"loading {args.model}"):
-        model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
+        model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code, args.device)
     prompts = [encoded(tokenizer, text, i, len(args.prompt)) for i, text in enumerate(args.prompt)]
-    ids, mask = padded(prompts)
+    ids, mask = (x.to(args.device) for x in padded(prompts))
     transcript = Transcript(args.prompt, args.tokens, [[] for _ in prompts])
     reader = Reader(tokenizer, prompts, transcript, args.follow)
     stopped: BaseException | None = None
@@ -57,8 +57,8 @@ def generate(args: argparse.Namespace, output: Output) -> int:
 
 def _sensitivity(model: Any, history: list[int], args: argparse.Namespace) -> Sensitivity:
     """Of the patch of one token, the last of the first prompt."""
-    ids = torch.tensor([history])
-    source = {"input_ids": ids[:, -1:], "position_ids": torch.tensor([[len(history) - 1]])}
+    ids = torch.tensor([history], device=args.device)
+    source = {"input_ids": ids[:, -1:], "position_ids": torch.tensor([[len(history) - 1]], device=args.device)}
     with exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
         return patch_model(model, {"input_ids": ids}, source, via=args.via, route=args.route).sensitivity
 
