@@ -13,7 +13,7 @@ from typing import Any
 from controllability.errors import ControllabilityWarning
 
 NAME = "architectures"
-OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), NAME, "__init__.py")
+OURS = os.path.abspath(os.path.join(os.path.realpath(__file__), "../../..", NAME, "__init__.py"))
 
 
 def find_ours() -> None:
