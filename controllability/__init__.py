@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from controllability.cli.name_clash import find_ours as _find_ours
 from controllability.version import __version__ as __version__
+
+_find_ours()
 
 # Names are loaded on first use: `import controllability` loads neither torch, transformers nor SymPy.
 _ROOMS = {

@@ -11,6 +11,15 @@ def in_a_line(error: BaseException, length: int = 300) -> str:
     return " ".join(str(error).split())[:length]
 
 
+def printable(text: str, but: str = "") -> str:
+    r"""The text with signs that a terminal would obey, or cannot show, written as their codes, ``but`` for these.
+
+    >>> print(printable("W\x1b[31m and ΔW"))
+    W\x1b[31m and ΔW
+    """
+    return "".join(c if c.isprintable() or c in but else c.encode("unicode_escape").decode() for c in text)
+
+
 class ControllabilityError(Exception):
     """Base of all errors that the package raises on purpose."""
 

@@ -130,7 +130,7 @@ WIDTH, LEFT, RIGHT = 800, 112, 706  # of the drawing; where boxes begin and end
 HEIGHT, GAP, TOP, BESIDE = 38, 20, 64, 16  # of a box, between floors, of the heading, between boxes
 LANE, ASIDE = 14, 36  # between lines that pass floors by; from a box's middle to a line that is not upright
 GROUPS = {
-    "ground": ("errors", "version", "arrays", "symbolic", "deltas", "solvers"),
+    "ground": ("errors", "version", "texts", "arrays", "symbolic", "deltas", "solvers"),
     "language": ("interfaces", "components", "architectures", "execution"),
     "proof": ("rules", "prover", "checks", "verification", "rendering", "proof_files", "proof"),
     "face": ("compiling", "cli", "embedded", "__init__", "__main__"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -237,11 +237,14 @@ def test_a_patch_for_other_weights_is_refused(capsys, saved_gemma, tmp_path):
 
 
 def test_unwritable_output(capsys, saved_gemma, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, who runs CI, may write anywhere
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refused)  # root, who runs CI, may write anywhere
     status, _, err = run(capsys, *patch_arguments(saved_gemma, "--out", tmp_path / "out"))
     assert status == 2
     one_line(err)
-    assert f"no permission in {tmp_path}" in err
+    assert f"cannot write to {tmp_path / 'out'}: Permission denied" in err
 
 
 def test_pickled_weights_are_not_loaded(capsys, saved_gemma, tmp_path):

@@ -78,7 +78,7 @@ def test_recheck_of_a_level_that_fails(capsys, written, monkeypatch):
         ('{"verdict": "patchable", "verdict": "refused"}', "names a key twice"),
         ('{"cost": NaN}', "NaN is no JSON number"),
         ('{"cost": ' + "9" * 5000 + "}", "not JSON"),
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", "is not UTF-8: byte 0 is 0xff"),
         ("{}", "format: expected, and it is missing"),
         ('{"verdict": "refused", "culprit": "tanh"}', "a refusal holds no proof"),
     ],

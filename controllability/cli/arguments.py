@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 VIA, ROUTES = ("input-output", "output"), ("auto", "balanced", "scale", "secular", "uniform", "ball")
 LEVELS, FORMATS = ("derived", "symbolic", "exact", "numeric"), ("text", "latex", "html", "json")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+TEXTS = ("context", "query", "prompt")  # what texts are called that an option takes, or a file
+
+
+class TextFile(str):
+    """The name of a file that holds such a text."""
 
 
 class Command(NamedTuple):
@@ -21,7 +26,8 @@ class Command(NamedTuple):
 
 def _demo(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", metavar="DIR", help="also write a picture of every layer's error and patch sizes")
+    _out(parser, "DIR", "also write a picture of every layer's error and patch sizes here")
+    _device(parser)
     add("--worlds", type=int, default=8, metavar="N", help="how many fresh contexts to draw (default 8)")
     add("--seed", type=int, default=0, help="which contexts are drawn (default 0)")
     add("--scope", choices=("each", "last"), default="each", help="see the patch command")
@@ -29,47 +35,54 @@ def _demo(parser: ArgumentParser) -> None:
 
 
 def _list(parser: ArgumentParser) -> None:
-    parser.add_argument("--markdown", action="store_true", help="the table of docs/architectures.md")
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/architectures.md, not with --json")
+    _out(parser)
 
 
 def _prove(parser: ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="an architecture or a model type; see controllability list")
+    name = "an architecture or model type (see controllability list), a model directory, config.json or GGUF file"
+    parser.add_argument("name", metavar="NAME", help=name)
+    _out(parser)
     parser.add_argument("--via", choices=VIA, default="input-output", help="Theorem 1 (default) or 1b")
     parser.add_argument("--route", choices=ROUTES, default="auto", help="what a normalised output does (default auto)")
     parser.add_argument("--jointly", action="store_true", help="one patch for many tokens at once, not one for each")
     parser.add_argument("--level", choices=LEVELS, default="derived", help="what to run (default derived: nothing)")
-    parser.add_argument("--format", choices=FORMATS, default="text")
+    parser.add_argument("--format", choices=FORMATS, help="default text; --json is --format json")
 
 
 def _recheck(parser: ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="written by controllability prove NAME --json, or Proof.to_dict()")
+    what = "written by controllability prove NAME --json, or Proof.to_dict(); or - for standard input"
+    parser.add_argument("file", metavar="FILE", help=what)
+    _out(parser)
     parser.add_argument("--level", choices=LEVELS, default="derived", help="what to run beside (default derived)")
 
 
 def _patch(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _model(parser)
-    add("--context", required=True, metavar="TEXT")
-    add("--query", required=True, metavar="TEXT")
+    _text(parser, "context")
+    _text(parser, "query")
     scope = "a patch for each position (default), one for the last, or one for all of them"
     add("--scope", choices=("each", "last", "all"), default="each", help=scope)
     _solving(parser)
     _measuring(parser)
     positions = "positions of the query: as in the target (default), or from 0"
     add("--positions", choices=("keep", "reset"), default="keep", help=positions)
-    add("--out", metavar="DIR", help="save the patch here; must be new or empty")
+    _out(parser, "DIR", "save the patch here")
 
 
 def _verify(parser: ArgumentParser) -> None:
     _model(parser, "the model it was made for")
     parser.add_argument("patch", metavar="PATCH_DIR")
     _measuring(parser)
+    _out(parser)
 
 
 def _generate(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _model(parser)
-    add("--prompt", required=True, action="append", metavar="TEXT", help="may be given several times: one batch")
+    _text(parser, "prompt", "; may be given several times: one batch", action="append")
+    _out(parser)
     add("--tokens", type=int, default=20, metavar="N", help="how many to generate (default 20)")
     _solving(parser)
     _measuring(parser)
@@ -86,19 +99,20 @@ def _protocol(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _model(parser)
     add("--tokens", type=int, default=20, metavar="N", help="how many of each prompt (default 20)")
-    add("--prompts", metavar="FILE", help="one a line (default: five of ours)")
+    add("--prompts", metavar="FILE", help="one a line, - is standard input (default: five of ours)")
     add("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
     add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[1:], help="default: all but float64")
     add("--routes", nargs="+", choices=ROUTES, default=ROUTES, help="default: all")
     add("--rescale", action="store_true", help="float16 on a copy whose states are divided so that they fit")
-    add("--out", metavar="FILE", help="also draw a figure: FILE.svg or FILE.png, must not exist")
+    add("--out", dest="picture", metavar="FILE", help="also draw a figure: FILE.svg or FILE.png; must be new")
 
 
 def _compile(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _model(parser)
-    add("--context", required=True, metavar="TEXT")
-    add("--queries", required=True, metavar="FILE", help='one query a line, or .jsonl: {"query": TEXT, "weight": N}')
+    _text(parser, "context")
+    queries = 'one query a line (- is standard input), or .jsonl: {"query": TEXT, "weight": N}'
+    add("--queries", required=True, metavar="FILE", help=queries)
     add("--heldout", metavar="FILE", help="queries that the weights are judged on and not made for")
     add("--unrelated", metavar="FILE", help="texts on which nothing should change (default: some of ours)")
     add("--answer-tokens", type=int, default=0, metavar="N", help="add N tokens of the contextual model's own answers")
@@ -112,7 +126,7 @@ def _compile(parser: ArgumentParser) -> None:
     kind.add_argument("--peft", action="store_true", help="write a PEFT adapter (default: a patch)")
     kind.add_argument("--merge", action="store_true", help="write whole weights that plain transformers loads")
     add("--picture", action="store_true", help="agreement and drift against rank (drawn with --heldout anyway)")
-    add("--out", required=True, metavar="DIR", help="must not exist")
+    _out(parser, "DIR", "write it here", required=True)
 
 
 def _ridge(text: str) -> float | str:
@@ -125,21 +139,39 @@ _ridge.__name__ = "number"  # what argparse calls it
 def _export(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("patch", metavar="PATCH_DIR", help="written by controllability patch --scope last (or all) --out")
-    add("--peft", required=True, metavar="DIR", help="write the adapter here; must be new or empty")
-    add(
-        "--model",
-        metavar="MODEL",
-        help="the model it was made for (default: the directory or file that the patch remembers)",
-    )
-    add("--trust-remote-code", action="store_true", help="run code that a model directory brings (off by default)")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--peft", metavar="DIR", help="write a PEFT adapter here")
+    _out(where, "DIR", "the same")
+    model = "the model it was made for (default: the directory or file that the patch remembers)"
+    add("--model", metavar="MODEL", help=model)
+    _loading(parser)
 
 
-def _model(
-    parser: ArgumentParser, what: str = "directory written by save_pretrained, a GGUF file, or a Hub id"
-) -> None:
-    add = parser.add_argument
-    add("model", metavar="MODEL", help=f"{what}; embedded is the package's own trained model")
-    add("--trust-remote-code", action="store_true", help="run code that a model directory brings (off by default)")
+def _model(parser: ArgumentParser, what: str = "written by save_pretrained, a GGUF file, or a Hub id") -> None:
+    parser.add_argument("model", metavar="MODEL", help=f"{what}; embedded is the package's own trained model")
+    _loading(parser)
+
+
+def _loading(parser: ArgumentParser) -> None:
+    code = "run code that a model directory brings (off by default)"
+    parser.add_argument("--trust-remote-code", action="store_true", help=code)
+    _device(parser)
+
+
+def _device(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", metavar="D", help="where the model runs: cpu (default), cuda, mps …")
+
+
+def _text(parser: ArgumentParser, name: str, more: str = "", **how: Any) -> None:
+    one = parser.add_mutually_exclusive_group(required=True)
+    one.add_argument(f"--{name}", metavar="TEXT", help=f"the {name}, or - for standard input{more}", **how)
+    file = "holds it in UTF-8 (the end of the last line is no part of it), or - for standard input"
+    one.add_argument(f"--{name}-file", dest=name, type=TextFile, metavar="FILE", help=file, **how)
+
+
+def _out(parser: Any, kind: str = "FILE", what: str = "write what would be printed to this file", **how: Any) -> None:
+    dest, state = ("out", "new or empty") if kind == "DIR" else ("into", "new")
+    parser.add_argument("--out", dest=dest, metavar=kind, help=f"{what}; must be {state}", **how)
 
 
 def _measuring(parser: ArgumentParser) -> None:

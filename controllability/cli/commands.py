@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -15,9 +16,12 @@ from controllability.cli.output import Output
 def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
     """Print the registered architectures."""
     from controllability.cli import catalogue
+    from controllability.errors import BadInput
 
+    if args.markdown and output.as_json:
+        raise BadInput("--markdown and --json are two forms of one list: leave one of them out")
     if args.markdown:
-        print(catalogue.markdown(), end="")
+        output.text(catalogue.markdown().removesuffix("\n"))
         return 0
     rows = catalogue.rows()
     output.result({"architectures": rows})
@@ -32,33 +36,35 @@ def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named 
 def prove(args: argparse.Namespace, output: Output) -> int:
     """Print the proof of one architecture, and what the checks of a level showed."""
     import architectures
-    from controllability.errors import NotControllable
+    from controllability.errors import BadInput, NotControllable
     from controllability.proof import prove as prove_block
 
+    if output.as_json and args.format not in (None, "json"):
+        raise BadInput(f"--json and --format {args.format} ask for two forms: leave one of them out")
+    output.as_json = output.as_json or args.format == "json"
+    args.name = _family(args.name)
     block = None  # a family that is refused by its declaration has none
     try:
         block = architectures.block(args.name)
         proof = prove_block(block, args.via, args.route, jointly=args.jointly)
     except NotControllable as refused:
-        if args.format == "html" and not output.as_json:
+        if args.format == "html":
             from controllability.rendering.html import refusal_html
 
             _print_page(refusal_html(args.name, block, refused))
             return 1
-        if not (output.as_json or args.format == "json"):
+        if not output.as_json:
             raise
-        output.as_json = True
         output.refusal(refused, name=args.name)
         return 1
     checks = proof.check(args.level)
     failed = any(c["status"] == "failed" for c in checks)
     reached = _reached(args.level, checks)
     data = {"name": args.name} | proof.to_dict() | {"level": reached, "checks": checks}
-    if output.as_json or args.format == "json":
-        output.as_json = True
+    if output.as_json:
         output.result(data)
     elif args.format == "latex":
-        print(proof.to_latex(reached, args.name))
+        output.text(proof.to_latex(reached, args.name))
     elif args.format == "html":
         from controllability.rendering.html import proof_html
 
@@ -67,6 +73,22 @@ def prove(args: argparse.Namespace, output: Output) -> int:
         output.text(str(proof))
         _show_checks(args.level, checks, output)
     return 1 if failed else 0
+
+
+def _family(name: str) -> str:
+    """The name, where it is registered; else that of the family that a model directory, a config or a GGUF file names."""
+    import architectures
+    from controllability.errors import BadInput
+
+    try:
+        architectures.find(name)
+        return name
+    except BadInput:
+        if name != "embedded" and not os.path.exists(name):
+            raise
+    from controllability.models.loading import model_type
+
+    return architectures.find(model_type(name)).name
 
 
 def recheck(args: argparse.Namespace, output: Output) -> int:
@@ -91,10 +113,7 @@ def recheck(args: argparse.Namespace, output: Output) -> int:
         "frozen": sorted(proof.frozen), "jointly": proof.jointly, "most": proof.max_tokens, "moved": moved, "rules": [*proof.rules],
         "level": _reached(args.level, checks), "checks": checks,
     })  # fmt: skip
-    from controllability.rendering.text import printable
-
-    named = printable(name or args.file)
-    output.text(f"{named}: each of the {nodes} nodes follows from its premises, and nothing was searched")
+    output.text(f"{name or args.file}: each of the {nodes} nodes follows from its premises, and nothing was searched")
     output.text(str(proof))
     _show_checks(args.level, checks, output)
     return 1 if failed else 0

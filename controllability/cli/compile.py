@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from controllability.cli.files import new_path
 from controllability.cli.output import Output, number
-from controllability.cli.patch import refuse_unusable
+from controllability.cli.streams import say
 from controllability.compiling import Compiled, compile_context
 from controllability.compiling.compile_context import refuse_wish
 from controllability.compiling.exact_or_ridge import Wish
 from controllability.compiling.queries import Query, read_queries, refuse_no_text, refuse_overlap
 from controllability.compiling.rank_figure import measure_by_rank
-from controllability.compiling.write import Written, refuse_existing, write
-from controllability.errors import BadInput
+from controllability.compiling.write import Written, write
 from controllability.models import exact_mode
 from controllability.models.loading import load_model
 from controllability.rendering.text import printable
@@ -35,7 +34,7 @@ def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (nam
     started = time.perf_counter()
     out, texts = _checked(args)
     with output.busy(f"loading {args.model}"):
-        model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
+        model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code, args.device)
     with output.progress() as progress, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
         compiled = compile_context(
             model, tokenizer, args.context, texts["queries"], texts["heldout"], [q.text for q in texts["unrelated"]],
@@ -54,19 +53,16 @@ def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (nam
 
 def _checked(args: argparse.Namespace) -> tuple[Path, dict[str, list[Query]]]:
     """The directory and the texts.  Raises ``BadInput`` before anything is loaded or computed."""
-    if not args.out:
-        raise BadInput("--out is empty: give a directory")
     refuse_no_text(args.context, "the context")
-    out = Path(args.out)
-    refuse_existing(out)
-    refuse_unusable(out)
+    out = new_path(args.out)
+    assert out is not None
     refuse_wish(Wish(args.via, args.rank, args.ridge, args.keep_rms), args.answer_tokens)
     texts: dict[str, list[Query]] = {}
     for name, what in (("queries", "queries"), ("heldout", "held-out queries"), ("unrelated", "unrelated texts")):
         path = getattr(args, name)
         texts[name], notes = read_queries(path, what) if path is not None else ([], [])
         for note in notes:
-            print(f"controllability: {printable(note)}", file=sys.stderr)
+            say(f"controllability: {note}")
     refuse_overlap(texts["queries"], texts["heldout"])
     return out, texts
 

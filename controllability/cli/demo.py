@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import Any
 import torch
 
 from controllability.arrays import relative_error
+from controllability.cli.files import new_path
 from controllability.cli.output import Output, number
 from controllability.embedded.world import draw_worlds
 from controllability.errors import BadInput
 from controllability.models import ModelPatch, patch_model
+from controllability.models.files.folders import written
 from controllability.models.hooks.layer_hooks import LayerHooks
-from controllability.models.loading import embedded_directory, encode, load_model
+from controllability.models.loading import embedded_directory, encode, load_model, on_device
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.logits import compare_logits
@@ -30,9 +31,9 @@ def demo(args: argparse.Namespace, output: Output) -> int:
     """See ``controllability demo --help``."""
     if args.worlds < 1:
         raise BadInput(f"--worlds must be at least 1, got {args.worlds}")
-    out = _writable(Path(args.out)) if args.out else None
+    out = new_path(args.out)
     started = time.perf_counter()
-    model, tokenizer = load_model(str(embedded_directory()))
+    model, tokenizer = load_model(str(embedded_directory()), device=args.device)
     queries, errors, unpatched_errors = [], [], []
     worlds = draw_worlds(seed=20_000 + args.seed, count=args.worlds)
     first: tuple[ModelPatch, dict[str, Any], dict[str, Any]] | None = None
@@ -40,7 +41,7 @@ def demo(args: argparse.Namespace, output: Output) -> int:
         total, done = sum(len(w.questions) for w in worlds), 0
         for world in worlds:
             for question in world.questions:
-                target, source = encode(tokenizer, world.context, question.text)
+                target, source = (on_device(x, args.device) for x in encode(tokenizer, world.context, question.text))
                 answer, mp = _ask(model, target, source, args.scope, args.route)
                 first, wanted = first or (mp, target, source), answer["with_context"]
                 words = {k: tokenizer.decode(v.argmax()) for k, v in answer.items()}
@@ -60,7 +61,9 @@ def demo(args: argparse.Namespace, output: Output) -> int:
         "patch_numbers": first[0].numbers, "dense_numbers": first[0].dense_numbers, "scope": args.scope,
     }  # fmt: skip
     if out is not None:
-        data["picture"] = str(layer_picture(model, *first, out / "demo.png"))
+        with written(out) as folder:
+            layer_picture(model, *first, folder / "demo.png")
+        data["picture"] = str(out / "demo.png")
     data["seconds"] = time.perf_counter() - started
     output.result(data)
     _show(output, data, first[0])
@@ -103,16 +106,6 @@ def _show(output: Output, data: dict[str, Any], patch: ModelPatch) -> None:
         f"as dense ΔW it would be {data['dense_numbers']:,}\n"
         f"{data['seconds']:.1f} s" + (f"   picture: {data['picture']}" if "picture" in data else "")
     )
-
-
-def _writable(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot write to {out}: {error.strerror or error}") from None
-    if not os.access(out, os.W_OK):
-        raise BadInput(f"cannot write to {out}: no permission")
-    return out
 
 
 def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Mapping[str, Any], path: Path) -> Path:

@@ -30,9 +30,9 @@ def generate(args: argparse.Namespace, output: Output) -> int:
     started = time.perf_counter()
     options = _options(args)
     with output.busy(f"loading {args.model}"):
-        model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
+        model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code, args.device)
     prompts = [encoded(tokenizer, text, i, len(args.prompt)) for i, text in enumerate(args.prompt)]
-    ids, mask = padded(prompts)
+    ids, mask = (x.to(args.device) for x in padded(prompts))
     transcript = Transcript(args.prompt, args.tokens, [[] for _ in prompts])
     reader = Reader(tokenizer, prompts, transcript, args.follow)
     stopped: BaseException | None = None
@@ -53,7 +53,9 @@ def generate(args: argparse.Namespace, output: Output) -> int:
         raise stopped
     skipped = args.skip_sensitivity or stopped is not None
     with exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
-        history = torch.tensor(reader.histories[:1])  # of the patch of one token, the last of the first prompt
+        history = torch.tensor(
+            reader.histories[:1], device=args.device
+        )  # of the patch of one token, the last of the first prompt
         sensitivity = None if skipped else sensitivity_of_token(model, history, via=args.via, route=args.route)
     return _report(args, output, transcript, stopped is not None, time.perf_counter() - started, sensitivity)
 

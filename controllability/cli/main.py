@@ -7,12 +7,17 @@ import io
 import os
 import re
 import sys
+import traceback
+import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from controllability import errors
 from controllability.cli.arguments import COMMANDS
 from controllability.cli.output import Output
+from controllability.cli.streams import drop_unwritten, open_missing, say
+from controllability.version import __version__
 
 REFUSED, USAGE = 1, 2
 
@@ -21,7 +26,11 @@ class Parser(argparse.ArgumentParser):
     """Wrong usage is one clear line on stderr and status 2."""
 
     def error(self, message: str) -> Any:
-        self.exit(USAGE, f"controllability: {message} (see {self.prog} --help)\n")
+        say(f"controllability: {message} (see {self.prog} --help)")
+        self.exit(USAGE)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file, flush=True)  # argparse's own is silent where it cannot write
 
 
 def parser() -> Parser:
@@ -31,6 +40,7 @@ def parser() -> Parser:
         description="Context into weights, exactly, with a proof.",
         epilog="start with: controllability demo",
     )
+    root.add_argument("--version", action="version", version=f"controllability {__version__}")
     commands = root.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
@@ -43,58 +53,90 @@ def parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; every expected failure is one clear line on stderr."""
+    """Run one command; returns the exit status."""
+    open_missing()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign gets its code, not a traceback
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda what, *_, **__: say(f"controllability: warning: {what}")
+            return _guarded(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        drop_unwritten()
+
+
+def _guarded(arguments: Sequence[str]) -> int:
+    """The exit status; every expected failure is one clear line on stderr."""
+    try:
+        return _run(arguments)
+    except (errors.BadInput, errors.ReadingError, errors.PatchError) as error:
+        return _fail(error, USAGE)
+    except errors.ControllabilityError as error:
+        return _fail(error, REFUSED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was changed", 130)
+    except BrokenPipeError:  # the reader has seen enough
+        return 0
+    except OSError as error:
+        what = f"use {error.filename}" if error.filename else "write the result"
+        return _fail(f"cannot {what}: {error.strerror or error}", USAGE)
+    except Exception as error:  # no traceback for the user
+        if os.environ.get("CONTROLLABILITY_TRACEBACK"):
+            raise
+        return _fail(*_explained(error))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    _refuse_bytes(arguments)
     cli = parser()
     args = cli.parse_args(arguments)
     if args.command is None:
         cli.print_help(sys.stderr)
         return USAGE
     if sys.stdout is None:
-        return _fail("stdout is closed: there is nowhere to write the result", USAGE)
+        raise errors.BadInput("stdout is closed: there is nowhere to write the result")
+    import numpy  # noqa: F401 (before torch, which would take a Ctrl-C in here for a missing NumPy)
+
+    from controllability.cli import commands
+    from controllability.cli.files import printed_to, read_texts
+
     output = Output(as_json=args.json)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign gets its code, not a traceback
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        import numpy  # noqa: F401 (before torch, which would take a Ctrl-C in here for a missing NumPy)
+    read_texts(args)
+    with printed_to(getattr(args, "into", None), output):
+        try:
+            status = int(getattr(commands, args.command)(args, output))
+        except (errors.NotControllable, errors.SideConditionFailed) as error:
+            output.refusal(error)
+            status = _refuse(error)
+    sys.stdout.flush()
+    return status
 
-        from controllability.cli import commands
 
-        status = int(getattr(commands, args.command)(args, output))
-        sys.stdout.flush()
-        return status
-    except (errors.BadInput, errors.ReadingError, errors.PatchError) as error:
-        return _fail(error, USAGE)
-    except (errors.NotControllable, errors.SideConditionFailed) as error:
-        output.refusal(error)
-        return _refuse(error)
-    except errors.ControllabilityError as error:
-        return _fail(error, REFUSED)
-    except KeyboardInterrupt:
-        print("controllability: interrupted; nothing was changed", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        return _fail(f"cannot write the result: {error.strerror or error}", USAGE)
-    except MemoryError:
-        print("controllability: not enough memory for this model; nothing was changed", file=sys.stderr)
-        return USAGE
-    except Exception as error:  # ours to mend; still no traceback for the user
-        if os.environ.get("CONTROLLABILITY_TRACEBACK"):
-            raise
-        text = errors.in_a_line(error)
-        hint = "please report it; CONTROLLABILITY_TRACEBACK=1 shows where"
-        return _fail(f"internal error ({type(error).__name__}: {text}); {hint}", REFUSED)
+def _refuse_bytes(arguments: Sequence[str]) -> None:
+    for option, word in zip(("", *arguments), arguments, strict=False):
+        if wrong := re.search("[\0\ud800-\udfff]", word):
+            which = f"the argument after {option}" if option.startswith("-") else "an argument"
+            raise errors.BadInput(f"{which} is not UTF-8: character {wrong.start()} is {wrong[0]!a}")
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """What an error that others raised means, and the status."""
+    text = errors.in_a_line(error)
+    if isinstance(error, MemoryError) or re.search("(can't allocate|out of|not enough) memory", text):
+        return "not enough memory for this model; nothing was changed", USAGE
+    if isinstance(error, ImportError) or isinstance(getattr(error, "obj", None), ModuleType):
+        return f"cannot import what is needed: {text}; is something of that name found first, or not installed?", USAGE
+    what, where = f"{type(error).__name__}: {text}", "CONTROLLABILITY_TRACEBACK=1 shows where"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    library = frame.f_globals.get("__name__", "").partition(".")[0]
+    if library not in ("controllability", "architectures"):
+        return f"{library} cannot run this: {what}; is the model or a file damaged? {where}", USAGE
+    return f"internal error ({what}); please report it; {where}", REFUSED
 
 
 def _fail(error: Exception | str, status: int) -> int:
-    try:
-        from controllability.rendering.text import printable
-    except ImportError:  # what failed may be NumPy, which is imported once or never
-        printable = ascii
-    print(f"controllability: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
+    say(f"controllability: {error}")
     return status
 
 
@@ -108,5 +150,5 @@ def _refuse(error: Exception) -> int:
     for line in others:
         name = re.match(r"\s*(\w+:\s*)?", line)
         lines += wrapped(line, width, "", " " * (name.end() if name else 4))
-    print("\n".join(lines), file=sys.stderr)
+    say(*lines)
     return REFUSED

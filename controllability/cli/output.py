@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from controllability.errors import NotControllable, SideConditionFailed
+from controllability.errors import NotControllable, SideConditionFailed, printable
 
 Progress = Callable[[str, int, int], None]
 
@@ -25,9 +25,9 @@ class Output:
             print(json.dumps(data, indent=1, allow_nan=False))
 
     def text(self, text: str) -> None:
-        """Plain text for people."""
+        """Plain text for people; nothing in it drives the terminal."""
         if not self.as_json:
-            print(text)
+            print(printable(text, but="\n"))
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A table for people."""
@@ -36,11 +36,11 @@ class Output:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+        table = Table(title=printable(title), title_justify="left", title_style="bold", pad_edge=False)
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(printable(cell, but="\n") for cell in row))
         Console(markup=False, emoji=False, highlight=False).print(table)  # a name in brackets is no style
 
     def refusal(self, error: NotControllable | SideConditionFailed, **of: str) -> None:
@@ -59,11 +59,12 @@ class Output:
     def busy(self, what: str) -> Iterator[None]:
         """A spinner on stderr around work without steps to count."""
         from rich.console import Console
+        from rich.text import Text
 
         if not sys.stderr.isatty():
             yield
             return
-        with Console(stderr=True).status(what):
+        with Console(stderr=True).status(Text(printable(what))):
             yield
 
     @contextmanager

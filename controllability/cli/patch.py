@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from controllability.cli.files import new_path
 from controllability.cli.output import LAYER_COLUMNS, Output, layer_rows, number
-from controllability.errors import BadInput, NotVerified
+from controllability.errors import ControllabilityError, NotVerified, PatchError, in_a_line
 from controllability.models import ModelPatch, exact_mode, load_patch, patch_model
-from controllability.models.files.folders import refuse_occupied
-from controllability.models.loading import DTYPES, encode, load_model
+from controllability.models.loading import DTYPES, encode, load_model, on_device
 from controllability.models.patches.sensitivity import measure_sensitivity, sensitivity_of
 from controllability.models.reading.heads import Runs, compare_results, without_logits
 from controllability.models.reading.logits import LogitComparison
 from controllability.models.reading.positions import pair_positions
 from controllability.models.reading.tolerances import VERIFIED
 from controllability.models.sweep.sensitivity import Sensitivity
+from controllability.rendering.text import printable
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +64,11 @@ def measure(model: Any, mp: ModelPatch) -> Measured:
 def patch(args: argparse.Namespace, output: Output) -> int:
     """See ``controllability patch --help``."""
     started = time.perf_counter()
-    if args.out == "":
-        raise BadInput("--out is empty: give a directory")
-    out = Path(args.out) if args.out else None
-    if out is not None:
-        refuse_unusable(out)
+    out = new_path(args.out)
     with output.busy(f"loading {args.model}"):
-        model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code)
-    target, source = encode(tokenizer, args.context, args.query, args.positions)
+        model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code, args.device)
+    inputs = encode(tokenizer, args.context, args.query, args.positions)
+    target, source = (on_device(one, args.device) for one in inputs)
     with output.progress() as progress, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
         mp = patch_model(model, target, source, args.scope, args.via, args.route, progress=progress)
         found = measure(model, mp)
@@ -88,8 +86,10 @@ def verify(args: argparse.Namespace, output: Output) -> int:
     mp = load_patch(args.patch)
     dtype = mp.report.dtype
     with output.busy(f"loading {args.model}"):
-        model, tokenizer = load_model(args.model, dtype, args.trust_remote_code)
-    with exact_mode() if dtype == "float64" else contextlib.nullcontext():
+        model, tokenizer = load_model(args.model, dtype, args.trust_remote_code, args.device)
+    mp.refuse_misuse(model)  # its tokens may be none of another model's
+    mp.inputs |= {role: on_device(mp.inputs[role], args.device) for role in ("target", "source")}
+    with _as_written(args.patch), exact_mode() if dtype == "float64" else contextlib.nullcontext():
         found = measure(model, mp)
         sensitivity = None if args.skip_sensitivity else measure_sensitivity(mp, model)
     args.dtype = dtype  # the one it was made in: other rounding would be other weights
@@ -103,6 +103,7 @@ def _report(
     valid, patched, unpatched = found.verified(args.dtype), found.patched, found.unpatched
     # a token has no text where the vocabulary of the model is larger than the tokenizer's
     words = {run: tokenizer.convert_ids_to_tokens(token) or f"token {token}" for run, token in found.top1.items()}
+    named = {run: printable(word) for run, word in words.items()}
     kl = float(patched.kl.max())
     if not found.finite:
         raise NotVerified("verification failed: the logits are not finite; nothing was saved")
@@ -116,7 +117,7 @@ def _report(
     output.result(data | ({"valid": valid} if with_valid else {}))
     output.table("layers", LAYER_COLUMNS, layer_rows(mp.report.layers))
     output.text(
-        f"next word   with context: {words['target']}   patched: {words['patched']}   without: {words['unpatched']}\n"
+        f"next word   with context: {named['target']}   patched: {named['patched']}   without: {named['unpatched']}\n"
         f"largest logit error   patched: {number(patched.max_logit_error)}   unpatched: {number(unpatched.max_logit_error)}\n"
         f"relative error: {number(patched.relative_error)}   KL: {number(kl)}   (checked numerically in {args.dtype}, scope {mp.scope})\n"
         f"the patch holds {mp.numbers:,} numbers; the dense ΔW would hold {mp.dense_numbers:,}\n"
@@ -127,23 +128,22 @@ def _report(
     return 0 if valid else 1
 
 
-def refuse_unusable(out: Path) -> None:
-    """Fail before the work, not after it."""
-    refuse_occupied(out)
-    existing = next((p for p in (out, *out.parents) if p.exists()), None)
-    if existing is None or not existing.is_dir():
-        raise BadInput(f"cannot write to {out}: {existing} is not a directory")
-    if not os.access(existing, os.W_OK):
-        raise BadInput(f"cannot write to {out}: no permission in {existing}")
+@contextlib.contextmanager
+def _as_written(patch: str) -> Iterator[None]:
+    """What fails in this context, on the weights that the patch was made for, fails because its files were changed."""
+    try:
+        yield
+    except (ControllabilityError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise PatchError(f"{patch} is damaged: {type(error).__name__}: {in_a_line(error)}") from error
 
 
 def export(args: argparse.Namespace, output: Output) -> int:
     """Write a saved patch as a PEFT adapter; see ``controllability export --help``."""
     started = time.perf_counter()
-    if not args.peft:
-        raise BadInput("--peft is empty: give a directory")
-    directory = Path(args.peft)
-    refuse_unusable(directory)
+    directory = new_path(args.peft, "--peft") or new_path(args.out)
+    assert directory is not None
     mp = load_patch(args.patch)
     mp.refuse_several("held by one adapter")  # before the model is loaded
     # the directory or file that it was made on, if it is still there: nothing is downloaded unasked
@@ -151,8 +151,9 @@ def export(args: argparse.Namespace, output: Output) -> int:
     model: Any = None
     if name:
         with output.busy(f"loading {name}"):
-            model, _ = load_model(name, mp.report.dtype, args.trust_remote_code)
-    with output.busy("writing the adapter and loading it with peft"):
+            model, _ = load_model(name, mp.report.dtype, args.trust_remote_code, args.device)
+        mp.inputs |= {role: on_device(mp.inputs[role], args.device) for role in ("target", "source")}
+    with output.busy("writing the adapter and loading it with peft"), _as_written(args.patch):
         done = mp.export_peft(directory, model)
     data = done.to_dict()
     data |= {"out": data.pop("directory"), "model": name or None, "seconds": time.perf_counter() - started}

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from controllability.cli.files import new_path
 from controllability.cli.generate import INTERRUPTED, encoded, padded
 from controllability.cli.output import Output, number
 from controllability.compiling.queries import read_queries
-from controllability.compiling.write import refuse_existing
 from controllability.embedded.world import draw_worlds
 from controllability.errors import BadInput
 from controllability.models import exact_mode
@@ -42,8 +41,10 @@ def protocol(args: argparse.Namespace, output: Output) -> int:
         for dtype in dict.fromkeys(args.dtypes):
             narrow = args.rescale and dtype == "float16"
             with output.busy(f"loading {args.model}"):
-                model, tokenizer = load_model(args.model, "float32" if narrow else dtype, args.trust_remote_code)
-                ids, mask = padded(_ids(args, tokenizer, prompts))
+                model, tokenizer = load_model(
+                    args.model, "float32" if narrow else dtype, args.trust_remote_code, args.device
+                )
+                ids, mask = (x.to(args.device) for x in padded(_ids(args, tokenizer, prompts)))
                 try:
                     model, divided = rescaled(model, {"input_ids": ids}) if narrow else (model, divided)
                 except BadInput as refused:
@@ -58,7 +59,7 @@ def protocol(args: argparse.Namespace, output: Output) -> int:
             raise
         interrupted = True  # what was done by then is shown
     data = [row.to_dict() for row in rows]
-    picture = str(protocol_picture(data, Path(args.out))) if args.out else None
+    picture = str(protocol_picture(data, Path(args.picture))) if args.picture else None
     output.result({
         "rows": data, "model": args.model, "prompts": prompts, "rescaled": divided if args.rescale else None,
         "picture": picture, "interrupted": interrupted, "seconds": time.perf_counter() - started,
@@ -74,13 +75,9 @@ def _checked(args: argparse.Namespace) -> list[str]:
     """The prompts.  Raises ``BadInput`` before anything is loaded."""
     if args.tokens < 1:
         raise BadInput(f"--tokens must be at least 1, got {args.tokens}")
-    if args.out is not None:
-        out = Path(args.out)
-        if out.suffix not in (".svg", ".png"):
-            raise BadInput(f"--out must be a file name in .svg or .png, got {args.out!r}")
-        if not os.access(out.parent, os.W_OK) or not out.parent.is_dir():
-            raise BadInput(f"cannot write {out}: {out.parent} is not a directory that can be written to")
-        refuse_existing(out)
+    out = new_path(args.picture, file=True)
+    if out is not None and out.suffix not in (".svg", ".png"):
+        raise BadInput(f"--out must be a file name in .svg or .png, got {args.picture!r}")
     if args.prompts is None:
         worlds = [f"{world.context} {world.questions[0].text}" for world in draw_worlds(seed=4, count=5)]
         return worlds if args.model == "embedded" else [*INSTRUCTIONS]

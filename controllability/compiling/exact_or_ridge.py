@@ -149,8 +149,9 @@ def exactly(model: Any, queries: Yardstick, wish: Wish, progress: Progress) -> M
 
 def patch_of(model: Any, samples: Sequence[Sample], wish: Wish, progress: Progress) -> ModelPatch:
     """One set of weights for all tokens of the samples; ``via`` and ``ridge`` of the wish are decided."""
+    target, source = (padded(samples, side, device=next(model.parameters()).device) for side in ("target", "source"))
     return patch_model(
-        model, padded(samples, "target"), padded(samples, "source"), scope="all", via=str(wish.via),
+        model, target, source, scope="all", via=str(wish.via),
         positions=positions(samples, wish.pinned), ridge=float(wish.ridge or 0), rank=wish.rank, keep_rms=wish.keep_rms, progress=progress,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from controllability.errors import BadInput
+from controllability.texts import read_text
 
 LARGEST_WEIGHT = 100
 
@@ -24,20 +25,12 @@ class Query:
 
 
 def read_queries(path: str | Path, what: str = "queries") -> tuple[list[Query], list[str]]:
-    """(queries, warnings) of a UTF-8 file: one query a line, blank lines ignored; ``.jsonl``: {"query": …, "weight": 1}.
+    """(queries, warnings) of a UTF-8 file ("-": standard input): one query a line, blank lines ignored; ``.jsonl``: {"query": …, "weight": 1}.
 
     A repeated query is kept once, with a warning.  Raises ``BadInput`` for a file that is missing, not UTF-8, without
     queries, or has a line that is not what it should be.
     """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"the {what} file {path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
-        ) from None
-    except OSError as error:
-        raise BadInput(f"cannot read the {what} file {path}: {error.strerror or error}") from None
+    path, lines = Path(path), read_text(path, f"the {what} file").splitlines()
     numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
     if path.suffix.lower() == ".jsonl":
         found = [_from_json(line, f"{path}, line {i}") for i, line in numbered]

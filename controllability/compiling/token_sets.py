@@ -135,13 +135,15 @@ def refuse_foreign(samples: Sequence[Sample], model: Any) -> None:
             )
 
 
-def padded(samples: Sequence[Sample], side: Side, pad: int = 0) -> dict[str, Tensor]:
+def padded(samples: Sequence[Sample], side: Side, pad: int = 0, device: Any = None) -> dict[str, Tensor]:
     """One run's inputs as a batch (B, L), padded on the right, where no earlier token looks."""
     rows = [getattr(sample, side) for sample in samples]
     longest = max(map(len, rows))
-    inputs = {"input_ids": torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])}
+    ids = [[*row, *[pad] * (longest - len(row))] for row in rows]
+    inputs = {"input_ids": torch.tensor(ids, device=device)}
     if min(map(len, rows)) < longest:
-        inputs["attention_mask"] = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+        inputs["attention_mask"] = torch.tensor(mask, device=device)
     return inputs
 
 

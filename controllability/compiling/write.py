@@ -24,7 +24,7 @@ from controllability.compiling.result import Compiled
 from controllability.compiling.token_sets import padded
 from controllability.compiling.yardstick import Yardstick, agreement, logits_of
 from controllability.errors import BadInput, NotVerified
-from controllability.models.files.folders import written
+from controllability.models.files.folders import refuse_unusable, written
 from controllability.models.files.peft_check import on_twin
 from controllability.models.model_patch import load_patch
 from controllability.models.reading.tolerances import VERIFIED
@@ -44,23 +44,17 @@ class Written:
     report: dict[str, Any]
 
 
-def refuse_existing(directory: Path) -> None:
-    """Raise ``BadInput`` when there is something already."""
-    if directory.exists() or directory.is_symlink():
-        raise BadInput(f"{directory} exists already: give a directory that does not, nothing was written")
-
-
 def write(
     compiled: Compiled, model: Any, tokenizer: Any, directory: str | Path, kind: str = "patch",
     by_rank: list[RankRow] | None = None,
 ) -> Written:  # fmt: skip
-    """Write a "patch", a "peft" adapter or "merged" weights into a new directory, with the report and (``by_rank``) the picture.
+    """Write a "patch", a "peft" adapter or "merged" weights into a new or empty directory, with the report and (``by_rank``) the picture.
 
     It is made beside its destination and takes its place when what was loaded from it has met the compiled model's logits on
-    the queries.  Raises ``BadInput`` for a directory that exists, ``PatchError`` for what cannot be written, ``NotVerified``.
+    the queries.  Raises ``PatchError`` for what cannot be written, ``NotVerified``.
     """
     directory = Path(directory)
-    refuse_existing(directory)
+    refuse_unusable(directory)
     if kind not in _KINDS:
         raise BadInput(f"unknown kind {kind!r}: choose {', '.join(_KINDS)}")
     with written(directory) as folder:

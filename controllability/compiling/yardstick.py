@@ -54,8 +54,7 @@ def agreement(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> Agreement:
 
 def run(model: Any, batch: Sequence[Sample], side: Side) -> Tensor:
     """The model's logits (B, L, vocabulary) in one of the two runs of a batch."""
-    device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in padded(batch, side).items()}
+    inputs = padded(batch, side, device=next(model.parameters()).device)
     return result_of(model(**without_cache(model, inputs)))
 
 

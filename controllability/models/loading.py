@@ -12,23 +12,31 @@ import torch
 
 import architectures
 from controllability.errors import BadInput, ReadingError, in_a_line
+from controllability.models.gguf_files.head import read_head
 from controllability.models.gguf_files.load import gguf_in, load_gguf
+from controllability.texts import read_text
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_model(
+    name: str, dtype: str = "float32", trust_remote_code: bool = False, device: str | None = None
+) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) from a directory written by ``save_pretrained``, a GGUF file, or a Hub id.
 
     ``"embedded"`` is the package's own trained model (``"./embedded"`` a directory of that name).
     Only safetensors and GGUF are loaded, the former where a directory holds both.  Raises ``BadInput`` when something
-    is missing, truncated or inconsistent, and for model types that are not registered.
+    is missing, truncated or inconsistent, for model types that are not registered, and for a device that is not there.
     """
     from transformers import logging as hf_logging
 
     if dtype not in DTYPES:
         raise BadInput(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    try:
+        (torch.zeros(1, device=device) + 1).item()  # "meta" is a device, and computes nothing
+    except Exception as error:  # no such name, not built in, no driver, no such number: each of another kind
+        raise BadInput(f"device {device!r} cannot be used: {in_a_line(error, 150)}; cpu always can") from None
     name = str(embedded_directory()) if name == "embedded" else name
     folder = Path(name)
     file = gguf_in(folder)
@@ -45,6 +53,7 @@ def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = Fals
             model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
         else:
             model, tokenizer, notes = _load_directory(name, DTYPES[dtype], local, trust_remote_code)
+        model = model if device in (None, "cpu") else model.to(device)
     except (BadInput, ReadingError):
         raise
     except Exception as error:  # whatever transformers, tokenizers, gguf or safetensors raise about bad files
@@ -55,6 +64,38 @@ def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = Fals
         ) from None
     _refuse_mismatch(name, notes)
     return model.eval(), tokenizer
+
+
+def on_device(inputs: dict[str, Any], device: str) -> dict[str, Any]:
+    """The same inputs with their tensors on ``device``."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def model_type(name: str) -> str:
+    """What a model directory, its ``config.json``, or a GGUF file calls its family.  Raises ``BadInput``.
+
+    >>> model_type("embedded")
+    'gemma3_text'
+    """
+    path = embedded_directory() if name == "embedded" else Path(name)
+    if file := gguf_in(path):
+        return str(read_head(file).facts.get("general.architecture")).replace("moe", "_moe").replace("-", "_")
+    config = _config(path if path.is_file() else path / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise BadInput(f"{path} holds no config of a model: it names no model_type")
+    return config["model_type"]
+
+
+def _config(path: Path) -> Any:
+    if not path.parent.exists():
+        raise BadInput(f"model directory {path.parent} does not exist")
+    if not path.is_file():
+        raise BadInput(f"{path.parent} holds no model: config.json is missing, and so is a GGUF file")
+    text = read_text(path, "the config", 16)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is corrupt or truncated: {error}") from None
 
 
 def _load_directory(name: str, dtype: torch.dtype, local: bool, trust_remote_code: bool) -> tuple[Any, Any, Any]:
@@ -72,17 +113,9 @@ def _load_directory(name: str, dtype: torch.dtype, local: bool, trust_remote_cod
 
 
 def _refuse_incomplete(folder: Path) -> None:
-    if not folder.exists():
-        raise BadInput(f"model directory {folder} does not exist")
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is not a directory, and no GGUF file by its name (NAME.gguf)")
-    config = folder / "config.json"
-    if not config.is_file():
-        raise BadInput(f"{folder} holds no model: config.json is missing, and so is a GGUF file")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput(f"{config} is corrupt or truncated: {error}") from None
+    _config(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         raise BadInput(
             f"{folder} holds no weights in safetensors format, and no GGUF file; pickled weights are not loaded"

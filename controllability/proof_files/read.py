@@ -8,6 +8,7 @@ nothing.  ``BadInput`` is for data that is no proof, ``NotVerified`` for a proof
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +24,7 @@ from controllability.prover.derivation import Derivation
 from controllability.prover.search import Via
 from controllability.rules import Step
 from controllability.solvers.norm_scale import ROUTES
+from controllability.texts import STDIN, read_text
 
 LARGEST = 64  # MiB of a file
 PROOF = {
@@ -123,21 +125,15 @@ def _text(data: Any) -> str:
 
 
 def read_proof_file(path: Path | str) -> dict[str, Any]:
-    """The JSON object in a file, at most 64 MiB; nothing of it is checked yet.  Raises ``BadInput``."""
+    """The JSON object in a file, or on standard input ("-"), at most 64 MiB; not checked yet.  Raises ``BadInput``."""
     path = Path(path)
+    if str(path) != STDIN and not os.path.isfile(path):
+        there = os.path.exists(path)
+        why = "not a file; controllability prove NAME --json writes one" if there else "there is no such file"
+        raise BadInput(f"{path}: {why}")
+    text = read_text(path, "the proof", LARGEST)
     try:
-        if not path.exists():
-            raise BadInput(f"{path}: there is no such file")
-        if not path.is_file():
-            raise BadInput(f"{path}: not a file; controllability prove NAME --json writes one")
-        with path.open("rb") as stream:
-            raw = stream.read(LARGEST * 2**20 + 1)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(raw) > LARGEST * 2**20:
-        raise BadInput(f"{path}: larger than {LARGEST} MiB, which no proof is")
-    try:
-        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
+        data = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON: {short(error)}") from error
     if not isinstance(data, dict):

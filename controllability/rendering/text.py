@@ -7,6 +7,7 @@ import sys
 import textwrap
 from typing import TextIO
 
+from controllability.errors import printable as printable
 from controllability.prover.derivation import Derivation
 from controllability.rendering.tokens_served import reach
 from controllability.rules import Step
@@ -62,15 +63,6 @@ def wrapped(text: str, width: int, lead: str = "", below: str = "") -> list[str]
     """The lines of ``text``, the first after ``lead``, the others after ``below``; names are not cut at hyphens."""
     lines = textwrap.wrap(printable(text), width, initial_indent=lead, subsequent_indent=below, break_on_hyphens=False)
     return [line.rstrip() for line in lines or [lead]]
-
-
-def printable(text: str) -> str:
-    r"""The text with signs that a terminal would obey, or cannot show, written as their codes.
-
-    >>> print(printable("W\x1b[31m and ΔW"))
-    W\x1b[31m and ΔW
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _tree(step: Step, lead: str, below: str, width: int, depth: int = 0) -> list[str]:

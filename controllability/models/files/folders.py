@@ -2,40 +2,78 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from controllability.errors import PatchError
 
 
-def refuse_occupied(directory: Path) -> None:
-    """Raise ``PatchError`` unless ``directory`` can be created, or is an empty directory."""
-    if directory.is_dir() and not any(directory.iterdir()):
-        return
-    if directory.exists():
-        raise PatchError(f"{directory} exists already and is not an empty directory: nothing was written")
+def refuse_unusable(directory: Path, file: bool = False) -> None:
+    """Raise ``PatchError`` unless ``written`` can make ``directory``, which must be new or empty (a ``file``: new).
+
+    It is tried with nothing, and undone: rights, long names, mounts, full disks show before the work and not after it.
+    """
+    try:
+        if directory.exists() and (file or not directory.is_dir() or any(directory.iterdir())):
+            and_is = "" if file else " and is not an empty directory"
+            raise PatchError(f"{directory} exists already{and_is}: nothing was written")
+        if directory.exists() and directory.samefile("."):  # the shell that is in it would stand nowhere
+            raise OSError(errno.EBUSY, "")
+        with written(directory, kept=False):
+            pass
+    except OSError as error:
+        raise _unwritable(directory, error) from None
 
 
 @contextmanager
-def written(directory: Path) -> Iterator[Path]:
+def written(directory: Path, file: str = "", kept: bool = True) -> Iterator[Path]:
     """A folder beside ``directory`` that takes its place when the context ends well, and is gone when it does not.
 
-    Raises ``PatchError`` where the file system refuses.
+    With ``file`` it is the file of that name in it that takes the place.  Not ``kept``: it goes in any case, with the
+    folders that were made for it.  Raises ``PatchError`` where the file system refuses.
     """
-    temporary = directory.parent / f".{directory.name}.unfinished-{uuid.uuid4().hex}"
+    target = _target(directory)
+    name = os.fsencode(target.name)[:200].decode("utf-8", "ignore")  # a name may have 255 bytes
+    temporary = target.parent / f".{name}.unfinished-{uuid.uuid4().hex}"
+    made, done = [path for path in (target, *target.parents) if not path.exists()], False
     try:
         temporary.mkdir(parents=True)
         yield temporary
         _flush(temporary)
-        os.replace(temporary, directory)
-    except OSError as error:
-        raise PatchError(f"cannot write to {directory}: {error.strerror or error}") from None
+        os.replace(temporary / file, target)
+        done = kept
+    except Exception as error:
+        raise _unwritable(directory, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for path in [] if done else made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _target(path: Path) -> Path:
+    """Where a link leads."""
+    return Path(os.path.realpath(path))
+
+
+def _unwritable(directory: Path, error: Exception) -> Exception:
+    """The error in words, or ``error`` itself where the file system has nothing to do with it."""
+    rust = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers raise no OSError
+    if isinstance(error, PatchError):  # of what was to be written in the folder that takes the place
+        return PatchError(re.sub(r"\S*\.unfinished-\w+", lambda _: str(directory), str(error)))
+    if rust is None and not isinstance(error, OSError):
+        return error
+    code = int(rust[1]) if rust else getattr(error, "errno", None)
+    why = os.strerror(code) if code else str(error)
+    if code == errno.EBUSY:
+        why = f"it is the working directory or a mounted volume; give a new one in it, such as {directory / 'patch'}"
+    return PatchError(f"cannot write to {directory}: {why}")
 
 
 def _flush(folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.errors import PatchError, in_a_line
 from controllability.interfaces import JointOptions, Param
-from controllability.models.files.folders import refuse_occupied, written
+from controllability.models.files.folders import refuse_unusable, written
 from controllability.models.files.peft_forms import forms_of
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
@@ -35,7 +35,7 @@ def save_patch(patch: PatchRecord, directory: Path, model: nn.Module | None) -> 
     Raises ``PatchError``: directory occupied or not writable, patch applied at the moment, made on top of
     other patches, or from nested inputs.
     """
-    refuse_occupied(directory)
+    refuse_unusable(directory)
     for role in ("source", "target"):
         for name, value in patch.inputs[role].items():
             if isinstance(value, dict | list | tuple):

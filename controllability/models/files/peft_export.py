@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from architectures import quantised
 from controllability.errors import PatchError
-from controllability.models.files.folders import refuse_occupied, written
+from controllability.models.files.folders import refuse_unusable, written
 from controllability.models.files.lora_factors import lora_tensors, rank_of
 from controllability.models.files.peft_check import Check, check_adapter
 from controllability.models.files.peft_forms import forms_of
@@ -58,7 +58,7 @@ def export_peft(patch: PatchRecord, directory: Path, model: nn.Module | None = N
     Source: the layout of peft 0.21 (``tuners/lora/layer.py``); see ``adapters.forms``.
     """
     model = None if model is None else uncompiled(model)
-    refuse_occupied(directory)
+    refuse_unusable(directory)
     patch.refuse_several("held by one adapter")
     if patch.made_under:
         raise PatchError("this patch was made while other patches were on the model: an adapter would lack those")
