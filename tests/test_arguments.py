@@ -57,7 +57,6 @@ WRONG = {
     "sizes that are names or whole numbers from 1 on; got 'W', (0, 4)": lambda: Param("W", (0, 4)),
     "size foo=3: give whole numbers from 1 on for E, d, h": lambda: ct.sample(residual(W), foo=3),
     "size d=0": lambda: ct.sample(residual(W), d=0),
-    "a size is a whole number of at least 1, got h=2.5": lambda: ct.prove(architectures.block("gemma3")).formula(h=2.5),
     "jointly must be True or False, got 'yes'": lambda: ct.prove(residual(W), jointly="yes"),
     "architecture 'gemma3' has no size foo; it has d, h": lambda: architectures.block("gemma3", foo=3),
     "whole numbers from 1 on; got 'pre_feedforward_layernorm.weight', (-4,)": lambda: architectures.block("gemma3", d=-4),
