@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -205,15 +205,32 @@ def block(name: str, **sizes: Any) -> Component:
     architecture.refuse()
     assert architecture.build is not None
     known = set(architecture.defaults) | {"eps", "activation"}
+    asked: set[str] = set()
     settings = architecture.defaults | {k: v for k, v in sizes.items() if k in known}
     shape = {k: v for k, v in sizes.items() if k not in known}
-    built = architecture.build(View("", shape, settings))
+    built = architecture.build(View("", _Noting(shape, asked), settings))
+    if unknown := sorted(set(shape) - asked - {*"dhElr"}):
+        raise BadInput(
+            f"architecture {architecture.name!r} has no size {unknown[0]}; it has {', '.join(sorted(asked))}"
+        )
     if not isinstance(built, Component):
         raise BadInput(
             f"architecture {architecture.name!r} builds no abstract block: its builder returned {_kind(built)}; "
             "without a live layer it must return a component (its defaults say how)"
         )
     return built
+
+
+class _Noting(dict[str, Any]):
+    """Sizes, and which of them a builder asked for."""
+
+    def __init__(self, sizes: Mapping[str, Any], asked: set[str]) -> None:
+        super().__init__(sizes)
+        self.asked = asked
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
+        return super().get(name, default)
 
 
 def _kind(value: Any) -> str:

@@ -81,8 +81,12 @@ class View:
         return default
 
     def size(self, name: str) -> int | str:
-        """A number where one was given, else the name itself."""
-        return self.sizes.get(name, name)
+        """A number where one was given, else the name itself; "2h" is twice h, and "E+1" one more than E."""
+        stem = name.removeprefix("2").removesuffix("+1")
+        number = self.sizes.get(stem, stem)
+        if stem == name or not isinstance(number, int):
+            return self.sizes.get(name, name)
+        return 2 * number if name.startswith("2") else number + 1
 
     # ------------------------------------------------------------------------------------ components
 

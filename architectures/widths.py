@@ -33,6 +33,23 @@ def misfits(block: Component, params: Params) -> list[str]:
     return check.problems
 
 
+@dataclass(frozen=True)
+class _Shaped:
+    """What has a shape and no numbers."""
+
+    shape: tuple[int | str, ...]
+
+
+def declared_misfits(block: Component) -> list[str]:
+    """The same of the shapes that the parameters declare, as far as they are numbers.
+
+    >>> from controllability.components import Linear
+    >>> declared_misfits(Linear(Param("up", (5, 4))) >> Linear(Param("down", (4, 7))))
+    ['down has shape (4, 7), declared (4, 7): it reads 7 numbers and gets 5 from linear up']
+    """
+    return misfits(block, {str(p): _Shaped(p.shape) for p in block.parameters()})
+
+
 def _says(leaf: Component) -> bool:
     """Whether a leaf says how wide its output is; one that normalises, or can be undone, gives as much as it reads."""
     own = type(leaf).output_width is not Component.output_width
@@ -51,8 +68,8 @@ class _Check:
         self.params = params
         self.problems: list[str] = []
 
-    def shape(self, param: Param) -> tuple[int, ...]:
-        return tuple(int(n) for n in param.value(self.params).shape)
+    def shape(self, param: Param) -> tuple[int | str, ...]:
+        return tuple(n if isinstance(n, str) else int(n) for n in param.value(self.params).shape)
 
     def live(self, leaf: Any) -> Any:
         """A leaf with the shapes that its parameters have, in place of the declared ones."""
@@ -105,7 +122,11 @@ class _Check:
         turned = given is not None and size == given.size and not part.per_expert
         fits = self.compare(own, wanted, given, "; as stored the other way round it would fit (layout)" * turned)
         for way in part.output_updates() if isinstance(part, OutputControllable) else ():
-            if way.kind == "bias" and (found := self.shape(way.param)) != (size,):
+            if (
+                way.kind == "bias"
+                and (found := self.shape(way.param)) != (size,)
+                and all(isinstance(n, int) for n in (*found, size))
+            ):
                 self.problems.append(
                     f"{way.param} has shape {found}, and {own[0]} of shape {self.shape(own[0])} gives {size} numbers"
                 )

@@ -174,7 +174,7 @@ ORACLE = {
     "W − W": (asked(W + (W >> Times(-1.0)), "W"), 0, True),
     "rational here only": (asked(Activation("tanh") >> b, "b", state=(0.0, 0.0, 0.0)), 3, True),
     "rational at the stored parameters only": (
-        asked(b + (b >> Activation("tanh") >> Times(0.0)), "b", state=(0.0, 0.0, 0.0), b=np.zeros(D)), 3, False,
+        asked(b + (b >> Activation("tanh") >> V), "b", state=(0.0, 0.0, 0.0), b=np.zeros(D), V=np.zeros((D, D))), 3, False,
     ),
     "irrational before": (asked(Normalize("rms") >> W, "W"), 3, False),
     "chosen experts": (asked(EXPERTS, "E"), 3, False),

@@ -129,7 +129,7 @@ class Grower:
             return Gate(self.parameter(1), self.rng.choice(("identity", "tanh")))
         if kind == "fixed":
             return Fixed(self.tree(1))
-        return Times(self.rng.choice((-0.5, 2.0, 0.0))) if kind == "times" else Identity()
+        return Times(self.rng.choice((-0.5, 2.0, 0.125))) if kind == "times" else Identity()
 
     def tree(self, depth: int) -> Component:
         if depth <= 0 or self.leaves <= 0 or self.rng.random() < 0.15:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,10 @@ class Arithmetic:
     def machine_epsilon(self, x: Array) -> float:
         """Relative spacing of the numbers in ``x``; 0 in exact arithmetics."""
         return float(np.finfo(x.dtype).eps)
+
+    def own_modes(self, x: Array) -> AbstractContextManager[None]:
+        """A context in which computing with ``x`` does not depend on the library's modes that a caller set."""
+        return nullcontext()
 
     def number(self, value: Any) -> Any:
         """A Python, SymPy or rational constant as a scalar of this arithmetic."""

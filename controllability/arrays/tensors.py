@@ -4,9 +4,29 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from controllability.arrays.base import Arithmetic, Array
+
+
+@contextmanager
+def plain_numbers(*devices: str) -> Iterator[None]:
+    """Autocast off on these kinds of devices, new tensors in float32 on the CPU: only what differs is changed."""
+    import torch
+
+    default = torch.get_default_dtype()
+    with ExitStack() as stack:
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if default != torch.float32:
+            stack.callback(torch.set_default_dtype, default)
+            torch.set_default_dtype(torch.float32)
+        yield
 
 
 class TorchArithmetic(Arithmetic):
@@ -16,6 +36,9 @@ class TorchArithmetic(Arithmetic):
 
     def machine_epsilon(self, x: Array) -> float:
         return float(self.torch.finfo(x.dtype).eps)
+
+    def own_modes(self, x: Array) -> AbstractContextManager[None]:
+        return plain_numbers(x.device.type)
 
     @functools.cached_property
     def torch(self) -> Any:

@@ -19,6 +19,7 @@ from controllability.models.loading import DTYPES, load_model
 from controllability.models.protocol.run import sensitivity_of_token
 from controllability.models.reading.tolerances import VERIFIED
 from controllability.models.sweep.sensitivity import Sensitivity
+from controllability.models.tokens import with_special
 
 INTERRUPTED = 130
 LISTED = 10  # differences that are written out one by one
@@ -108,9 +109,7 @@ def encoded(tokenizer: Any, text: str, index: int, count: int) -> list[int]:
     which = f"prompt {index + 1} of {count}" if count > 1 else "the prompt"
     if not text.strip():
         raise BadInput(f"{which} is empty")
-    ids = list(tokenizer(text)["input_ids"])
-    if ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # a mark that the text ends: it goes on
+    ids, _ = with_special(tokenizer, text)
     if not ids:
         raise BadInput(f"{which} has no tokens in this vocabulary")
     return ids

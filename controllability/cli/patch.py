@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from controllability.cli.files import new_path
 from controllability.cli.output import LAYER_COLUMNS, Output, layer_rows, number
 from controllability.errors import ControllabilityError, NotVerified, PatchError, in_a_line
 from controllability.models import ModelPatch, exact_mode, load_patch, patch_model
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.loading import DTYPES, encode, load_model, on_device
 from controllability.models.patches.sensitivity import measure_sensitivity, sensitivity_of
 from controllability.models.reading.heads import Runs, compare_results, without_logits
@@ -23,6 +22,7 @@ from controllability.models.reading.logits import LogitComparison
 from controllability.models.reading.positions import pair_positions
 from controllability.models.reading.tolerances import VERIFIED
 from controllability.models.sweep.sensitivity import Sensitivity
+from controllability.models.tokens import how_joined, joined_text
 from controllability.rendering.text import printable
 
 
@@ -47,12 +47,11 @@ class Measured:
         return self.patched.finite and self.unpatched.finite
 
 
-@torch.no_grad()
 def measure(model: Any, mp: ModelPatch) -> Measured:
     """Fresh target, patched and unpatched runs of a patch's own inputs."""
     inputs = mp.inputs
     source_rows, target_rows = pair_positions(inputs["target"], inputs["source"], mp.scope, inputs["positions"])
-    with Runs(model, without_logits(model, [inputs["target"], inputs["source"]])) as run:
+    with own_modes(model), Runs(model, without_logits(model, [inputs["target"], inputs["source"]])) as run:
         target, unpatched = run(inputs["target"]).at(target_rows), run(inputs["source"]).at(source_rows)
         with mp.applied(model):
             patched = run(inputs["source"]).at(source_rows)
@@ -77,7 +76,9 @@ def patch(args: argparse.Namespace, output: Output) -> int:
     if saved is not None:
         with output.busy("fingerprinting the weights and saving"):
             mp.save(saved, model)
-    return _report(args, output, mp, found, tokenizer, started, {"out": str(saved) if saved else None}, sensitivity)
+    joined = how_joined(tokenizer, args.context, args.query, target["input_ids"][0].tolist())
+    extra = {"out": str(saved) if saved else None, "joined": joined}
+    return _report(args, output, mp, found, tokenizer, started, extra, sensitivity)
 
 
 def verify(args: argparse.Namespace, output: Output) -> int:
@@ -121,6 +122,7 @@ def _report(
         f"largest logit error   patched: {number(patched.max_logit_error)}   unpatched: {number(unpatched.max_logit_error)}\n"
         f"relative error: {number(patched.relative_error)}   KL: {number(kl)}   (checked numerically in {args.dtype}, scope {mp.scope})\n"
         f"the patch holds {mp.numbers:,} numbers; the dense ΔW would hold {mp.dense_numbers:,}\n"
+        + (f"{joined_text(extra['joined'])}\n" if "joined" in extra else "")
         + (f"{sensitivity}\n" if sensitivity is not None else "")
         + (f"saved to {extra['out']}\n" if extra["out"] and valid and not with_valid else "")
         + ("verified" if valid else f"NOT verified: the relative error is above {VERIFIED[DTYPES[args.dtype]]:g}")

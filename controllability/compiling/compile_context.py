@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from controllability.compiling.continuations import end_tokens, with_answers
@@ -19,6 +18,7 @@ from controllability.compiling.token_sets import Context, beginnings, refuse_for
 from controllability.compiling.unrelated_texts import unrelated_samples
 from controllability.compiling.yardstick import Yardstick, agreement
 from controllability.errors import BadInput
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.model_facts import position_limit, text_config
 from controllability.models.sweep.target_run import Progress, silent
@@ -59,10 +59,10 @@ def compile_context(
     refuse_overlap(asked, left_out)
     wish = Wish(via, rank, ridge, keep_rms)
     refuse_wish(wish, answer_tokens, getattr(text_config(model), "hidden_size", None))
-    checked_reading(model)  # refuses what cannot be patched before anything is run
     limit = position_limit(text_config(model))
     before = Context.of(tokenizer, context, limit)
-    with torch.inference_mode(False), torch.no_grad():
+    with own_modes(model):
+        checked_reading(model)  # refuses what cannot be patched before anything is run
         samples = [before.sample(query.text, query.weight, answer_tokens) for query in asked]
         refuse_foreign(samples, model)
         if answer_tokens:

@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from controllability.compiling.exact_or_ridge import patch_of, rank_of
 from controllability.compiling.result import Compiled
 from controllability.compiling.token_sets import repeated
 from controllability.compiling.yardstick import Agreement
 from controllability.errors import NotControllable, NotVerified, SideConditionFailed
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.sweep.target_run import Progress, silent
 from controllability.rendering.figure import drawn, two_plots
 
@@ -42,7 +41,6 @@ def ranks_below(full: int, most: int = MOST) -> list[int]:
     return sorted({rank for rank in steps if 1 <= rank < full})
 
 
-@torch.no_grad()
 def measure_by_rank(compiled: Compiled, model: Any, progress: Progress) -> list[RankRow]:
     """Least-squares patches of smaller ranks with the same λ, each measured on every set; the compiled one is the last row.
 
@@ -59,7 +57,7 @@ def measure_by_rank(compiled: Compiled, model: Any, progress: Progress) -> list[
             continue
         finally:
             progress("ranks", i + 1, len(ranks))
-        with patch.applied(model):
+        with own_modes(model), patch.applied(model):
             rows.append(RankRow(rank, False, {k: yardstick.measure(model) for k, yardstick in compiled.sets.items()}))
     return [*rows, RankRow(full, compiled.exact, compiled.results)]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from controllability.compiling.queries import refuse_no_text
 from controllability.errors import BadInput
+from controllability.models.tokens import going_on, with_special
 
 Side = str  # "source" or "target"
 Prefix = tuple[int, ...]
@@ -62,21 +63,20 @@ class Context:
     def of(tokenizer: Any, text: str, limit: int | None = None) -> Context:
         """Raises ``BadInput`` for a context without tokens, or one that is only what every query keeps."""
         refuse_no_text(text, "the context")
-        tokens, special = _encoded(tokenizer, text), set(tokenizer.all_special_ids)
-        first = next((i for i, token in enumerate(tokens) if token not in special), len(tokens))
+        tokens, first = with_special(tokenizer, text)
         anchored = first == 0
         if len(tokens) <= max(first, 1):
             raise BadInput(
                 "the context is a single token, which stands before every query: there is nothing to compile"
             )
-        return Context(tokens, max(first, 1), anchored, tokenizer, limit)
+        return Context(tuple(tokens), max(first, 1), anchored, tokenizer, limit)
 
     def sample(self, text: str, weight: int = 1, more: int = 0) -> Sample:
         """The two runs of a query, which will grow by ``more`` tokens.
 
         Raises ``BadInput`` when it has no tokens, or the target is longer than the model's positions reach.
         """
-        asked = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        asked = going_on(self.tokenizer, text, [] if self.anchored else list(self.tokens[: self.first]))
         if not asked:
             raise BadInput(f"the query {text!r} has no tokens in this vocabulary")
         target = (*self.tokens, *asked)
@@ -94,18 +94,10 @@ class Context:
 
 def unrelated_sample(tokenizer: Any, text: str, limit: int | None = None) -> Sample:
     """A text that is to come out as it does without a patch: source and target are the same run."""
-    tokens = _encoded(tokenizer, text)[:limit]
+    tokens = tuple(with_special(tokenizer, text)[0])[:limit]
     if not tokens:
         raise BadInput(f"the unrelated text {text!r} has no tokens in this vocabulary")
     return Sample(text, tokens, tokens, 0)
-
-
-def _encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Ids with special tokens, but for a mark that the text ends."""
-    ids = list(tokenizer(text)["input_ids"])
-    if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
-    return tuple(ids)
 
 
 def beginnings(samples: Sequence[Sample]) -> dict[Prefix, str]:

@@ -75,6 +75,7 @@ class Activation(Component):
     symbol: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.coefficients and not self.symbol and self.name not in FORMULAS:
             raise BadInput(
                 f"unknown activation {self.name!r}: known are {', '.join(FORMULAS)}; "
@@ -120,6 +121,7 @@ class SoftCap(Component, Bijection):
     """
 
     cap: Any
+    bounds = {"cap": "> 0"}
 
     def __call__(self, params: Params, x: Array) -> Array:
         xp = arithmetic(x)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from controllability.arrays import Array, arithmetic
+from controllability.components.activation import Activation
 from controllability.interfaces import Bijection, Component, Condition, Param, Params, Size
 
 
@@ -60,12 +61,14 @@ class Gate(Component, Bijection):
     weight: Param
     activation: str = "identity"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Activation(self.activation)
+
     def __call__(self, params: Params, x: Array) -> Array:
         return self._factor(params) * x
 
     def _factor(self, params: Params) -> Array:
-        from controllability.components.activation import Activation
-
         return Activation(self.activation)(params, self.weight.value(params).reshape(-1)[:1])
 
     def invert(self, params: Params, y: Array) -> Array:

@@ -28,6 +28,7 @@ class Glu(Component):
     order: Literal["gate_up", "up_gate", "interleaved"] = "gate_up"
     limit: Any = None
     shift: Any = 0
+    bounds = {"limit": "> 0", "shift": "finite"}
 
     def __call__(self, params: Params, x: Array) -> Array:
         half = x.shape[-1] // 2
@@ -78,6 +79,7 @@ class Swish(Component):
     """
 
     alpha: Any = 1.0
+    bounds = {"alpha": "finite"}
 
     def __call__(self, params: Params, x: Array) -> Array:
         xp = arithmetic(x)

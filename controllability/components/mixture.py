@@ -31,6 +31,7 @@ class ExpertLinear(Component, Steerable):
     layout: Literal["out_in", "in_out"] = "out_in"
     stacked: int | None = None
     per_expert = True
+    bounds = {"stacked": "≥ 1"}
 
     def __call__(self, params: Params, x: Array) -> Array:
         index: Array = params[CHOSEN]

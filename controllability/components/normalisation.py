@@ -26,6 +26,7 @@ class Normalize(Component):
     kind: Literal["rms", "layer"] = "rms"
     eps: Any = 1e-6
     computed_by: str = field(default="", compare=False)
+    bounds = {"eps": "≥ 0"}
 
     def __call__(self, params: Params, x: Array) -> Array:
         xp = arithmetic(x)

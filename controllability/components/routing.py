@@ -8,7 +8,11 @@ from typing import Any, Literal
 from controllability.arrays import Arithmetic, Array, arithmetic
 from controllability.errors import BadInput
 from controllability.interfaces import Param, Params
+from controllability.interfaces.arguments import refuse_misfits
 
+BOUNDS = {
+    "top_k": "≥ 1", "group_best": "≥ 1", "renormalise": "≥ 1", "eps": "≥ 0", "scaling": "≠ 0", "cap": "> 0", "jitter": "≥ 0",
+}  # fmt: skip
 Score = Literal["softmax", "sigmoid", "identity", "sparsemixer"]
 
 
@@ -48,6 +52,9 @@ class Routing:
     skip: bool = False
 
     def __post_init__(self) -> None:
+        refuse_misfits(self, BOUNDS)
+        if self.groups is not None and not 1 <= self.groups[1] <= self.groups[0]:
+            raise BadInput(f"Routing: groups must be (how many, how many are kept), got {self.groups}")
         if self.skip and self.top_k != 1:  # two that are no expert would be expert 0 twice
             raise BadInput(f"skip needs top_k=1, got {self.top_k}")
 

@@ -21,6 +21,7 @@ class Select(Component):
     index: int
     name: str = ""
     size: int | str | None = "d"
+    bounds = {"index": "≥ 0"}
 
     def __call__(self, params: Params, x: Any) -> Array:
         return x[self.index]

@@ -19,6 +19,7 @@ class Times(Component, Bijection):
     """
 
     factor: Any
+    bounds = {"factor": "≠ 0"}
 
     def __call__(self, params: Params, x: Array) -> Array:
         return x * arithmetic(x).number(self.factor)

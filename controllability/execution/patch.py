@@ -27,7 +27,8 @@ class Patch(Mapping[str, Delta]):
     """Parameter name -> delta, for one block.
 
     With SymPy numbers the deltas are closed forms over named intermediate values (t1, t2, …);
-    ``definitions.meaning`` says what the names stand for and ``definitions.expand`` puts it in.
+    ``definitions.meaning`` says what the names stand for and ``definitions.expand`` puts it in.  ``residual`` is by how much the
+    block missed its target, token by token, max |difference| / max |target|, when it was constructed; None: not measured.
 
     >>> import numpy as np
     >>> from controllability.deltas import Shift
@@ -39,6 +40,7 @@ class Patch(Mapping[str, Delta]):
     deltas: Mapping[Param, Delta]
     journal: Journal = field(default_factory=Journal)
     definitions: Definitions | None = None
+    residual: float | None = None
 
     def __getitem__(self, name: str) -> Delta:
         return self._by_name()[name]

@@ -27,11 +27,15 @@ def symbolic_sizes(block: Component) -> dict[str, Any]:
 
 def sizes_of(block: Component, **sizes: int) -> dict[str, int]:
     """Numbers for the named sizes of a block's parameters; raises ``BadInput`` for an unknown name."""
+    named = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
+    usable = named | {*DEFAULT_SIZES} | {n.removeprefix("2") for n in named}
+    for name, size in sizes.items():
+        if name not in usable or isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise BadInput(f"size {name}={size!r}: give whole numbers from 1 on for {', '.join(sorted(usable))}")
     known = DEFAULT_SIZES | sizes
     # two of a size in one (gate and up in one matrix); a class for each expert and one for none
     known = {f"2{n}": 2 * size for n, size in known.items()} | {"E+1": known["E"] + 1} | known
-    names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
-    unknown = names - set(known)
+    unknown = named - set(known)
     if unknown:
         raise BadInput(f"give a number for size {', '.join(sorted(unknown))}")
     return known

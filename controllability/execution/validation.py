@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from controllability.arrays import Array, arithmetic
+import numpy as np
+
+from controllability.arrays import Array, arithmetic, errors_and_sizes
 from controllability.deltas import Delta, LowRank, PatchedMatrix
-from controllability.errors import BadInput, SideConditionFailed
+from controllability.errors import BadInput, NotVerified, SideConditionFailed
 from controllability.interfaces import Layout, Param, Params
 
 
@@ -86,3 +88,24 @@ def check_result(deltas: Mapping[Param, Delta]) -> None:
         if not all(arithmetic(part).is_finite(part) for part in parts):
             hint = "scale the numbers, or take more precision (float64, mpmath)"
             raise SideConditionFailed("the construction stays finite", f"the patch of {param}", None, None, "", hint)
+
+
+def missed(found: Array, wanted: Array, params: Params, exact: bool) -> float:
+    """By how much a patched block misses its target at the worst token, relative to that token's size.
+
+    Raises ``NotVerified`` where that is more than rounding explains, however ill the numbers are scaled, and ``exact`` was asked for.
+    """
+    xp = arithmetic(wanted)
+    errors, sizes = map(xp.numbers, errors_and_sizes(found, wanted))
+    if not np.any(errors != 0):
+        return 0.0
+    errors, sizes = errors.astype(float), sizes.astype(float)
+    worst = float((errors / np.maximum(sizes, 1e-6 * sizes.max() + np.finfo(float).tiny)).max())
+    held = [value.base if isinstance(value, PatchedMatrix) else value for value in (*params.values(), wanted)]
+    rounding = max(arithmetic(x).machine_epsilon(x) for x in held if x.dtype == object or "float" in str(x.dtype))
+    if exact and not worst <= max(1e-4, 3 * rounding**0.5):
+        raise NotVerified(
+            f"the patched block misses its target by {worst:.2g} (relative, at the worst token): these numbers magnify rounding too "
+            "much; patch fewer tokens at once, scale the states, or take more precision (float64, mpmath)"
+        )
+    return worst

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 from controllability.arrays import Array
 from controllability.errors import BadInput
+from controllability.interfaces.arguments import refuse_misfits
 from controllability.interfaces.param import Param, Params
 
 Size = int | str | None
 
 
 class Component(ABC):
-    """A map of the last axis with named parameters: a frozen dataclass without state."""
+    """A map of the last axis with named parameters: a frozen dataclass without state.
+
+    Raises ``BadInput`` for a field that is not what its annotation says, or not within ``bounds``.
+    """
+
+    bounds: ClassVar[Mapping[str, str]] = {}  # of fields that are numbers; see ``refuse_misfits``
+
+    def __post_init__(self) -> None:
+        refuse_misfits(self, self.bounds, Component)
 
     @abstractmethod
     def __call__(self, params: Params, x: Array) -> Array:
@@ -250,6 +259,7 @@ class Sequence(Combinator):
     sequential = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         flat = tuple(p for part in self.parts for p in (part.parts if isinstance(part, Sequence) else (part,)))
         if len(flat) < 2:
             raise BadInput(f"a sequence needs at least two parts, got {len(flat)}")
@@ -281,6 +291,7 @@ class Sum(Combinator):
     terms: tuple[Component, ...]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.terms) < 2:
             raise BadInput(f"a sum needs at least two terms, got {len(self.terms)}")
 
@@ -305,6 +316,7 @@ class Product(Combinator):
     factors: tuple[Component, ...]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.factors) < 2:
             raise BadInput(f"a product needs at least two factors, got {len(self.factors)}")
 

@@ -9,6 +9,7 @@ from typing import Any
 from controllability.arrays import Array
 from controllability.deltas import PatchedMatrix
 from controllability.errors import BadInput
+from controllability.interfaces.arguments import refuse_misfits
 
 Params = Mapping[str, Array | PatchedMatrix]
 
@@ -24,6 +25,14 @@ class Param:
     name: str
     shape: tuple[int | str, ...] = field(default=(), compare=False)
     index: tuple[slice, ...] = ()
+
+    def __post_init__(self) -> None:
+        refuse_misfits(self, {})
+        whole = [s for s in self.shape if not isinstance(s, str)]
+        if not self.name or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in whole):
+            raise BadInput(
+                f"Param: give a name, and sizes that are names or whole numbers from 1 on; got {self.name!r}, {self.shape}"
+            )
 
     def __str__(self) -> str:
         if not self.index:

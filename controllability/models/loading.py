@@ -14,6 +14,7 @@ import architectures
 from controllability.errors import BadInput, ReadingError, in_a_line
 from controllability.models.gguf_files.head import read_head
 from controllability.models.gguf_files.load import gguf_in, load_gguf
+from controllability.models.tokens import going_on, with_special
 from controllability.texts import read_text
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
@@ -145,17 +146,16 @@ def _refuse_mismatch(name: str, notes: Any) -> None:
 def encode(tokenizer: Any, context: str, query: str, positions: str = "keep") -> tuple[dict[str, Any], dict[str, Any]]:
     """(target, source) inputs: context and query tokenised separately, special tokens with the context.
 
+    Nothing is put between them: if a space belongs there, write it at the start of the query or at the end of the context.
     ``positions="keep"`` gives the query the positions it has in the target, "reset" starts at 0.
     Raises ``BadInput`` for an empty text.
     """
     for role, text in (("context", context), ("query", query)):
         if not text.strip():
             raise BadInput(f"the {role} is empty")
-    before = list(tokenizer(context)["input_ids"])
-    eos = tokenizer.eos_token_id
-    if before and eos is not None and before[-1] == eos:
-        before = before[:-1]  # an end-of-text mark between context and query would end the text
-    asked = list(tokenizer(query, add_special_tokens=False)["input_ids"])
+    end = len(context.rstrip(" "))  # a space before a word belongs to the word's token
+    before, lead = with_special(tokenizer, context[:end])
+    asked = going_on(tokenizer, context[end:] + query, before[:lead])
     if not before or not asked:
         raise BadInput(f"the {'query' if before else 'context'} has no tokens in this vocabulary")
     target = {"input_ids": torch.tensor([before + asked])}

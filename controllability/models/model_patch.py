@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from torch import nn
 from controllability.models.files.patch_files import read_patch, save_patch
 from controllability.models.files.peft_export import Exported, export_peft
 from controllability.models.files.peft_import import patch_of_adapter
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.applied import applied
 from controllability.models.patches.extend import Extension, extend
 from controllability.models.patches.merged_error import MergedError, merged_error
-from controllability.models.patches.merging import merge, unmerge
+from controllability.models.patches.merging import as_weights as merged_for_a_while, merge, unmerge
 from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.sensitivity import sensitivity_of, warn_if_fragile
 from controllability.models.sweep.sensitivity import Sensitivity
@@ -43,17 +44,18 @@ class ModelPatch(PatchRecord):
         """
         return sensitivity_of(self)
 
-    def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+    def applied(self, model: nn.Module, as_weights: bool = False) -> AbstractContextManager[nn.Module]:
         """Within this context the model's own modules compute with the patched weights.
 
-        Matrices stay factored.  Everything is undone on exit, also after an exception or Ctrl-C.  One thread at a
+        Matrices stay factored, and the weights as they are: what reads those (a file, a copy, a fused forward) is refused.
+        ``as_weights=True`` writes the patch into them for the while, as ``merge`` does.  Everything is undone on exit, also after an exception or Ctrl-C.  One thread at a
         time: another that applies, merges or solves on the same model waits.  Compiled models (``torch.compile``) run
         uncompiled meanwhile, in every thread.  Raises ``PatchError`` when the patch was made for other weights, or
-        while other patches were on the model.  More, with examples: docs/applying.md.
+        while other patches were on the model; ``BadInput`` for a model in training mode.  More, with examples: docs/applying.md.
 
         >>> # with mp.applied(model): model(**source).logits
         """
-        return applied(self, model)
+        return merged_for_a_while(self, model) if as_weights else applied(self, model)
 
     def extend(
         self, model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any = None
@@ -102,7 +104,8 @@ class ModelPatch(PatchRecord):
     def export_peft(self, directory: str | Path, model: nn.Module | None = None) -> Exported:
         """Write the patch as a LoRA adapter that ``peft`` loads.  See ``controllability.models.files``."""
         warn_if_fragile(self, "exporting", model)
-        return export_peft(self, Path(directory), model)
+        with own_modes(model) if model is not None else nullcontext():
+            return export_peft(self, Path(directory), model)
 
 
 def load_patch(directory: str | Path) -> ModelPatch:
@@ -125,4 +128,5 @@ def import_peft(directory: str | Path, model: nn.Module) -> ModelPatch:
     >>> # mp = ct.import_peft("adapter", model)
     >>> # with mp.applied(model): model(**inputs)
     """
-    return ModelPatch.of(patch_of_adapter(directory, model))
+    with own_modes(model):
+        return ModelPatch.of(patch_of_adapter(directory, model))

@@ -18,8 +18,10 @@ from controllability.deltas import LowRank
 from controllability.errors import BadInput
 from controllability.interfaces import Path, node, updates_of
 from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.inputs import refuse_bad_inputs, without_cache
+from controllability.models.tokens import with_special
 
 SHRINK = 0.1  # weight of the identity in Σ: no direction of which the texts say nothing is free
 
@@ -101,21 +103,21 @@ def second_moments(
     runs = [_inputs(text, tokenizer) for text in texts]
     if not runs:
         raise BadInput("second_moments: no texts were given")
-    checked = checked_reading(model, runs[0])
-    for inputs in runs:
-        refuse_bad_inputs(model, checked, inputs, "second_moments")
-    layers = checked.reading.layers
-    listeners = [_Listener(layer) for layer in layers]
-    tokens = 0
-    with LayerHooks(model, checked.reading) as hooks, torch.inference_mode():
-        for number, inputs in enumerate(runs):
-            mask = inputs.get("attention_mask")
-            for listener in listeners:
-                listener.valid = None if mask is None else mask.bool()
-            hooks.run(listeners, without_cache(model, inputs))
-            tokens += sum(int(listener.rows) for listener in listeners[:1])
-            progress("second moments", number + 1, len(runs))
-    with torch.inference_mode(False):
+    with own_modes(model):
+        checked = checked_reading(model, runs[0])
+        for inputs in runs:
+            refuse_bad_inputs(model, checked, inputs, "second_moments")
+        layers = checked.reading.layers
+        listeners = [_Listener(layer) for layer in layers]
+        tokens = 0
+        with LayerHooks(model, checked.reading) as hooks, torch.inference_mode():
+            for number, inputs in enumerate(runs):
+                mask = inputs.get("attention_mask")
+                for listener in listeners:
+                    listener.valid = None if mask is None else mask.bool()
+                hooks.run(listeners, without_cache(model, inputs))
+                tokens += sum(int(listener.rows) for listener in listeners[:1])
+                progress("second moments", number + 1, len(runs))
         metrics = {name: Metric(sums.clone()) for listener in listeners for name, sums in listener.sums.items()}
     return Moments(metrics, tokens)
 
@@ -124,7 +126,7 @@ def _inputs(text: Any, tokenizer: Any) -> Mapping[str, Any]:
     if isinstance(text, str):
         if tokenizer is None:
             raise BadInput("second_moments: texts that are strings need tokenizer=")
-        text = torch.tensor([list(tokenizer(text)["input_ids"])])
+        text = torch.tensor([with_special(tokenizer, text)[0]])
     if isinstance(text, Tensor):
         return {"input_ids": text if text.ndim > 1 else text[None]}
     if not isinstance(text, Mapping):

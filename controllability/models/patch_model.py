@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from controllability.errors import BadInput
-from controllability.models.hooks.carried_patches import state_of_model, uncompiled
+from controllability.models.hooks.carried_patches import uncompiled
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.model_patch import ModelPatch
 from controllability.models.moments import Moments
 from controllability.models.patches.solve import parse_joint_options, solve
@@ -56,6 +56,5 @@ def patch_model(
         if not isinstance(value, str):
             raise BadInput(f"{name} must be a name, got {type(value).__name__}")
     model = uncompiled(model)
-    # what is kept must not be made inside torch.inference_mode: autograd would refuse it later
-    with state_of_model(model).lock, torch.inference_mode(False), torch.no_grad():
+    with own_modes(model):
         return ModelPatch.of(solve(model, target, source, scope, via, route, positions, progress, joint, moments))

@@ -10,7 +10,7 @@ from controllability.errors import SideConditionFailed
 from controllability.execution.patch import Patch
 from controllability.execution.patched_run import PatchedRun
 from controllability.execution.trace import Trace
-from controllability.execution.validation import check_instance, check_result
+from controllability.execution.validation import check_instance, check_result, missed
 from controllability.interfaces import Component, Condition, JointOptions, Layout, Params
 from controllability.rules import Step, construct
 from controllability.symbolic.definitions import definitions
@@ -82,20 +82,25 @@ class Derivation:
         A joint proof gives one patch for all tokens of states (T, d), as ``joint`` says (exactly by default).
         States are (..., d), or traces with node values that were already observed.  When a side
         condition fails on the numbers the alternatives are tried in order; raises
-        ``SideConditionFailed`` with the first condition when none is open, and ``BadInput`` when the
-        numbers do not fit the block.
+        ``SideConditionFailed`` with the first condition when none is open, ``BadInput`` when the
+        numbers do not fit the block, and ``NotVerified`` when the patched block misses its target by more than rounding
+        explains (``patch.residual`` is what it misses it by; a fit promises none, and symbols have none).
         """
         states = [x.state if isinstance(x, Trace) else x for x in (source, target)]
         check_instance(self.layout, params, *states)
+        first = states[0][0] if isinstance(states[0], tuple | list) else states[0]
+        xp = arithmetic(first)
         failure: SideConditionFailed | None = None
         for choice in range(1 + len(self.alternatives)):
             run = self.patched_run(params, source, target, choice, joint)
             try:
-                first = states[0][0] if isinstance(states[0], tuple | list) else states[0]
-                if not arithmetic(first).symbolic:
-                    deltas = run.deltas()
-                    check_result(deltas)
-                    return Patch(deltas, run.journal)
+                if not xp.symbolic:
+                    with xp.own_modes(first):
+                        deltas = run.deltas()
+                        check_result(deltas)
+                        exact = run.joint is None or (run.joint.exact and not run.joint.may_fall_short)
+                        residual = missed(run.output(()), run.wanted(), params, exact)
+                        return Patch(deltas, run.journal, residual=residual)
                 with definitions() as table:
                     return Patch(run.deltas(), run.journal, table)
             except SideConditionFailed as failed:

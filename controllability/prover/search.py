@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, get_args
 
+from architectures.widths import declared_misfits
 from controllability.errors import BadInput
 from controllability.interfaces import Component, Layout, Param, Path, Place, leaves
 from controllability.prover.derivation import Derivation
@@ -34,7 +35,11 @@ def derive(block: Component, via: Via, route: str, frozen: Iterable[str] = (), j
         raise BadInput(
             f"frozen names {', '.join(unknown)}, which the block does not have; it has {', '.join(sorted(known))}"
         )
+    if not isinstance(jointly, bool):
+        raise BadInput(f"jointly must be True or False, got {jointly!r}")
     Layout.of(block)  # refuses parts that read what is not there yet
+    if problems := declared_misfits(block):
+        raise BadInput(f"the sizes of the block do not fit: {'; '.join(problems)}")
     prover = Prover(block, via, route, frozen, jointly)
     place = Place(block)
     attempt = prover.attempt(place, "input")

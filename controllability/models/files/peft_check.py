@@ -16,6 +16,7 @@ from architectures import quantised
 from controllability.arrays import relative_error
 from controllability.errors import NotVerified, in_a_line
 from controllability.models.exact_mode import exact_mode
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.applied import applied
 from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.inputs import without_cache
@@ -56,7 +57,7 @@ def check_adapter(patch: PatchRecord, directory: Path, model: nn.Module | None) 
             return Check(None, "not verified: this patch holds no input to compare on")
         inputs, note = random_inputs(model, None), "compared on random tokens"
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    with torch.no_grad(), exact_mode() if torch.float64 in dtypes else contextlib.nullcontext():
+    with own_modes(model), exact_mode() if torch.float64 in dtypes else contextlib.nullcontext():
         unpatched = result_of(model(**inputs))
         with applied(patch, model):
             patched = result_of(model(**inputs))

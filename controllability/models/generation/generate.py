@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from controllability.errors import BadInput, ControllabilityError, PatchError, in_a_line
 from controllability.models.generation.steps import GeneratedToken, Generation, Sampler, compared
-from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
+from controllability.models.hooks.carried_patches import carried, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.reading.checked_reading import Checked, checked_reading
 from controllability.models.reading.heads import Result
 from controllability.models.reading.model_facts import forward_arguments, input_embedding, takes_cache
@@ -33,6 +34,12 @@ from controllability.models.sweep.source_run import sweep
 from controllability.models.sweep.target_run import LayerTarget, check_finite, observe_target, silent
 from controllability.prover.derivation import Derivation
 
+OTHER_MODES = ("penalty_alpha", "dola_layers", "num_beams", "constraints", "assistant_early_exit", "use_mtp")
+IGNORED = (  # of transformers' options those that its own loop alone would heed
+    "output_scores", "output_logits", "output_attentions", "output_hidden_states", "return_dict_in_generate",
+    "prefill_chunk_size", "synced_gpus", "low_memory", "num_beam_groups", "length_penalty", "early_stopping", "diversity_penalty",
+    "num_assistant_tokens", "assistant_confidence_threshold", "assistant_tokenizer",
+)  # fmt: skip
 OnStep = Callable[[GeneratedToken], None]
 
 
@@ -73,7 +80,7 @@ def generate(
     if seed is not None and not isinstance(seed, int):
         raise BadInput(f"seed must be an integer, got {seed!r}")
     ids, mask = left_padded(input_ids, attention_mask)
-    with state_of_model(model).lock, torch.inference_mode(False), torch.no_grad():
+    with own_modes(model):
         checked = _checked(model, ids)
         _refuse_prompts(model, checked, ids, mask, max_new_tokens)
         proofs = checked.proofs(via, route)
@@ -134,6 +141,13 @@ class _Loop:
                 f"the generation config asks for {len(input_ids)} sequences from {self.prompts} prompts (beams, several "
                 "continuations): one continuation of each prompt is generated"
             )
+        mode = str(getattr(generation_config.get_generation_mode(), "value", ""))
+        if mode not in ("greedy_search", "sample"):
+            raise BadInput(
+                f"these options ask for {mode.replace('_', ' ')} (one of {', '.join(OTHER_MODES)}): patched generation decodes "
+                "greedily or by drawing; leave them out, in the model's generation_config too"
+            )
+        self.sampler = Sampler.of(logits_processor, generation_config.do_sample, 3 if self.control else 2, model)
         active = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         padding = generation_config.pad_token_id
         first = True
@@ -141,7 +155,7 @@ class _Loop:
             at = {"next_sequence_length": None if first else 1, "is_first_iteration": first}
             inputs = model.prepare_inputs_for_generation(input_ids, **at, **options)
             self._refuse_rewritten(input_ids, inputs)
-            step = self._step(input_ids, inputs, Sampler(logits_processor, generation_config.do_sample), active)
+            step = self._step(input_ids, inputs, self.sampler, active)
             options = model._update_model_kwargs_for_generation(self._output, options)
             chosen = step.target if self.follow == "target" else step.patched
             chosen = torch.where(active, chosen.to(input_ids.device), padding)
@@ -324,6 +338,9 @@ def _refuse_misuse(model: Any, follow: str, count: Any, options: Mapping[str, An
     for name in ("num_beams", "num_return_sequences"):
         if options.get(name, 1) != 1:
             raise BadInput(f"{name}={options[name]}: one continuation of each prompt is generated; leave it at 1")
+    for name in IGNORED:
+        if options.get(name):
+            raise BadInput(f"{name} has no effect on patched generation, which returns a Generation: leave it out")
     for name in ("custom_generate", "assistant_model", "inputs_embeds", "prompt_lookup_num_tokens", "past_key_values"):
         if options.get(name) is not None:
             raise BadInput(f"{name} cannot be combined with patched generation")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from controllability.arrays import errors_and_sizes
+from controllability.errors import BadInput, in_a_line
 from controllability.models.reading.logits import compare_logits
 from controllability.models.sweep.report import Layers
 
@@ -141,10 +144,24 @@ class Generation:
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """How a token is chosen from logits: the user's processors, then the largest, or a draw."""
+    """How a token is chosen from logits: the user's processors, then the largest, or a draw.
 
-    processors: Any
+    Every run has ``processors`` of its own, called once a step: some count their calls or keep a cache.
+    """
+
+    processors: Sequence[Any]
     do_sample: bool
+
+    @staticmethod
+    def of(processors: Any, do_sample: bool, runs: int, model: Any) -> Sampler:
+        """The caller's own processors for the first run, copies (but of the model) for the others; ``BadInput`` where that cannot be."""
+        try:
+            copies = [copy.deepcopy(processors, {id(model): model}) for _ in range(runs - 1)]
+        except Exception as error:  # whatever the caller's own code holds
+            raise BadInput(
+                f"each run needs logits processors of its own, and these cannot be copied: {in_a_line(error)}"
+            ) from None
+        return Sampler([processors, *copies], do_sample)
 
     def among(self, input_ids: Tensor, *all_logits: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """A token (B,) from each of several logits (B, vocabulary), and the scores it was chosen by.
@@ -153,10 +170,10 @@ class Sampler:
         """
         tokens, all_scores = [], []
         state = _random_state(input_ids.device)
-        for logits in all_logits:
-            scores = self.processors(input_ids, logits.to(torch.float32, copy=True))
+        for processors, logits in zip(self.processors, all_logits, strict=True):
+            _set_random_state(input_ids.device, state)  # a processor may draw too
+            scores = processors(input_ids, logits.to(torch.float32, copy=True))
             if self.do_sample:
-                _set_random_state(input_ids.device, state)
                 tokens.append(torch.multinomial(scores.softmax(-1), 1)[:, 0])
             else:
                 tokens.append(scores.argmax(-1))

@@ -72,13 +72,15 @@ class HookStack:
         module.register_forward_pre_hook(call, with_kwargs=True)
 
     def after(self, module: nn.Module, hook: Callable[[Tensor, Any], Any]) -> None:
-        """Call ``hook(first argument, output)`` after every forward; what it returns replaces the output."""
+        """Call ``hook(first argument, output)`` after every forward; what it returns replaces the output.
+
+        Hooks of ours run in their order before those of others, which so see what the module is to give.
+        """
 
         def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return hook(on_its_device(module, first_argument(args, kwargs)), output)
 
-        self._undo.append(lambda: _unhook(call, module._forward_hooks, module._forward_hooks_with_kwargs))
-        module.register_forward_hook(call, with_kwargs=True)
+        self._hook(module, call)
 
     def disturb(self, module: nn.Module, change: Callable[[Any], Any]) -> None:
         """Let ``module`` work on ``change`` of its first argument, or of ``hidden_states``."""
@@ -98,8 +100,15 @@ class HookStack:
             between()
             return module.forward(*args, **kwargs)
 
+        self._hook(module, call)
+
+    def _hook(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        vars(call)["ours"] = True
         self._undo.append(lambda: _unhook(call, module._forward_hooks, module._forward_hooks_with_kwargs))
         module.register_forward_hook(call, with_kwargs=True)
+        hooks: Any = module._forward_hooks  # in their order
+        for key in reversed([key for key, hook in hooks.items() if getattr(hook, "ours", False)]):
+            hooks.move_to_end(key, last=False)
 
     def assign(self, owner: Any, attribute: str, value: Any) -> None:
         """Let ``owner`` hold ``value`` under ``attribute`` of its own dictionary, until ``undo``."""

@@ -32,22 +32,20 @@ class TellingWeight(torch.Tensor):
     """
 
     listener: Listener
-
-    @property
-    def stored(self) -> Tensor:
-        """The parameter itself, without a listener."""
-        return _plain(self)
+    stored: (
+        Tensor  # the parameter itself, without a listener: gradients go there, in whatever mode the listener was put on
+    )
 
     @staticmethod
     def of(base: Tensor, listener: Listener) -> TellingWeight:
         """``base`` with a listener; if it has one already, that one is told first."""
         if isinstance(base, TellingWeight):
-            earlier, base = base.listener, _plain(base)
+            earlier, base = base.listener, base.stored
             told = lambda x, y: listener(x, earlier(x, y))  # noqa: E731
         else:
             told = listener
         weight = base.as_subclass(TellingWeight)
-        weight.listener = told
+        weight.listener, weight.stored = told, base
         return weight
 
     @classmethod
@@ -58,7 +56,7 @@ class TellingWeight(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*(_plain(a) for a in args), **{k: _plain(v) for k, v in kwargs.items()})
         if func in _CASTS and args and isinstance(args[0], cls) and isinstance(result, Tensor):
-            return cls.of(_plain(result), args[0].listener)
+            return cls.of(result, args[0].listener)
         if func is _LINEAR:
             x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
         elif func in _ELEMENTWISE and len(args) > 1:
@@ -70,4 +68,4 @@ class TellingWeight(torch.Tensor):
 
 
 def _plain(value: Any) -> Any:
-    return value.as_subclass(Tensor) if isinstance(value, TellingWeight) else value
+    return value.stored if isinstance(value, TellingWeight) else value

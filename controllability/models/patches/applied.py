@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+import torch
 from torch import nn
 
-from controllability.errors import PatchError
+from controllability.errors import ControllabilityWarning, PatchError
 from controllability.models.hooks.carried_patches import carry, put_down, state_of_model, uncompiled
+from controllability.models.hooks.guards import INSTEAD, Calls, refuse_readers
 from controllability.models.hooks.installation import HookStack
 from controllability.models.hooks.layer_hooks import LayerHook
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.applier import Applier, refuse_other_tokens
 from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.checked_reading import known_reading
@@ -28,9 +31,8 @@ def applied(patch: PatchRecord, model: nn.Module) -> Iterator[nn.Module]:
         installation = HookStack()
         try:
             carry(model, patch.id, installation, patch.parameters)
-            installation.assign(model, "__deepcopy__", _refuse_copy)
-            installation.assign(model, "__reduce_ex__", _refuse_copy)
-            _install(patch, model, installation)
+            with own_modes(model):
+                _install(patch, model, installation)
             yield given
         finally:
             in_order = put_down(model, patch.id)
@@ -45,21 +47,21 @@ def _install(patch: PatchRecord, model: nn.Module, installation: HookStack) -> N
     if rows and name.endswith("input_ids") and name in inspect.signature(model.forward).parameters:
         valid = patch.inputs["source"][name]
         installation.before(model, lambda ids: refuse_other_tokens(ids, valid), name)
-    for layer in reading.layers:
+    patched = {layer.name: layer for layer in reading.layers if layer.index in {e.layer for e in patch.entries}}
+    for layer in patched.values():
         entries = [e for e in patch.entries if e.layer == layer.index]
-        if entries:
-            applier = Applier(layer, entries, rows, 1 if rows else _samples(patch))
-            LayerHook(
-                model, layer, applier, installation, applier.taps, states=False,
-                sequence_first=reading.architecture.sequence_first,
-            )  # fmt: skip
+        applier = Applier(layer, entries, rows, 1 if rows else _samples(patch))
+        LayerHook(
+            model, layer, applier, installation, applier.taps, states=False,
+            sequence_first=reading.architecture.sequence_first,
+        )  # fmt: skip
+        installation.after(model.get_submodule(layer.name), lambda _, __, applier=applier: applier.ended())
+    Calls(installation, model, patched)
+    refuse_readers(installation, model, [*patched, *(entry.module for entry in patch.entries)])
+    if torch.nn.modules.module._global_forward_hooks:
+        said = f"global forward hooks see every module's output before its patch: {INSTEAD}"
+        warnings.warn(said, ControllabilityWarning, stacklevel=4)
 
 
 def _samples(patch: PatchRecord) -> int:
     return len(patch.rows.sample) if patch.scope == "last" else 1
-
-
-def _refuse_copy(_: Any) -> Any:
-    raise PatchError(
-        "a patch is applied at the moment: a copy of the model, or a file of it, would keep its hooks; leave the context before copying"
-    )

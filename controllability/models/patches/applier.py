@@ -13,6 +13,7 @@ from architectures.reading import Layer, Tap
 from controllability.deltas import Delta
 from controllability.errors import PatchError
 from controllability.interfaces import Param, Path as NodePath
+from controllability.models.hooks.guards import refuse_bypassed
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.effects import Effect, Move, parameters_at, per_sample, ready, update_of, with_tensors
 from controllability.models.sweep.layer_sweep import LayerSweep
@@ -72,9 +73,15 @@ class Applier:
                 delta = with_tensors(delta, lambda held: held.reshape(*rows.shape, *held.shape[1:]))
             calls[entry.call].append((update_of(layer, tap, entry.param), delta))
         self.taps = tuple(self.moves)
+        self.told: set[NodePath] = set()
 
     def begins(self) -> None:
         self.call = (self.call + 1) % self.calls
+        self.told.clear()
+
+    def ended(self) -> None:
+        """The layer's call is over.  Raises ``PatchError`` where a patched module did not run in it."""
+        refuse_bypassed(self.layer, [tap for tap in self.taps if self.moves[tap][self.call]], self.told)
 
     def entering(self, index: int, value: Tensor) -> None:
         return None
@@ -95,6 +102,13 @@ class Applier:
             raise PatchError(
                 f"this patch of scope 'last' has one patch for each of {self.samples} samples, the model got {y.shape[0]}"
             )
+        self.told.add(tap.outlet)
+        if torch.is_autocast_enabled(y.device.type):  # what is added is computed as it was solved
+            with torch.autocast(y.device.type, enabled=False):
+                return self._changed(tap, x, y)
+        return self._changed(tap, x, y)
+
+    def _changed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor:
         effect = self._effect(tap, y)
         chosen = self.chosen.get(tap.mixture) if tap.mixture is not None else None
         if self.rows is None or self.whole:
@@ -111,7 +125,8 @@ class Applier:
                 (update, with_tensors(delta, lambda held: held.to(like.device)))
                 for update, delta in self.moves[tap][self.call]
             ]
-            self.effects[key] = ready(self.layer, tap, moves)
+            with torch.inference_mode(False):  # it serves runs with gradients too
+                self.effects[key] = ready(self.layer, tap, moves)
         return self.effects[key]
 
 

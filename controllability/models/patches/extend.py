@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from controllability.errors import BadInput, NotVerified, PatchError, SideConditionFailed
 from controllability.interfaces import JointOptions
-from controllability.models.hooks.carried_patches import carried, state_of_model, uncompiled
+from controllability.models.hooks.carried_patches import carried, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.applied import applied
 from controllability.models.patches.applier import entries_of
 from controllability.models.patches.record import PatchRecord
@@ -65,7 +66,7 @@ def extend(
     stream = _refuse_unfit(patch, model)
     for role, inputs in (("target", target), ("source", source)):
         _refuse_inputs(inputs, role)
-    with state_of_model(model).lock, torch.inference_mode(False), torch.no_grad():
+    with own_modes(model):
         patch.refuse_misuse(model)
         checked = checked_reading(model)
         for role, inputs in (("target", target), ("source", source)):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from controllability.errors import ControllabilityWarning, PatchError
 from controllability.models.hooks.carried_patches import uncompiled
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.logits import compare_logits, result_of
@@ -76,7 +77,6 @@ def before_merging(patch: PatchRecord, model: nn.Module) -> Before:
     return Before(_at_pairs(wanted, patch), at_source(patch, model))
 
 
-@torch.no_grad()
 def merged_error(patch: PatchRecord, model: nn.Module) -> MergedError:
     """Run the merged model on the patch's own source and hold it against the target run's logits.
 
@@ -86,7 +86,8 @@ def merged_error(patch: PatchRecord, model: nn.Module) -> MergedError:
         raise PatchError("this patch is not merged into this model: merge it first")
     if patch.target_logits is None:
         raise PatchError("a loaded patch does not hold the target's logits: compare with `controllability verify`")
-    return _compared(patch, at_source(patch, model), _at_pairs(patch.target_logits, patch))
+    with own_modes(model):
+        return _compared(patch, at_source(patch, model), _at_pairs(patch.target_logits, patch))
 
 
 def _compared(patch: PatchRecord, found: Tensor, wanted: Tensor, unpatched: Tensor | None = None) -> MergedError:

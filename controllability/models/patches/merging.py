@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,6 +19,7 @@ from controllability.models.hooks.carried_patches import (
     state_of_model,
     uncompiled,
 )
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.merged_error import before_merging
 from controllability.models.patches.record import PatchRecord
@@ -33,7 +36,7 @@ def merge(patch: PatchRecord, model: nn.Module, corrected: bool | None = None, m
         raise PatchError("this patch is merged already: unmerge it first")
     patch.refuse_several("merged into one set of weights")
     model = uncompiled(model)
-    with state_of_model(model).lock, torch.inference_mode(False), torch.no_grad():
+    with own_modes(model):
         patch.refuse_misuse(model)
         if anything_applied(model):
             raise PatchError("a patch is applied at the moment: leave its context before merging")
@@ -84,7 +87,7 @@ def _merge(patch: PatchRecord, model: nn.Module, stored: dict[str, nn.Parameter]
 def unmerge(patch: PatchRecord, model: nn.Module) -> None:
     """Put the original weights back, bit for bit.  See ``ModelPatch.unmerge``."""
     model = uncompiled(model)
-    with state_of_model(model).lock:
+    with own_modes(model):
         if patch._merged_into is not model:
             raise PatchError("this patch is not merged into this model")
         if carried(model)[-1:] != (patch.id,):
@@ -96,6 +99,17 @@ def unmerge(patch: PatchRecord, model: nn.Module) -> None:
         restore(model, patch._originals, patch._before_merge)
         patch._originals, patch._merged_into = {}, None
         drop(model, patch.id)
+
+
+@contextmanager
+def as_weights(patch: PatchRecord, model: nn.Module) -> Iterator[nn.Module]:
+    """Within this context the patch is in the weights themselves.  See ``ModelPatch.applied``."""
+    with state_of_model(model).lock:
+        merge(patch, model, measured=False)
+        try:
+            yield model
+        finally:
+            unmerge(patch, model)
 
 
 def refuse_quantised(model: nn.Module, entries: tuple[Entry, ...]) -> None:

@@ -18,7 +18,7 @@ from controllability.models.patches.applier import Entry
 from controllability.models.patches.served_sequences import Stream
 from controllability.models.reading.fingerprints import State, changes, fingerprint, known_fingerprint, state_of
 from controllability.models.reading.heads import Result
-from controllability.models.reading.modules import refuse_offloaded
+from controllability.models.reading.modules import modules_of, refuse_offloaded, refuse_training
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.report import Report
 from controllability.models.sweep.sensitivity import Sensitivity
@@ -125,7 +125,9 @@ class PatchRecord:
 
     def refuse_misuse(self, model: nn.Module) -> None:
         """Raise ``PatchError`` unless this patch can be put on ``model`` as it is now."""
-        refuse_offloaded(model)
+        modules = modules_of(model)
+        refuse_offloaded(model, modules)
+        refuse_training(model, modules)
         if carried(model) != self.made_under:
             refuse_on_it(model, self.id, self.parameters, self.made_under)
         self._refuse_other_model(model)

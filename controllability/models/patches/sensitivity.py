@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from controllability.arrays import relative_error
 from controllability.errors import ControllabilityError, ControllabilityWarning, PatchError
-from controllability.models.hooks.carried_patches import state_of_model, uncompiled
+from controllability.models.hooks.carried_patches import uncompiled
 from controllability.models.hooks.installation import HookStack
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.applied import applied
 from controllability.models.patches.merged_error import at_source
 from controllability.models.patches.record import PatchRecord
@@ -43,7 +44,7 @@ def measure_sensitivity(patch: PatchRecord, model: nn.Module) -> Sensitivity:
     the ``note`` of the result says why.
     """
     model = uncompiled(model)
-    with state_of_model(model).lock, torch.inference_mode(False), torch.no_grad():
+    with own_modes(model):
         try:
             plain = _magnified(patch, model)
             with applied(patch, model):

@@ -18,7 +18,7 @@ from controllability.models.hooks.carried_patches import carried
 from controllability.models.reading.compare_with_module import compare
 from controllability.models.reading.fingerprints import looking, stored
 from controllability.models.reading.model_facts import position_limit
-from controllability.models.reading.modules import modules_of, refuse_offloaded
+from controllability.models.reading.modules import modules_of, refuse_offloaded, refuse_training
 from controllability.prover.derivation import Derivation
 from controllability.prover.search import derive
 
@@ -85,10 +85,7 @@ def checked_reading(model: nn.Module, example: Mapping[str, Any] | None = None) 
     quantised or non-finite parameters) and ``ReadingError`` where expression and module disagree.
     """
     modules = modules_of(model)
-    training = next((name for name, module in modules if module.training), None)
-    if training is not None:
-        which = f"module {training}" if training else "the model"
-        raise BadInput(f"{which} is in training mode: call model.eval() first, dropout would make runs differ")
+    refuse_training(model, modules)
     refuse_offloaded(model, modules)
     known = _CHECKED.get(model)
     if (

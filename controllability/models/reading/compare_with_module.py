@@ -15,6 +15,7 @@ from controllability.components.mixture import CHOSEN, SHARES
 from controllability.errors import ControllabilityError, Overflow, ReadingError
 from controllability.execution.trace import Trace
 from controllability.interfaces import Path, node
+from controllability.models.hooks.guards import refuse_bypassed
 from controllability.models.hooks.installation import HookStack
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.random_inputs import random_inputs, refuse_ids
@@ -118,9 +119,10 @@ def _listen_for(
 
 
 def _compare_layer(layer: Layer, comparer: Comparer) -> float:
+    refuse_bypassed(layer, layer.taps, comparer.seen)
     states = [comparer.states[i] for i in range(len(layer.inputs))]
     xp = arithmetic(states[0])
-    tolerance = TOLERANCE.of({value.dtype for value in (*states, *layer.params.values())})
+    tolerance = TOLERANCE.of({value.dtype for value in (*states, *comparer.seen.values(), *layer.params.values())})
     params = {name: xp.lift(value) if value.is_floating_point() else value for name, value in layer.params.items()}
     lifted = [xp.lift(s) for s in states]
     trace = Trace(layer.block, params, lifted[0] if len(lifted) == 1 else lifted)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from controllability.arrays import relative_error
 from controllability.errors import PatchError
 from controllability.models.exact_mode import exact_mode, in_exact_mode
-from controllability.models.hooks.carried_patches import carried, state_of_model
+from controllability.models.hooks.carried_patches import carried
 from controllability.models.hooks.installation import HookStack
+from controllability.models.hooks.own_modes import own_modes
 from controllability.models.reading.fingerprints import place
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.logits import LogitComparison, compare_logits, joined, result_of
@@ -53,9 +54,11 @@ class Head:
         installation = HookStack()
         exact = exact_mode() if self._exact else contextlib.nullcontext()
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        with state_of_model(model).lock, torch.no_grad(), exact:
+        with own_modes(model), exact:
             try:
-                installation.assign(base, "forward", lambda *_, **__: self.kind(last_hidden_state=states))
+                stand_in = lambda *_, **__: self.kind(last_hidden_state=states)  # noqa: E731
+                vars(stand_in)["ours"] = True
+                installation.assign(base, "forward", stand_in)
                 return result_of(model.forward(**without_cache(model, {"input_ids": ids, KEEP: 0})))  # past its hooks
             finally:
                 installation.undo()

@@ -31,6 +31,14 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for module, name in found.items()]
 
 
+def refuse_training(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> None:
+    """Raise ``BadInput`` for a model with a module in training mode.  ``modules`` are the model's by name, if they are known."""
+    for name, module in modules_of(model) if modules is None else modules:
+        if module.training:
+            which = f"module {name}" if name else "the model"
+            raise BadInput(f"{which} is in training mode: call model.eval() first, dropout would make runs differ")
+
+
 def refuse_offloaded(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> None:
     """Raise ``BadInput`` for a model of which ``accelerate`` keeps weights elsewhere between their uses.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -45,14 +46,19 @@ def ready(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
 
 def _formula(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
     """A norm by its own formula, with the patched vectors."""
-    params = patched_params(layer, tap, moves)
-    parts = [_part(node(layer.block, path), params) for path in tap.paths]
+    patched, stored = (
+        [_part(node(layer.block, path), params) for path in tap.paths]
+        for params in (patched_params(layer, tap, moves), patched_params(layer, tap, ()))
+    )
 
     def effect(x: Tensor, y: Tensor, _: Tensor | None) -> Tensor:
-        x = arithmetic(x).lift(x)
-        for part in parts:
-            x = part(x)
-        return x
+        xp = arithmetic(x)
+        found = reduce(lambda value, part: part(value), patched, xp.lift(x))
+        if not (torch.is_grad_enabled() and y.requires_grad):
+            return found
+        # the gradients of the stored vectors are those of the module's own output
+        tied = xp.lift(y) + (found - reduce(lambda value, part: part(value), stored, xp.lift(x)))
+        return tied + (found - tied).detach()
 
     return effect
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from architectures.reading import Layer, Tap
@@ -13,6 +14,7 @@ from controllability.deltas import Delta, LowRank
 from controllability.errors import PatchError, SideConditionFailed
 from controllability.execution.patched_run import Metric, PatchedRun
 from controllability.interfaces import JointOptions, Param, Path
+from controllability.models.hooks.guards import refuse_bypassed
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.effects import per_sample, ready, with_tensors
 from controllability.models.sweep.target_run import LayerTarget, as_state, check_finite
@@ -37,6 +39,7 @@ class LayerSweep:
         self.reads: dict[Path, Tensor] = {}  # what a steered leaf reads, where there is but one pair
         self.output: Tensor | None = None
         self.before = 0  # positions that the model puts before the input's
+        self.told: dict[Path, torch.dtype] = {}  # what ran, and in which numbers
         self.owns = False  # whether the deltas are tensors of their own, made outside of torch.inference_mode
         self._run: PatchedRun | None = None
 
@@ -62,6 +65,7 @@ class LayerSweep:
 
     def computed(self, tap: Tap, x: Tensor, y: Tensor) -> Tensor | None:
         run, rows = self.run, self.rows
+        self.told[tap.outlet] = y.dtype
         goals = [(path, run.goals[path].update) for path in tap.paths if path in run.goals]
         x_rows, y_rows = rows.of(x), rows.of(y)
         if tap.kind != "output":
@@ -120,6 +124,7 @@ class LayerSweep:
         """Give the solved deltas tensors of their own."""
         solved = self.run.solved
         if not self.owns:
+            refuse_bypassed(self.layer, self.layer.taps, self.told)
             solved.update({path: with_tensors(delta, Tensor.clone) for path, delta in solved.items()})
         self.owns = True
 

@@ -17,6 +17,7 @@ from architectures.reading import Layer, Tap
 from controllability.arrays import relative_error
 from controllability.errors import SideConditionFailed
 from controllability.interfaces import Path
+from controllability.models.hooks.guards import refuse_bypassed
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.tolerances import SAME
@@ -152,6 +153,8 @@ def in_one_pass(
     both = [Both(layer, plan, rows, layer is layers[-1], stops) for layer in layers]
     output = hooks.run(both, inputs)
     targets = [listener.observer.calls for listener in both]
+    for target in (target for calls in targets for target in calls):
+        refuse_bypassed(target.layer, target.layer.taps, target.outputs)
     if any(listener.failed for listener in both):
         return targets, None, output
     return targets, [solver for listener in both for solver in listener.solvers], output

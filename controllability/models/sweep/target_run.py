@@ -14,6 +14,7 @@ from controllability.components.mixture import CHOSEN, SHARES
 from controllability.errors import Overflow, PatchError
 from controllability.execution.trace import Trace
 from controllability.interfaces import Path
+from controllability.models.hooks.guards import refuse_bypassed
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.shelf import Shelf
@@ -114,4 +115,5 @@ def observe_target(
                 raise PatchError(
                     f"layer {observer.layer.index}: its hooks did not run in the target run; is the model compiled?"
                 )
+            refuse_bypassed(observer.layer, observer.layer.taps, target.outputs)
     return [o.calls for o in observers], output
