@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 from controllability import errors
 from controllability.cli.arguments import COMMANDS
 from controllability.cli.output import Output
+from controllability.cli.terminal import own_terminal
 
 REFUSED, USAGE = 1, 2
 
@@ -52,9 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         return _fail("stdout is closed: there is nowhere to write the result", USAGE)
     output = Output(as_json=args.json)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign gets its code, not a traceback
-            stream.reconfigure(errors="backslashreplace")
+    with own_terminal():
+        return _run(args, output)
+
+
+def _run(args: argparse.Namespace, output: Output) -> int:
     try:
         import numpy  # noqa: F401 (before torch, which would take a Ctrl-C in here for a missing NumPy)
 

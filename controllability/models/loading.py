@@ -18,12 +18,19 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json",
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_model(
+    name: str, dtype: str = "float32", trust_remote_code: bool = False, device: str | None = None
+) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) from a directory written by ``save_pretrained``, a GGUF file, or a Hub id.
 
-    ``"embedded"`` is the package's own trained model (``"./embedded"`` a directory of that name).
+    ``"embedded"`` is the package's own trained model (``"./embedded"`` a directory of that name).  ``dtype`` is float64,
+    float32, bfloat16 or float16; ``device`` one of torch's, None the CPU.
     Only safetensors and GGUF are loaded, the former where a directory holds both.  Raises ``BadInput`` when something
-    is missing, truncated or inconsistent, and for model types that are not registered.
+    is missing, truncated or inconsistent, for a device that is not there, and for model types that are not registered.
+
+    >>> model, tokenizer = load_model("embedded", dtype="float64")
+    >>> model.dtype, model.training
+    (torch.float64, False)
     """
     from transformers import logging as hf_logging
 
@@ -54,7 +61,10 @@ def load_model(name: str, dtype: str = "float32", trust_remote_code: bool = Fals
             f"cannot load the {what} {name}: {text}" if local else f"cannot load {what} failed): {text}"
         ) from None
     _refuse_mismatch(name, notes)
-    return model.eval(), tokenizer
+    try:
+        return (model if device is None else model.to(device)).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:  # what torch says of devices
+        raise BadInput(f"cannot use device {device!r}: {in_a_line(error)}") from None
 
 
 def _load_directory(name: str, dtype: torch.dtype, local: bool, trust_remote_code: bool) -> tuple[Any, Any, Any]:
@@ -113,7 +123,12 @@ def encode(tokenizer: Any, context: str, query: str, positions: str = "keep") ->
     """(target, source) inputs: context and query tokenised separately, special tokens with the context.
 
     ``positions="keep"`` gives the query the positions it has in the target, "reset" starts at 0.
-    Raises ``BadInput`` for an empty text.
+    Each holds tensors (1, T) of token ids, the source of position ids too.  Raises ``BadInput`` for an empty text.
+
+    >>> _, tokenizer = load_model("embedded")
+    >>> target, source = encode(tokenizer, "Mia lives in Oslo .", "Where does Mia live ?")
+    >>> target["input_ids"].shape, source["position_ids"].tolist()
+    (torch.Size([1, 11]), [[6, 7, 8, 9, 10]])
     """
     for role, text in (("context", context), ("query", query)):
         if not text.strip():
