@@ -13,6 +13,7 @@ from architectures.registry import Architecture, StatePoint, by_layers, find, fu
 from architectures.view import View
 from architectures.widths import misfits
 from controllability.arrays import Array
+from controllability.arrays.one_line import OneLine
 from controllability.errors import BadInput, NotControllable, ReadingError
 from controllability.interfaces import Component, Layout, OutputControllable, Param, Path, leaves, node
 
@@ -146,8 +147,8 @@ def refuse_quantised(path: str, module: Any, attribute: str) -> None:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
+@dataclass(frozen=True, eq=False, repr=False)
+class Layer(OneLine):
     """One layer of a live model: its block expression, bound parameters, and where to look.
 
     ``inputs`` and ``output`` name modules by their full names; ``index`` counts the layers that have a
@@ -164,8 +165,8 @@ class Layer:
     experts: Mapping[Path, str] = field(default_factory=dict)  # the module that runs the experts of a mixture
 
 
-@dataclass(frozen=True, eq=False)
-class Reading:
+@dataclass(frozen=True, eq=False, repr=False)
+class Reading(OneLine):
     """A live model read: its architecture and one ``Layer`` per feed-forward half, in the order of the model."""
 
     architecture: Architecture

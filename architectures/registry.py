@@ -19,7 +19,14 @@ class StatePoint:
     """Where a live model shows one of a block's inputs, or its output.
 
     ``module`` is named inside the layer ('' is the layer itself); ``when`` is before it runs (its first
-    argument, or the one that its forward calls ``argument``) or after (its output, the first of a tuple).
+    argument, or the one that its forward calls ``argument``) or after (its output, the first of a tuple).  A
+    registration names them, ``inputs=`` and ``output=``, where the block does not begin with a module that reads the
+    layer's state, or does not end with the layer: a post-norm layer, or one with two inputs.  (Called ``Seen`` before.)
+
+    >>> StatePoint("mlp")  # what enters the module mlp of the layer
+    StatePoint(module='mlp', when='before', argument='')
+    >>> StatePoint("", "after").when  # what the layer returns: the default output
+    'after'
     """
 
     module: str

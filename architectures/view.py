@@ -91,7 +91,12 @@ class View:
     # ------------------------------------------------------------------------------------ components
 
     def param(self, name: str, *shape: str) -> Param:
-        """A parameter of this layer; ``shape`` names its sizes."""
+        """A parameter or buffer of this layer, by its name inside it; ``shape`` names its sizes, one for each axis.
+
+        >>> view = View("layers.0.", sizes={"d": 16})
+        >>> view.param("mlp.gain", "d", "h")
+        Param(name='layers.0.mlp.gain', shape=(16, 'h'), index=())
+        """
         return Param(self.prefix + name, tuple(self.size(s) for s in shape))
 
     def linear(self, module: str, out: str, into: str, bias: bool = False) -> Linear:

@@ -18,6 +18,7 @@ _ROOMS = {
     "execution.sampling": "sample",
     "verification.verify": "verify",
     "proof": "Proof prove",
+    "models.loading": "encode load_model",
     "models": "ModelPatch diff exact_mode generate import_peft load_patch patch_model second_moments",
     "compiling": "compile_context",
 }
@@ -26,8 +27,8 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "BadInput", "Component", "Condition", "ControllabilityError", "ControllabilityWarning", "InputControllable",
     "ModelPatch", "NotControllable",
     "NotExact", "NotVerified", "OutputControllable", "Param", "Patch", "PatchError", "Proof",
-    "ReadingError", "SideConditionFailed", "Trace", "compile_context", "diff", "exact_mode", "generate",
-    "import_peft", "load_patch", "patch_model", "prove", "sample", "second_moments", "verify",
+    "ReadingError", "SideConditionFailed", "Trace", "compile_context", "diff", "encode", "exact_mode", "generate",
+    "import_peft", "load_model", "load_patch", "patch_model", "prove", "sample", "second_moments", "verify",
 ]  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*__all__, "__version__"]
 
 
 if TYPE_CHECKING:
@@ -72,5 +73,6 @@ if TYPE_CHECKING:
         patch_model,
         second_moments,
     )  # fmt: skip
+    from controllability.models.loading import encode, load_model
     from controllability.proof import Proof, prove
     from controllability.verification.verify import verify

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 from controllability.arrays import Array, arithmetic
+from controllability.arrays.one_line import OneLine
 
 
-@dataclass(frozen=True, eq=False)
-class LowRank:
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRank(OneLine):
     """``ΔW = Σ_k left_k right_kᵀ`` for a matrix that maps ``in`` to ``out``.
 
     ``left`` has shape (..., rank, out) and ``right`` (..., rank, in); leading axes run over
@@ -57,7 +58,7 @@ class LowRank:
         return LowRank(self.left[index], self.right[index], self.transposed)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExpertLowRank(LowRank):
     """A low-rank change of stacked experts (experts, out, in): expert ``index[j]`` gets ``left_j right_jᵀ``.
 
@@ -115,8 +116,8 @@ class ExpertLowRank(LowRank):
         return ExpertLowRank(self.left[row], self.right[row], self.transposed, self.index[row], self.experts)
 
 
-@dataclass(frozen=True, eq=False)
-class Shift:
+@dataclass(frozen=True, eq=False, repr=False)
+class Shift(OneLine):
     """A vector added to a scale or a bias: (..., n); leading axes run over tokens."""
 
     value: Array
@@ -148,8 +149,8 @@ class Shift:
 Delta = LowRank | Shift
 
 
-@dataclass(frozen=True, eq=False)
-class PatchedMatrix:
+@dataclass(frozen=True, eq=False, repr=False)
+class PatchedMatrix(OneLine):
     """A stored matrix and what is added to it, not yet added: what a linear map computes with."""
 
     base: Array

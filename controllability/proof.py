@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from controllability.rendering.closed_form import ClosedForm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Proof(Derivation):
     """A derivation that can be checked, printed and saved.
 

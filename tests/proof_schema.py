@@ -104,7 +104,8 @@ def written_schema() -> dict[str, Any]:
         "via": {"enum": ["input-output", "output"]}, "route": {"enum": [*ROUTES]}, "frozen": texts, "jointly": {"const": True},
         "most": {"type": "object", "additionalProperties": {"anyOf": [text, natural]}}, "level": {"enum": [*LEVELS]},
         "block": ref("component"), "tree": ref("node"), "conditions": conditions, "rules": texts, "alternatives": nodes,
-        "name": text, "checks": {"type": "array", "items": check},
+        "name": text, "checks": {"type": "array", "items": check}, "summary": text,
+        "references": {"type": "object", "additionalProperties": text},
     }  # fmt: skip
     definitions = {
         "node": record(node), "condition": record({"statement": text, "where": text}),

@@ -109,3 +109,58 @@ def test_the_screenshot_is_not_blank(tmp_path, width):
     for state in ("input", "output", "undone"):
         assert seen[STATES[state][0]] > 3000, state
     assert list(colours("<!doctype html><title>nothing</title>")) == ["#ffffff"]
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["gemma3", "deepseek_v3"])
+def test_a_page_prints_whole(tmp_path, name):
+    """Nothing that is printed scrolls: what it cuts off would not be on the paper."""
+    text = proof_html(ct.prove(architectures.block(name)), name)
+    cut = """<script>addEventListener("load", () => { document.body.dataset.out = JSON.stringify({
+      cut: [...document.querySelectorAll("aside, .canvas, .wide, main")].filter(e =>
+        e.scrollWidth > e.clientWidth + 1 || (getComputedStyle(e).overflowY !== "visible" && e.scrollHeight > e.clientHeight + 1)).map(e => e.className || e.tagName),
+      wide: document.documentElement.scrollWidth - innerWidth,
+      panels: document.querySelectorAll(".panel").length - [...document.querySelectorAll(".panel")].filter(e => e.getBoundingClientRect().height > 0).length
+    }); });</script>"""
+
+    def printed(page: str) -> dict:
+        on_paper = page.replace("@media print", "@media all").replace("@media screen", "@media not all")
+        seen = browse(tmp_path, on_paper.replace("</body>", cut + "</body>"), "--dump-dom", "--window-size=760,1000")
+        return json.loads(unescape(re.search(r'data-out="([^"]*)"', seen)[1]))
+
+    assert printed(text) == {"cut": [], "wide": 0, "panels": 0}
+    assert printed(text.replace("max-height:none;overflow:visible", ""))["cut"]
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["gemma3", "deepseek_v3"])
+def test_a_page_fits_a_telephone(tmp_path, name):
+    text = proof_html(ct.prove(architectures.block(name)), name)
+    ask = """<script>addEventListener("load", () => { const d = frames[0].document; document.body.dataset.out = JSON.stringify({
+      wide: d.documentElement.scrollWidth - 390, graph: d.querySelector("svg").getBoundingClientRect().width,
+      letters: [...d.querySelectorAll("svg text.kind")].map(e => e.getBoundingClientRect().height)}); });</script>"""
+    from html import escape
+
+    frame = f'<!doctype html><body><iframe style="width:390px;height:800px;border:0" srcdoc="{escape(text)}"></iframe>{ask}</body>'
+    seen = json.loads(unescape(re.search(r'data-out="([^"]*)"', browse(tmp_path, frame, "--dump-dom"))[1]))
+    natural = float(re.search(r'<svg[^>]* width="([\d.]+)"', text)[1])
+    assert seen["wide"] <= 0
+    assert 0.79 * natural < seen["graph"] < 0.85 * natural  # smaller than on a wide screen, and still to be read
+    assert min(seen["letters"]) > 9
+    if name == "gemma3":
+        assert seen["graph"] <= 390
+
+
+@needs_browser
+def test_a_page_has_a_dark_form(tmp_path):
+    from matplotlib.image import imread
+
+    def light(*options: str) -> float:
+        picture = tmp_path / "page.png"
+        browse(
+            tmp_path, proof_html(ct.prove(architectures.block("llama")), "llama"), f"--screenshot={picture}", *options
+        )
+        return float(np.median(imread(picture)[..., :3]))
+
+    assert light() == 1
+    assert light("--blink-settings=preferredColorScheme=0") < 0.15

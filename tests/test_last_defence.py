@@ -85,7 +85,8 @@ def test_target_logits_belong_to_the_pairs():
             source={"input_ids": source, "attention_mask": (source > 0).long()},
         )  # fmt: skip
         wanted = logits_of(model, {"input_ids": target})[:, 8:].reshape(8, -1)
-    assert torch.allclose(mp.target_logits, wanted, atol=1e-5)
+    assert mp.target_logits.shape == (2, 4, wanted.shape[-1])
+    assert torch.allclose(mp.target_logits.flatten(0, 1), wanted, atol=1e-5)
     assert relative(mp.rows.of(mp.logits), wanted) < 1e-5
 
 

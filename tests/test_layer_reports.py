@@ -11,8 +11,8 @@ from family_models import build, inputs
 from helpers import runs, tiny_gemma
 
 import controllability as ct
-from controllability.cli.output import LAYER_COLUMNS, layer_rows
 from controllability.deltas import LowRank, Shift
+from controllability.models.sweep.report import COLUMNS, EXPLAINED
 
 
 def test_every_token_has_its_own_numbers_in_the_order_of_the_pairs():
@@ -120,12 +120,13 @@ def test_the_report_is_json_and_survives_saving(tmp_path):
 def test_tables_have_a_row_a_layer_and_a_row_a_token():
     model = tiny_gemma(layers=2)
     mp = ct.patch_model(model, *runs(context=9, query=3, batch=2))
-    assert len(str(mp.report).splitlines()) == 1 + 2 + 1
+    below = len(EXPLAINED.splitlines()) + 1
+    assert len(str(mp.report).splitlines()) == 1 + 2 + below
     rows = mp.report.table().splitlines()
-    assert len(rows) == 1 + 2 * 6 + 1
+    assert len(rows) == 1 + 2 * 6 + below
     assert rows[-1] == str(mp.sensitivity)
     assert rows[6].split()[:2] == ["0", "1:2"]
-    assert all(len(row) == len(LAYER_COLUMNS) for row in layer_rows(mp.report.layers))
+    assert all(len(row) == 1 + len(COLUMNS) for row in mp.report.rows())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt2", "llama", "bert"])

@@ -224,10 +224,10 @@ def test_a_corrected_merge_does_not_add_rounding_up(dtype, route):
             mp.merge(model, **options)
             errors.append(mp.merged_error(model).relative_error)
             with torch.no_grad():
-                assert errors[-1] == pytest.approx(error(model(**source).logits[:, -1], mp.target_logits), rel=1e-6)
+                assert errors[-1] == pytest.approx(error(model(**source).logits[:, -1:], mp.target_logits), rel=1e-6)
             mp.unmerge(model)
             assert unchanged(model, before)
-        applied.append(error(mp.logits[:, -1], mp.target_logits))
+        applied.append(error(mp.logits[:, -1:], mp.target_logits))
     assert sum(corrected) < sum(plain) / 2
     assert sum(applied) < sum(plain) / 2
 
@@ -265,7 +265,7 @@ def test_a_loaded_patch_can_be_merged_with_correction(tmp_path):
         loaded.merged_error(model)
     loaded.merge(model, corrected=True)
     with torch.no_grad():
-        assert error(model(**source).logits[:, -1], mp.target_logits) < 0.03
+        assert error(model(**source).logits[:, -1:], mp.target_logits) < 0.03
     with pytest.raises(ct.PatchError, match="does not hold the target's logits"):
         loaded.merged_error(model)
     loaded.unmerge(model)

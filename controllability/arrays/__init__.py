@@ -22,6 +22,7 @@ from controllability.errors import BadInput
 
 Test = Callable[[Any], bool]
 
+FLOAT_CONSTANT = "a constant that is written as a float (0.1) makes exact numbers inexact; in a component write arithmetic(x).number(Fraction(1, 10))"
 ARITHMETICS: dict[str, Arithmetic] = {}
 _ARRAYS: list[tuple[Test, Arithmetic]] = []  # whose arrays are told by the array
 _ELEMENTS: list[tuple[Test, Arithmetic]] = []  # told by what they hold; a later one absorbs those before it
@@ -78,7 +79,8 @@ def _element_kind(value: Any) -> Arithmetic:
         if test(value):
             return kind
     kind = type(value).__name__
-    raise BadInput(f"cannot compute with elements of type {kind}; use floats, Fraction, SymPy or mpmath")
+    hint = FLOAT_CONSTANT if isinstance(value, float) else "use floats, Fraction, SymPy or mpmath"
+    raise BadInput(f"cannot compute with elements of type {kind}: {hint}")
 
 
 def _is_tensor(x: Any) -> bool:

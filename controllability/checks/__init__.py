@@ -1,6 +1,6 @@
 """The levels of proof (theory, section 6): what is run at each, and what it showed.
 
-derived    the tree follows the rules; nothing is computed
+derived    the tree follows the rules
 symbolic   every rule on its own statement, and the whole block, reduced to 0 with every size a symbol
 exact      the whole block on random rational numbers, roots as algebraic numbers: residual exactly 0
 numeric    bfloat16, float32, float64 and 50 digits against 50 digits: the residual falls, or is 0
@@ -9,12 +9,39 @@ numeric    bfloat16, float32, float64 and 50 digits against 50 digits: the resid
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from controllability.errors import BadInput, NotExact, SideConditionFailed
 from controllability.prover.derivation import Derivation
 
-LEVELS = ("derived", "symbolic", "exact", "numeric")
+SAID = {
+    "derived": "Derived: every rule follows from its premises; no formula and no number was evaluated.",
+    "symbolic": "Checked symbolically: computer algebra reduced every difference that is listed to 0.",
+    "exact": "Checked exactly: on a random instance of rational numbers the residual is exactly 0.",
+    "numeric": "Checked numerically: on a random instance, in several precisions; the residual falls with them, or is 0.",
+}
+LEVELS = tuple(SAID)
+
+
+def reached(level: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The level, if every row of its checks passed: what was skipped was not shown."""
+    return level if all(row["status"] == "passed" for row in rows) else "derived"
+
+
+def summary(level: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the checks of a level showed, in words no stronger than that.
+
+    >>> summary("exact", [{"status": "passed"}, {"status": "failed"}])
+    'Derived: every rule follows from its premises. Of the checks of level exact: 1 passed, 1 failed.'
+    """
+    if reached(level, rows) == level:
+        return SAID[level]
+    count = Counter(row["status"] for row in rows)
+    found = ", ".join(f"{n} {status}" for status, n in count.items())
+    skipped = " What is marked as skipped was not shown." if count["skipped"] else ""
+    return f"Derived: every rule follows from its premises. Of the checks of level {level}: {found}.{skipped}"
 
 
 def check(proof: Derivation, level: str, seed: int = 0) -> list[dict[str, Any]]:
@@ -37,13 +64,16 @@ def check(proof: Derivation, level: str, seed: int = 0) -> list[dict[str, Any]]:
         method = "applied with all its premises by the prover"
         return [{"rule": rule, "status": "passed", "method": method} for rule in proof.rules]
     from controllability.checks.exact_block import exact
+    from controllability.checks.failing_component import told
     from controllability.checks.numeric_block import numeric
     from controllability.checks.symbolic_block import whole_block
     from controllability.checks.symbolic_joint_block import whole_block as joint_block
     from controllability.checks.symbolic_rules import rule_checks
-    from controllability.execution.sampling import sample
+    from controllability.execution.sampling import sample, sizes_of
 
-    sample(proof.block, "indexed")  # a shape that is not known is told in the user's own names
+    sample(proof.block, "indexed")  # a shape or a size that is not known is told in the user's own names
+    if level == "numeric":
+        sizes_of(proof.block)
     results = rule_checks(proof) if level == "symbolic" else []
     started = time.perf_counter()
     try:
@@ -53,9 +83,7 @@ def check(proof: Derivation, level: str, seed: int = 0) -> list[dict[str, Any]]:
             status, method = (exact if level == "exact" else numeric)(proof, seed)
     except (NotExact, SideConditionFailed) as reason:
         status, method = "skipped", str(reason).splitlines()[0]
-    except BadInput:
-        raise
     except Exception as reason:  # a component of somebody's own may fail in any way
-        status, method = "skipped", f"a component does not run on such numbers ({type(reason).__name__}: {reason})"
+        status, method = told(proof.block, reason)
     seconds = f"({time.perf_counter() - started:.1f} s)"
     return [*results, {"rule": "whole block", "status": status, "method": f"{method} {seconds}"}]

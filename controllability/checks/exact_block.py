@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from controllability.arrays import ARITHMETICS, Array, arithmetic
+from controllability.arrays import ARITHMETICS, FLOAT_CONSTANT, Array, arithmetic
 from controllability.checks.rebuilt_blocks import (
     MANY,
     Named,
@@ -80,7 +80,10 @@ def exact(proof: Derivation, seed: int) -> tuple[str, str]:
 
 
 def _told(block: Component, left: list[Any], method: str) -> tuple[str, str]:
-    return ("failed", f"residual left: {left}") if any(e != 0 for e in left) else ("passed", method)
+    if not any(e != 0 for e in left):
+        return "passed", method
+    floats = any(isinstance(e, float) or getattr(e, "is_Float", False) for e in left)
+    return "failed", f"residual left: {left}" + (f": {FLOAT_CONSTANT}" if floats else "")
 
 
 def _scores(block: Component) -> str:

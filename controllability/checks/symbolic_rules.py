@@ -13,6 +13,7 @@ import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array
 from controllability.checks.cache import Cache
+from controllability.checks.failing_component import told
 from controllability.checks.rebuilt_blocks import rebuilt, renamed, resized, small_sizes
 from controllability.checks.symbolic_block import INDEXED, GivenArrays, RecognisedArrays
 from controllability.components.mixture import CHOSEN, ExpertLinear
@@ -190,7 +191,7 @@ def explicit_check(step: Step, reason: str) -> tuple[str, str]:
         params, x, _ = sample(leaf, "sympy", **small_sizes(leaf))
         out = leaf(params, x)
     except NOT_GENERIC as failed:
-        return "skipped", f"it runs on no symbols ({reason}; {failed})"
+        return told(leaf, failed)
     delta = ARITHMETICS["sympy"].array([f"delta_{i}" for i in range(out.size)]).reshape(out.shape)
     try:
         change, param = step.update.solve(params, x, delta), step.update.param

@@ -35,6 +35,8 @@ def _demo(parser: ArgumentParser) -> None:
 
 
 def _list(parser: ArgumentParser) -> None:
+    what = "only the families whose name, or one of whose model types, has this in it"
+    parser.add_argument("filter", nargs="?", default="", metavar="TEXT", help=what)
     parser.add_argument("--markdown", action="store_true", help="the table of docs/architectures.md, not with --json")
     _out(parser)
 
@@ -46,7 +48,9 @@ def _prove(parser: ArgumentParser) -> None:
     parser.add_argument("--via", choices=VIA, default="input-output", help="Theorem 1 (default) or 1b")
     parser.add_argument("--route", choices=ROUTES, default="auto", help="what a normalised output does (default auto)")
     parser.add_argument("--jointly", action="store_true", help="one patch for many tokens at once, not one for each")
-    parser.add_argument("--level", choices=LEVELS, default="derived", help="what to run (default derived: nothing)")
+    parser.add_argument(
+        "--level", choices=LEVELS, default="derived", help="what to run (default derived: the rules alone)"
+    )
     parser.add_argument("--format", choices=FORMATS, help="default text; --json is --format json")
 
 
@@ -191,7 +195,9 @@ COMMANDS = {
         "controllability demo --out pictures",
         _demo,
     ),
-    "list": Command("Registered architectures.", "controllability list --json", _list),
+    "list": Command(
+        "Registered architectures: a table, or a line each where it is piped.", "controllability list gemma", _list
+    ),
     "prove": Command(
         "Proof that a family's block is patchable, or the refusal.",
         "controllability prove gemma3 --level symbolic",

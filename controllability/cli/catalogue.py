@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import architectures
-from controllability.errors import NotControllable
+from controllability.errors import BadInput, NotControllable
 from controllability.proof import prove
 
 
-def rows() -> list[dict[str, Any]]:
+def rows(having: str = "") -> list[dict[str, Any]]:
     """[{name, model_types, topology, feed_forward, verdict, rules, culprit, reason, hint}], in order of name.
+
+    ``having``: of those only with this in their name or in one of their model types; raises ``BadInput`` where there is none.
 
     >>> row = next(r for r in rows() if r["name"] == "gemma3")
     >>> row["verdict"], row["topology"]
@@ -19,6 +21,8 @@ def rows() -> list[dict[str, Any]]:
     found = []
     for name in architectures.names():
         family = architectures.find(name)
+        if not any(having.lower() in known.lower() for known in (name, *family.model_types)):
+            continue
         row: dict[str, Any] = {
             "name": name, "model_types": [*family.model_types], "topology": family.topology,
             "feed_forward": family.feed_forward, "verdict": "patchable", "rules": [],
@@ -31,6 +35,8 @@ def rows() -> list[dict[str, Any]]:
             reason = f"its abstract block fails: {type(broken).__name__}: {broken}"
             row |= {"verdict": "refused", "culprit": f"the declaration of {name}", "reason": reason, "hint": "mend it"}
         found.append(row)
+    if not found:
+        raise BadInput(f"no architecture has {having!r} in its name; controllability list shows all of them")
     return found
 
 

@@ -8,9 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controllability.cli.output import Output
+
+if TYPE_CHECKING:
+    from controllability.proof import Proof
 
 
 def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
@@ -23,8 +26,13 @@ def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named 
     if args.markdown:
         output.text(catalogue.markdown().removesuffix("\n"))
         return 0
-    rows = catalogue.rows()
+    rows = catalogue.rows(args.filter)
     output.result({"architectures": rows})
+    if not sys.stdout.isatty():  # a line a family, for grep and its like
+        for row in rows:
+            cells = row["name"], ", ".join(row["model_types"]), row["verdict"], row["topology"], row["feed_forward"]
+            output.text("\t".join((*cells, ", ".join(row["rules"]) or row["culprit"])))
+        return 0
     output.table(
         f"{len(rows)} registered architectures; families of one shape stand together",
         ["families", "residual", "feed-forward", "verdict", "rules, or culprit"],
@@ -59,19 +67,17 @@ def prove(args: argparse.Namespace, output: Output) -> int:
         return 1
     checks = proof.check(args.level)
     failed = any(c["status"] == "failed" for c in checks)
-    reached = _reached(args.level, checks)
-    data = {"name": args.name} | proof.to_dict() | {"level": reached, "checks": checks}
+    data = {"name": args.name} | proof.to_dict() | _levels(proof, args.level, checks)
     if output.as_json:
         output.result(data)
     elif args.format == "latex":
-        output.text(proof.to_latex(reached, args.name))
+        output.text(proof.to_latex(data["level"], args.name))
     elif args.format == "html":
         from controllability.rendering.html import proof_html
 
-        _print_page(proof_html(proof, args.name, reached, checks))
+        _print_page(proof_html(proof, args.name, args.level, checks))
     else:
-        output.text(str(proof))
-        _show_checks(args.level, checks, output)
+        _show_proof(proof, args.level, checks, output)
     return 1 if failed else 0
 
 
@@ -111,11 +117,9 @@ def recheck(args: argparse.Namespace, output: Output) -> int:
     output.result({
         "name": name, "file": args.file, "verdict": "patchable", "nodes": nodes, "via": proof.via, "route": proof.route,
         "frozen": sorted(proof.frozen), "jointly": proof.jointly, "most": proof.max_tokens, "moved": moved, "rules": [*proof.rules],
-        "level": _reached(args.level, checks), "checks": checks,
-    })  # fmt: skip
+    } | _levels(proof, args.level, checks))  # fmt: skip
     output.text(f"{name or args.file}: each of the {nodes} nodes follows from its premises, and nothing was searched")
-    output.text(str(proof))
-    _show_checks(args.level, checks, output)
+    _show_proof(proof, args.level, checks, output)
     return 1 if failed else 0
 
 
@@ -126,15 +130,30 @@ def _print_page(page: str) -> None:
     print(page)
 
 
-def _reached(level: str, checks: Sequence[dict[str, Any]]) -> str:
-    """The level, if every row of it passed: what was skipped was not run."""
-    return level if all(row["status"] == "passed" for row in checks) else "derived"
+def _levels(proof: Proof, level: str, checks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was run and what it showed, and what the proof cites."""
+    from controllability.checks import reached, summary
+    from controllability.rendering.text import cited
+
+    return {
+        "level": reached(level, checks),
+        "summary": summary(level, checks),
+        "checks": checks,
+        "references": cited(proof),
+    }
 
 
-def _show_checks(level: str, checks: Sequence[dict[str, Any]], output: Output) -> None:
+def _show_proof(proof: Proof, level: str, checks: Sequence[dict[str, Any]], output: Output) -> None:
+    from controllability.rendering.text import proof_text, terminal_width, wrapped
+
+    found = _levels(proof, level, checks)
+    output.text(proof_text(proof, level=found["level"]))
     if level != "derived":
         rows = [[c["rule"], c["status"], c["method"]] for c in checks]
         output.table(f"level {level}", ["rule", "status", "method"], rows)
+    cited = [f"{key} {text}" for key, text in found["references"].items()]
+    for line in (found["summary"], "references:", *cited):
+        output.text("\n".join(wrapped(line, terminal_width(), "", "    ")))
 
 
 def _elsewhere(module: str, name: str) -> Callable[[argparse.Namespace, Output], int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.logits import compare_logits
 from controllability.models.reading.positions import pair_positions
 from controllability.models.sweep.target_run import observe_target, silent
-from controllability.rendering.figure import drawn, two_plots
+from controllability.rendering.figure import drawn, legend_below, two_plots
 
 
 def demo(args: argparse.Namespace, output: Output) -> int:
@@ -115,18 +117,21 @@ def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Map
     index = range(len(layers))
     scales = {"yscale": "log", "xlabel": "layer", "xticks": [*index]}
     figure, (errors, sizes) = two_plots()
-    errors.bar([i - 0.2 for i in index], before, 0.4, label="without the context", color="#bb5a2a")
-    after = [max(x.residual, 1e-17) for x in layers]
-    errors.bar([i + 0.2 for i in index], after, 0.4, label="patched", color="#2a6fbb")
+    errors.plot(index, before, "s", label="without the context", color="#bb5a2a")
+    errors.plot(index, [max(x.residual, 1e-17) for x in layers], "o", label="patched", color="#2a6fbb")
     errors.set(ylabel="relative error of the layer's output", title="error against the contextual run", **scales)
-    errors.legend(loc="lower left")
     names = [*dict.fromkeys(_short(name) for x in layers for name in x.relative_changes)]
-    width = 0.8 / len(names)
-    for k, name in enumerate(names):
-        heights = [next((v or 0.0 for n, v in x.relative_changes.items() if _short(n) == name), 0.0) for x in layers]
-        sizes.bar([i + (k - (len(names) - 1) / 2) * width for i in index], heights, width, label=name)
-    sizes.set(ylabel="relative change (largest over the words)", title="size of the patches", **scales)
-    sizes.legend(fontsize="small")
+    for k, (name, marker) in enumerate(zip(names, cycle("osD^v<>P"), strict=False)):
+        heights = [
+            next((v for n, v in x.relative_changes.items() if _short(n) == name and v), math.nan) for x in layers
+        ]
+        sizes.plot([i + 0.1 * (k - (len(names) - 1) / 2) for i in index], heights, marker, label=name)
+    sizes.set(ylabel="largest relative change", title="size of the patches", **scales)
+    for axes in (errors, sizes):  # no bars: they would have no foot on a scale of powers
+        axes.margins(0.12)
+        axes.grid(axis="y", alpha=0.3)
+        legend_below(axes)
+    figure.supxlabel(str(patch.sensitivity), fontsize="medium")
     return drawn(figure, path)
 
 

@@ -17,6 +17,7 @@ from controllability.models import exact_mode, generate as generate_tokens
 from controllability.models.generation.steps import GeneratedToken, Generation
 from controllability.models.loading import DTYPES, load_model
 from controllability.models.protocol.run import sensitivity_of_token
+from controllability.models.reading.token_text import word_after
 from controllability.models.reading.tolerances import VERIFIED
 from controllability.models.sweep.sensitivity import Sensitivity
 from controllability.models.tokens import with_special
@@ -82,18 +83,6 @@ class Reader:
         found.pop("active")
         texts = {name: word_after(self.tokenizer, self.histories[sample], ids[f"{name}_id"]) for name in RUNS}
         return texts | ids | found
-
-
-def word_after(tokenizer: Any, history: list[int], token: int, window: int = 8) -> str:
-    """The text that ``token`` adds to what was there: with its space; its name where it is no text by itself."""
-    before, after = (
-        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for ids in (history[-window:], [*history[-window:], token])
-    )
-    added = after.removeprefix(before)
-    if added and after.startswith(before) and "\ufffd" not in added:
-        return added
-    return tokenizer.convert_ids_to_tokens(token) or f"token {token}"  # part of a sign, or beyond the vocabulary
 
 
 def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

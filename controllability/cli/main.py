@@ -17,6 +17,7 @@ from controllability import errors
 from controllability.cli.arguments import COMMANDS
 from controllability.cli.output import Output
 from controllability.cli.streams import drop_unwritten, open_missing, say
+from controllability.cli.terminal import own_terminal
 from controllability.version import __version__
 
 REFUSED, USAGE = 1, 2
@@ -103,7 +104,7 @@ def _run(arguments: Sequence[str]) -> int:
 
     output = Output(as_json=args.json)
     read_texts(args)
-    with printed_to(getattr(args, "into", None), output):
+    with own_terminal(), printed_to(getattr(args, "into", None), output):
         try:
             status = int(getattr(commands, args.command)(args, output))
         except (errors.NotControllable, errors.SideConditionFailed) as error:

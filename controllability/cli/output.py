@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from controllability.cli.terminal import spelt
 from controllability.errors import NotControllable, SideConditionFailed, printable
 
 Progress = Callable[[str, int, int], None]
@@ -30,18 +31,42 @@ class Output:
             print(printable(text, but="\n"))
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """A table for people."""
+        """A table for people; where its words do not fit the terminal, the cells of a row stand below each other."""
         if self.as_json:
             return
+        from rich.cells import cell_len
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=printable(title), title_justify="left", title_style="bold", pad_edge=False)
-        for column in columns:
-            table.add_column(column, overflow="fold")
+        from controllability.rendering.text import wrapped
+
+        console = Console(markup=False, emoji=False, highlight=False)  # a name in brackets is no style
+        columns, *rows = [
+            [spelt(printable(cell, but="\n"), console.encoding) for cell in row] for row in (columns, *rows)
+        ]
+        title = printable(title)
+        longest = [
+            max(cell_len(word) for cell in column for word in cell.split() or [""])
+            for column in zip(columns, *rows, strict=True)
+        ]
+        if sum(longest) + 3 * len(columns) > console.width:
+            parts = [
+                title,
+                *("\n".join(f"{name}: {cell}" for name, cell in zip(columns, row, strict=True)) for row in rows),
+            ]
+            lines = [
+                wrapped(line, console.width, "", "  ", whole=True)
+                for part in parts
+                for line in (*part.splitlines(), "")
+            ]
+            print("\n".join(text for line in lines for text in line).rstrip())
+            return
+        table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+        for column, width in zip(columns, longest, strict=True):
+            table.add_column(column, min_width=width)
         for row in rows:
-            table.add_row(*(printable(cell, but="\n") for cell in row))
-        Console(markup=False, emoji=False, highlight=False).print(table)  # a name in brackets is no style
+            table.add_row(*row)
+        console.print(table)
 
     def refusal(self, error: NotControllable | SideConditionFailed, **of: str) -> None:
         """A refusal as a result, after what it is ``of``: scripts get its parts."""
@@ -95,23 +120,3 @@ def _finite(value: float | None) -> float | None:
 def number(value: float | None) -> str:
     """A number for a table."""
     return "–" if value is None else f"{value:.2g}"
-
-
-LAYER_COLUMNS = [
-    "layer", "residual", "route", "amplifies", "smallest margin", "matrices ‖ΔW‖/‖W‖", "scale max|Δm|/|m|",
-]  # fmt: skip
-
-
-def layer_rows(layers: Any) -> list[list[str]]:
-    """Rows of the layer table, the worst token of each layer; the amplification is the condition where no norm follows."""
-    rows = []
-    for layer in layers:
-        matrices = [v for k, v in layer.relative_changes.items() if "norm" not in k and v is not None]
-        scales = [v for k, v in layer.relative_changes.items() if "norm" in k and v is not None]
-        margins = [m["margin"] for m in layer.margins if m["margin"] is not None]
-        amplification = layer.condition if layer.amplification is None else layer.amplification
-        rows.append([
-            str(layer.index), number(layer.residual), layer.route, number(amplification), number(min(margins, default=None)),
-            number(max(matrices, default=None)), number(max(scales, default=None)),
-        ])  # fmt: skip
-    return rows

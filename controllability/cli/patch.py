@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from controllability.cli.files import new_path
-from controllability.cli.output import LAYER_COLUMNS, Output, layer_rows, number
+from controllability.cli.output import Output, number
 from controllability.errors import ControllabilityError, NotVerified, PatchError, in_a_line
 from controllability.models import ModelPatch, exact_mode, load_patch, patch_model
 from controllability.models.hooks.own_modes import own_modes
@@ -20,7 +20,9 @@ from controllability.models.patches.sensitivity import measure_sensitivity, sens
 from controllability.models.reading.heads import Runs, compare_results, without_logits
 from controllability.models.reading.logits import LogitComparison
 from controllability.models.reading.positions import pair_positions
+from controllability.models.reading.token_text import word
 from controllability.models.reading.tolerances import VERIFIED
+from controllability.models.sweep.report import EXPLAINED
 from controllability.models.sweep.sensitivity import Sensitivity
 from controllability.models.tokens import how_joined, joined_text
 from controllability.rendering.text import printable
@@ -102,9 +104,7 @@ def _report(
     extra: dict[str, Any], sensitivity: Sensitivity | None, with_valid: bool = False,
 ) -> int:  # fmt: skip
     valid, patched, unpatched = found.verified(args.dtype), found.patched, found.unpatched
-    # a token has no text where the vocabulary of the model is larger than the tokenizer's
-    words = {run: tokenizer.convert_ids_to_tokens(token) or f"token {token}" for run, token in found.top1.items()}
-    named = {run: printable(word) for run, word in words.items()}
+    words = {run: printable(word(tokenizer, token)) for run, token in found.top1.items()}
     kl = float(patched.kl.max())
     if not found.finite:
         raise NotVerified("verification failed: the logits are not finite; nothing was saved")
@@ -116,16 +116,22 @@ def _report(
         "numbers": mp.numbers, "dense_numbers": mp.dense_numbers, "seconds": time.perf_counter() - started,
     } | extra  # fmt: skip
     output.result(data | ({"valid": valid} if with_valid else {}))
-    output.table("layers", LAYER_COLUMNS, layer_rows(mp.report.layers))
+    heading, *rows = mp.report.rows()
+    output.table("layers", heading, rows)
     output.text(
-        f"next word   with context: {named['target']}   patched: {named['patched']}   without: {named['unpatched']}\n"
+        f"{EXPLAINED}\n"
+        f"next word   with context: {words['target']}   patched: {words['patched']}   without: {words['unpatched']}\n"
         f"largest logit error   patched: {number(patched.max_logit_error)}   unpatched: {number(unpatched.max_logit_error)}\n"
         f"relative error: {number(patched.relative_error)}   KL: {number(kl)}   (checked numerically in {args.dtype}, scope {mp.scope})\n"
         f"the patch holds {mp.numbers:,} numbers; the dense ΔW would hold {mp.dense_numbers:,}\n"
         + (f"{joined_text(extra['joined'])}\n" if "joined" in extra else "")
         + (f"{sensitivity}\n" if sensitivity is not None else "")
         + (f"saved to {extra['out']}\n" if extra["out"] and valid and not with_valid else "")
-        + ("verified" if valid else f"NOT verified: the relative error is above {VERIFIED[DTYPES[args.dtype]]:g}")
+        + (
+            f"verified: patched as with the context, to {VERIFIED[DTYPES[args.dtype]]:g} of the largest logit, at {len(mp.rows.sample)} positions"
+            if valid
+            else f"NOT verified: the relative error is above {VERIFIED[DTYPES[args.dtype]]:g}"
+        )
     )
     return 0 if valid else 1
 
@@ -168,8 +174,8 @@ def export(args: argparse.Namespace, output: Output) -> int:
     )
     if done.verified:
         output.text(
-            f"verified: peft loads it, and its output is the patched model's (relative error {number(done.check.error)}; "
-            f"unpatched: {number(done.check.unpatched)})"
+            f"verified: peft loads it, and its output is the patched model's{', ' * bool(done.check.note)}{done.check.note} "
+            f"(relative error {number(done.check.error)}; unpatched: {number(done.check.unpatched)})"
         )
     else:
         output.text(done.check.note + ("" if name else "; --model MODEL would check it"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from controllability.arrays.one_line import OneLine
 from controllability.compiling.ridge import RidgeChoice, choose_ridge
 from controllability.compiling.token_sets import Sample, padded, positions, repeated
 from controllability.compiling.yardstick import Yardstick
@@ -69,8 +70,8 @@ class ExactAttempt:
         }  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
+@dataclass(frozen=True, eq=False, repr=False)
+class Solution(OneLine):
     """The patch and how it was come by; ``wish`` says with which theorem, and whether the first token was pinned."""
 
     patch: ModelPatch

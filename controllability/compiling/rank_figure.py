@@ -13,7 +13,7 @@ from controllability.compiling.yardstick import Agreement
 from controllability.errors import NotControllable, NotVerified, SideConditionFailed
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.sweep.target_run import Progress, silent
-from controllability.rendering.figure import drawn, two_plots
+from controllability.rendering.figure import drawn, legend_below, two_plots
 
 MOST = 6  # ranks that are tried
 
@@ -71,13 +71,14 @@ def rank_picture(compiled: Compiled, rows: list[RankRow], path: Path) -> Path:
             left.plot(ranks, [row.results[name].top1_agreement for row in rows], "o-", label=label, color=colour)
             without = compiled.sets[name].unpatched.top1_agreement
             left.axhline(without, linestyle=":", color=colour, label=f"{label}, unpatched")
-    left.set(xlabel="rank", ylabel="same likeliest token as with the context", ylim=(-0.03, 1.03), title="agreement")
+    left.set(xlabel="rank", ylabel="same likeliest token as with the context", ylim=(-0.06, 1.06), title="agreement")
     right.plot(ranks, [row.results["unrelated"].kl for row in rows], "s-", color="#666666")
     right.set(xlabel="rank", ylabel="mean KL from the base model (nats)", title="drift on unrelated text")
-    right.set_ylim(bottom=0)
+    right.margins(y=0.15)
+    right.set_ylim(bottom=-0.05 * right.get_ylim()[1])
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
         axes.minorticks_off()
-    left.legend(fontsize="small")
+    legend_below(left)
     return drawn(figure, path)

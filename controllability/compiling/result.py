@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,18 @@ from controllability.compiling.exact_or_ridge import Solution, rank_of
 from controllability.compiling.token_sets import Context
 from controllability.compiling.yardstick import Agreement, Yardstick
 from controllability.models.model_patch import ModelPatch
+from controllability.models.reading.token_text import word
+from controllability.models.sweep.report import LayerReport
+from controllability.rendering.tables import html_table
+
+TITLES = {
+    "queries": "queries, against the contextual model",
+    "heldout": "held-out queries, against the contextual model",
+    "unrelated": "unrelated text, against the base model",
+}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Compiled:
     """What ``compile_context`` returns: the patch, how it was come by, and how far it carries.
 
@@ -30,6 +40,29 @@ class Compiled:
     logits: dict[str, list[Tensor]]
     seconds: float
 
+    def __repr__(self) -> str:
+        carried = ", ".join(f"{name} {found.top1_agreement:.1%}" for name, found in self.results.items())
+        return f"Compiled({'exact' if self.exact else 'a fit'}, {self.tokens} tokens, {len(self)} layers, agreement: {carried})"
+
+    def __len__(self) -> int:
+        return len(self.patch)
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        """The layers' reports."""
+        return iter(self.patch)
+
+    def rows(self) -> list[list[str]]:
+        """How far it carries, as a table with its heading: each set of texts, compiled and unpatched."""
+        rows = [["texts", "model", "same likeliest token", "mean KL", "largest logit error"]]
+        for name, yardstick in self.sets.items():
+            for who, found in (("compiled", self.results[name]), ("unpatched", yardstick.unpatched)):
+                numbers = f"{found.top1_agreement:.1%}", f"{found.kl:.2g}", f"{found.max_logit_error:.2g}"
+                rows.append([TITLES.get(name, name) if who == "compiled" else "", who, *numbers])
+        return rows
+
+    def _repr_html_(self) -> str:
+        return html_table("how far it carries", self.rows()) + self.patch._repr_html_()
+
     @property
     def patch(self) -> ModelPatch:
         """The patch: ``applied``, ``merge``, ``save``, ``export_peft`` as of any other."""
@@ -43,11 +76,10 @@ class Compiled:
     @property
     def first_tokens(self) -> list[str]:
         """What stands before every query: give it to the compiled model too."""
-        return self.context.tokenizer.convert_ids_to_tokens(list(self.context.tokens[: self.context.first]))
+        return [word(self.context.tokenizer, token) for token in self.context.tokens[: self.context.first]]
 
     def answers(self) -> list[dict[str, Any]]:
         """The likeliest token after each query: with the context, from the compiled weights, without either."""
-        name = self.context.tokenizer.convert_ids_to_tokens
         rows = []
         for which in ("queries", "heldout"):
             if which not in self.sets:
@@ -56,7 +88,7 @@ class Compiled:
             for sample, *runs in zip(
                 yardstick.samples, yardstick.wanted, self.logits[which], yardstick.without, strict=True
             ):
-                words = [name(token := int(x[-1].argmax())) or f"token {token}" for x in runs]
+                words = [word(self.context.tokenizer, int(x[-1].argmax())) for x in runs]
                 keys = ("with_context", "patched", "without_context")
                 rows.append({"set": which, "query": sample.text} | dict(zip(keys, words, strict=True)))
         return rows

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controllability.arrays.one_line import OneLine
 from controllability.compiling.queries import refuse_no_text
 from controllability.errors import BadInput
 from controllability.models.tokens import going_on, with_special
@@ -46,8 +47,8 @@ class Sample:
         return replace(self, source=(*self.source, token), target=(*self.target, token))
 
 
-@dataclass(frozen=True)
-class Context:
+@dataclass(frozen=True, repr=False)
+class Context(OneLine):
     """A tokenised context: ``tokens`` with the special ones, of which ``first`` stand before every query.
 
     That is what the tokenizer puts before any text, or else the context's first token (an anchor).

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controllability.arrays.one_line import OneLine
 from controllability.compiling.token_sets import Prefix, Sample, Side, batches, padded
 from controllability.errors import BadInput, NotVerified
 from controllability.models.reading.inputs import without_cache
@@ -74,8 +75,8 @@ def logits_of(
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class Yardstick:
+@dataclass(frozen=True, eq=False, repr=False)
+class Yardstick(OneLine):
     """A set of texts with the logits that are wanted at them, and what the unpatched model gives there.
 
     Positions that are the beginning of a text in ``known`` do not count.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from controllability.arrays import Array
+from controllability.arrays.one_line import OneLine
 from controllability.deltas import Delta, ExpertLowRank, PatchedMatrix, added
 from controllability.execution.journal import Journal
 from controllability.interfaces import Param, Params
@@ -22,8 +23,8 @@ def _as_stored(delta: Delta, base: Array) -> Array:
     return change.reshape(*tokens, *base.shape)  # experts may be stacked in two dimensions
 
 
-@dataclass(frozen=True, eq=False)
-class Patch(Mapping[str, Delta]):
+@dataclass(frozen=True, eq=False, repr=False)
+class Patch(OneLine, Mapping[str, Delta]):
     """Parameter name -> delta, for one block.
 
     With SymPy numbers the deltas are closed forms over named intermediate values (t1, t2, …);

@@ -26,9 +26,14 @@ def load_model(
 ) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) from a directory written by ``save_pretrained``, a GGUF file, or a Hub id.
 
-    ``"embedded"`` is the package's own trained model (``"./embedded"`` a directory of that name).
+    ``"embedded"`` is the package's own trained model (``"./embedded"`` a directory of that name).  ``dtype`` is float64,
+    float32, bfloat16 or float16; ``device`` one of torch's, None the CPU.
     Only safetensors and GGUF are loaded, the former where a directory holds both.  Raises ``BadInput`` when something
-    is missing, truncated or inconsistent, for model types that are not registered, and for a device that is not there.
+    is missing, truncated or inconsistent, for a device that is not there, and for model types that are not registered.
+
+    >>> model, tokenizer = load_model("embedded", dtype="float64")
+    >>> model.dtype, model.training
+    (torch.float64, False)
     """
     from transformers import logging as hf_logging
 
@@ -64,7 +69,10 @@ def load_model(
             f"cannot load the {what} {name}: {text}" if local else f"cannot load {what} failed): {text}"
         ) from None
     _refuse_mismatch(name, notes)
-    return model.eval(), tokenizer
+    try:
+        return (model if device is None else model.to(device)).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:  # what torch says of devices
+        raise BadInput(f"cannot use device {device!r}: {in_a_line(error)}") from None
 
 
 def on_device(inputs: dict[str, Any], device: str) -> dict[str, Any]:
@@ -148,7 +156,12 @@ def encode(tokenizer: Any, context: str, query: str, positions: str = "keep") ->
 
     Nothing is put between them: if a space belongs there, write it at the start of the query or at the end of the context.
     ``positions="keep"`` gives the query the positions it has in the target, "reset" starts at 0.
-    Raises ``BadInput`` for an empty text.
+    Each holds tensors (1, T) of token ids, the source of position ids too.  Raises ``BadInput`` for an empty text.
+
+    >>> _, tokenizer = load_model("embedded")
+    >>> target, source = encode(tokenizer, "Mia lives in Oslo .", "Where does Mia live ?")
+    >>> target["input_ids"].shape, source["position_ids"].tolist()
+    (torch.Size([1, 11]), [[6, 7, 8, 9, 10]])
     """
     for role, text in (("context", context), ("query", query)):
         if not text.strip():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from controllability.models.patches.merged_error import MergedError, merged_erro
 from controllability.models.patches.merging import as_weights as merged_for_a_while, merge, unmerge
 from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.sensitivity import sensitivity_of, warn_if_fragile
+from controllability.models.sweep.report import LayerReport
 from controllability.models.sweep.sensitivity import Sensitivity
 
 
@@ -32,6 +33,19 @@ class ModelPatch(PatchRecord):
         patch = cls(**vars(record))
         patch.report = replace(patch.report, probe=lambda: sensitivity_of(patch))
         return patch
+
+    def __len__(self) -> int:
+        return len(self.report.layers)
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        """The layers' reports."""
+        return iter(self.report.layers)
+
+    def __bool__(self) -> bool:
+        return True  # also an imported one, which reports no layer
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
     @property
     def sensitivity(self) -> Sensitivity:

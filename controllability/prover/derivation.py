@@ -16,7 +16,7 @@ from controllability.rules import Step, construct
 from controllability.symbolic.definitions import definitions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Derivation:
     """``root`` concludes, rule by rule, that ``block`` is patchable; ``alternatives`` move other parameters.
 
@@ -31,6 +31,10 @@ class Derivation:
     route: str
     frozen: frozenset[str] = frozenset()
     jointly: bool = False
+
+    def __repr__(self) -> str:
+        many = f"{', jointly' * self.jointly}, moves {len(self.root.moved)} parameters"
+        return f"{type(self).__name__}(via {self.via}, route {self.route}{many})"
 
     @cached_property
     def layout(self) -> Layout:

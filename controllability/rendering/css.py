@@ -30,7 +30,7 @@ dl{margin:.3rem 0;display:grid;grid-template-columns:max-content minmax(0,1fr);g
 dt{font-weight:600;color:#46505c}dd{margin:0;overflow-wrap:anywhere}
 .refusal{border:3px solid #a80020;border-radius:8px;padding:.6rem .9rem;background:#fff7f7}.refusal p{margin:.2rem 0}
 .canvas{overflow:auto;border:1px solid #c8cdd3;border-radius:8px;background:#fcfcfd}
-.canvas svg{display:block;margin:0 auto}
+.canvas svg{display:block;margin:0 auto;height:auto}
 aside{position:fixed;z-index:1;top:0;right:0;bottom:0;width:21rem;overflow:auto;border-left:1px solid #c8cdd3;background:#fff}
 .panel{display:none;position:relative;padding:.9rem 1rem;scroll-margin-top:1rem;outline:none}.panel:target{display:block}.panel:focus-visible{outline:none}
 .panel:target~.hint{display:none}.hint{margin:0;padding:.9rem 1rem;color:#46505c}
@@ -61,7 +61,10 @@ a.node:focus{outline:none}a.node:focus .body{stroke-width:4}a.node .behind{fill:
 .swatch.through{border:2px dashed #00605e;color:#00605e}.swatch.cut{border-top:2px dashed #46505c;border-radius:0}
 @media(max-width:60rem){body{padding-right:0}main{padding:.5rem .8rem 55vh}
 aside{left:0;top:auto;width:auto;max-height:50vh;border:0;border-top:2px solid #46505c;box-shadow:0 -4px 16px #0003}.hint{padding:.5rem .8rem}}
-@media print{body,main{padding:0}aside{position:static;width:auto;border:0}.panel{display:block;break-inside:avoid}.hint,.close{display:none}}
+@media screen and (prefers-color-scheme:dark){html{background:#fff;filter:invert(.92) hue-rotate(180deg)}}
+@media print{body,main{padding:0}aside{position:static;width:auto;max-height:none;overflow:visible;border:0;box-shadow:none}
+.panel{display:block;break-inside:avoid}.hint,.close{display:none}.canvas,.wide{overflow:visible}.canvas{break-inside:avoid;border:0}
+.canvas svg{max-width:100%;max-height:95vh}}
 """
 
 

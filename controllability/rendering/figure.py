@@ -20,6 +20,11 @@ def two_plots(rows: int = 1, size: tuple[float, float] = (10, 4)) -> tuple[Figur
     return pyplot.subplots(rows, 2, figsize=size, layout="constrained")
 
 
+def legend_below(axes: Any, below: float = -0.16) -> None:
+    """The legend under the axes, where it covers nothing; ``below`` in heights of them."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=2, fontsize="small", frameon=False)
+
+
 def drawn(figure: Figure, path: Path, dpi: int = 120, **how: Any) -> Path:
     """Write a figure to ``path`` (PNG, or as its suffix says; atomically) and close it; returns the path."""
     from matplotlib import pyplot, rc_context

@@ -15,6 +15,7 @@ ROOM = 36  # letters of a parameter's name that are shown, in lines of NAME
 NAME = 20
 KIND = 22  # letters in a line of a leaf's description
 PAD, GAP, LANE = 10.0, 26.0, 16.0
+LEAST = 0.8  # of its size, to which a screen may shrink it; it scrolls where that is too wide
 SIGNS = {"sum": ("+", "sum"), "product": ("∘", "elementwise product")}
 
 
@@ -35,7 +36,7 @@ def graph_svg(block: Component, roles: Roles) -> str:
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="group" aria-label="the block as a graph">'
-        f"{arrow}{svg.markup(whole.shapes)}</svg>"
+        f"<style>@media screen{{.canvas svg{{max-width:max(100%,{LEAST * whole.width:g}px)}}}}</style>{arrow}{svg.markup(whole.shapes)}</svg>"
     )
 
 

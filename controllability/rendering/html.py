@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from controllability.checks import LEVELS, summary
 from controllability.errors import BadInput, NotControllable
 from controllability.interfaces import Component, Param, Path, updates_of
 from controllability.prover.derivation import Derivation
@@ -17,6 +18,7 @@ from controllability.rendering.css import STYLE
 from controllability.rendering.graph import graph_svg
 from controllability.rendering.leaf_states import WORDS, Roles, State, chain, refused_roles, roles
 from controllability.rendering.svg import node_id
+from controllability.rendering.text import cited
 from controllability.rendering.tokens_served import reach
 from controllability.rules import RULES, Step
 
@@ -25,12 +27,6 @@ Checks = Sequence[Mapping[str, Any]]
 THEOREM = {
     "input-output": "Theorem 1: an inner function is moved on the input side, then an outer one on the output side",
     "output": "Theorem 1b: an outer function is moved on the output side, at what the source run gives it",
-}
-SAID = {
-    "derived": "Derived: the tree below follows the rules. Nothing was computed.",
-    "symbolic": "Checked symbolically: computer algebra reduced every difference that is listed to 0.",
-    "exact": "Checked exactly: on a random instance of rational numbers the residual is exactly 0.",
-    "numeric": "Checked numerically: on a random instance, in several precisions; the residual falls with them, or is 0.",
 }
 
 
@@ -46,11 +42,9 @@ def proof_html(proof: Derivation, name: str, level: str = "derived", checks: Che
     >>> "<h1>&lt;mine&gt;: a perfect patch exists</h1>" in page, "<script" in page
     (True, False)
     """
-    if level not in SAID:
-        raise BadInput(f"unknown level {level!r}: choose one of {', '.join(SAID)}")
+    if level not in LEVELS:
+        raise BadInput(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
     failed = any(c["status"] == "failed" for c in checks)
-    if failed or (checks and checks[-1]["status"] != "passed"):
-        level = "derived"
     title = f"{name}: a check of its proof failed" if failed else f"{name}: a perfect patch exists"
     found = roles(proof)
     numbered = {id(step): i for i, step in enumerate(proof.root.walk(), 1)}
@@ -65,6 +59,7 @@ def proof_html(proof: Derivation, name: str, level: str = "derived", checks: Che
         _checks(checks),
         '<section id="derivation"><h2>Derivation</h2><p>Every step rests on those inside it. Click a line to fold it.</p>'
         + writer.tree(proof.root) + "</section>",
+        f"<section><h2>References</h2>{_list((key, escape(text)) for key, text in cited(proof).items())}</section>",
     ], proof.block)  # fmt: skip
 
 
@@ -184,8 +179,7 @@ class _Writer:
 
 def _head(title: str, proof: Derivation, level: str, checks: Checks) -> str:
     count = len(proof.root.moved)
-    failed, skipped = (any(c["status"] == status for c in checks) for status in ("failed", "skipped"))
-    rest = " What is marked as skipped was not shown." if skipped else ""
+    failed = any(c["status"] == "failed" for c in checks)
     warning = '<p class="warning">A check failed: do not trust this proof, and please report it.</p>' if failed else ""
     spare = len(proof.alternatives)
     tried = f" If a condition fails on the numbers, {_counted(spare, 'other derivation')} can be tried."
@@ -208,7 +202,7 @@ def _head(title: str, proof: Derivation, level: str, checks: Checks) -> str:
         f"<header><h1>{escape(title)}</h1>{warning}"
         f'<p class="lead">{lead}</p>'
         f"<p>{escape(THEOREM[proof.via])}. Route of a normalised output: {escape(proof.route)}.{others}{escape(frozen)}</p>"
-        f'<p class="level">{escape(SAID[level] + rest)}</p></header>'
+        f'<p class="level">{escape(summary(level, checks))}</p></header>'
     )
 
 

@@ -11,7 +11,7 @@ from controllability.errors import BadInput, ControllabilityError
 from controllability.prover.derivation import Derivation
 from controllability.rendering.closed_form import ClosedForm, closed_form, written_names
 from controllability.rendering.latex_math import IndexPrinter, escape
-from controllability.rendering.text import printable
+from controllability.rendering.text import cited, printable
 from controllability.rendering.tokens_served import matrix_formulas, reach
 from controllability.rules import Step
 from controllability.symbolic.indexed import IndexedArray
@@ -47,6 +47,8 @@ def proof_latex(proof: Derivation, level: str = "derived", name: str = "") -> st
         rf"\begin{{proof}}[Derivation, via {escape(THEOREMS[proof.via])}, route {proof.route}]\leavevmode",
         *_items(proof.root),
         r"\end{proof}",
+        r"\paragraph{References.}",
+        *_listed([escape(f"{key} {text}") for key, text in cited(proof).items()]),
         r"\end{document}",
         "",
     ]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from typing import TextIO
+from typing import Any, TextIO
 
 from controllability.errors import printable as printable
 from controllability.prover.derivation import Derivation
 from controllability.rendering.tokens_served import reach
 from controllability.rules import Step
+from controllability.rules.references import references
 
 WIDTH, NARROWEST = 100, 20  # columns of a line: also on wider, and on narrower terminals
 
 
-def proof_text(proof: Derivation, width: int | None = None) -> str:
-    """The tree, what moves, and the side conditions; ``width`` columns, those of the terminal if None.
+def proof_text(proof: Derivation, width: int | None = None, level: str = "derived") -> str:
+    """The tree, what moves, and the side conditions; ``width`` columns, those of the terminal if None; ``level`` as reached.
 
     >>> from controllability import prove
     >>> from controllability.components import Linear, residual
@@ -33,7 +34,7 @@ def proof_text(proof: Derivation, width: int | None = None) -> str:
     width = terminal_width() if width is None else max(width, NARROWEST)
     theorem = {"input-output": "Theorem 1", "output": "Theorem 1b"}[proof.via]
     many = ", one patch for T tokens" if proof.jointly else ""
-    lines = wrapped(f"patchable (derived), via {proof.via} ({theorem}), route {proof.route}{many}", width)
+    lines = wrapped(f"patchable ({level}), via {proof.via} ({theorem}), route {proof.route}{many}", width)
     lines += _tree(proof.root, "", "", width)
     lines += wrapped("moves: " + ", ".join(sorted(map(str, proof.root.moved))), width, "", "       ")
     served = reach(proof)
@@ -43,6 +44,12 @@ def proof_text(proof: Derivation, width: int | None = None) -> str:
     lines += wrapped("side conditions, tested on the numbers:" if conditions else "no side conditions", width)
     lines += [line for c in conditions for line in wrapped(f"- {c}", width, "", "  ")]
     return "\n".join(lines)
+
+
+def cited(proof: Derivation) -> dict[str, str]:
+    """What the rules of a proof cite, by its key."""
+    steps = [step for root in (proof.root, *proof.alternatives) for step in root.walk()]
+    return references(" ".join(f"{step.rule.when} {step.rule.source}" for step in steps))
 
 
 def terminal_width(stream: TextIO | None = None) -> int:
@@ -59,9 +66,15 @@ def terminal_width(stream: TextIO | None = None) -> int:
     return max(NARROWEST, min(found or WIDTH, WIDTH))
 
 
-def wrapped(text: str, width: int, lead: str = "", below: str = "") -> list[str]:
-    """The lines of ``text``, the first after ``lead``, the others after ``below``; names are not cut at hyphens."""
-    lines = textwrap.wrap(printable(text), width, initial_indent=lead, subsequent_indent=below, break_on_hyphens=False)
+def wrapped(text: str, width: int, lead: str = "", below: str = "", whole: bool = False) -> list[str]:
+    """The lines of ``text``, the first after ``lead``, the others after ``below``; names are not cut at hyphens, nor at all if ``whole``."""
+    how: Any = {
+        "initial_indent": lead,
+        "subsequent_indent": below,
+        "break_on_hyphens": False,
+        "break_long_words": not whole,
+    }
+    lines = textwrap.wrap(printable(text), width, **how)
     return [line.rstrip() for line in lines or [lead]]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,8 @@ from controllability.arrays.objects import ObjectArithmetic
 from controllability.errors import NotExact
 from controllability.symbolic.array_names import assume, named_array, unused
 from controllability.symbolic.definitions import named
-from controllability.symbolic.indexed import IndexedArray, _broadcast, _integer, _known
+from controllability.symbolic.indexed import IndexedArray, _broadcast, _integer, _known, concatenated
 from controllability.symbolic.normal_form import normal_form
-from controllability.symbolic.sums import axis_index
 
 
 class SympyArithmetic(ObjectArithmetic):
@@ -128,17 +126,7 @@ class IndexedArithmetic(SympyArithmetic):
         return unknown
 
     def concatenate(self, parts: list[Array], axis: int) -> Array:
-        """Features one after the other: which part an entry is of hangs on its index."""
-        import sympy
-
-        assert axis == -1, "only features are put one after the other"
-        index, start, cases = axis_index(0), sympy.Integer(0), []
-        for part in parts:
-            size = part.shape[-1]
-            cases.append((part.entry.xreplace({index: index - start}), index < start + size))
-            start += size
-        shape = reduce(_broadcast, ((*part.shape[:-1], 1) for part in parts))
-        return IndexedArray((*shape[:-1], start), sympy.Piecewise(*cases[:-1], (cases[-1][0], True)))
+        return concatenated(parts, axis)
 
     def to_float(self, x: Array) -> Any:
         return None

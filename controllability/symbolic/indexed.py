@@ -7,7 +7,8 @@ code that runs on NumPy runs on these arrays unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import reduce
 from itertools import zip_longest
 from typing import Any
 
@@ -33,6 +34,9 @@ class IndexedArray:
 
     def __init__(self, shape: tuple[Any, ...], entry: Any) -> None:
         self.shape, self.entry = shape, entry
+
+    def __array_function__(self, function: Any, _: Any, given: Any, more: Any) -> Any:
+        return concatenated(*given, **more) if function is np.concatenate else NotImplemented
 
     @staticmethod
     def named(name: str, shape: tuple[Any, ...]) -> IndexedArray:
@@ -193,6 +197,21 @@ class IndexedArray:
         pushed = {axis_index(p): axis_index(p + inner) for p in range(index.ndim)}
         entry = self.entry.xreplace({axis_index(inner): index.entry.xreplace(pushed)})
         return IndexedArray((*index.shape, *self.shape[1:]), entry)
+
+
+def concatenated(parts: Sequence[Any], axis: int = 0) -> IndexedArray:
+    """Arrays one after the other: which part an entry is of hangs on its index."""
+    import sympy
+
+    axis = axis if axis < 0 else axis - parts[0].ndim
+    index, start, cases = axis_index(-1 - axis), sympy.Integer(0), []
+    for part in parts:
+        cases.append((part.entry.xreplace({index: index - start}), index < start + part.shape[axis]))
+        start += part.shape[axis]
+    shapes = ([1 if i == part.ndim + axis else n for i, n in enumerate(part.shape)] for part in parts)
+    shape = [*reduce(_broadcast, map(tuple, shapes))]
+    shape[axis] = start
+    return IndexedArray(tuple(shape), sympy.Piecewise(*cases[:-1], (cases[-1][0], True)))
 
 
 def _integer(value: int) -> Any:

@@ -23,13 +23,13 @@ class Factors(NamedTuple):
     expert: int | None = None
 
 
-def lora_tensors(entries: Sequence[Entry], form: Form) -> tuple[Tensor, Tensor]:
-    """(lora_A, lora_B) of one parameter from all deltas on it; their scaling is 1."""
+def lora_tensors(entries: Sequence[Entry], form: Form, least: int = 1) -> tuple[Tensor, Tensor]:
+    """(lora_A, lora_B) of one parameter from all deltas on it, zeros up to rank ``least``; their scaling is 1."""
     found = [factors for entry in entries for factors in _factors(entry, form.shape)]
     like = found[0].rows
     count = form.shape[0] if len(form.shape) == 3 else 1
     planes = [[f for f in found if (f.expert or 0) == expert] for expert in range(count)]
-    rank = max(sum(len(f.rows) for f in plane) for plane in planes)
+    rank = max(least, *(sum(len(f.rows) for f in plane) for plane in planes))
     rows, columns = (like.new_zeros(count, rank, size) for size in form.shape[-2:])
     for expert, plane in enumerate(planes):
         start = 0

@@ -16,8 +16,10 @@ from architectures import quantised
 from controllability.arrays import relative_error
 from controllability.errors import NotVerified, in_a_line
 from controllability.models.exact_mode import exact_mode
+from controllability.models.files.peft_import import patch_of_adapter
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.applied import applied
+from controllability.models.patches.diff import diff
 from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.logits import result_of
@@ -61,16 +63,44 @@ def check_adapter(patch: PatchRecord, directory: Path, model: nn.Module | None) 
         unpatched = result_of(model(**inputs))
         with applied(patch, model):
             patched = result_of(model(**inputs))
-        adapted = result_of(_run(_with_adapter(model, directory), inputs))
+        loaded = _with_adapter(model, directory)
+        silent = _silent(loaded, {entry.module for entry in patch.entries})
+        adapted = result_of(_run(loaded, inputs))
     error, control = (relative_error(found.double(), patched.double()) for found in (adapted, unpatched))
     tolerance = VERIFIED.of(dtypes)
     if not error <= tolerance or error > control:
         raise NotVerified(
             f"PEFT loads the adapter, and its output misses the patched model's by {error:.2g} (relative; rounding "
-            f"explains {tolerance:g}, the unpatched model misses it by {control:.2g}): part of the patch is out of PEFT's reach "
-            "(a module whose weights are read past it); nothing was written"
+            f"explains {tolerance:g}, the unpatched model misses it by {control:.2g}): {_reason(patch, directory, model, silent, tolerance)}; "
+            "nothing was written"
         )
     return Check(True, note, error, control)
+
+
+def _silent(adapted: nn.Module, names: set[str]) -> set[str]:
+    """Those of these modules that have not run yet, once PEFT has wrapped them."""
+    silent: set[str] = set()
+    for path, module in adapted.named_modules():  # a wrapper comes before what it wraps
+        name = path.removeprefix("base_model.model.").replace(".base_layer", "")
+        if name in names - silent:
+            silent.add(name)
+            module.register_forward_hook(lambda *_, name=name: silent.discard(name))
+    return silent
+
+
+def _reason(patch: PatchRecord, directory: Path, model: nn.Module, silent: set[str], tolerance: float) -> str:
+    """Why an adapter does not do what its patch does: looked for in what ran, then in the file."""
+    if silent:
+        return (
+            f"{min(silent)} never ran, so its weights are read past the module that PEFT wraps; merge the patch instead"
+        )
+    held = diff(patch, patch_of_adapter(directory, model)).largest
+    if held is not None and held.relative > tolerance:
+        return (
+            f"the file holds another change of {held.parameter} than the patch, off by {held.relative:.2g} of its size"
+        )
+    rounds = f"what is left is how PEFT rounds and adds it in {patch.report.dtype}; export from a model in float32, or merge the patch"
+    return f"the file holds the patch, and every module of it ran: {rounds}"
 
 
 def _with_adapter(model: nn.Module, directory: Path) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,20 +66,20 @@ def export_peft(patch: PatchRecord, directory: Path, model: nn.Module | None = N
         _refuse_other(patch, model)
     forms = forms_of(model, patch.entries) if model is not None else patch.forms
     _refuse_formless(patch, forms, model)
-    tensors, ranks = _low_rank_tensors(patch.entries, forms)
+    tensors, names, rank = _low_rank_tensors(patch.entries, forms)
     dense = sorted({entry.module for entry in patch.entries if forms[entry.param.name].kind == "dense"})
     if dense:
         assert model is not None
         for path in dense:
             tensors |= _dense_tensors(model, path, patch.entries, forms)
-    config = _config(forms, ranks, dense, model)
+    config = _config(forms, names, rank, dense, model)
     made_for = {MADE_FOR: patch.mark()}
     with written(directory) as folder:
         stored = {PREFIX + name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(stored, folder / TENSORS, metadata={"format": "pt"} | made_for)
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         check = check_adapter(patch, folder, model)
-    return Exported(str(directory), [CONFIG, TENSORS], dense, len(ranks), max(ranks.values(), default=0), check)
+    return Exported(str(directory), [CONFIG, TENSORS], dense, len(names), rank, check)
 
 
 def _refuse_other(patch: PatchRecord, model: nn.Module) -> None:
@@ -103,15 +102,20 @@ def _refuse_formless(patch: PatchRecord, forms: dict[str, Form], model: nn.Modul
             )
 
 
-def _low_rank_tensors(entries: tuple[Entry, ...], forms: dict[str, Form]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    tensors, ranks = {}, {}
-    for name, form in forms.items():
-        own = [entry for entry in entries if entry.param.name == name]
-        if form.kind in ("module", "parameter") and own:
-            a, b = lora_tensors(own, form)
-            tensors |= {f"{form.key}.lora_A.weight": a, f"{form.key}.lora_B.weight": b}
-            ranks[name] = rank_of(a, form)
-    return tensors, ranks
+def _low_rank_tensors(entries: tuple[Entry, ...], forms: dict[str, Form]) -> tuple[dict[str, Tensor], set[str], int]:
+    """The tensors, the parameters that have some, and their rank: one for all of them, as loaders without rank_pattern take it."""
+    own = {
+        name: [e for e in entries if e.param.name == name]
+        for name, f in forms.items()
+        if f.kind in ("module", "parameter")
+    }
+    own = {name: held for name, held in own.items() if held}
+    rank = max((rank_of(lora_tensors(held, forms[name])[0], forms[name]) for name, held in own.items()), default=0)
+    tensors = {}
+    for name, held in own.items():
+        a, b = lora_tensors(held, forms[name], rank)
+        tensors |= {f"{forms[name].key}.lora_A.weight": a, f"{forms[name].key}.lora_B.weight": b}
+    return tensors, set(own), rank
 
 
 @torch.no_grad()
@@ -130,18 +134,18 @@ def _dense_tensors(
     return {f"{key}.{name}": value for name, value in held.items()}
 
 
-def _config(forms: dict[str, Form], ranks: dict[str, int], dense: list[str], model: nn.Module | None) -> dict[str, Any]:
-    """The fields of a LoraConfig; scaling lora_alpha / r is 1 everywhere."""
-    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    modules = {name.rpartition(".")[0]: rank for name, rank in ranks.items() if forms[name].kind == "module"}
-    parameters = {name: rank for name, rank in ranks.items() if forms[name].kind == "parameter"}
-    other = {name.replace(".", r"\."): r for name, r in (modules | parameters).items() if r != usual}
+def _config(
+    forms: dict[str, Form], names: set[str], rank: int, dense: list[str], model: nn.Module | None
+) -> dict[str, Any]:
+    """The fields of a LoraConfig; scaling lora_alpha / r is 1."""
+    modules = {name.rpartition(".")[0] for name in names if forms[name].kind == "module"}
+    parameters = {name for name in names if forms[name].kind == "parameter"}
     causal = type(model).__name__.endswith("ForCausalLM")
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM" if causal else None,
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "r": usual, "lora_alpha": usual, "rank_pattern": other, "alpha_pattern": other, "use_rslora": False,
+        "r": rank or 1, "lora_alpha": rank or 1, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False,
         "target_modules": sorted(modules), "target_parameters": sorted(parameters) or None,
-        "modules_to_save": dense or None, "fan_in_fan_out": any(forms[n].swapped for n in ranks if forms[n].kind == "module"),
+        "modules_to_save": dense or None, "fan_in_fan_out": any(forms[n].swapped for n in names if forms[n].kind == "module"),
         "bias": "none", "lora_dropout": 0.0, "init_lora_weights": True, "inference_mode": True,
     }  # fmt: skip

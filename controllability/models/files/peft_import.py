@@ -158,7 +158,11 @@ def _factors(
     rank = rank_of(pair["A"], form)
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     dtype = _lifted(pair["A"], model.get_parameter(name))
-    return rows.to(dtype) * scaling, columns.to(dtype)
+    used = (
+        ((rows != 0).any(-1) & (columns != 0).any(-1)).reshape(-1, rows.shape[-2]).any(0)
+    )  # the others fill it up to a rank
+    used[0] |= not bool(used.any())
+    return rows[..., used, :].to(dtype) * scaling, columns[..., used, :].to(dtype)
 
 
 def _entry(slot: Slot, rows: Tensor, columns: Tensor) -> list[Entry]:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from controllability.arrays import errors_and_sizes
+from controllability.arrays.one_line import OneLine
 from controllability.errors import BadInput, in_a_line
 from controllability.models.reading.logits import compare_logits
 from controllability.models.sweep.report import Layers
 
 
-@dataclass(frozen=True, eq=False)
-class GeneratedToken:
+@dataclass(frozen=True, eq=False, repr=False)
+class GeneratedToken(OneLine):
     """One generated token of every sample; tensors are (B,), one entry a sample.
 
     ``target``, ``patched`` and ``unpatched`` are the chosen token ids (the last is None without control);
@@ -58,8 +59,8 @@ class GeneratedToken:
         return {name: value[sample].item() for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
-@dataclass(frozen=True, eq=False)
-class Generation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Generation(OneLine):
     """All steps.  ``sequences`` (B, L + N): the prompts, padded on the left, and the tokens that both went on with.
 
     A sample that ended is filled with padding; only its active steps count below.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from architectures.reading import Layer, Tap
+from controllability.arrays.one_line import OneLine
 from controllability.deltas import Delta
 from controllability.errors import PatchError
 from controllability.interfaces import Param, Path as NodePath
@@ -19,8 +20,8 @@ from controllability.models.sweep.effects import Effect, Move, parameters_at, pe
 from controllability.models.sweep.layer_sweep import LayerSweep
 
 
-@dataclass(frozen=True)
-class Entry:
+@dataclass(frozen=True, repr=False)
+class Entry(OneLine):
     """One patched parameter: the module that holds it, and its delta with one row a pair.
 
     ``layer`` counts the layers with a feed-forward half, ``call`` the calls of a layer that runs several times.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controllability.arrays.one_line import OneLine
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
 from controllability.errors import BadInput, PatchError
 from controllability.models.patches.applier import Entry
@@ -38,8 +39,8 @@ class ParameterDifference:
         return max((d / max(a, b) for d, a, b in sizes if d), default=0.0)
 
 
-@dataclass(frozen=True)
-class Difference:
+@dataclass(frozen=True, repr=False)
+class Difference(OneLine):
     """What ``diff`` found.  ``only_a`` and ``only_b`` are parameters that one patch moves and the other leaves alone.
 
     ``compared`` says which patches were held against which: "each" (row by row), "one" (the single one of one side

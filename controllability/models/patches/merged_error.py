@@ -69,12 +69,12 @@ class Before:
 
 def before_merging(patch: PatchRecord, model: nn.Module) -> Before:
     """What is to be compared with the merged model: one source run, and a target run where the patch was loaded."""
-    wanted = patch.target_logits
+    wanted = _wanted(patch)
     if wanted is None:
         inputs = patch.inputs
         rows = pair_positions(inputs["target"], inputs["source"], patch.scope, inputs["positions"])[1]
         wanted = rows.of(result_of(model(**without_cache(model, inputs["target"]))))
-    return Before(_at_pairs(wanted, patch), at_source(patch, model))
+    return Before(wanted, at_source(patch, model))
 
 
 def merged_error(patch: PatchRecord, model: nn.Module) -> MergedError:
@@ -84,10 +84,11 @@ def merged_error(patch: PatchRecord, model: nn.Module) -> MergedError:
     """
     if patch._merged_into is not uncompiled(model):
         raise PatchError("this patch is not merged into this model: merge it first")
-    if patch.target_logits is None:
+    wanted = _wanted(patch)
+    if wanted is None:
         raise PatchError("a loaded patch does not hold the target's logits: compare with `controllability verify`")
     with own_modes(model):
-        return _compared(patch, at_source(patch, model), _at_pairs(patch.target_logits, patch))
+        return _compared(patch, at_source(patch, model), wanted)
 
 
 def _compared(patch: PatchRecord, found: Tensor, wanted: Tensor, unpatched: Tensor | None = None) -> MergedError:
@@ -104,8 +105,14 @@ def at_source(patch: PatchRecord, model: nn.Module) -> Tensor:
     return _at_pairs(result_of(model(**without_cache(model, patch.inputs["source"]))), patch)
 
 
+def _wanted(patch: PatchRecord) -> Tensor | None:
+    """The target's logits, one row a pair: without the NaN that stands where a sample has fewer."""
+    wanted = patch.target_logits
+    return wanted[~wanted.isnan().all(-1)] if wanted is not None and wanted.ndim == 3 else wanted
+
+
 def _at_pairs(logits: Any, patch: PatchRecord) -> Tensor:
-    """The logits of the paired positions; the target's are kept there already, unless every position has a pair."""
+    """The logits of the paired positions, one row a pair; as they are, where a run gives other rows."""
     rows, books = patch.rows, logits.shape[0] // patch.rows.shape[0]
     if logits.ndim == 3 and books > 1:
         rows = rows.repeated(books)  # one row of logits for each codebook

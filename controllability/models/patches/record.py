@@ -51,7 +51,7 @@ class Form:
         return Form(**fields)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class PatchRecord:
     """Every layer's patch, what the two runs gave, and the report.
 
@@ -84,6 +84,12 @@ class PatchRecord:
     _originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _merged_into: Any = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        what = f"{len(self.report.layers)} layers, {self.report.tokens} tokens, {self.numbers:,} numbers, {self.report.dtype}"
+        return (
+            f"{type(self).__name__}(scope {self.scope!r}, {what}{', merged' if self._merged_into is not None else ''})"
+        )
+
     @property
     def metrics(self) -> Mapping[str, Metric]:
         """By the parameter's name: in which metric its change is least."""
@@ -100,7 +106,11 @@ class PatchRecord:
 
     @property
     def target_logits(self) -> Tensor | None:
-        """The same of the target run: (B, T, vocabulary) where every source position has a pair, else one row a pair."""
+        """The target run's logits (B, P, vocabulary) at the paired positions, in each sample those of its P pairs in order.
+
+        P is T where every source position has a pair, and 1 for scope "last": ``mp.target_logits[:, -1]`` is the last pair's in every
+        scope.  Samples with fewer pairs (padding) begin with NaN.  None as for ``logits``; (B, n) of models with one output a sample.
+        """
         return None if self.target_output is None else self.target_output.logits()
 
     def model(self) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import weakref
@@ -91,7 +92,7 @@ def solve(
     inputs = {"target": dict(target), "source": dict(source), "positions": positions}
     source_rows = replace(source_rows, before=solvers[0].before)
     mp = PatchRecord(
-        entries, scope, source_rows, report, inputs, found, _as_source(wanted, found, shown[0]), carried(model), joint=joint,
+        entries, scope, source_rows, report, inputs, found, _as_pairs(wanted, found, shown[0]), carried(model), joint=joint,
         moments=moments, _model=weakref.ref(model),
     )  # fmt: skip
     mp._seen.update(state_of(model))
@@ -131,11 +132,15 @@ def _refuse_unverified(
         refuse_not_finite(found, rows.name)
 
 
-def _as_source(wanted: Result, found: Result, rows: Positions) -> Result:
-    """The target's logits where the source's are: (B, T, vocabulary) if every source position has a pair.
+def _as_pairs(wanted: Result, found: Result, rows: Positions) -> Result:
+    """The target's rows of the pairs as (B, P, n), P pairs a sample: those of samples with fewer stand at the end, after NaN.
 
-    Otherwise one row a pair, (N, vocabulary), as ``mp.rows.of(mp.logits)`` gives the patched ones.  Where the caller
-    kept fewer logits (``logits_to_keep``), or the model has one output a sample, they are returned as they are.
+    Where the caller kept fewer logits (``logits_to_keep``), or the model has one output a sample, they stay as they are.
     """
-    whole = rows.complete and found.held.shape[:2] == rows.shape and wanted.held.ndim < found.held.ndim
-    return replace(wanted, held=wanted.held.reshape(found.held.shape)) if whole else wanted
+    if wanted.held.ndim != 2 or found.held.ndim != 3:
+        return wanted
+    counts = rows.sample.bincount(minlength=rows.shape[0])
+    place = torch.arange(len(rows.sample)) + (counts.max() - counts.cumsum(0))[rows.sample]
+    held = wanted.held.new_full((rows.shape[0], int(counts.max()), wanted.held.shape[-1]), math.nan)
+    held[rows.sample, place] = wanted.held
+    return replace(wanted, held=held)

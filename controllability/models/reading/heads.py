@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from controllability.arrays import relative_error
+from controllability.arrays.one_line import OneLine
 from controllability.errors import PatchError
 from controllability.models.exact_mode import exact_mode, in_exact_mode
 from controllability.models.hooks.carried_patches import carried
@@ -72,8 +73,8 @@ def _behind(model: nn.Module, base: nn.Module) -> list[Any]:
     return [(*place(value), value.dtype) for value in held]
 
 
-@dataclass(frozen=True, eq=False)
-class Result:
+@dataclass(frozen=True, eq=False, repr=False)
+class Result(OneLine):
     """What a run gave: logits (B, T, n), one row a pair (N, n), or one a sample; or the states that ``head`` makes them of."""
 
     held: Tensor

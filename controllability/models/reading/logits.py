@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from controllability.arrays import errors_and_sizes, quotient
+from controllability.arrays.one_line import OneLine
 from controllability.errors import BadInput
 
 ENTRIES = 2**20  # logits compared at a time: in float64, several times over
@@ -30,8 +31,8 @@ def result_of(output: Any) -> Tensor:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class LogitComparison:
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitComparison(OneLine):
     """Logits held against those that are wanted, position by position: tensors (N,), computed in float64.
 
     ``error`` is max |found − wanted| and ``size`` max |wanted| over the vocabulary, ``kl`` is KL(wanted ‖ found) in nats, ``tv``

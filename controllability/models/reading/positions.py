@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controllability.arrays.one_line import OneLine
 from controllability.errors import BadInput, ReadingError
 
 
-@dataclass(frozen=True, eq=False)
-class Positions:
+@dataclass(frozen=True, eq=False, repr=False)
+class Positions(OneLine):
     """N positions of a (B, T, …) tensor, as index tensors (N,); row i of a patch belongs to pair i."""
 
     sample: Tensor

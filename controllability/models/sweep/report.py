@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from controllability.arrays.one_line import OneLine
 from controllability.models.sweep.records import LayerRecord
 from controllability.models.sweep.sensitivity import Sensitivity
+from controllability.rendering.tables import aligned, html_table
 
 
-@dataclass(frozen=True)
-class Tokens:
+@dataclass(frozen=True, repr=False)
+class Tokens(OneLine):
     """One layer's numbers for every pair, in the order of ``mp.rows``: lists of length N.
 
     ``residual``: max |difference| / max |target| of the layer's output at this token.  ``route``: the one this token
@@ -31,8 +34,8 @@ class Tokens:
     changes: dict[str, list[float | None]]
 
 
-@dataclass(frozen=True)
-class LayerReport:
+@dataclass(frozen=True, repr=False)
+class LayerReport(OneLine):
     """One layer: residual of its output, margins of its side conditions, size of each patch, route taken.
 
     Each number is the worst over ``tokens``, which holds them one by one; ``residual`` is relative to
@@ -81,11 +84,11 @@ class Layers(Sequence[LayerReport]):
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
-        return repr(list(self))
+        return f"Layers({len(self)})"
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(OneLine):
     """A whole patch: options, layers, sizes.  ``residual`` is the largest of the layers'.
 
     ``pairs`` are (sample, position) of the source, one for each entry of the layers' tokens.  ``rounding`` says what
@@ -135,15 +138,23 @@ class Report:
             known["probe"] = lambda: Sensitivity.from_dict(told)
         return cls(**known)
 
-    def __str__(self) -> str:
-        """The layers as a table: the worst token of each.  A fit says so below."""
-        rows = [
-            [str(x.index), _short(x.residual), x.route, _short(x.amplification), _short(x.condition),
-             _short(min((m["margin"] for m in x.margins if m["margin"] is not None), default=None)),
-             _short(largest(x.relative_changes.values()))]
+    def rows(self) -> list[list[str]]:
+        """The table of the layers, its heading first: the worst token of each."""
+        told = [
+            (x.residual, x.route, x.amplification, x.condition, [m["margin"] for m in x.margins], x.relative_changes)
             for x in self.layers
-        ]  # fmt: skip
-        return _aligned([["layer", *_COLUMNS], *rows]) + self._below()
+        ]
+        return [
+            ["layer", *COLUMNS],
+            *([str(x.index), *_cells(*numbers)] for x, numbers in zip(self.layers, told, strict=True)),
+        ]
+
+    def __str__(self) -> str:
+        """The layers as a table: the worst token of each.  What holds of all of them stands below."""
+        return f"{aligned(self.rows())}\n{self.below()}"
+
+    def _repr_html_(self) -> str:
+        return html_table(f"scope {self.scope}, {self.tokens} tokens, {self.dtype}", self.rows(), self.below())
 
     def table(self) -> str:
         """Every layer and token as a table for people; ``layers[i].tokens`` has the numbers."""
@@ -152,15 +163,18 @@ class Report:
             seen = layer.tokens
             for i, residual in enumerate(seen.residual):
                 pair = f"{self.pairs[i][0]}:{self.pairs[i][1]}" if self.pairs else str(i)
-                margins = [v for m in seen.margins if (v := m[i]) is not None]
-                numbers = [seen.amplification[i], largest(v[i] for v in seen.condition.values())]
-                numbers += [min(margins, default=None), largest(v[i] for v in seen.changes.values())]
-                rows.append([str(layer.index), pair, _short(residual), seen.route[i], *map(_short, numbers)])
-        return _aligned([["layer", "sample:position", *_COLUMNS], *rows]) + self._below()
+                changes = {name: v[i] for name, v in seen.changes.items()}
+                numbers = (
+                    seen.amplification[i],
+                    largest(v[i] for v in seen.condition.values()),
+                    [m[i] for m in seen.margins],
+                )
+                rows.append([str(layer.index), pair, *_cells(residual, seen.route[i], *numbers, changes)])
+        return f"{aligned([['layer', 'sample:position', *COLUMNS], *rows])}\n{self.below()}"
 
-    def _below(self) -> str:
-        """What is to be said of the patch as a whole, below its table."""
-        told = "" if self.sensitivity is None else f"\n{self.sensitivity}"
+    def below(self) -> str:
+        """What the columns say, and what is to be said of the patch as a whole."""
+        told = EXPLAINED + ("" if self.sensitivity is None else f"\n{self.sensitivity}")
         if self.fit is None:
             return told
         asked = [f"{name} {value:g}" for name, value in self.fit.items() if value]
@@ -170,7 +184,25 @@ class Report:
         )
 
 
-_COLUMNS = ["residual", "route", "amplification", "condition", "smallest margin", "largest change"]
+_NORM = re.compile(r"norm|\bln", re.IGNORECASE)
+COLUMNS = ["residual", "route", "amplifies", "smallest margin", "‖ΔW‖/‖W‖", "max|Δm|/|m|"]
+EXPLAINED = (
+    "residual: how far a layer's output is from its target, relative to the largest entry"
+    "\namplifies: how many times a rounding error of the patched map grows on its way out of the layer"
+    "\nsmallest margin: how far the nearest side condition is from failing; 0 is failure"
+    "\n‖ΔW‖/‖W‖, max|Δm|/|m|: the largest relative change of a map's weight, and of one entry of a norm's scale"
+)
+
+
+def _cells(residual: float, route: str, amplification: Any, condition: Any, margins: Any, changes: Any) -> list[str]:
+    """One row of the table; the amplification is the condition where no norm follows."""
+    least = min((v for v in margins if v is not None), default=None)
+    maps, scales = (largest(v for k, v in changes.items() if bool(_NORM.search(k)) is norm) for norm in (False, True))
+    return [
+        _short(residual),
+        route,
+        *map(_short, (condition if amplification is None else amplification, least, maps, scales)),
+    ]
 
 
 def layer_report(record: LayerRecord, norms: dict[str, float]) -> LayerReport:
@@ -216,11 +248,6 @@ def largest(values: Iterable[float | None]) -> float | None:
 
 def _short(value: float | None) -> str:
     return "–" if value is None else f"{value:.2g}"
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The picture of lesson 4: which scales let two tokens in d = 3 keep their RMS, and what shows that none does.
 
-In s = 1/m'² each token is one equation: a plane.  ``python -m controllability.rendering.feasible_region docs/feasible-region.png``
+In s = 1/m'² each token is one equation: a plane.  ``python tests/feasible_region.py docs/feasible-region.png``
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from controllability.rendering.figure import drawn, two_plots
+from controllability.rendering.figure import drawn, legend_below, two_plots
 from controllability.solvers.farkas_certificate import Infeasible
 from controllability.solvers.joint_scale import joint_scale
 
@@ -81,7 +81,7 @@ def _octant(axes: Any, G: Any) -> None:
     axes.set_title("s > 0: they meet in a segment" if ends is not None else "s > 0: they do not meet")
     axes.set(xlim=(-1.9, 3.9), ylim=(-1.2, 3.8), aspect="equal")
     axes.axis("off")
-    _legend(axes, 0.0)
+    legend_below(axes, 0.0)
 
 
 def _tokens(axes: Any, G: Any) -> None:
@@ -107,11 +107,7 @@ def _tokens(axes: Any, G: Any) -> None:
     size = 1.15 * max(A.max(), q.max())
     labels = {"title": title, "xlabel": "equation of token 1", "ylabel": "equation of token 2"}
     axes.set(xlim=(-0.6, size), ylim=(-0.3, size), aspect="equal", **labels)
-    _legend(axes, -0.16)
-
-
-def _legend(axes: Any, below: float) -> None:
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=2, fontsize="small", frameon=False)
+    legend_below(axes)
 
 
 def _farkas(G: Any) -> np.ndarray | None:
