@@ -69,10 +69,13 @@ def test_a_buffer_of_nan_that_changed_is_noticed(gemma, bits):
 
 def test_generating_with_a_patch_for_each_position_is_refused(patched):
     """After the first step the model gets one token, and the patch has one for each of four."""
-    model, mp, _, source = patched
-    before = snapshot(model)
+    model, mp, target, source = patched
+    before, ids = snapshot(model), source["input_ids"]
+    with pytest.raises(ct.PatchError, match=r"position 0 it is position_ids 9, the model got 0; .* use scope 'last'"):
+        generate_with(mp, model, ids)
+    mp = ct.patch_model(model, target, {"input_ids": ids})
     with pytest.raises(ct.PatchError, match=r"\(1, 4\) \(B, T\), the model got \(1, 1\): .* use scope 'last'"):
-        generate_with(mp, model, source["input_ids"])
+        generate_with(mp, model, ids)
     assert unchanged(model, before)
     assert hook_count(model) == 0
 

@@ -46,7 +46,7 @@ BAD_RUNS = {
         "source: sample 0 has no token that is not padding",
     ),
     "not a mapping": (ids(1, 9), {"input_ids": ids(1, 3)}, "target: give the model's keyword arguments as a mapping, got Tensor"),
-    "a cache": ({"input_ids": ids(1, 9), "past_key_values": object()}, {"input_ids": ids(1, 3)}, "both runs are done without a cache"),
+    "a cache": ({"input_ids": ids(1, 9), "past_key_values": object()}, {"input_ids": ids(1, 3)}, "both runs begin with an empty cache"),
     "tuples asked for": ({"input_ids": ids(1, 9), "return_dict": False}, {"input_ids": ids(1, 3)}, "return_dict=False"),
     "listed positions": ({"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "position_ids": [[1, 2, 3]]}, "position_ids"),
     "negative positions": (

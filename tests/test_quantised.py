@@ -19,7 +19,7 @@ import controllability as ct
 from architectures import quantised
 from controllability.models.hooks.carried_patches import carried
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.fingerprints import changes, fingerprint, state_of
+from controllability.models.reading.fingerprints import changes, fingerprint, look_at
 
 ROUNDING = {torch.float32: 5e-6, torch.bfloat16: 0.05}
 LINEAR = ("gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj")
@@ -432,31 +432,31 @@ def test_scales_that_are_not_nested_are_read_as_well():
 
 def test_packing_in_the_first_forward_is_no_change_of_the_weights(awaiting):
     """Neither to the fingerprint nor to the cheap look; and to look packs nothing."""
-    bits, mark, seen = state(awaiting), fingerprint(awaiting), state_of(awaiting)
+    bits, mark, seen = state(awaiting), fingerprint(awaiting), look_at(awaiting)
     assert same(state(awaiting), bits)
     pack(awaiting)
     assert not same(state(awaiting), bits)
     assert fingerprint(awaiting) == mark
-    assert changes(seen, state_of(awaiting)) == []
-    assert changes(state_of(awaiting), state_of(awaiting)) == []
+    assert changes(seen, look_at(awaiting)) == []
+    assert changes(look_at(awaiting), look_at(awaiting)) == []
 
 
 def test_what_changed_before_the_weights_were_packed_is_noticed(awaiting):
-    mark, seen = fingerprint(awaiting), state_of(awaiting)
+    mark, seen = fingerprint(awaiting), look_at(awaiting)
     with torch.no_grad():
         linear(awaiting).weight.view(-1)[1:2] ^= 1  # an entry that no sample takes
-    assert changes(seen, state_of(awaiting)) == ["model.layers.0.mlp.up_proj.weight"]
+    assert changes(seen, look_at(awaiting)) == ["model.layers.0.mlp.up_proj.weight"]
     pack(awaiting)
-    assert changes(seen, state_of(awaiting)) == ["model.layers.0.mlp.up_proj.weight"]
+    assert changes(seen, look_at(awaiting)) == ["model.layers.0.mlp.up_proj.weight"]
     assert fingerprint(awaiting) != mark
 
 
 def test_a_state_dict_rounds_the_scales_again_and_that_is_a_change(awaiting):
     """Bitsandbytes unpacks for it in place."""
     pack(awaiting)
-    mark, seen = fingerprint(awaiting), state_of(awaiting)
+    mark, seen = fingerprint(awaiting), look_at(awaiting)
     awaiting.state_dict()
-    assert "model.layers.0.mlp.up_proj.weight.absmax" in changes(seen, state_of(awaiting))
+    assert "model.layers.0.mlp.up_proj.weight.absmax" in changes(seen, look_at(awaiting))
     assert fingerprint(awaiting) != mark
 
 
@@ -465,7 +465,7 @@ def test_where_nothing_is_packed_fingerprints_are_of_the_weights_as_stored(monke
     four_bit = pytest.importorskip("bitsandbytes.functional")
     monkeypatch.delattr(four_bit, "_convert_weight_packed_for_cpu")
     model = made("bitsandbytes nf4")
-    assert [place for place, *_ in state_of(model).values() if place is None] == []
+    assert [place for place, *_ in look_at(model).tensors.values() if place is None] == []
     weight = linear(model).weight
     assert quantised.as_run(linear(model), weight) is weight
 
@@ -507,9 +507,9 @@ def test_patches_made_before_and_after_the_first_forward_are_of_the_same_weights
     """The cheap look of the first was taken before anything ran."""
     model = made(form)
     target, source = runs(context=9, query=4)
-    early = state_of(model)
+    early = look_at(model)
     mp, other = (ct.patch_model(model, target, source, scope="last") for _ in range(2))
-    mp._seen.update(early)
+    mp._seen = early
     assert ct.diff(mp, other).parameters
     with torch.no_grad(), mp.applied(model):
         assert error(model(**source).logits[0, -1], mp.target_logits.reshape(-1)) < ROUNDING[torch.float32]

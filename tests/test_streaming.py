@@ -213,7 +213,6 @@ def test_both_runs_are_one_pass_where_the_model_masks_its_past(family: str) -> N
 def test_a_model_that_ignores_masks_is_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     model, talk = built("llama"), Talk(9)
     with ct.exact_mode():
-        mp = talk.patch(model, 4)
         plain, passes = model.model.forward, []
 
         def careless(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -221,11 +220,11 @@ def test_a_model_that_ignores_masks_is_run_twice(monkeypatch: pytest.MonkeyPatch
             return plain(*args, **kwargs)
 
         monkeypatch.setattr(model.model, "forward", careless)
+        mp = talk.patch(model, 4)
         mp.extend(model, talk.target(5), talk.source(5))
         passes.clear()
         mp.extend(model, talk.target(6), talk.source(6))
         assert passes == [1, 1]
-        monkeypatch.undo()
         assert talk.errors(model, mp, 6)[0] < 1e-9
 
 

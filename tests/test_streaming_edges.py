@@ -138,7 +138,7 @@ def test_what_going_on_refuses_is_tried_at_once(error: Exception, monkeypatch: p
         assert talk.errors(model, mp, 7)[0] < 1e-9
 
 
-@pytest.mark.parametrize("name", ["record", "joined", "state_of", "entries_of", "batch_of"])
+@pytest.mark.parametrize("name", ["record", "joined", "look_at", "entries_of", "batch_of"])
 def test_an_interrupted_extension_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C anywhere behind the pass: the same token can be added again, and another one instead of it."""
     model, talk = built("llama"), Talk(12)

@@ -19,8 +19,9 @@ from controllability.models.files.folders import refuse_unusable, written
 from controllability.models.files.peft_forms import forms_of
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
-from controllability.models.reading.fingerprints import known_fingerprint
+from controllability.models.reading.fingerprints import Look
 from controllability.models.reading.positions import Positions
+from controllability.models.reading.settings import in_words
 from controllability.models.sweep.report import Report
 from controllability.models.sweep.sensitivity import Sensitivity
 from controllability.version import __version__
@@ -46,8 +47,8 @@ def save_patch(patch: PatchRecord, directory: Path, model: nn.Module | None) -> 
             "this patch was made while other patches were on the model: it has no meaning on its own, save those and redo it"
         )
     mark = patch.mark()
-    if model is not None and (patch._model is None or patch._model() is not model) and known_fingerprint(model) != mark:
-        raise PatchError("this patch was made for other weights than those of the model that was passed")
+    if model is not None and (patch._model is None or patch._model() is not model):
+        patch.refuse_other_model(model)
     with written(directory) as folder:
         save_file(_tensors(patch), folder / TENSORS)
         description = _description(patch, mark, model)
@@ -119,6 +120,7 @@ def _description(patch: PatchRecord, mark: str, model: nn.Module | None) -> dict
         "valid_for": {"token_ids": ids, "options": plain}, "rows_shape": list(patch.rows.shape),
         "rows_before": patch.rows.before, "entries": [_described(entry) for entry in patch.entries],
         "report": patch.report.to_dict(), "model": name, "forms": {n: form.to_dict() for n, form in forms.items()},
+        "settings": {name: in_words(value) for name, value in patch._seen.settings.items()},
     }  # fmt: skip
 
 
@@ -183,6 +185,8 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> PatchReco
     }
     positions = tuple(tensors.get(f"positions::{role}") for role in ("source", "target"))
     inputs["positions"] = positions if positions[0] is not None else None
+    if "settings" not in description:  # of an earlier version, which said nothing by ``use_cache``
+        inputs["source"].pop("use_cache", None)
     shape = (int(description["rows_shape"][0]), int(description["rows_shape"][1]))
     rows = Positions(tensors["rows.sample"], tensors["rows.position"], shape, int(description["rows_before"]))
     return PatchRecord(
@@ -191,4 +195,5 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> PatchReco
         measured=_measured(description["report"].get("sensitivity")),
         joint=JointOptions(**description["together"]) if description["together"] is not None else None,
         forms={name: Form.from_dict(form) for name, form in description["forms"].items()},
+        _seen=Look({}, dict(description.get("settings", {}))),
     )  # fmt: skip

@@ -22,7 +22,6 @@ from controllability.models.hooks.carried_patches import carried, uncompiled
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
 from controllability.models.patches.rounding import write
-from controllability.models.reading.fingerprints import known_fingerprint
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ def export_peft(patch: PatchRecord, directory: Path, model: nn.Module | None = N
 def _refuse_other(patch: PatchRecord, model: nn.Module) -> None:
     if carried(model):
         raise PatchError("patches are on the model at the moment: leave applied() or unmerge before exporting")
-    if known_fingerprint(model) != patch.mark():
-        raise PatchError("this patch was made for other weights (the fingerprints differ)")
+    patch.refuse_other_model(model)
 
 
 def _refuse_formless(patch: PatchRecord, forms: dict[str, Form], model: nn.Module | None) -> None:

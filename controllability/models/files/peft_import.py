@@ -24,7 +24,7 @@ from controllability.models.hooks.carried_patches import carried, uncompiled
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.fingerprints import known_fingerprint, state_of
+from controllability.models.reading.fingerprints import known_fingerprint, look_at
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.report import Report
 
@@ -70,9 +70,10 @@ def patch_of_adapter(directory: str | Path, model: nn.Module) -> PatchRecord:
     report = Report("last", "imported", "none", dtype, 1, numbers, dense, 0.0, [])
     one = torch.zeros(1, dtype=torch.long)
     inputs: dict[str, Any] = {"target": {}, "source": {}, "positions": None}
-    mp = PatchRecord(tuple(entries), "last", Positions(one, one, (1, 1)), report, inputs, _model=weakref.ref(model))
-    mp._seen.update(state_of(model))
-    return mp
+    rows = Positions(one, one, (1, 1))
+    return PatchRecord(
+        tuple(entries), "last", rows, report, inputs, _model=weakref.ref(model), _seen=look_at(model)
+    )  # fmt: skip
 
 
 def _slots(model: nn.Module) -> dict[str, list[Slot]]:

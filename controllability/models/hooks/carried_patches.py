@@ -57,26 +57,41 @@ class _Uncompiled:
 
 
 class ModelLock:
-    """One thread at a time on one model, as often as it likes; meanwhile torch runs everything uncompiled."""
+    """One thread at a time on one model, as often as it likes; meanwhile torch runs everything uncompiled.
+
+    Another thread may leave what one has entered: web frameworks hand a context from worker to worker.
+    """
 
     _uncompiled = _Uncompiled()
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._changed = threading.Condition()
+        self._owner: threading.Thread | None = None
+        self._depth = 0
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        me = threading.current_thread()  # not its number, which the next thread may get
+        with self._changed:
+            self._changed.wait_for(lambda: self._owner in (None, me))
+            self._owner, self._depth = me, self._depth + 1
         try:
             self._uncompiled.__enter__()
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
 
     def __exit__(self, *_: object) -> None:
         try:
             self._uncompiled.__exit__()
         finally:
-            self._lock.release()
+            self._release()
+
+    def _release(self) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._owner = None
+                self._changed.notify()
 
 
 @dataclass
@@ -88,12 +103,16 @@ class AppliedPatch:
     parameters: frozenset[str] = frozenset()
 
 
-@dataclass
+@dataclass(eq=False)
 class ModelState:
-    """Everything that is on one model.  The lock lets one thread at a time solve, apply or merge."""
+    """Everything that is on one model.  The lock lets one thread at a time solve, apply or merge.
+
+    ``same_again`` knows of versions of parameters (by id) whose bits are those of an earlier one: a merge was undone.
+    """
 
     lock: ModelLock = field(default_factory=ModelLock)
     patches: list[AppliedPatch] = field(default_factory=list)
+    same_again: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
 _LOADS: weakref.WeakKeyDictionary[nn.Module, ModelState] = weakref.WeakKeyDictionary()
@@ -101,9 +120,24 @@ _LOADS_LOCK = threading.Lock()
 
 
 def state_of_model(model: nn.Module) -> ModelState:
-    """What is on ``model``, and its lock; a compiled model and the one inside it are the same."""
+    """What is on ``model``, and its lock: one for all models that share a module with parts, as a model and its base do.
+
+    A compiled model and the one inside it are the same.
+    """
+    model = uncompiled(model)
     with _LOADS_LOCK:
-        return _LOADS.setdefault(uncompiled(model), ModelState())
+        if (state := _LOADS.get(model)) is None:
+            shared = [module for module in model.modules() if module._modules or module is model]
+            known = [found for module in shared if (found := _LOADS.get(module)) is not None]
+            state = known[0] if known else ModelState()
+            for other in {
+                id(found): found for found in known if found is not state
+            }.values():  # parts by themselves so far
+                state.patches += other.patches
+                state.same_again |= other.same_again
+            for module in shared:
+                _LOADS[module] = state
+        return state
 
 
 def carried(model: nn.Module) -> tuple[str, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+WRAPPED = ("base_model", "model", "module")  # where wrappers keep what they wrap
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -21,9 +24,20 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
 
 
-def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """What ``module`` was called with for the parameter ``name`` of its forward; None where it was left out."""
-    return inspect.signature(module.forward).bind(*args, **kwargs).arguments.get(name)
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What ``module`` was called with, by the names of its forward's parameters; what was left out is not there.
+
+    A wrapper that only hands on (``*args, **kwargs``) is asked for what it wraps.
+    """
+    signature = inspect.signature(module.forward)
+    bound = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL and bound.pop(name, ()):
+            inner = next((m for m in (getattr(module, n, None) for n in WRAPPED) if isinstance(m, nn.Module)), None)
+            return bound if inner is None or inner is module else arguments(inner, args, kwargs)
+    return bound
 
 
 def on_its_device(module: nn.Module, value: Any) -> Any:
@@ -65,8 +79,17 @@ class HookStack:
         """Call ``hook(first argument)``, or with the argument ``name``, before every forward of ``module``."""
 
         def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = argument(module, args, kwargs, name) if name else first_argument(args, kwargs)
+            given = arguments(module, args, kwargs).get(name) if name else first_argument(args, kwargs)
             hook(on_its_device(module, given))
+
+        self._undo.append(lambda: _unhook(call, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
+        module.register_forward_pre_hook(call, with_kwargs=True)
+
+    def called(self, module: nn.Module, hook: Callable[[dict[str, Any]], None]) -> None:
+        """Call ``hook`` with all arguments by name before every forward of ``module``."""
+
+        def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hook(arguments(module, args, kwargs))
 
         self._undo.append(lambda: _unhook(call, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
         module.register_forward_pre_hook(call, with_kwargs=True)
@@ -94,11 +117,22 @@ class HookStack:
         module.register_forward_pre_hook(call, with_kwargs=True)
 
     def again(self, module: nn.Module, between: Callable[[], None]) -> None:
-        """After a forward of ``module`` call ``between`` and run it again on the same arguments: that output counts."""
+        """After a forward of ``module`` call ``between`` and run it again on the same arguments: that output counts.
+
+        The first run is given a copy of the cache: what it adds is not there when the second one comes.
+        """
+        kept: list[Any] = []
+
+        def copied(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            kept[:] = args, kwargs
+            return tuple(map(_without_trace, args)), {name: _without_trace(value) for name, value in kwargs.items()}
+
+        self._undo.append(lambda: _unhook(copied, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
+        module.register_forward_pre_hook(copied, with_kwargs=True)
 
         def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> Any:
             between()
-            return module.forward(*args, **kwargs)
+            return module.forward(*kept[0], **kept[1])
 
         self._hook(module, call)
 
@@ -147,6 +181,11 @@ class HookStack:
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
+
+
+def _without_trace(value: Any) -> Any:
+    """A copy of a cache, which may be written to; anything else as it is."""
+    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
 
 
 def _unhook(call: Any, hooks: dict[int, Any], with_kwargs: dict[int, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,10 @@ from controllability.models.hooks.guards import INSTEAD, Calls, refuse_readers
 from controllability.models.hooks.installation import HookStack
 from controllability.models.hooks.layer_hooks import LayerHook
 from controllability.models.hooks.own_modes import own_modes
-from controllability.models.patches.applier import Applier, refuse_other_tokens
+from controllability.models.patches.applier import Applier
 from controllability.models.patches.record import PatchRecord
+from controllability.models.patches.same_input import refuse_other_input
 from controllability.models.reading.checked_reading import known_reading
-from controllability.models.reading.positions import main_input
 
 
 @contextmanager
@@ -43,10 +42,9 @@ def applied(patch: PatchRecord, model: nn.Module) -> Iterator[nn.Module]:
 def _install(patch: PatchRecord, model: nn.Module, installation: HookStack) -> None:
     reading = known_reading(model)
     rows = patch.rows if patch.scope == "each" else None
-    name = main_input(patch.inputs["source"]) or ""
-    if rows and name.endswith("input_ids") and name in inspect.signature(model.forward).parameters:
-        valid = patch.inputs["source"][name]
-        installation.before(model, lambda ids: refuse_other_tokens(ids, valid), name)
+    if rows:
+        source = patch.inputs["source"]
+        installation.called(model, lambda given: refuse_other_input(model, given, source))
     patched = {layer.name: layer for layer in reading.layers if layer.index in {e.layer for e in patch.entries}}
     for layer in patched.values():
         entries = [e for e in patch.entries if e.layer == layer.index]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,16 +128,3 @@ class Applier:
             with torch.inference_mode(False):  # it serves runs with gradients too
                 self.effects[key] = ready(self.layer, tap, moves)
         return self.effects[key]
-
-
-def refuse_other_tokens(given: Any, valid: Tensor) -> None:
-    """Raise ``PatchError`` where a patch for each position is run on other tokens than those it was made for."""
-    if not isinstance(given, Tensor) or given.shape != valid.shape:
-        return  # embeddings, or another length: refused where the layers see it
-    if different := (given.cpu() != valid.cpu()).nonzero().tolist():
-        sample, position = different[0]
-        raise PatchError(
-            f"this patch of scope 'each' is valid for the tokens it was made for: at sample {sample}, position {position} it "
-            f"is token {int(valid[sample, position])}, the model got {int(given[sample, position])}; make a patch for these "
-            "tokens, or use scope 'last', which is one patch for any input"
-        )

@@ -14,7 +14,7 @@ from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
 from controllability.errors import BadInput, PatchError
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import PatchRecord
-from controllability.models.reading.fingerprints import changes
+from controllability.models.reading.fingerprints import Look, changes
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,11 @@ def _refuse_other_models(a: PatchRecord, b: PatchRecord) -> None:
         raise PatchError("the patches were made on top of different others: they are changes of different weights")
     if a.fingerprint is None and b.fingerprint is None and a.model() is b.model():
         in_turn = changes(a._seen, b._seen), changes(b._seen, a._seen)  # either may have been made first
-        if a._seen.keys() == b._seen.keys() and [] in in_turn:
+        if a._seen.tensors.keys() == b._seen.tensors.keys() and [] in in_turn:
             return
         raise PatchError("the model changed between the two patches: they are changes of different weights")
+    if other := changes(*(Look({}, patch._seen.settings) for patch in (a, b))):
+        raise PatchError(f"the patches were made for different settings: {other[0]}")
     marks = [patch.mark() for patch in (a, b)]
     if marks[0] != marks[1]:
         raise PatchError("the patches were made for different weights (their fingerprints differ)")

@@ -27,7 +27,7 @@ from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.served_sequences import PLAIN, Stream, TokenSequence, batch_of, complete, learned_by
 from controllability.models.patches.solve import solve
 from controllability.models.reading.checked_reading import Checked, checked_reading
-from controllability.models.reading.fingerprints import state_of
+from controllability.models.reading.fingerprints import look_at
 from controllability.models.reading.inputs import refuse_bad_inputs
 from controllability.models.reading.model_facts import keeps_cache
 from controllability.models.reading.positions import Positions, pair_positions
@@ -63,10 +63,10 @@ def extend(
     """Add one sequence, or the tokens behind a known one, to ``patch``.  See ``ModelPatch.extend``."""
     started = time.perf_counter()
     model = uncompiled(model)
-    stream = _refuse_unfit(patch, model)
     for role, inputs in (("target", target), ("source", source)):
         _refuse_inputs(inputs, role)
-    with own_modes(model):
+    with own_modes(model), patch._lock:
+        stream = _refuse_unfit(patch, model)
         patch.refuse_misuse(model)
         checked = checked_reading(model)
         for role, inputs in (("target", target), ("source", source)):
@@ -162,7 +162,7 @@ class _Step:
 
     @staticmethod
     def of(stream: Stream, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any) -> _Step:
-        there, here = target["input_ids"][0].cpu(), source["input_ids"][0].cpu()
+        there, here = (inputs["input_ids"][0].cpu().clone() for inputs in (target, source))
         if positions is None:
             for known in stream.sequences:
                 if count := known.new_tokens(there, here):
@@ -241,7 +241,7 @@ def _changes(
         pairs=rows.named(),
     )  # fmt: skip
     same = patch._model is not None and patch._model() is model  # then its parameters were looked at a moment ago
-    seen = patch._seen | state_of(model, parameters=not same)
+    seen = patch._seen._replace(tensors=patch._seen.tensors | look_at(model, parameters=not same).tensors)
     step.after.caches = caches
     return {
         "entries": entries, "inputs": inputs, "rows": rows, "output": None, "target_output": None, "report": report,

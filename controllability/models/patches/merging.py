@@ -26,17 +26,17 @@ from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.rounding import HALF, write
 from controllability.models.patches.sensitivity import warn_if_fragile
 from controllability.models.patches.solved_again import solve_again
-from controllability.models.reading.fingerprints import State, same_again, state_of
+from controllability.models.reading.fingerprints import Look, look_at, same_again
 from controllability.models.sweep.report import Rounding
 
 
 def merge(patch: PatchRecord, model: nn.Module, corrected: bool | None = None, measured: bool = True) -> int:
     """Write the patch into the weights; returns how many bytes the kept originals take.  See ``ModelPatch.merge``."""
-    if patch._merged_into is not None:
-        raise PatchError("this patch is merged already: unmerge it first")
-    patch.refuse_several("merged into one set of weights")
     model = uncompiled(model)
-    with own_modes(model):
+    with own_modes(model), patch._lock:
+        if patch._merged_into is not None:
+            raise PatchError("this patch is merged already: unmerge it first")
+        patch.refuse_several("merged into one set of weights")
         patch.refuse_misuse(model)
         if anything_applied(model):
             raise PatchError("a patch is applied at the moment: leave its context before merging")
@@ -58,7 +58,7 @@ def merge(patch: PatchRecord, model: nn.Module, corrected: bool | None = None, m
 def _merge(patch: PatchRecord, model: nn.Module, stored: dict[str, nn.Parameter], corrected: bool) -> int:
     originals: dict[str, Tensor] = {}
     rounding: list[Rounding] = []
-    patch._before_merge = state_of(model)
+    patch._before_merge = look_at(model)
 
     def put(entry: Entry) -> None:
         weight = stored[entry.param.name]
@@ -79,7 +79,7 @@ def _merge(patch: PatchRecord, model: nn.Module, stored: dict[str, nn.Parameter]
         raise
     patch._originals, patch._merged_into = originals, model
     patch.report = replace(patch.report, rounding=rounding)
-    patch._merged_state = state_of(model)
+    patch._merged_state = look_at(model)
     carry(model, patch.id, None, patch.parameters)
     return sum(t.numel() * t.element_size() for t in originals.values())
 
@@ -87,13 +87,13 @@ def _merge(patch: PatchRecord, model: nn.Module, stored: dict[str, nn.Parameter]
 def unmerge(patch: PatchRecord, model: nn.Module) -> None:
     """Put the original weights back, bit for bit.  See ``ModelPatch.unmerge``."""
     model = uncompiled(model)
-    with own_modes(model):
+    with own_modes(model), patch._lock:
         if patch._merged_into is not model:
             raise PatchError("this patch is not merged into this model")
         if carried(model)[-1:] != (patch.id,):
             raise PatchError("another patch was applied or merged after this one: undo that first")
-        now = state_of(model)
-        changed = [name for name in patch._originals if now.get(name) != patch._merged_state.get(name)]
+        now, merged = look_at(model).tensors, patch._merged_state.tensors
+        changed = [name for name in patch._originals if now.get(name) != merged.get(name)]
         if changed:
             raise PatchError(f"parameter {changed[0]} changed since the merge: unmerging would overwrite that")
         restore(model, patch._originals, patch._before_merge)
@@ -137,7 +137,7 @@ def refuse_shared(model: nn.Module, entries: tuple[Entry, ...]) -> None:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, originals: dict[str, Tensor], before: State) -> None:
+def restore(model: nn.Module, originals: dict[str, Tensor], before: Look) -> None:
     """Put the originals back into the parameters, in place: the model is in the state ``before`` again."""
     for name, value in originals.items():
         model.get_parameter(name).copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 import weakref
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from controllability.models.hooks.carried_patches import carried, refuse_on_it
 from controllability.models.moments import Metric, Moments
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.served_sequences import Stream
-from controllability.models.reading.fingerprints import State, changes, fingerprint, known_fingerprint, state_of
+from controllability.models.reading.fingerprints import Look, changes, fingerprint, known_fingerprint, look_at
 from controllability.models.reading.heads import Result
 from controllability.models.reading.modules import modules_of, refuse_offloaded, refuse_training
 from controllability.models.reading.positions import Positions
@@ -78,11 +79,12 @@ class PatchRecord:
     forms: dict[str, Form] = field(default_factory=dict, repr=False)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
-    _seen: State = field(default_factory=dict, repr=False)
-    _before_merge: State = field(default_factory=dict, repr=False)
-    _merged_state: State = field(default_factory=dict, repr=False)
+    _seen: Look = field(default=Look(), repr=False)
+    _before_merge: Look = field(default=Look(), repr=False)
+    _merged_state: Look = field(default=Look(), repr=False)
     _originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _merged_into: Any = field(default=None, repr=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)  # taken behind the model's
 
     def __repr__(self) -> str:
         what = f"{len(self.report.layers)} layers, {self.report.tokens} tokens, {self.numbers:,} numbers, {self.report.dtype}"
@@ -130,7 +132,7 @@ class PatchRecord:
             return fingerprint(model, self._originals)
         if on_it:
             raise PatchError("patches are on the model at the moment: leave applied() or unmerge before saving")
-        self._refuse_changes(model)
+        self.refuse_other_model(model)
         return known_fingerprint(model)
 
     def refuse_misuse(self, model: nn.Module) -> None:
@@ -140,18 +142,18 @@ class PatchRecord:
         refuse_training(model, modules)
         if carried(model) != self.made_under:
             refuse_on_it(model, self.id, self.parameters, self.made_under)
-        self._refuse_other_model(model)
+        self.refuse_other_model(model)
 
-    def _refuse_other_model(self, model: nn.Module) -> None:
-        if self._model is not None and self._model() is model:
-            self._refuse_changes(model)
-            return
-        if known_fingerprint(model) != self.mark():
+    def refuse_other_model(self, model: nn.Module) -> None:
+        """Raise ``PatchError`` unless ``model`` computes what this patch was made for: the same weights and settings."""
+        same = self._model is not None and self._model() is model
+        if changed := changes(self._seen if same else Look({}, self._seen.settings), look_at(model)):
+            raise PatchError(
+                f"{changed[0]} changed since this patch was made: make it again" if same else
+                f"this patch was made for other weights or settings: {changed[0]}"
+            )  # fmt: skip
+        if not same and known_fingerprint(model) != self.mark():
             raise PatchError("this patch was made for other weights (the fingerprints differ)")
-
-    def _refuse_changes(self, model: nn.Module) -> None:
-        if changed := changes(self._seen, state_of(model)):
-            raise PatchError(f"{changed[0]} changed since this patch was made: make it again")
 
     def refuse_several(self, done: str) -> None:
         """Raise ``PatchError`` unless this patch is one set of weights; ``done`` says what else cannot be done with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from controllability.errors import BadInput
 from controllability.interfaces import JointOptions
@@ -22,10 +24,13 @@ from controllability.models.patches.applier import entries_of
 from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.served_sequences import Stream
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.fingerprints import state_of
+from controllability.models.reading.fingerprints import Look, look_at
 from controllability.models.reading.heads import Result, Runs, without_logits
 from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed
+from controllability.models.reading.modules import modules_of
 from controllability.models.reading.positions import Positions, pair_positions
+from controllability.models.reading.probes import cache_settled
+from controllability.models.reading.settings import settings_of
 from controllability.models.sweep.fallbacks import Plan, with_reader_of_last_layer
 from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.models.sweep.records import LayerRecord
@@ -52,6 +57,10 @@ def solve(
     checked = checked_reading(model, target)
     for role, given in (("target", target), ("source", source)):
         refuse_bad_inputs(model, checked, given, role)
+    # what is kept is a copy: the caller may use the buffers again
+    copies = (tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, dict(g)) for g in (target, source))
+    target, source = (cache_settled(model, checked, given) for given in copies)
+    positions, settings = copy.deepcopy(positions), settings_of(modules_of(model))
     source_rows, target_rows = pair_positions(target, source, scope, positions, checked.codebooks, checked.length)
     shown = source_rows, target_rows  # where the logits are, one row of ids after the other
     if (books := checked.codebooks) > 1:
@@ -89,13 +98,14 @@ def solve(
         time.perf_counter() - started, Layers(records, checked.norms), source_rows.named(),
         fit=None if joint.exact else {"ridge": joint.ridge, "rank": joint.rank},
     )  # fmt: skip
-    inputs = {"target": dict(target), "source": dict(source), "positions": positions}
+    inputs = {"target": target, "source": source, "positions": positions}
+    seen = look_at(model)  # a setting that the model's own runs write is none
+    seen = Look(seen.tensors, {name: value for name, value in seen.settings.items() if settings.get(name) == value})
     source_rows = replace(source_rows, before=solvers[0].before)
     mp = PatchRecord(
         entries, scope, source_rows, report, inputs, found, _as_pairs(wanted, found, shown[0]), carried(model), joint=joint,
-        moments=moments, _model=weakref.ref(model),
+        moments=moments, _model=weakref.ref(model), _seen=seen,
     )  # fmt: skip
-    mp._seen.update(state_of(model))
     if scope == "all" and joint.exact:
         stream = Stream.of(solvers, inputs, [source_rows, target_rows])
         mp.stream = stream if stream.sequences else None

@@ -19,6 +19,7 @@ from controllability.models.reading.compare_with_module import compare
 from controllability.models.reading.fingerprints import looking, stored
 from controllability.models.reading.model_facts import position_limit
 from controllability.models.reading.modules import modules_of, refuse_offloaded, refuse_training
+from controllability.models.reading.settings import settings_of
 from controllability.prover.derivation import Derivation
 from controllability.prover.search import derive
 
@@ -117,8 +118,10 @@ def known_reading(model: nn.Module) -> Reading:
 
 
 def _signature(model: nn.Module, reading: Reading) -> tuple[Any, ...]:
-    """What is the same as long as nothing was replaced or written to: modules, parameters and their versions."""
-    found: list[Any] = [module for _, module in modules_of(model)[1:]]  # the model itself could never be forgotten then
+    """What is the same as long as nothing was replaced or written to: modules, settings, parameters and their versions."""
+    modules = modules_of(model)
+    found: list[Any] = [module for _, module in modules[1:]]  # the model itself could never be forgotten then
+    found.append(settings_of(modules))
     for layer in reading.layers:
         for name in layer.params:
             module, attribute = layer.params.holder(name)

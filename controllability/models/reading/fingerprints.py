@@ -1,11 +1,11 @@
-"""Telling models apart: the fingerprint of all weights, and a cheap look that notices changes."""
+"""Telling models apart: the fingerprint of all weights, and a cheap look that notices changes of tensors and settings."""
 
 from __future__ import annotations
 
 import hashlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import architectures
 from architectures import quantised
 from controllability.errors import ControllabilityError
+from controllability.models.hooks.carried_patches import state_of_model
 from controllability.models.reading.modules import modules_of
+from controllability.models.reading.settings import Settings, other_settings, settings_of
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
@@ -84,27 +86,29 @@ def _spread(value: Tensor) -> Tensor:
 
 looking = torch._C.DisableTorchFunction  # a context for many looks at tensors: modes like ``exact_mode`` would see each
 
-State = dict[str, tuple[int | None, int, int]]  # name -> storage (None: not yet where it will be), version, sample
 
-# versions of parameters at which their bits are those of an earlier version: after a merge was undone
-_SAME_AGAIN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, int], int]] = weakref.WeakKeyDictionary()
+class Look(NamedTuple):
+    """What one look at a model saw: tensors by name (storage, or None: not yet where it will be; version; sample), and settings."""
+
+    tensors: dict[str, tuple[int | None, int, int]] = {}
+    settings: Settings = {}
 
 
-def state_of(model: nn.Module, parameters: bool = True) -> State:
-    """A cheap state of every parameter and buffer: torch counts in-place changes, so any of them shows.
+def look_at(model: nn.Module, parameters: bool = True) -> Look:
+    """A cheap look at every parameter, buffer and setting: torch counts in-place changes, so any of them shows.
 
     Changes behind torch's back (``p.data[...] = …``) show only if one of the 64 sampled entries changes.
     Vectors exchanged by an applied patch are left out: which patches are on the model is tracked by id.  Without
-    ``parameters`` it is that of the buffers alone.
+    ``parameters`` it is the buffers alone.
     """
-    aliases = _SAME_AGAIN.get(model, {})
+    aliases = state_of_model(model).same_again
     held = dict(stored(model, False, parameters))
-    state: State = {}
+    tensors = {}
     with looking():
         for (name, value), sample in zip(held.items(), sampled(list(held.values())), strict=True):
             where, version = place(value)
-            state[name] = (where, aliases.get((name, version), version), sample)
-    return state
+            tensors[name] = (where, aliases.get((id(value), version), version), sample)
+    return Look(tensors, settings_of(modules_of(model)) if parameters else {})
 
 
 def place(value: Tensor) -> tuple[int | None, int]:
@@ -115,26 +119,27 @@ def place(value: Tensor) -> tuple[int | None, int]:
     return value.data_ptr(), 0 if value.is_inference() else value._version
 
 
-def changes(seen: State, now: State) -> list[str]:
+def changes(seen: Look, now: Look) -> list[str]:
     """The names in ``seen`` of what is another now; that a weight was packed in its first forward since is no change.
 
-    >>> changes({"w": (None, 0, 15)}, {"w": (4096, 0, 15)}), changes({"w": (512, 0, 15)}, {"w": (4096, 0, 15)})
+    >>> packed = Look({"w": (4096, 0, 15)})
+    >>> changes(Look({"w": (None, 0, 15)}), packed), changes(Look({"w": (512, 0, 15)}), packed)
     ([], ['w'])
     """
     found = []
-    for name, before in seen.items():
-        after = now.get(name)
+    for name, before in seen.tensors.items():
+        after = now.tensors.get(name)
         if after is None or after[1:] != before[1:] or before[0] not in (None, after[0]):
             found.append(name)
-    return found
+    return found + other_settings(seen.settings, now.settings)
 
 
-def same_again(model: nn.Module, names: Iterable[str], before: State) -> None:
-    """Note that these parameters hold the bits they held in the state ``before``."""
-    aliases = _SAME_AGAIN.setdefault(model, {})
+def same_again(model: nn.Module, names: Iterable[str], before: Look) -> None:
+    """Note that these parameters hold the bits they held when ``before`` was seen."""
+    aliases = state_of_model(model).same_again
     for name, value in model.named_parameters():
         if name in names and not value.is_inference():
-            aliases[name, value._version] = before[name][1]
+            aliases[id(value), value._version] = before.tensors[name][1]
 
 
 def _declared(model: nn.Module) -> str:
@@ -168,7 +173,7 @@ def fingerprint(
 
 def known_fingerprint(model: nn.Module) -> str:
     """The model's fingerprint, remembered as long as its parameters look the same."""
-    glimpse = state_of(model)
+    glimpse = look_at(model)
     known = _KNOWN.get(model)
     if known is None or known[0] != glimpse:
         known = (glimpse, fingerprint(model))

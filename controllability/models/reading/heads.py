@@ -28,6 +28,7 @@ from controllability.models.reading.logits import LogitComparison, compare_logit
 from controllability.models.reading.model_facts import forward_arguments, input_embedding
 from controllability.models.reading.positions import Positions, main_input
 from controllability.models.reading.random_inputs import random_inputs
+from controllability.models.reading.settings import settings_of
 from controllability.models.reading.tolerances import VERIFIED
 
 FEW = 2**21  # so many logits are kept as they are
@@ -66,11 +67,12 @@ class Head:
 
 
 def _behind(model: nn.Module, base: nn.Module) -> list[Any]:
-    """Storage, version and dtype of every tensor of the model that is not its base model's alone."""
+    """Settings of what is not the base model's alone, and storage, version and dtype of its tensors."""
     inside = set(base.modules())
     rest = [module for module in model.modules() if module not in inside]
     held = [value for m in rest for value in (*m._parameters.values(), *m._buffers.values()) if value is not None]
-    return [(*place(value), value.dtype) for value in held]
+    tensors = [(*place(value), value.dtype) for value in held]
+    return [settings_of((str(number), module) for number, module in enumerate(rest)), *tensors]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

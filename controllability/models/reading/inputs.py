@@ -10,14 +10,31 @@ from torch import nn
 
 from controllability.errors import BadInput
 from controllability.models.reading.checked_reading import Checked
-from controllability.models.reading.model_facts import input_embedding, takes_cache
+from controllability.models.reading.model_facts import input_embedding, takes_cache, text_config
 from controllability.models.reading.positions import input_shape
 from controllability.models.reading.random_inputs import refuse_ids
 
 
 def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a run without a cache, for a model that knows of one."""
+    """The inputs of a run without a cache, for a model that knows of one and inputs that do not ask for it."""
     return ({"use_cache": False} if takes_cache(model) else {}) | dict(inputs)
+
+
+def leaves_gaps(inputs: Mapping[str, Any]) -> bool:
+    """Whether the positions are not one after the other, and no mask is given.
+
+    Without a cache transformers takes such a row for several sequences, packed one behind the other.
+    """
+    positions = inputs.get("position_ids")
+    apart = isinstance(positions, torch.Tensor) and bool((positions.diff(dim=-1) != 1).any())
+    return apart and inputs.get("attention_mask") is None
+
+
+def uses_cache(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the model's own run on these inputs has a cache."""
+    given = inputs.get("use_cache")
+    default = inputs.get("past_key_values") is not None or getattr(text_config(model), "use_cache", True)
+    return bool(default if given is None else given)
 
 
 def refuse_malformed(inputs: Mapping[str, Any], role: str) -> None:
@@ -26,14 +43,12 @@ def refuse_malformed(inputs: Mapping[str, Any], role: str) -> None:
     for name, value in inputs.items():
         cache = name == "past_key_values" and value is not None
         if cache or not _is_plain(value):
-            why = "both runs are done without a cache" if cache else "it could not be saved or repeated"
+            why = "both runs begin with an empty cache" if cache else "it could not be saved or repeated"
             raise BadInput(f"{role}: {name} is a {type(value).__name__}; give tensors and plain values only ({why})")
         if isinstance(value, torch.Tensor) and bool(torch.isnan(value).any()):
             raise BadInput(f"{role}: {name} has NaN in it")
     if inputs.get("return_dict") is False:
         raise BadInput(f"{role}: return_dict=False is not supported")
-    if inputs.get("use_cache"):
-        raise BadInput(f"{role}: use_cache=True is not supported: both runs are done without a cache")
 
 
 def _is_plain(value: Any) -> bool:

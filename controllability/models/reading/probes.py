@@ -1,4 +1,4 @@
-"""Facts of a model that are tried on random input: whether its output's size counts, whether it is causal.  (new)"""
+"""Facts of a model that are tried on random input: whether its output's size counts, whether it is causal, whether a cache matters.  (new)"""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from controllability.arrays import relative_error
+from controllability.models.hooks.carried_patches import carried
 from controllability.models.hooks.installation import HookStack
 from controllability.models.reading.checked_reading import Checked
+from controllability.models.reading.inputs import leaves_gaps, uses_cache
 from controllability.models.reading.logits import result_of
+from controllability.models.reading.model_facts import takes_cache
 from controllability.models.reading.random_inputs import random_inputs
 from controllability.models.reading.tolerances import CAUSAL, VERIFIED
 
@@ -59,3 +62,33 @@ def is_causal(model: nn.Module, checked: Checked) -> bool:
         per_position = whole.ndim == 3 and whole.shape[1] == LENGTH
         checked.tried["causal"] = per_position and relative_error(begun, whole[:, :FIRST]) <= CAUSAL[whole.dtype]
     return checked.tried["causal"]
+
+
+def cache_settled(model: nn.Module, checked: Checked, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with ``use_cache`` as the caller's run has it where that changes what is computed; elsewhere without.
+
+    It does where positions leave gaps, and where a layer finds another one's entries in its place of the cache.
+    """
+    if not takes_cache(model):
+        return dict(inputs)
+    rest = {name: value for name, value in inputs.items() if name != "use_cache"}
+    matters = leaves_gaps(inputs) or _cache_matters(model, checked, rest)
+    return rest | ({"use_cache": uses_cache(model, inputs)} if matters else {})
+
+
+def _cache_matters(model: nn.Module, checked: Checked, example: Mapping[str, Any]) -> bool:
+    """Whether a first run with a cache gives something else than one without: tried once, on random input."""
+    if "cache" in checked.tried:
+        return checked.tried["cache"]
+    drawn = random_inputs(model, example)
+    if leaves_gaps(drawn):
+        del drawn["position_ids"]  # padding was there, whose mask is left out
+    try:
+        with torch.no_grad():
+            with_it, without = (result_of(model(**drawn | {"use_cache": each})) for each in (True, False))
+    except Exception:  # whatever the model's own code may raise, or a patch that is on it
+        return False
+    found = not relative_error(with_it, without) <= VERIFIED[without.dtype]
+    if not carried(model):
+        checked.tried["cache"] = found
+    return found
