@@ -11,12 +11,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from controllability.errors import BadInput, NotExact, SideConditionFailed
+from controllability.errors import BadInput, NotExact, SideConditionFailed, within_depth
 from controllability.prover.derivation import Derivation
 
 LEVELS = ("derived", "symbolic", "exact", "numeric")
 
 
+@within_depth
 def check(proof: Derivation, level: str, seed: int = 0) -> list[dict[str, Any]]:
     """Run a level's checks: [{rule, status: passed | failed | skipped, method}], the whole block last.
 
@@ -53,7 +54,7 @@ def check(proof: Derivation, level: str, seed: int = 0) -> list[dict[str, Any]]:
             status, method = (exact if level == "exact" else numeric)(proof, seed)
     except (NotExact, SideConditionFailed) as reason:
         status, method = "skipped", str(reason).splitlines()[0]
-    except BadInput:
+    except (BadInput, RecursionError):
         raise
     except Exception as reason:  # a component of somebody's own may fail in any way
         status, method = "skipped", f"a component does not run on such numbers ({type(reason).__name__}: {reason})"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, get_args
 
-from controllability.errors import BadInput
+from controllability.errors import BadInput, within_depth
 from controllability.interfaces import Component, Layout, Param, Path, Place, leaves
 from controllability.prover.derivation import Derivation
 from controllability.prover.explain import explained, leaf_failure, refusal
@@ -19,6 +19,7 @@ Via = Literal["input-output", "output"]
 MOST = 8  # derivations kept at one place: alternatives for numbers on which the first one fails
 
 
+@within_depth
 def derive(block: Component, via: Via, route: str, frozen: Iterable[str] = (), jointly: bool = False) -> Derivation:
     """The derivation that ``block`` can be patched.  See ``controllability.prove``, which documents the options and errors."""
     if via not in get_args(Via):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from controllability.errors import BadInput, NotControllable
+from controllability.errors import BadInput, NotControllable, within_depth
 from controllability.interfaces import Component, Param, Path, updates_of
 from controllability.prover.derivation import Derivation
 from controllability.rendering.css import STYLE
@@ -34,6 +34,7 @@ SAID = {
 }
 
 
+@within_depth
 def proof_html(proof: Derivation, name: str, level: str = "derived", checks: Checks = ()) -> str:
     """The page of a proof as one string, without scripts or outside files.
 
@@ -68,6 +69,7 @@ def proof_html(proof: Derivation, name: str, level: str = "derived", checks: Che
     ], proof.block)  # fmt: skip
 
 
+@within_depth
 def refusal_html(name: str, block: Component | None, refused: NotControllable) -> str:
     """The page of a refusal: the same graph, the smallest culprit marked; ``block`` None: there is no expression.
 

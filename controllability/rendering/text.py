@@ -7,6 +7,7 @@ import sys
 import textwrap
 from typing import TextIO
 
+from controllability.errors import within_depth
 from controllability.prover.derivation import Derivation
 from controllability.rendering.tokens_served import reach
 from controllability.rules import Step
@@ -14,6 +15,7 @@ from controllability.rules import Step
 WIDTH, NARROWEST = 100, 20  # columns of a line: also on wider, and on narrower terminals
 
 
+@within_depth
 def proof_text(proof: Derivation, width: int | None = None) -> str:
     """The tree, what moves, and the side conditions; ``width`` columns, those of the terminal if None.
 
