@@ -19,7 +19,7 @@ _ROOMS = {
     "verification.verify": "verify",
     "proof": "Proof prove",
     "models.loading": "encode load_model",
-    "models": "ModelPatch diff exact_mode generate import_peft load_patch patch_model second_moments",
+    "models": "ModelPatch diff exact_mode finalize_merges generate import_peft load_patch patch_model second_moments",
     "compiling": "compile_context",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
@@ -27,7 +27,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "BadInput", "Component", "Condition", "ControllabilityError", "ControllabilityWarning", "InputControllable",
     "ModelPatch", "NotControllable",
     "NotExact", "NotVerified", "OutputControllable", "Param", "Patch", "PatchError", "Proof",
-    "ReadingError", "SideConditionFailed", "Trace", "compile_context", "diff", "encode", "exact_mode", "generate",
+    "ReadingError", "SideConditionFailed", "Trace", "compile_context", "diff", "encode", "exact_mode", "finalize_merges", "generate",
     "import_peft", "load_model", "load_patch", "patch_model", "prove", "sample", "second_moments", "verify",
 ]  # fmt: skip
 
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         ModelPatch,
         diff,
         exact_mode,
+        finalize_merges,
         generate,
         import_peft,
         load_patch,

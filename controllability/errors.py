@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def in_a_line(error: BaseException, length: int = 300) -> str:
@@ -34,6 +39,28 @@ class BadInput(ControllabilityError, ValueError):
 
 class Overflow(BadInput):
     """The model's own numbers leave the range of its dtype."""
+
+
+def too_deep() -> BadInput:
+    """What to raise in place of Python's ``RecursionError``."""
+    return BadInput(
+        "nested too deeply: each part inside another, and each step of a sequence, takes up to 8 calls one inside another, and Python "
+        f"allows {sys.getrecursionlimit()} here (1000 are enough for 100 steps); cut the block into smaller ones, or raise "
+        "sys.setrecursionlimit"
+    )
+
+
+def within_depth(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, for which an expression that is nested too deeply is a ``BadInput`` that states the limit."""
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        try:
+            return function(*args, **options)
+        except RecursionError:
+            raise too_deep() from None
+
+    return call
 
 
 class Remedy(Protocol):

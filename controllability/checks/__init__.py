@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from controllability.errors import BadInput, NotExact, SideConditionFailed
+from controllability.errors import BadInput, NotExact, SideConditionFailed, within_depth
 from controllability.prover.derivation import Derivation
 
 SAID = {
@@ -44,6 +44,7 @@ def summary(level: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return f"Derived: every rule follows from its premises. Of the checks of level {level}: {found}.{skipped}"
 
 
+@within_depth
 def check(proof: Derivation, level: str, seed: int = 0) -> list[dict[str, Any]]:
     """Run a level's checks: [{rule, status: passed | failed | skipped, method}], the whole block last.
 
@@ -83,6 +84,8 @@ def check(proof: Derivation, level: str, seed: int = 0) -> list[dict[str, Any]]:
             status, method = (exact if level == "exact" else numeric)(proof, seed)
     except (NotExact, SideConditionFailed) as reason:
         status, method = "skipped", str(reason).splitlines()[0]
+    except (BadInput, RecursionError):
+        raise
     except Exception as reason:  # a component of somebody's own may fail in any way
         status, method = told(proof.block, reason)
     seconds = f"({time.perf_counter() - started:.1f} s)"

@@ -38,11 +38,16 @@ from controllability.symbolic.definitions import Definitions, definitions
 
 WRONG = 1e-15  # a residual at a random point that rounding does not explain
 MORE = 3  # tokens of one patch, where plain fractions do
+NESTED = 4  # activations, each of the one before: their random cubics have numbers of 3ⁿ times as many digits
 INSTANCES = 20  # that are tried for one that fulfils the side conditions
 
 
 def exact(proof: Derivation, seed: int) -> tuple[str, str]:
     """The whole block on rational numbers; transcendental activations become a random cubic."""
+    if (nested := _nested(proof.block)) > NESTED:
+        raise NotExact(
+            f"{nested} activations, each of the one before, give numbers of too many digits (at most {NESTED} do not)"
+        )
     rng = np.random.default_rng(seed)
     cubic = tuple(int(c) for c in rng.integers(1, 4, size=4))
 
@@ -77,6 +82,12 @@ def exact(proof: Derivation, seed: int) -> tuple[str, str]:
     method = "residual exactly 0 on a random rational instance, roots as algebraic numbers; as stored to 30 digits"
     method += "; other norms without their root" if rootless else ""
     return _told(block, left, method + _scores(block) + _choice(block) + _many(proof))
+
+
+def _nested(part: Component) -> int:
+    """How many activations that no fraction has are computed of one another."""
+    inside = [*map(_nested, part.children())] or [int(bool(transcendental(part)))]
+    return sum(inside) if part.in_line else max(inside)
 
 
 def _told(block: Component, left: list[Any], method: str) -> tuple[str, str]:
@@ -322,7 +333,8 @@ def reduced_residual(proof: Derivation, params: dict[str, Array], v: Any, v_targ
         run = _Recognised(table, proof.block, params, v, target, options_of(proof))
         construct(proof.root, run, lambda: target.output(()))
         difference = xp.tidy(run.output(()) - target.output(())).reshape(-1)
-        if any(abs(e) > WRONG for e in run.point.values(difference)):
+        size = max([1, *map(abs, run.point.values(target.output(()).reshape(-1)))])
+        if any(abs(e) > WRONG * size for e in run.point.values(difference)):
             return list(difference)  # not 0 at a random point: expanding would never end
         for left in run.stored():
             if any(abs(e) > WRONG for e in left.reshape(-1)):

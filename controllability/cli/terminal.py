@@ -21,7 +21,7 @@ SIGNS: dict[str, str] = {
 
 
 def _spelt(error: Any) -> tuple[str, int]:
-    lacking = error.object[error.start : error.end]
+    lacking: str = error.object[error.start : error.end]
     return "".join(SIGNS.get(c, c.encode("ascii", "backslashreplace").decode()) for c in lacking), error.end
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array
-from controllability.errors import BadInput
+from controllability.errors import BadInput, within_depth
 from controllability.interfaces import Component, Layout
 from controllability.symbolic.indexed import IndexedArray
 
@@ -41,6 +41,7 @@ def sizes_of(block: Component, **sizes: int) -> dict[str, int]:
     return known
 
 
+@within_depth
 def sample(
     block: Component, kind: str = "numpy", seed: int = 0, tokens: tuple[int, ...] = (), **sizes: int
 ) -> tuple[dict[str, Array], Any, Any]:

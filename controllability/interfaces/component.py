@@ -9,7 +9,7 @@ from functools import reduce
 from typing import Any, ClassVar
 
 from controllability.arrays import Array
-from controllability.errors import BadInput
+from controllability.errors import BadInput, too_deep
 from controllability.interfaces.arguments import refuse_misfits
 from controllability.interfaces.param import Param, Params
 
@@ -242,7 +242,12 @@ class Combinator(Component):
                 named.update({**params, **self.bindings(params, output)})
             return named
 
-        return self.assemble(bound() if self.binds else params, output)
+        try:
+            for index in self.chain():  # the first first: asked for backwards, each would wait inside the next
+                output(index)
+            return self.assemble(bound() if self.binds else params, output)
+        except RecursionError:
+            raise too_deep() from None
 
 
 @dataclass(frozen=True)

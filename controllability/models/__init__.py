@@ -10,3 +10,4 @@ from controllability.models.model_patch import (
 from controllability.models.moments import second_moments as second_moments
 from controllability.models.patch_model import patch_model as patch_model
 from controllability.models.patches.diff import diff as diff
+from controllability.models.patches.merging import finalize_merges as finalize_merges

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from controllability.checks import LEVELS
-from controllability.errors import BadInput, NotVerified
+from controllability.errors import BadInput, NotVerified, within_depth
 from controllability.interfaces import Component, Place
 from controllability.proof_files.codec import decode, encode
 from controllability.proof_files.json_shapes import keys, one_of, shaped, short, wrong
@@ -40,6 +40,7 @@ BESIDE = {
 }  # what the command line adds: no part of the proof
 
 
+@within_depth
 def derivation_from_dict(data: Any, components: Iterable[type] = ()) -> Derivation:
     """The derivation that ``Proof.to_dict`` wrote, every node checked.  ``components``: the block's classes that are not ours.
 
@@ -56,15 +57,8 @@ def derivation_from_dict(data: Any, components: Iterable[type] = ()) -> Derivati
     Traceback (most recent call last):
     controllability.errors.NotVerified: tree.premises[1] (O-linear at linear down): moved is ['up'], by the rule ['down']
     """
-    try:
-        return _derivation(data, _by_name(components))
-    except RecursionError:
-        raise BadInput("the proof is nested too deeply to be read") from None
-
-
-def _derivation(data: Any, foreign: Mapping[str, type]) -> Derivation:
     _head(data)
-    block = _block(data["block"], foreign)
+    block = _block(data["block"], _by_name(components))
     known = {str(p) for p in block.parameters()} | {p.name for p in block.parameters()}
     if data["frozen"] != sorted(known & set(data["frozen"])):
         expected = f"parameters of the block, each once and in order, out of {', '.join(sorted(known))}"

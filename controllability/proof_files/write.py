@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from controllability.errors import within_depth
 from controllability.interfaces import Condition, Place
 from controllability.proof_files.codec import encode
 from controllability.prover.derivation import Derivation
@@ -52,6 +53,7 @@ def conditions_list(conditions: Iterable[Condition]) -> list[dict[str, str]]:
     return [{"statement": c.statement, "where": c.where} for c in conditions]
 
 
+@within_depth
 def proof_dict(proof: Derivation) -> dict[str, Any]:
     """The proof: format, block, options, the tree, every side condition of it, and the alternatives' trees."""
     return {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from controllability.arrays import Array, arithmetic
-from controllability.errors import SideConditionFailed
+from controllability.errors import SideConditionFailed, within_depth
 from controllability.execution.patch import Patch
 from controllability.execution.patched_run import PatchedRun
 from controllability.execution.trace import Trace
@@ -78,6 +78,7 @@ class Derivation:
         construct(root, run, run.wanted)
         return run
 
+    @within_depth
     def construct(
         self, params: Params, source: Trace | Array, target: Trace | Array, joint: JointOptions | None = None
     ) -> Patch:

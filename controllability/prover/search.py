@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from architectures.widths import declared_misfits
-from controllability.errors import BadInput
+from controllability.errors import BadInput, within_depth
 from controllability.interfaces import Component, Layout, Param, Path, Place, leaves
 from controllability.prover.derivation import Derivation
 from controllability.prover.explain import explained, leaf_failure, refusal
@@ -20,6 +20,7 @@ Via = Literal["input-output", "output"]
 MOST = 8  # derivations kept at one place: alternatives for numbers on which the first one fails
 
 
+@within_depth
 def derive(block: Component, via: Via, route: str, frozen: Iterable[str] = (), jointly: bool = False) -> Derivation:
     """The derivation that ``block`` can be patched.  See ``controllability.prove``, which documents the options and errors."""
     if via not in get_args(Via):

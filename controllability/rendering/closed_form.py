@@ -5,20 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from math import prod
 from typing import Any
 
 from controllability.arrays import Array
 from controllability.checks.rebuilt_blocks import rebuilt, renamed, replace_block, small_sizes
 from controllability.checks.symbolic_block import INDEXED, GivenArrays, RecognisedArrays, any_routings, generic
 from controllability.deltas import Delta
-from controllability.errors import BadInput, ControllabilityError
-from controllability.execution.sampling import sample, symbolic_sizes
+from controllability.errors import BadInput, ControllabilityError, within_depth
+from controllability.execution.sampling import sample, sizes_of, symbolic_sizes
 from controllability.interfaces import Component
 from controllability.prover.derivation import Derivation
 from controllability.rules import construct
 from controllability.symbolic.definitions import Definitions, definitions
 from controllability.symbolic.indexed import IndexedArray
 from controllability.symbolic.sums import heads, renamed_heads
+
+ENTRIES = 128  # of all parameters together, that a formula writes out: SymPy takes minutes for 200
+PARTS = 1 << 28  # of all entries with no name left in them; shared, or they would fill the memory
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class _Named(RecognisedArrays):
         return INDEXED.name(super()._compute(path))
 
 
+@within_depth
 def closed_form(proof: Derivation) -> ClosedForm:
     """The patch of a proof for any sizes: norms, activations and routings are undefined functions.
 
@@ -133,13 +138,14 @@ def _needed(deltas: dict[str, Delta], arrays: dict[str, IndexedArray]) -> dict[s
     return {name: array for name, array in arrays.items() if name in needed}
 
 
+@within_depth
 def formula(proof: Derivation, expand: bool = True, **sizes: int) -> dict[str, Any]:
     """Each ΔW as a SymPy matrix of explicit (small) size, in the entries of parameters and states.
 
     ``sizes`` are those of the block's shapes (d=2, h=3 unless given).  With ``expand=False`` intermediate values keep
     their names t1, t2, ….  Entries are called name_ij, by the last part of the name; where that would be said of two
-    entries, name[i,j] with the whole name.  Raises ``BadInput`` for a size that the block does not have and sizes at
-    which it does not compute, ``NotExact`` where symbols cannot decide (a route that compares sizes).
+    entries, name[i,j] with the whole name.  Raises ``BadInput`` for a size that the block does not have, sizes at
+    which it does not compute, more than 128 entries and formulas of more than 2²⁸ parts, ``NotExact`` where symbols cannot decide (a route that compares sizes).
 
     >>> from controllability.components import Linear, residual
     >>> from controllability.interfaces import Param
@@ -155,22 +161,32 @@ def formula(proof: Derivation, expand: bool = True, **sizes: int) -> dict[str, A
         raise BadInput(f"the block has no size {', '.join(unknown)}: it has {', '.join(sorted(known)) or 'none'}")
     if wrong := [f"{k}={n!r}" for k, n in sizes.items() if isinstance(n, bool) or not isinstance(n, int) or n < 1]:
         raise BadInput(f"a size is a whole number of at least 1, got {', '.join(wrong)}")
+    chosen = ", ".join(f"{k}={n}" for k, n in (known | sizes).items())
+    numbers: dict[Any, Any] = dict(sizes_of(proof.block, **(known | sizes)))
+    if (count := sum(prod(numbers.get(s, s) for s in p.shape) for p in proof.block.parameters())) > ENTRIES:
+        raise BadInput(
+            f"at {chosen or 'its sizes'} the parameters have {count:,} entries, and a formula of each is written out for at most {ENTRIES}: "
+            "choose smaller sizes; closed_form() and to_latex() hold for every size"
+        )
     try:
         params, v, v_target = sample(proof.block, "sympy", 0, (), **(known | sizes))
         patch = proof.construct(params, v, v_target)
     except ControllabilityError:
         raise
     except (TypeError, ValueError, AttributeError) as reason:
-        chosen = ", ".join(f"{k}={n}" for k, n in (known | sizes).items())
         raise BadInput(f"the block does not compute on symbols at {chosen or 'its sizes'}: {reason}") from reason
-    found: dict[str, Any] = {}
-    for name, delta in patch.items():
-        dense = delta.dense()
-        entries = list(dense.reshape(-1))
-        if expand and patch.definitions is not None:
-            entries = [patch.definitions.expand(e) for e in entries]
-        found[name] = _shaped(sympy, entries, dense.shape)
-    return found
+    found = {name: delta.dense() for name, delta in patch.items()}
+    table = patch.definitions if expand else None
+    if (
+        table is not None
+        and (parts := table.parts_of(e for dense in found.values() for e in dense.reshape(-1))) > PARTS
+    ):
+        raise BadInput(
+            f"with every name replaced the formulas have {parts:.1g} parts, at most {PARTS:.1g} are written: ask for expand=False, "
+            "or choose smaller sizes"
+        )
+    written = table.expand if table is not None else (lambda entry: entry)
+    return {n: _shaped(sympy, [written(e) for e in dense.reshape(-1)], dense.shape) for n, dense in found.items()}
 
 
 def _shaped(sympy: Any, entries: list[Any], shape: Any) -> Any:

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from controllability.checks import LEVELS, summary
-from controllability.errors import BadInput, NotControllable
+from controllability.errors import BadInput, NotControllable, within_depth
 from controllability.interfaces import Component, Param, Path, updates_of
 from controllability.prover.derivation import Derivation
 from controllability.rendering.css import STYLE
@@ -30,6 +30,7 @@ THEOREM = {
 }
 
 
+@within_depth
 def proof_html(proof: Derivation, name: str, level: str = "derived", checks: Checks = ()) -> str:
     """The page of a proof as one string, without scripts or outside files.
 
@@ -63,6 +64,7 @@ def proof_html(proof: Derivation, name: str, level: str = "derived", checks: Che
     ], proof.block)  # fmt: skip
 
 
+@within_depth
 def refusal_html(name: str, block: Component | None, refused: NotControllable) -> str:
     """The page of a refusal: the same graph, the smallest culprit marked; ``block`` None: there is no expression.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from controllability.checks import LEVELS
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
-from controllability.errors import BadInput, ControllabilityError
+from controllability.errors import BadInput, ControllabilityError, within_depth
 from controllability.prover.derivation import Derivation
 from controllability.rendering.closed_form import ClosedForm, closed_form, written_names
 from controllability.rendering.latex_math import IndexPrinter, escape
@@ -29,6 +29,7 @@ WIDE = 150  # characters of a formula that fit a line; longer ones are made smal
 THEOREMS = {"input-output": "Theorem 1 of Goldwaser, Munn, Gonzalvo and Dherin", "output": "Theorem 1b"}
 
 
+@within_depth
 def proof_latex(proof: Derivation, level: str = "derived", name: str = "") -> str:
     """A document that compiles stand-alone; ``level`` is the highest that was run, ``name`` the family's."""
     if level not in LEVELS:

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from typing import Any, TextIO
 
-from controllability.errors import printable as printable
+from controllability.errors import printable as printable, within_depth
 from controllability.prover.derivation import Derivation
 from controllability.rendering.tokens_served import reach
 from controllability.rules import Step
@@ -16,6 +16,7 @@ from controllability.rules.references import references
 WIDTH, NARROWEST = 100, 20  # columns of a line: also on wider, and on narrower terminals
 
 
+@within_depth
 def proof_text(proof: Derivation, width: int | None = None, level: str = "derived") -> str:
     """The tree, what moves, and the side conditions; ``width`` columns, those of the terminal if None; ``level`` as reached.
 

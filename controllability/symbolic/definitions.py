@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -22,6 +22,7 @@ class Definitions:
     def __init__(self) -> None:
         self.meaning: dict[Any, Any] = {}
         self._names: dict[Any, Any] = {}
+        self._expanded: dict[Any, Any] = {}
         self.arrays: dict[str, Any] = {}  # name -> array of symbolic size; array_names gives these names
         self.array_names: dict[Any, str] = {}
         self.shapes: dict[str, Any] = {}  # of the arrays that something was a function of
@@ -78,9 +79,22 @@ class Definitions:
 
     def expand(self, expression: Any) -> Any:
         """The expression with every name replaced by what it stands for."""
-        while found := {s: self.meaning[s] for s in expression.free_symbols if s in self.meaning}:
-            expression = expression.xreplace(found)
-        return expression
+        for name, meaning in [*self.meaning.items()][len(self._expanded) :]:  # a definition uses older names only
+            self._expanded[name] = self._unnamed(meaning)
+        return self._unnamed(expression)
+
+    def parts_of(self, expressions: Iterable[Any]) -> int:
+        """How many parts the expressions would have with every name replaced; nothing is replaced for it."""
+        import sympy
+
+        parts: dict[Any, int] = {}
+        for name, meaning in (*self.meaning.items(), *enumerate(expressions)):  # a definition uses older names only
+            parts[name] = sum(parts.get(e, 1) if e.is_Symbol else 1 for e in sympy.preorder_traversal(meaning))
+        return sum(count for name, count in parts.items() if isinstance(name, int))
+
+    def _unnamed(self, expression: Any) -> Any:
+        """Names replaced by values without names, which are not looked into: written out they have millions of parts."""
+        return expression.xreplace({s: self._expanded[s] for s in expression.free_symbols if s in self._expanded})
 
 
 def kept() -> Definitions | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import arithmetic
-from controllability.errors import BadInput
+from controllability.errors import BadInput, within_depth
 from controllability.execution.patch import Patch
 from controllability.execution.validation import check_instance
 from controllability.interfaces import Component, Layout, Params
@@ -67,6 +67,7 @@ def _said(number: float | None, digits: int = 2) -> str:
     return "–" if number is None else f"{number:.{digits}g}" if math.isfinite(number) else "not finite"
 
 
+@within_depth
 def verify(block: Component, params: Params, patch: Mapping[str, Any], source: Any, target: Any) -> Verification:
     """Hold the patched block at ``source`` against the original block at ``target``, both (..., d).
 

@@ -17,6 +17,7 @@ from controllability.errors import PatchError, in_a_line
 from controllability.interfaces import JointOptions, Param
 from controllability.models.files.folders import refuse_unusable, written
 from controllability.models.files.peft_forms import forms_of
+from controllability.models.hooks.carried_patches import TO_STAY
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
 from controllability.models.reading.fingerprints import Look
@@ -44,7 +45,8 @@ def save_patch(patch: PatchRecord, directory: Path, model: nn.Module | None) -> 
     model = model if model is not None else (patch.model() if patch.fingerprint is None else None)
     if patch.made_under:
         raise PatchError(
-            "this patch was made while other patches were on the model: it has no meaning on its own, save those and redo it"
+            "this patch was made while other patches were on the model: it has no meaning on its own, save those and redo it; "
+            f"if they are merged and to stay: {TO_STAY}"
         )
     mark = patch.mark()
     if model is not None and (patch._model is None or patch._model() is not model):

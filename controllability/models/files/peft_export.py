@@ -18,7 +18,7 @@ from controllability.models.files.lora_factors import lora_tensors, rank_of
 from controllability.models.files.peft_check import Check, check_adapter
 from controllability.models.files.peft_forms import forms_of
 from controllability.models.files.peft_reader import CONFIG, MADE_FOR, PREFIX, TENSORS
-from controllability.models.hooks.carried_patches import carried, uncompiled
+from controllability.models.hooks.carried_patches import TO_STAY, refuse_carried, uncompiled
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
 from controllability.models.patches.rounding import write
@@ -59,7 +59,10 @@ def export_peft(patch: PatchRecord, directory: Path, model: nn.Module | None = N
     refuse_unusable(directory)
     patch.refuse_several("held by one adapter")
     if patch.made_under:
-        raise PatchError("this patch was made while other patches were on the model: an adapter would lack those")
+        raise PatchError(
+            "this patch was made while other patches were on the model: an adapter would lack those; "
+            f"if they are merged and to stay: {TO_STAY}; then make this patch again"
+        )
     model = model if model is not None or patch.fingerprint is not None else patch.model()
     if model is not None:
         _refuse_other(patch, model)
@@ -82,8 +85,7 @@ def export_peft(patch: PatchRecord, directory: Path, model: nn.Module | None = N
 
 
 def _refuse_other(patch: PatchRecord, model: nn.Module) -> None:
-    if carried(model):
-        raise PatchError("patches are on the model at the moment: leave applied() or unmerge before exporting")
+    refuse_carried(model, "exporting")
     patch.refuse_other_model(model)
 
 

@@ -20,7 +20,7 @@ from controllability.interfaces import Component, Param, node, updates_of
 from controllability.models.files.lora_factors import lora_factors, low_rank, rank_of, split_dense
 from controllability.models.files.peft_forms import plain_linear
 from controllability.models.files.peft_reader import MADE_FOR, PREFIX, read_adapter
-from controllability.models.hooks.carried_patches import carried, uncompiled
+from controllability.models.hooks.carried_patches import refuse_carried, uncompiled
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
 from controllability.models.reading.checked_reading import checked_reading
@@ -49,8 +49,7 @@ def patch_of_adapter(directory: str | Path, model: nn.Module) -> PatchRecord:
     """A PEFT adapter as a patch.  See ``controllability.import_peft``."""
     model = uncompiled(model)
     config, tensors, notes = read_adapter(Path(directory))
-    if carried(model):
-        raise PatchError("patches are on the model at the moment: leave applied() or unmerge before importing")
+    refuse_carried(model, "importing")
     if notes.get(MADE_FOR) not in (None, known_fingerprint(model)):
         raise PatchError("this adapter was exported for other weights (the fingerprints differ)")
     slots = _slots(model)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controllability.errors import BadInput, ControllabilityError, PatchError, in_a_line
+from controllability.errors import BadInput, ControllabilityError, in_a_line
 from controllability.models.generation.steps import GeneratedToken, Generation, Sampler, compared
-from controllability.models.hooks.carried_patches import carried, uncompiled
+from controllability.models.hooks.carried_patches import refuse_carried, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.reading.checked_reading import Checked, checked_reading
@@ -353,8 +353,7 @@ def _refuse_misuse(model: Any, follow: str, count: Any, options: Mapping[str, An
         raise BadInput(
             f"{type(model).__name__} keeps no cache: without one the history would be run again for every token"
         )
-    if carried(model):
-        raise PatchError("a patch is on the model at the moment: leave applied() or unmerge before generating")
+    refuse_carried(model, "generating")
 
 
 def _refuse_prompts(model: Any, checked: Checked, ids: Tensor, mask: Tensor, count: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,9 @@ def uncompiled(model: nn.Module) -> nn.Module:
     while isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
         model = inside
     return model
+
+
+TO_STAY = "ct.finalize_merges(model) makes the weights of a merge that is to stay the model's own"
 
 
 class _Uncompiled:
@@ -101,6 +104,7 @@ class AppliedPatch:
     patch_id: str
     installation: HookStack | None
     parameters: frozenset[str] = frozenset()
+    record: Callable[[], Any] | None = None  # of a merged one: itself, while somebody holds it
 
 
 @dataclass(eq=False)
@@ -150,9 +154,19 @@ def anything_applied(model: nn.Module) -> bool:
     return any(item.installation is not None for item in state_of_model(model).patches)
 
 
-def carry(model: nn.Module, patch_id: str, installation: HookStack | None, parameters: Iterable[str] = ()) -> None:
+def carry(
+    model: nn.Module, patch_id: str, installation: HookStack | None, parameters: Iterable[str] = (),
+    record: Callable[[], Any] | None = None,
+) -> None:  # fmt: skip
     """Note that ``model`` now carries a patch of these parameters."""
-    state_of_model(model).patches.append(AppliedPatch(patch_id, installation, frozenset(parameters)))
+    state_of_model(model).patches.append(AppliedPatch(patch_id, installation, frozenset(parameters), record))
+
+
+def refuse_carried(model: nn.Module, doing: str) -> None:
+    """Raise ``PatchError`` while patches are on the model, applied or merged."""
+    if patches := state_of_model(model).patches:
+        kept = "" if patches[0].installation else f"; {TO_STAY}"
+        raise PatchError(f"patches are on the model at the moment: leave applied() or unmerge before {doing}{kept}")
 
 
 def refuse_on_it(model: nn.Module, patch_id: str, parameters: frozenset[str], made_under: tuple[str, ...]) -> None:
@@ -168,7 +182,8 @@ def refuse_on_it(model: nn.Module, patch_id: str, parameters: frozenset[str], ma
     raise PatchError(
         f"the model carries {count} and this one was made while it carried {under}{shared}: a patch is right only on top "
         "of what it was made on; "
-        + ("leave those contexts (or unmerge) first, or make this patch inside of them" if on_it else
+        + ("leave those contexts (or unmerge) first, or make this patch inside of them"
+           + ("" if on_it[0].installation else f"; {TO_STAY}") if on_it else
            "apply the patch first that was on the model when this one was made, or make this one again")
     )  # fmt: skip
 

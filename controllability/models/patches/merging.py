@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from architectures import quantised
 from controllability.errors import PatchError
 from controllability.models.hooks.carried_patches import (
+    TO_STAY,
     anything_applied,
     carried,
     carry,
@@ -19,6 +21,7 @@ from controllability.models.hooks.carried_patches import (
     state_of_model,
     uncompiled,
 )
+from controllability.models.hooks.installation import finishing
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.merged_error import before_merging
@@ -32,7 +35,7 @@ from controllability.models.sweep.report import Rounding
 
 def merge(patch: PatchRecord, model: nn.Module, corrected: bool | None = None, measured: bool = True) -> int:
     """Write the patch into the weights; returns how many bytes the kept originals take.  See ``ModelPatch.merge``."""
-    model = uncompiled(model)
+    model, inference = uncompiled(model), torch.is_inference_mode_enabled()
     with own_modes(model), patch._lock:
         if patch._merged_into is not None:
             raise PatchError("this patch is merged already: unmerge it first")
@@ -41,12 +44,16 @@ def merge(patch: PatchRecord, model: nn.Module, corrected: bool | None = None, m
         if anything_applied(model):
             raise PatchError("a patch is applied at the moment: leave its context before merging")
         refuse_quantised(model, patch.entries)
-        refuse_shared(model, patch.entries)
         stored = {entry.param.name: model.get_parameter(entry.param.name) for entry in patch.entries}
+        refuse_unwritable(stored, inference)
+        refuse_shared(model, patch.entries)
+        known = bool(patch.inputs.get("target"))  # an imported adapter has no target
+        if corrected and not known:
+            raise PatchError("an adapter that was imported has no target to be corrected for: use corrected=False")
         if corrected is None:
-            corrected = any(weight.dtype in HALF for weight in stored.values())
+            corrected = known and any(weight.dtype in HALF for weight in stored.values())
         before = None
-        if measured and patch.inputs.get("target"):  # an imported adapter has no target
+        if measured and known:
             warn_if_fragile(patch, "merging", model)
             before = before_merging(patch, model)
         size = _merge(patch, model, stored, corrected)
@@ -63,7 +70,14 @@ def _merge(patch: PatchRecord, model: nn.Module, stored: dict[str, nn.Parameter]
     def put(entry: Entry) -> None:
         weight = stored[entry.param.name]
         originals.setdefault(entry.param.name, weight.detach().clone())
-        rounding.append(write(weight, entry.param, entry.delta, entry.reads))
+        try:
+            with torch.inference_mode(weight.is_inference()):
+                rounding.append(write(weight, entry.param, entry.delta, entry.reads))
+        except RuntimeError as error:
+            if torch.equal(weight, originals[entry.param.name]):
+                del originals[entry.param.name]  # to put it back would fail as well
+            why = str(error).splitlines()[0]
+            raise PatchError(f"parameter {entry.param.name} cannot be written to: {why}; nothing was changed") from None
 
     try:
         if corrected:
@@ -71,16 +85,13 @@ def _merge(patch: PatchRecord, model: nn.Module, stored: dict[str, nn.Parameter]
         else:
             for entry in patch.entries:
                 put(entry)
-    except BaseException as error:
-        restore(model, originals, patch._before_merge)
-        if isinstance(error, RuntimeError):  # inference tensors, expanded weights
-            why = str(error).splitlines()[0]
-            raise PatchError(f"the weights cannot be written to: {why}; nothing was changed") from None
+    except BaseException:
+        finishing(lambda: restore(model, originals, patch._before_merge))
         raise
     patch._originals, patch._merged_into = originals, model
     patch.report = replace(patch.report, rounding=rounding)
     patch._merged_state = look_at(model)
-    carry(model, patch.id, None, patch.parameters)
+    carry(model, patch.id, None, patch.parameters, weakref.ref(patch))
     return sum(t.numel() * t.element_size() for t in originals.values())
 
 
@@ -89,14 +100,16 @@ def unmerge(patch: PatchRecord, model: nn.Module) -> None:
     model = uncompiled(model)
     with own_modes(model), patch._lock:
         if patch._merged_into is not model:
-            raise PatchError("this patch is not merged into this model")
+            raise PatchError(
+                f"this patch is not merged into this model; only the object that was merged holds the originals; {TO_STAY}"
+            )
         if carried(model)[-1:] != (patch.id,):
             raise PatchError("another patch was applied or merged after this one: undo that first")
         now, merged = look_at(model).tensors, patch._merged_state.tensors
         changed = [name for name in patch._originals if now.get(name) != merged.get(name)]
         if changed:
             raise PatchError(f"parameter {changed[0]} changed since the merge: unmerging would overwrite that")
-        restore(model, patch._originals, patch._before_merge)
+        finishing(lambda: restore(model, patch._originals, patch._before_merge))
         patch._originals, patch._merged_into = {}, None
         drop(model, patch.id)
 
@@ -110,6 +123,47 @@ def as_weights(patch: PatchRecord, model: nn.Module) -> Iterator[nn.Module]:
             yield model
         finally:
             unmerge(patch, model)
+
+
+def finalize_merges(model: nn.Module) -> int:
+    """Let the weights with all patches that are merged into ``model`` be its own: their originals are let go, for good.
+
+    Says how many patches that were.  The model is then like any other; the patch objects are not needed, and those that are
+    left can no longer be unmerged.  Raises ``PatchError`` while a patch is applied.  Source: new.
+
+    >>> # mp.merge(model); del mp; ct.finalize_merges(model)
+    """
+    model = uncompiled(model)
+    with state_of_model(model).lock:
+        if anything_applied(model):
+            raise PatchError("a patch is applied at the moment: leave its context before making merges final")
+        merged = state_of_model(model).patches
+        for patch in filter(None, (item.record() for item in merged if item.record is not None)):
+            patch._originals, patch._merged_into = {}, None
+        count = len(merged)
+        merged.clear()
+        return count
+
+
+def refuse_unwritable(stored: dict[str, nn.Parameter], inference: bool) -> None:
+    """Raise ``PatchError`` for a parameter that torch does not let be written to, or that holds a number in two places.
+
+    ``inference`` says whether the caller is inside of ``torch.inference_mode``.
+    """
+    for name, weight in stored.items():
+        if weight.is_inference() and not inference:
+            raise PatchError(
+                f"parameter {name} was made inside of torch.inference_mode() and cannot be written to outside: load the model "
+                "outside of it, or merge inside of it; nothing was changed"
+            )
+        reach = 0  # of the axes with smaller steps
+        for step, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
+            if size > 1 and step <= reach:
+                raise PatchError(
+                    f"parameter {name} is expanded: several of its entries are one number in memory; "
+                    "store a copy (weight.contiguous()), or use applied(); nothing was changed"
+                )
+            reach += step * (size - 1)
 
 
 def refuse_quantised(model: nn.Module, entries: tuple[Entry, ...]) -> None:
@@ -136,9 +190,10 @@ def refuse_shared(model: nn.Module, entries: tuple[Entry, ...]) -> None:
             )
 
 
-@torch.no_grad()
 def restore(model: nn.Module, originals: dict[str, Tensor], before: Look) -> None:
     """Put the originals back into the parameters, in place: the model is in the state ``before`` again."""
     for name, value in originals.items():
-        model.get_parameter(name).copy_(value)
+        weight = model.get_parameter(name)
+        with torch.inference_mode(weight.is_inference()), torch.no_grad():
+            weight.copy_(value)
     same_again(model, originals, before)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from controllability.errors import PatchError
 from controllability.interfaces import JointOptions
-from controllability.models.hooks.carried_patches import carried, refuse_on_it
+from controllability.models.hooks.carried_patches import carried, refuse_carried, refuse_on_it
 from controllability.models.moments import Metric, Moments
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.served_sequences import Stream
@@ -130,8 +130,7 @@ class PatchRecord:
         on_it = carried(model)
         if self._merged_into is model and on_it == (self.id,):
             return fingerprint(model, self._originals)
-        if on_it:
-            raise PatchError("patches are on the model at the moment: leave applied() or unmerge before saving")
+        refuse_carried(model, "saving")
         self.refuse_other_model(model)
         return known_fingerprint(model)
 

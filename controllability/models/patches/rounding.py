@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from controllability.deltas import Delta, ExpertLowRank, Shift
+from controllability.errors import PatchError
 from controllability.interfaces import Param
 from controllability.models.patches.applier import with_tensors
 from controllability.models.sweep.report import Rounding
@@ -20,7 +22,8 @@ ROWS = 1024  # of a matrix that are written at a time: no second matrix is held
 def write(stored: Tensor, param: Param, delta: Delta, reads: Tensor | None = None) -> Rounding:
     """stored += ΔW in place, summed in a wider dtype and rounded once; returns what rounding cost.
 
-    ``reads`` (in,) is the input that a matrix was solved for, where there is one.
+    ``reads`` (in,) is the input that a matrix was solved for, where there is one.  Raises ``PatchError``, when it is written, for
+    a sum that is not finite.
     """
     delta = with_tensors(delta, lambda held: held.to(stored.device))
     stored = stored[param.index] if param.index else stored
@@ -38,6 +41,11 @@ def write(stored: Tensor, param: Param, delta: Delta, reads: Tensor | None = Non
     else:
         left, right = (f.reshape(-1, f.shape[-1]) for f in (delta.left, delta.right))
         _add(stored, left, right, delta.transposed, reads, loss)
+    if not isfinite(loss.squares):
+        raise PatchError(
+            f"parameter {param} would not be finite: W + ΔW leaves the range of {str(stored.dtype).removeprefix('torch.')} "
+            f"(up to {torch.finfo(stored.dtype).max:.2g}); use applied(), or a model in a wider dtype"
+        )
     return Rounding(str(param), loss.squares**0.5 / size if size else 0.0, loss.missed)
 
 
