@@ -63,7 +63,7 @@ class PressAt:
     FILES = (hooks.__file__, torch.nn.modules.module.__file__, torch.utils.hooks.__file__)
     FUNCTIONS = {
         "before", "after", "assign", "exchange", "finally_do", "back", "_undo_all", "_unhook", "_put_down", "<lambda>",
-        "register_forward_hook", "register_forward_pre_hook", "carry",
+        "register_forward_hook", "register_forward_pre_hook", "carry", "_hook", "_pre_hook",
     }  # fmt: skip
 
     def __init__(self, n):

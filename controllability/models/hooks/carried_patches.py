@@ -89,6 +89,11 @@ class ModelLock:
         finally:
             self._release()
 
+    def hand_over(self) -> None:
+        """The calling thread owns what another has entered."""
+        with self._changed:
+            self._owner = threading.current_thread()
+
     def _release(self) -> None:
         with self._changed:
             self._depth -= 1

@@ -82,17 +82,12 @@ class HookStack:
             given = arguments(module, args, kwargs).get(name) if name else first_argument(args, kwargs)
             hook(on_its_device(module, given))
 
-        self._undo.append(lambda: _unhook(call, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
-        module.register_forward_pre_hook(call, with_kwargs=True)
+        self._pre_hook(module, call)
 
     def called(self, module: nn.Module, hook: Callable[[dict[str, Any]], None]) -> None:
         """Call ``hook`` with all arguments by name before every forward of ``module``."""
 
-        def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hook(arguments(module, args, kwargs))
-
-        self._undo.append(lambda: _unhook(call, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
-        module.register_forward_pre_hook(call, with_kwargs=True)
+        self._pre_hook(module, lambda _, args, kwargs: hook(arguments(module, args, kwargs)))
 
     def after(self, module: nn.Module, hook: Callable[[Tensor, Any], Any]) -> None:
         """Call ``hook(first argument, output)`` after every forward; what it returns replaces the output.
@@ -113,8 +108,7 @@ class HookStack:
                 return (change(args[0]), *args[1:]), kwargs
             return args, {k: change(v) if k == "hidden_states" else v for k, v in kwargs.items()}
 
-        self._undo.append(lambda: _unhook(call, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
-        module.register_forward_pre_hook(call, with_kwargs=True)
+        self._pre_hook(module, call)
 
     def again(self, module: nn.Module, between: Callable[[], None]) -> None:
         """After a forward of ``module`` call ``between`` and run it again on the same arguments: that output counts.
@@ -125,16 +119,19 @@ class HookStack:
 
         def copied(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             kept[:] = args, kwargs
-            return tuple(map(_without_trace, args)), {name: _without_trace(value) for name, value in kwargs.items()}
-
-        self._undo.append(lambda: _unhook(copied, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
-        module.register_forward_pre_hook(copied, with_kwargs=True)
+            own = lambda value: copy.deepcopy(value) if hasattr(value, "get_seq_length") else value  # noqa: E731
+            return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
 
         def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> Any:
             between()
             return module.forward(*kept[0], **kept[1])
 
+        self._pre_hook(module, copied)
         self._hook(module, call)
+
+    def _pre_hook(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self._undo.append(lambda: _unhook(call, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
+        module.register_forward_pre_hook(call, with_kwargs=True)
 
     def _hook(self, module: nn.Module, call: Callable[..., Any]) -> None:
         vars(call)["ours"] = True
@@ -181,11 +178,6 @@ class HookStack:
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
-
-
-def _without_trace(value: Any) -> Any:
-    """A copy of a cache, which may be written to; anything else as it is."""
-    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
 
 
 def _unhook(call: Any, hooks: dict[int, Any], with_kwargs: dict[int, Any]) -> None:

@@ -122,6 +122,7 @@ def as_weights(patch: PatchRecord, model: nn.Module) -> Iterator[nn.Module]:
         try:
             yield model
         finally:
+            state_of_model(model).lock.hand_over()
             unmerge(patch, model)
 
 

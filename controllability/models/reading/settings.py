@@ -6,18 +6,19 @@ What the config says of outputs, caches, dropout, losses or names changes no log
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
+import re
 from collections.abc import Iterable, Mapping
-from types import BuiltinFunctionType, FunctionType, SimpleNamespace
+from dataclasses import is_dataclass
+from functools import partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
 Settings = dict[str, Any]  # name -> plain value, class or function
 
-SIMPLE = (bool, int, float, str, type(None))
+SIMPLE = (bool, int, str, type(None))
 CONFIGS = {"config", "cfg", "args", "hparams"}
 HARMLESS = {
     *vars(nn.Module()), "forward", "generation_config", "kernel_config", "gradient_checkpointing", "chunk_size_feed_forward",
@@ -26,8 +27,9 @@ HARMLESS = {
     "initializer_range", "all_tied_weights_keys", "kwargs", "peft_config", "scale_grad_by_freq", "sparse", "quantization_config",
     "in_features", "out_features", "num_embeddings", "embedding_dim", "normalized_shape", "_name_or_path", "_commit_hash",
 }  # fmt: skip
-PREFIXES = ("output_", "targeted_", "_is_hf", "_attn_impl", "_experts_impl", "_output_", "_post_init")
-PARTS = ("dropout", "pdrop", "loss")
+HARMLESS_PARTS = re.compile(
+    "^(output_|targeted_|_is_hf|_attn_impl|_experts_impl|_output_|_post_init)|dropout|pdrop|loss"
+)
 _NOTHING: Any = object()
 
 
@@ -37,60 +39,40 @@ def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Settings:
     >>> settings_of([("act", nn.LeakyReLU(0.5))])
     {'act': <class 'torch.nn.modules.activation.LeakyReLU'>, 'act.negative_slope': 0.5}
     """
-    taking = _Taking()
-    for name, module in modules:
-        held = vars(module)
-        forward = None if "_hf_hook" in held else held.get("forward")  # accelerate wraps it
-        taking.found[name or "the model"] = type(module) if forward is None else _value(forward)
-        if not isinstance(module, nn.modules.dropout._DropoutNd):
-            taking.take(f"{name}." if name else "", held)
-    return taking.found
+    found: Settings = {}
+    seen: set[int] = set()
+    counts: dict[Any, bool] = {}  # whether a name counts: this is done at every look, on thousands of attributes
 
-
-class _Taking:
-    """Collects settings: this is done at every look at a model, which has thousands of attributes."""
-
-    def __init__(self) -> None:
-        self.found: Settings = {}
-        self.seen: set[int] = set()
-        self.counts: dict[str, bool] = {}
-
-    def take(self, prefix: str, held: Mapping[Any, Any]) -> None:
-        """Add what ``held`` holds; dicts and configs in it are taken apart."""
+    def take(prefix: str, held: Mapping[Any, Any]) -> None:
         for name, value in held.items():
-            if name in HARMLESS:
+            if name not in counts:
+                counts[name] = name not in HARMLESS and not HARMLESS_PARTS.search(str(name))
+            if not counts[name]:
                 continue
-            if (counts := self.counts.get(name)) is None:
-                counts = self.counts[name] = _counts(str(name))
-            if not counts:
-                continue
-            if type(value) in SIMPLE and not isinstance(value, float):
-                self.found[f"{prefix}{name}"] = value
+            if type(value) in SIMPLE:
+                found[f"{prefix}{name}"] = value
             elif str(name)[:1] == "_" and name != "_active_adapter":  # peft's list
                 continue
             elif isinstance(value, dict):
-                self.take(f"{prefix}{name}.", value)
+                take(f"{prefix}{name}.", value)
             elif (plain := _value(value)) is not _NOTHING:
-                self.found[f"{prefix}{name}"] = plain
-            elif id(value) not in self.seen and (name in CONFIGS or _is_config(value)):
-                self.seen.add(id(value))
-                self.take(f"{prefix}{name}.", getattr(value, "__dict__", {}))
+                found[f"{prefix}{name}"] = plain
+            elif id(value) not in seen and (name in CONFIGS or hasattr(value, "to_dict") or is_dataclass(value)):
+                seen.add(id(value))
+                take(f"{prefix}{name}.", getattr(value, "__dict__", {}))
 
-
-def _counts(name: str) -> bool:
-    """Whether an attribute of this name may decide what is computed."""
-    harmless = name.startswith(PREFIXES) or any(part in name for part in PARTS)
-    return not harmless
-
-
-def _is_config(value: Any) -> bool:
-    data = dataclasses.is_dataclass(value) or isinstance(value, SimpleNamespace)
-    return (data and not isinstance(value, type)) or hasattr(value, "to_dict")
+    for name, module in modules:
+        held = vars(module)
+        forward = None if "_hf_hook" in held else held.get("forward")  # accelerate wraps it
+        found[name or "the model"] = type(module) if forward is None else _value(forward)
+        if not isinstance(module, nn.modules.dropout._DropoutNd):
+            take(f"{name}." if name else "", held)
+    return found
 
 
 def _value(value: Any) -> Any:
     """A value that can be compared and does not hold the model; ``_NOTHING`` for others."""
-    if value is None or isinstance(value, bool | int | str | type | BuiltinFunctionType):
+    if type(value) in SIMPLE or isinstance(value, int | str | type | BuiltinFunctionType):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)  # NaN is not equal to itself
@@ -98,17 +80,15 @@ def _value(value: Any) -> Any:
         values = [_value(each) for each in value]
         if len(values) == 1 and isinstance(values[0], str):
             return values[0]  # peft says "a" or ["a"]
-        return _NOTHING if any(each is _NOTHING for each in values) else values
-    if isinstance(value, functools.partial):
+        return _NOTHING if _NOTHING in values else values
+    if isinstance(value, partial):
         return [_value(value.func), str(value.args), str(value.keywords)]
+    if not callable(value) or isinstance(value, nn.Module | Tensor):
+        return _NOTHING
     if isinstance(value, FunctionType) and not value.__closure__:
         return value
-    if isinstance(value, FunctionType):  # what it closes over may be the model
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return [value.__qualname__, *(_value(held) for held in cells if type(held) in SIMPLE)]
-    if callable(value) and not isinstance(value, nn.Module | Tensor):
-        return getattr(value, "__qualname__", type(value).__qualname__)
-    return _NOTHING
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]  # one may be the model
+    return [getattr(value, "__qualname__", type(value).__qualname__), *(c for c in cells if type(c) in SIMPLE)]
 
 
 def in_words(value: Any) -> Any:
