@@ -321,7 +321,7 @@ def test_logits_that_are_not_finite_are_no_result(capsys, monkeypatch):
 # -------------------------------------------------------------------------------------- bad input
 
 REFUSED = {
-    "no prompt": ((), "the following arguments are required: --prompt"),
+    "no prompt": ((), "one of the arguments --prompt --prompt-file is required"),
     "empty prompt": (prompts(""), "the prompt is empty"),
     "empty among several": (prompts(PETS, " \n", CITY), "prompt 2 of 3 is empty"),
     "no tokens": ([*prompts(PETS), "--tokens", "0"], "--tokens must be at least 1, got 0"),
