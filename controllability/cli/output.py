@@ -28,7 +28,7 @@ class Output:
     def text(self, text: str) -> None:
         """Plain text for people; nothing in it drives the terminal."""
         if not self.as_json:
-            print(printable(text, but="\n"))
+            print(printable(text, but="\n\t"))
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A table for people; where its words do not fit the terminal, the cells of a row stand below each other."""
