@@ -26,6 +26,7 @@ HARMLESS = {
     "problem_type", "id2label", "label2id", "bos_token_id", "eos_token_id", "pad_token_id", "max_seq_len_cached", "inplace",
     "initializer_range", "all_tied_weights_keys", "kwargs", "peft_config", "scale_grad_by_freq", "sparse", "quantization_config",
     "in_features", "out_features", "num_embeddings", "embedding_dim", "normalized_shape", "_name_or_path", "_commit_hash",
+    "state_dict", "save_pretrained",  # refused while a patch is applied
 }  # fmt: skip
 HARMLESS_PARTS = re.compile(
     "^(output_|targeted_|_is_hf|_attn_impl|_experts_impl|_output_|_post_init)|dropout|pdrop|loss"
