@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import controllability as ct
 from controllability.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -224,9 +225,9 @@ def test_a_tokenizer_does_not_drive_the_terminal(capsys, tmp_path, sign):
 
 
 def test_a_token_makes_no_line_of_its_own(capsys, tmp_path):
-    model = tokenizer_with(tmp_path / "m", "Tokyo", "\nverified\r")  # what it says without the context
+    model = tokenizer_with(tmp_path / "m", "Tokyo", "Tokyo\nverified")  # what it says without the context
     assert status_of("patch", model, *TEXTS) == 0
-    assert "without: \\nverified\\r\n" in capsys.readouterr().out
+    assert "without: Tokyo\\nverified\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [
@@ -246,7 +247,9 @@ def test_a_warning_is_a_line_and_does_not_drive_the_terminal(capsys, monkeypatch
 
     real = catalogue.rows
     monkeypatch.setattr(
-        catalogue, "rows", lambda *a: warnings.warn("odd \x1b[31m name\n here", stacklevel=1) or real(*a)
+        catalogue,
+        "rows",
+        lambda *a: warnings.warn("odd \x1b[31m name\n here", ct.ControllabilityWarning, stacklevel=1) or real(*a),
     )
     assert status_of("list", "--json") == 0
-    assert capsys.readouterr().err == "controllability: warning: odd \\x1b[31m name  here\n"
+    assert capsys.readouterr().err == "controllability: odd \\x1b[31m name here\n"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import re
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -56,12 +54,8 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     open_missing()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign gets its code, not a traceback
-            stream.reconfigure(errors="backslashreplace")
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda what, *_, **__: say(f"controllability: warning: {what}")
+        with own_terminal():
             return _guarded(sys.argv[1:] if arguments is None else arguments)
     finally:
         drop_unwritten()
@@ -104,7 +98,7 @@ def _run(arguments: Sequence[str]) -> int:
 
     output = Output(as_json=args.json)
     read_texts(args)
-    with own_terminal(), printed_to(getattr(args, "into", None), output):
+    with printed_to(getattr(args, "into", None), output):
         try:
             status = int(getattr(commands, args.command)(args, output))
         except (errors.NotControllable, errors.SideConditionFailed) as error:

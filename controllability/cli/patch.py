@@ -104,7 +104,8 @@ def _report(
     extra: dict[str, Any], sensitivity: Sensitivity | None, with_valid: bool = False,
 ) -> int:  # fmt: skip
     valid, patched, unpatched = found.verified(args.dtype), found.patched, found.unpatched
-    words = {run: printable(word(tokenizer, token)) for run, token in found.top1.items()}
+    words = {run: word(tokenizer, token) for run, token in found.top1.items()}
+    shown = {run: printable(text) for run, text in words.items()}
     kl = float(patched.kl.max())
     if not found.finite:
         raise NotVerified("verification failed: the logits are not finite; nothing was saved")
@@ -120,7 +121,7 @@ def _report(
     output.table("layers", heading, rows)
     output.text(
         f"{EXPLAINED}\n"
-        f"next word   with context: {words['target']}   patched: {words['patched']}   without: {words['unpatched']}\n"
+        f"next word   with context: {shown['target']}   patched: {shown['patched']}   without: {shown['unpatched']}\n"
         f"largest logit error   patched: {number(patched.max_logit_error)}   unpatched: {number(unpatched.max_logit_error)}\n"
         f"relative error: {number(patched.relative_error)}   KL: {number(kl)}   (checked numerically in {args.dtype}, scope {mp.scope})\n"
         f"the patch holds {mp.numbers:,} numbers; the dense ΔW would hold {mp.dense_numbers:,}\n"

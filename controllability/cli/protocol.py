@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from controllability.cli.files import new_path
 from controllability.cli.generate import INTERRUPTED, encoded, padded
 from controllability.cli.output import Output, number
+from controllability.cli.streams import say
 from controllability.compiling.queries import read_queries
 from controllability.embedded.world import draw_worlds
 from controllability.errors import BadInput
@@ -20,7 +20,7 @@ from controllability.models.loading import load_model
 from controllability.models.protocol.rescale import rescaled
 from controllability.models.protocol.run import Row, run_protocol
 from controllability.rendering.protocol_figure import protocol_picture
-from controllability.rendering.text import printable, terminal_width, wrapped
+from controllability.rendering.text import terminal_width, wrapped
 
 # our own: those of the paper are not public word for word
 INSTRUCTIONS = (
@@ -83,7 +83,7 @@ def _checked(args: argparse.Namespace) -> list[str]:
         return worlds if args.model == "embedded" else [*INSTRUCTIONS]
     found, notes = read_queries(args.prompts, "prompts")
     for note in notes:
-        print(f"controllability: {printable(note)}", file=sys.stderr)
+        say(f"controllability: {note}")
     return [query.text for query in found]
 
 

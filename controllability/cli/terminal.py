@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from controllability.cli.streams import say
+
 SIGNS: dict[str, str] = {
     "─": "-", "│": "|", "├": "|", "└": "`", "…": "...", "–": "-", "−": "-", "—": "-", "·": "*", "∘": " o ", "×": "x", "√": "sqrt",
     "Δ": "Delta ", "Σ": "sum ", "α": "alpha", "γ": "gamma", "δ": "delta", "ε": "eps", "θ": "theta", "κ": "kappa", "λ": "lambda",
@@ -37,7 +39,7 @@ def _told(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -
     """Our own warnings in a line; what other libraries have to say is theirs."""
     text = " ".join(str(message).split())
     if category.__module__.startswith("controllability") or text.startswith("architecture plug-in"):
-        print(f"controllability: {text}", file=sys.stderr)
+        say(f"controllability: {text}")
 
 
 @contextmanager

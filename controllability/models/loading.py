@@ -69,10 +69,7 @@ def load_model(
             f"cannot load the {what} {name}: {text}" if local else f"cannot load {what} failed): {text}"
         ) from None
     _refuse_mismatch(name, notes)
-    try:
-        return (model if device is None else model.to(device)).eval(), tokenizer
-    except (RuntimeError, AssertionError) as error:  # what torch says of devices
-        raise BadInput(f"cannot use device {device!r}: {in_a_line(error)}") from None
+    return model.eval(), tokenizer
 
 
 def on_device(inputs: dict[str, Any], device: str) -> dict[str, Any]:
