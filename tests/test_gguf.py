@@ -163,10 +163,10 @@ def test_what_is_no_such_file(tmp_path):
 
 def test_pipes_and_devices_are_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.gguf")
-    refused(tmp_path / "pipe.gguf", match="pipe.gguf is no regular file")
-    refused(tmp_path, match="pipe.gguf is no regular file")
+    refused(tmp_path / "pipe.gguf", match="pipe.gguf: it is a pipe and no regular file")
+    refused(tmp_path, match="pipe.gguf: it is a pipe and no regular file")
     (tmp_path / "null.gguf").symlink_to("/dev/zero")
-    refused(tmp_path / "null.gguf", match="null.gguf is no regular file")
+    refused(tmp_path / "null.gguf", match="null.gguf: it is a device and no regular file")
 
 
 def test_the_extra_is_named(llama, monkeypatch):

@@ -94,7 +94,7 @@ def test_inference_tensors_are_refused_by_name_outside_of_inference_mode(merged_
     assert carried(model) == ()
     with torch.inference_mode():
         mp.merge(model)
-        merged = model(**runs(context=9, query=2)[1]).logits[:, -1]
+        merged = model(**runs(context=9, query=2)[1]).logits[:, -1:]
     assert error(merged.clone(), mp.target_logits) < 1e-5
     mp.unmerge(model)  # undoing works everywhere
     assert unchanged(model, before)
@@ -243,7 +243,7 @@ def test_a_final_merge_is_the_models_own(tmp_path, count):
     mp = ct.patch_model(model, target, source, scope="last")
     mp.save(tmp_path / "new")
     with torch.no_grad(), ct.load_patch(tmp_path / "new").applied(model):
-        assert error(model(**source).logits[:, -1], mp.target_logits) < 1e-5
+        assert error(model(**source).logits[:, -1:], mp.target_logits) < 1e-5
     mp.merge(model)
     mp.unmerge(model)
     assert unchanged(model, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 import architectures
+from controllability.bounded_files import JSON, opened
 from controllability.errors import BadInput, ReadingError, in_a_line
 from controllability.models.gguf_files.head import read_head
 from controllability.models.gguf_files.load import gguf_in, load_gguf
@@ -129,6 +131,13 @@ def _refuse_incomplete(folder: Path) -> None:
     if not any((folder / name).is_file() for name in TOKENIZERS):
         # transformers would build an empty tokenizer of the model's family without a word
         raise BadInput(f"{folder} holds no tokenizer: save one with tokenizer.save_pretrained({str(folder)!r})")
+    for file in folder.iterdir():  # transformers would wait at a pipe
+        try:
+            with opened(file, JSON if file.suffix in (".json", ".txt", ".jinja") else None):
+                pass
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EFBIG) and not file.is_dir():
+                raise BadInput(f"cannot read {file}: {error.strerror}") from None
 
 
 def _refuse_mismatch(name: str, notes: Any) -> None:

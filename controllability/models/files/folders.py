@@ -8,10 +8,15 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from controllability.errors import PatchError
+
+fcntl: Any = import_module("fcntl") if os.name == "posix" else None
+_UNFINISHED = re.compile(r"\.unfinished-[0-9a-f]{32}\Z")
 
 
 def refuse_unusable(directory: Path, file: bool = False) -> None:
@@ -41,9 +46,10 @@ def written(directory: Path, file: str = "", kept: bool = True) -> Iterator[Path
     target = _target(directory)
     name = os.fsencode(target.name)[:200].decode("utf-8", "ignore")  # a name may have 255 bytes
     temporary = target.parent / f".{name}.unfinished-{uuid.uuid4().hex}"
-    made, done = [path for path in (target, *target.parents) if not path.exists()], False
+    made, done, held = [path for path in (target, *target.parents) if not path.exists()], False, ExitStack()
     try:
-        temporary.mkdir(parents=True)
+        _remove_stale(target.parent)
+        _begin(temporary, held)
         yield temporary
         _flush(temporary)
         os.replace(temporary / file, target)
@@ -52,9 +58,50 @@ def written(directory: Path, file: str = "", kept: bool = True) -> Iterator[Path
         raise _unwritable(directory, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        held.close()
         for path in [] if done else made:
             with suppress(OSError):
                 path.rmdir()
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove what processes that were killed have left unfinished in ``parent``: nobody holds its lock any more."""
+    for path in parent.glob(".*.unfinished-*"):
+        if _UNFINISHED.search(path.name):
+            with suppress(OSError), _locked(path, wait=False) as locked:
+                if locked:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[bool]:
+    """The lock of a folder, which the system opens when the process ends in any way; False where there are no locks.
+
+    Raises ``OSError`` for what is no folder, and, unless it is to ``wait``, where another process holds the lock.
+    """
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:  # some network file systems have none
+            if isinstance(error, BlockingIOError):
+                raise
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def _begin(temporary: Path, held: ExitStack) -> None:
+    """Make the folder, its lock held; anew where another process took it for a stale one before."""
+    while not temporary.exists():
+        temporary.mkdir(parents=True)
+        with suppress(FileNotFoundError):
+            held.enter_context(_locked(temporary, wait=True))
 
 
 def _target(path: Path) -> Path:

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from controllability.bounded_files import read_whole
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.errors import PatchError, in_a_line
 from controllability.interfaces import JointOptions, Param
 from controllability.models.files.folders import refuse_unusable, written
 from controllability.models.files.peft_forms import forms_of
+from controllability.models.files.tensor_files import read_tensors
 from controllability.models.hooks.carried_patches import TO_STAY
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
@@ -130,14 +132,11 @@ def read_patch(directory: str | Path) -> PatchRecord:
     """The patch in a directory that ``save_patch`` wrote.  See ``controllability.load_patch``."""
     directory = Path(directory)
     description = _read_description(directory)
-    try:
-        raw = (directory / TENSORS).read_bytes()
-    except OSError as error:
-        raise PatchError(f"cannot read {directory / TENSORS}: {error.strerror or error}") from None
-    if hashlib.sha256(raw).hexdigest() != description.get("tensors_sha256"):
+    tensors, _, digest = read_tensors(directory / TENSORS)
+    if digest != description.get("tensors_sha256"):
         raise PatchError(f"{directory / TENSORS} is corrupt or truncated: its checksum is not the one that was saved")
     try:
-        return _build(description, load_file(directory / TENSORS))
+        return _build(description, tensors)
     except Exception as error:  # whatever a description that was tampered with may cause
         text = in_a_line(error, 200)
         raise PatchError(f"{directory} is corrupt: {type(error).__name__} {text}") from None
@@ -145,13 +144,15 @@ def read_patch(directory: str | Path) -> PatchRecord:
 
 def _read_description(directory: Path) -> dict[str, Any]:
     path = directory / DESCRIPTION
-    if not path.is_file():
+    try:
+        description = json.loads(read_whole(path))
+    except (FileNotFoundError, NotADirectoryError):
         adapter = (directory / "adapter_config.json").is_file()
         hint = "; it is a PEFT adapter: ct.import_peft(directory, model) reads those" if adapter else ""
-        raise PatchError(f"{directory} is not a saved patch: it has no {DESCRIPTION}{hint}")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        raise PatchError(f"{directory} is not a saved patch: it has no {DESCRIPTION}{hint}") from None
+    except OSError as error:
+        raise PatchError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise PatchError(f"{path} is corrupt or truncated: {error}") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise PatchError(f"{path} is not a description of a patch")

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from controllability.errors import PatchError, in_a_line
+from controllability.bounded_files import read_whole
+from controllability.errors import PatchError
+from controllability.models.files.tensor_files import read_tensors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what PEFT puts before the model's own names
@@ -30,14 +31,10 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], di
     """(config, tensors, notes in the tensor file).  Raises ``PatchError`` for what a patch cannot be made of."""
     config = _read_config(directory / CONFIG)
     path = directory / TENSORS
-    if not path.is_file():
+    if not path.exists():
         pickled = ": pickled weights are not loaded" if (directory / "adapter_model.bin").is_file() else ""
         raise PatchError(f"{directory} has no {TENSORS}{pickled}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors, notes = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # whatever safetensors raises about a damaged file
-        raise PatchError(f"{path} is corrupt or truncated: {in_a_line(error, 200)}") from None
+    tensors, notes, _ = read_tensors(path)
     for key, value in tensors.items():
         if not value.is_floating_point() or not bool(value.isfinite().all()):
             raise PatchError(f"{path}: {key} holds what is no finite number")
@@ -45,11 +42,13 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], di
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise PatchError(f"{path.parent} is not a PEFT adapter: it has no {CONFIG}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = json.loads(read_whole(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise PatchError(f"{path.parent} is not a PEFT adapter: it has no {CONFIG}") from None
+    except OSError as error:
+        raise PatchError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise PatchError(f"{path} is corrupt or truncated: {error}") from None
     if not isinstance(config, dict):
         raise PatchError(f"{path} is not the config of an adapter")

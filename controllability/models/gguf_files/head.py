@@ -5,13 +5,12 @@ Every count and length is held against the size of the file before anything is r
 
 from __future__ import annotations
 
-import os
-import stat
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from controllability.bounded_files import opened
 from controllability.errors import BadInput
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -46,11 +45,7 @@ class Head:
 def read_head(path: Path) -> Head:
     """The head of the file.  Raises ``BadInput`` for what is no GGUF file, or ends too early, or says impossible things."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe waits for somebody who writes
-            raise BadInput(f"{path} is no regular file: give a GGUF file, or a directory that holds one")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with opened(path) as (file, size):
             data = file.read(MOST_BYTES)
     except FileNotFoundError:
         raise BadInput(f"the GGUF file {path} does not exist") from None
