@@ -360,7 +360,7 @@ def test_a_model_that_does_not_exist(capsys, tmp_path):
 
 
 def test_a_tokenizer_without_tokens_for_the_prompt(capsys, monkeypatch):
-    monkeypatch.setattr(generating, "load_model", lambda *args: (None, lambda text: {"input_ids": []}))
+    monkeypatch.setattr(generating, "load_model", lambda *args: (None, lambda text, **_: {"input_ids": []}))
     status, _, err = run(capsys, "embedded", *prompts(CITY))
     assert status == 2
     assert "the prompt has no tokens in this vocabulary" in err
@@ -373,8 +373,8 @@ def test_an_end_mark_after_the_prompt_is_left_out():
     class Marking:
         eos_token_id = tokenizer.eos_token_id
 
-        def __call__(self, text):
-            return {"input_ids": marked}
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": marked if add_special_tokens else marked[:-1]}
 
     assert generating.encoded(Marking(), CITY, 0, 1) == marked[:-1]
 

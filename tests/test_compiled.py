@@ -93,14 +93,15 @@ def test_a_compiled_model_computes_with_the_patch(how):
 
 
 def test_without_that_the_patch_would_be_ignored():
-    """Why: with the compiler in its place, hooks on a compiled model are not run, and nobody says so."""
+    """Why: with the compiler in its place, hooks on a compiled model are not run; leaving the context says so."""
     target, source = runs(context=9, query=4)
     model = small()
     subject = torch.compile(model, backend=Backend())
     mp = ct.patch_model(model, target, source)
     with torch.no_grad():
         before = subject(**source).logits
-        with mp.applied(model), torch.compiler.set_stance("default"):
+        default = torch.compiler.set_stance("default")
+        with pytest.raises(ct.PatchError, match="the patch had no effect"), mp.applied(model), default:
             assert torch.equal(subject(**source).logits, before)
         with mp.applied(model):
             assert error(subject(**source).logits, mp.target_logits) < ROUNDING

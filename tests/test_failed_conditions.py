@@ -23,6 +23,7 @@ from controllability.components import (
     Routing,
     Scale,
     SoftCap,
+    layer_norm,
     residual,
     rms_norm,
 )
@@ -84,6 +85,12 @@ CONDITIONS = {
         residual(W >> rms_norm("post", 2)), {"W": EYE, "post.weight": [1, 1]}, [1.0, 0.0], [1.0, 2.0], {"route": "scale"},
         "side condition failed at scale post.weight, position 0: no input coordinate of post.weight is zero where its output must change (margin 0)\n"
         "  hint:  take route='auto' or 'balanced': they do not divide by the activations of the norm",
+    ),
+    "centred norm without a bias": (
+        residual(W >> layer_norm("post", 2, bias=False)), {"W": EYE, "post.weight": [1, 1]}, [-5.0, -5.0], [1.0, 2.0],
+        {"route": "balanced"},
+        "side condition failed at scale post.weight, position 0: what the branch must give, over its scale, has entries of both signs, or none at all: Σ G_i/m'_i = 0 (margin 0)\n"
+        "  hint:  add a bias after the norm, or ask for route='scale', which leaves what enters the norm as it is",
     ),
     "fixed scale": (
         residual(W >> Scale(Param("m", (2,)))), {"W": EYE, "m": [1, 0]}, ONES, ZERO, {"frozen": ("m",)},
@@ -188,6 +195,7 @@ ADVICE = {  # what the hint says, done: the same numbers then have a patch
     "zero input, the bias frozen": lambda b, p, o: (b, p, {}),
     "scale": lambda b, p, o: (residual(Scale(Param("m", (2,))) >> Bias(Param("b", (2,)))), p | {"b": [0, 0]}, o),
     "scale of a norm, on route scale": lambda b, p, o: (b, p, {"route": "uniform"}),
+    "centred norm without a bias": lambda b, p, o: (residual(W >> layer_norm("post", 2)), p | {"post.bias": [0, 0]}, {}),
     "fixed scale": lambda b, p, o: (b, p, {}),
     "gate": lambda b, p, o: (b, p | {"g": [1.0]}, o),
     "other factor": lambda b, p, o: (residual(Product((relu, W)) >> Bias(Param("b", (2,)))), p | {"b": [0, 0]}, o),

@@ -14,6 +14,8 @@ def with_special(tokenizer: Any, text: str) -> tuple[list[int], int]:
     ids = list(tokenizer(text)["input_ids"])
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     lead = next((k for k in reversed(range(len(ids))) if ids[k : k + len(bare)] == bare), None)
+    if not ids:
+        return ids, 0
     if lead is None:  # special tokens among its own
         special = set(tokenizer.all_special_ids)
         return ids, next((i for i, token in enumerate(ids) if token not in special), len(ids))
