@@ -338,7 +338,7 @@ def test_models_that_cannot_generate_are_refused(model):
 
 def test_a_model_that_carries_a_patch_is_refused(model):
     mp = ct.patch_model(model, {"input_ids": IDS}, {"input_ids": IDS[:, -1:]}, scope="last")
-    with mp.applied(model), pytest.raises(ct.PatchError, match="a patch is on the model"):
+    with mp.applied(model), pytest.raises(ct.PatchError, match="patches are on the model"):
         ct.generate(model, IDS)
 
 

@@ -146,7 +146,7 @@ def test_the_command_prints_both(capsys):
     assert "token shift" in page.text
     assert page.svg is None
     assert err == ""
-    assert main(["prove", "rwkv", "--format", "html", "--json"]) == 1
+    assert main(["prove", "rwkv", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["verdict"] == "refused"
 
 

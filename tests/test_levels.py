@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mpmath
 import pytest
-from mutations import EXPERTS, LLAMA, POST
+from mutations import CENTRED, EXPERTS, LLAMA, POST
 
 import architectures
 import controllability as ct
@@ -46,6 +46,7 @@ def blocks() -> dict[str, tuple[Component, dict]]:
         "input scale": (residual(rms_norm("pre") >> silu >> down), {}),
         "scale": (POST, {"route": "scale"}),
         "normalised": (POST, {}),
+        "centred": (CENTRED, {}),
         "experts": (EXPERTS, {}),
         "experts, 1b": (EXPERTS, {"via": "output"}),
         "inner experts": (residual(EXPERTS.terms[1] >> rms_norm("between") >> square), {}),

@@ -322,7 +322,7 @@ BAD = {
     "no tokens": (["--tokens", "0"], "--tokens must be at least 1"),
     "another kind of picture": (["--out", "figure.pdf"], "must be a file name in .svg or .png"),
     "a suffix only": (["--out", ".svg"], "must be a file name in .svg or .png"),
-    "a folder that is not there": (["--out", "missing/figure.svg"], "is not a directory that can be written to"),
+    "a folder that is not there": (["--out", "missing/figure.svg"], "cannot use missing"),
     "a picture that is there": (["--out", "there.svg"], "exists already"),
     "no chat template": (["--chat"], "has no chat template"),
     "no prompts": (["--prompts", "empty.txt"], "is empty"),

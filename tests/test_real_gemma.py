@@ -54,7 +54,7 @@ def test_the_command_patches_it(real_file, real_gemma, monkeypatch, capfd):
     assert main(["patch", str(real_file), "--context", CONTEXT, "--query", QUERY, "--json"]) == 0
     out, err = capfd.readouterr()
     found = json.loads(out)
-    assert asked == [(str(real_file), "float32", False)]
+    assert asked == [(str(real_file), "float32", False, "cpu")]
     assert found["relative_error"] <= 3e-6
     assert found["max_logit_error_unpatched"] > 1e4 * found["max_logit_error"]
     assert len(found["layers"]) == 18

@@ -174,7 +174,9 @@ def test_the_last_layer_alone_is_held_to_its_target(embedded):
     assert all(layer.residual > 1e-3 for layer in near)
     assert {route for layer in near for route in layer.tokens.route} == {Resort.NEAREST}
     assert last.residual < 1e-5
-    assert float((mp.logits[mp.rows.sample, mp.rows.position] - mp.target_logits).abs().max()) <= WANTED
+    target = mp.target_logits.flatten(0, 1)  # shorter samples begin with NaN
+    target = target[~target.isnan().any(-1)]
+    assert float((mp.logits[mp.rows.sample, mp.rows.position] - target).abs().max()) <= WANTED
 
 
 def test_in_float64_every_layer_is_exact():

@@ -117,8 +117,11 @@ def test_a_component_that_does_not_do_what_it_says_is_found(name):
     block, frozen, rule = UNTRUE[name]
     proof = ct.prove(block, "output", "scale", frozen)
     params, v, v_target = ct.sample(block)
-    patched = proof.construct(params, v, v_target).applied_to(params)
-    assert abs(block(patched, v) - block(params, v_target)).max() > 1e-3
+    try:
+        patched = proof.construct(params, v, v_target).applied_to(params)
+        assert abs(block(patched, v) - block(params, v_target)).max() > 1e-3
+    except ct.NotVerified:  # seen in the run itself
+        assert rule == "whole block"
     rows = {row["rule"]: row["status"] for row in proof.check("symbolic")}
     assert rows[rule] == "failed", rows
 

@@ -12,8 +12,11 @@ from controllability.arrays.base import Arithmetic, Array
 
 
 @contextmanager
-def plain_numbers(*devices: str) -> Iterator[None]:
-    """Autocast off on these kinds of devices, new tensors in float32 on the CPU: only what differs is changed."""
+def plain_numbers(*devices: str, wide: bool = False) -> Iterator[None]:
+    """Autocast off on these kinds of devices, new tensors in float32 on the CPU: only what differs is changed.
+
+    ``wide`` says that float64 is as good a default: some float64 models need it.
+    """
     import torch
 
     default = torch.get_default_dtype()
@@ -23,7 +26,7 @@ def plain_numbers(*devices: str) -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        if default != torch.float32:
+        if default != torch.float32 and not (wide and default == torch.float64):
             stack.callback(torch.set_default_dtype, default)
             torch.set_default_dtype(torch.float32)
         yield

@@ -47,7 +47,7 @@ class OutputCentred(OutputNormalised):
     name = "O-centred"
     statement = "m∘n∘g, n the centred normalisation (layer), no bias behind it"
     when = "g is output-controllable; G∘m has entries of both signs, or vanishes (theory 4)"
-    patch = "m'² = κ²·w/f², f_i = mean|x| − sign(x_i)·mean(x), x = G∘sign(m)/√w; g reaches y* = u·√(r²+ε), u = G/m'"
+    patch = "m' = c·sign(m)·√w/f, f_i = mean(abs x) − sign(x_i)·mean(x), x = G∘sign(m)/√w; g reaches y* = u·√(r²+ε), u = G/m'"
     source = "new"
     kind = "layer"
     solution = OneCentredToken

@@ -33,7 +33,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
                 raise ValueError(f"it has {size:,} bytes, and its head announces {announced:,}")
             stream.seek(0)
             raw = stream.read(size)
-        return load(raw), notes, hashlib.sha256(raw).hexdigest()
+        return dict(sorted(load(raw).items())), notes, hashlib.sha256(raw).hexdigest()
     except OSError as error:
         raise PatchError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # whatever JSON and safetensors raise about a damaged file
