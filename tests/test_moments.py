@@ -7,7 +7,7 @@ from test_live_gemma import tiny_gemma
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import controllability as ct
-from controllability.models.moments import SHRINK, Moments
+from controllability.models.moments import SHRINK, Metric, Moments
 
 TEXTS = [torch.randint(3, 50, (40,), generator=torch.Generator().manual_seed(s)) for s in range(3)]
 
@@ -122,6 +122,20 @@ def test_refusals():
         ct.second_moments(model, [])
     with pytest.raises(ct.BadInput, match="got int"):
         ct.second_moments(model, [3])
+    for texts in ("abc", None):
+        with pytest.raises(ct.BadInput, match="give a list of texts"):
+            ct.second_moments(model, texts)
+    with pytest.raises(ct.BadInput, match="the input is empty"):
+        ct.second_moments(model, [torch.zeros(0, dtype=torch.long)])
+    with pytest.raises(ct.BadInput, match="input_ids"):
+        ct.second_moments(model, [torch.rand(5)])
+    with pytest.raises(ct.BadInput, match="padding"):
+        ct.second_moments(model, [{"input_ids": TEXTS[0][None], "attention_mask": torch.zeros(1, 40).long()}])
+    for factor in (0.0, float("nan"), float("inf")):
+        known = ct.second_moments(model, TEXTS)
+        spoilt = Moments({name: Metric(metric.second * factor) for name, metric in known.metrics.items()}, 1)
+        with pytest.raises(ct.BadInput, match="zero or not finite"):
+            ct.patch_model(model, target, source, scope="last", moments=spoilt)
     with pytest.raises(ct.BadInput, match="of another model"):
         ct.patch_model(model, target, source, moments=Moments({}, 0))
     with pytest.raises(ct.BadInput, match="what second_moments gave"):

@@ -20,7 +20,7 @@ from controllability.interfaces import Path, node, updates_of
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.inputs import refuse_bad_inputs, without_cache
+from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed, without_cache
 from controllability.models.tokens import with_special
 
 SHRINK = 0.1  # weight of the identity in Σ: no direction of which the texts say nothing is free
@@ -70,6 +70,8 @@ class Moments:
                 metric = self.metrics.get(name)
                 if metric is None or len(metric.second) not in width:
                     raise BadInput(f"moments: there are none that fit {name}: they are of another model")
+                if not 0 < float(metric.second.diagonal().sum()) < float("inf"):
+                    raise BadInput(f"moments: those of {name} are zero or not finite: make them anew on other texts")
 
     def __repr__(self) -> str:
         return f"Moments({len(self.metrics)} matrices, {self.tokens} tokens)"
@@ -100,7 +102,11 @@ def second_moments(
     >>> from controllability import patch_model
     >>> mp = patch_model(model, {"input_ids": ids}, source, scope="last", moments=moments)
     """
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise BadInput(f"second_moments: give a list of texts, got {type(texts).__name__}")
     runs = [_inputs(text, tokenizer) for text in texts]
+    for inputs in runs:
+        refuse_malformed(inputs, "second_moments")
     if not runs:
         raise BadInput("second_moments: no texts were given")
     with own_modes(model):
@@ -119,6 +125,8 @@ def second_moments(
                 tokens += sum(int(listener.rows) for listener in listeners[:1])
                 progress("second moments", number + 1, len(runs))
         metrics = {name: Metric(sums.clone()) for listener in listeners for name, sums in listener.sums.items()}
+    if not tokens:
+        raise BadInput("second_moments: all tokens of the texts are padding")
     return Moments(metrics, tokens)
 
 
