@@ -116,15 +116,16 @@ def test_no_method_of_a_proof_ends_in_a_recursion_error(monkeypatch):
     }  # fmt: skip
     usual, refused = sys.getrecursionlimit(), []
     for name, walk in walks.items():
-        sys.setrecursionlimit(depth() + 70)
-        try:
-            walk()
-        except ct.BadInput as error:
-            refused.append((name, str(error)))
-        finally:
-            sys.setrecursionlimit(usual)
+        for room in range(70, 190, 12):  # wherever in the walk it ends
+            sys.setrecursionlimit(depth() + room)
+            try:
+                walk()
+            except ct.BadInput as error:
+                refused.append((name, str(error)))
+            finally:
+                sys.setrecursionlimit(usual)
     assert {"str", "dict", "from_dict", "prove", "construct", "check"} <= {name for name, _ in refused}
-    assert all("nested too deeply" in text for _, text in refused)
+    assert [text for _, text in refused if "nested too deeply" not in text] == []
     for walk in walks.values():
         walk()
 

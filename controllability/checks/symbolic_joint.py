@@ -53,6 +53,8 @@ def joint_check(step: Step) -> tuple[str, str]:
     try:
         params, x, _ = _instance(schema.component)
         schema.component(params, x)
+    except RecursionError:
+        raise
     except Exception as failed:  # a component of somebody's own may fail in any way
         return "skipped", f"it runs on no symbols ({type(failed).__name__}: {failed})"
     shapes = tuple(sorted((str(p), str(p.shape)) for p in schema.component.parameters()))
@@ -67,6 +69,8 @@ def joint_check(step: Step) -> tuple[str, str]:
     )
     try:
         wrong = _MEMORY.recall(key, schema.component, lambda: list(claims(step, schema)))
+    except RecursionError:
+        raise
     except Exception as failed:
         return "failed", f"its construction cannot be executed on its own statement ({type(failed).__name__}: {failed})"
     if wrong:

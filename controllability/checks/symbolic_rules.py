@@ -70,6 +70,8 @@ def rule_check(step: Step) -> tuple[str, str]:
     try:
         schema = step.rule.schema(plain)
         left = [(f"{name}: {what}", e) for name, s in variants(plain) for what, e in known(s, schema)]
+    except RecursionError:
+        raise
     except NOT_GENERIC as reason:
         told = f"{type(reason).__name__}: {reason}"
         if step.place.component.chosen or step.update is None or runs_indexed(plain.place.component):

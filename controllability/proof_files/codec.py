@@ -115,6 +115,8 @@ def _instance(data: dict[str, Any], tag: str, where: str, foreign: Mapping[str, 
                 raise wrong(f"{where}.fields.{f.name}", in_words(hint), data["fields"][f.name])
     try:
         return cls(**values)
+    except RecursionError:  # of a file that is nested too deeply, not of these fields
+        raise
     except Exception as refused:
         raise BadInput(f"{where}: {data[tag]} does not take these fields: {refused}") from refused
 
