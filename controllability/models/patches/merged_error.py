@@ -96,13 +96,13 @@ def _compared(patch: PatchRecord, found: Tensor, wanted: Tensor, unpatched: Tens
     plain = None if unpatched is None else compare_logits(unpatched, wanted).relative_error
     if plain is None and patch.merged is not None:
         plain = patch.merged.unpatched
-    swept = None if patch.logits is None else compare_logits(_at_pairs(patch.logits, patch), wanted).relative_error
+    swept = None if patch.logits is None else compare_logits(at_pairs(patch.logits, patch), wanted).relative_error
     return MergedError(merged.relative_error, merged.max_logit_error, plain, swept, merged.top1_agreement)
 
 
 def at_source(patch: PatchRecord, model: nn.Module) -> Tensor:
     """The logits of a source run at the paired positions, (N, vocabulary)."""
-    return _at_pairs(result_of(model(**without_cache(model, patch.inputs["source"]))), patch)
+    return at_pairs(result_of(model(**without_cache(model, patch.inputs["source"]))), patch)
 
 
 def _wanted(patch: PatchRecord) -> Tensor | None:
@@ -111,7 +111,7 @@ def _wanted(patch: PatchRecord) -> Tensor | None:
     return wanted[~wanted.isnan().all(-1)] if wanted is not None and wanted.ndim == 3 else wanted
 
 
-def _at_pairs(logits: Any, patch: PatchRecord) -> Tensor:
+def at_pairs(logits: Any, patch: PatchRecord) -> Tensor:
     """The logits of the paired positions, one row a pair; as they are, where a run gives other rows."""
     rows, books = patch.rows, logits.shape[0] // patch.rows.shape[0]
     if logits.ndim == 3 and books > 1:

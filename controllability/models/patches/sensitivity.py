@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from controllability.arrays import relative_error
+from controllability.arrays import errors_and_sizes, quotient
 from controllability.errors import ControllabilityError, ControllabilityWarning, PatchError
 from controllability.models.hooks.carried_patches import uncompiled
 from controllability.models.hooks.installation import HookStack
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.applied import applied
-from controllability.models.patches.merged_error import at_source
+from controllability.models.patches.merged_error import at_pairs
 from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.checked_reading import known_reading
+from controllability.models.reading.heads import Result, Runs, by_blocks, without_logits
 from controllability.models.sweep.sensitivity import Sensitivity
 
 SEED = 0
@@ -57,19 +59,27 @@ def measure_sensitivity(patch: PatchRecord, model: nn.Module) -> Sensitivity:
 
 def _magnified(patch: PatchRecord, model: nn.Module) -> float:
     """The relative change of the logits over that of the states."""
-    clean = at_source(patch, model)
-    size = max(torch.finfo(clean.dtype).eps, FLOAT32) ** (2 / 3)
-    installation = HookStack()
-    disturbed = _Disturbed(size)
-    try:
-        for layer in known_reading(model).layers:
-            installation.disturb(model.get_submodule(layer.name), disturbed)
-        noisy = at_source(patch, model)
-    finally:
-        installation.undo()
+    source = patch.inputs["source"]
+    with Runs(model, without_logits(model, [source])) as run:
+
+        def at_source() -> Result:
+            found = run(source)
+            return replace(found, held=at_pairs(found.held, patch))
+
+        clean = at_source()
+        size = max(torch.finfo(clean.dtype).eps, FLOAT32) ** (2 / 3)
+        installation = HookStack()
+        disturbed = _Disturbed(size)
+        try:
+            for layer in known_reading(model).layers:
+                installation.disturb(model.get_submodule(layer.name), disturbed)
+            noisy = at_source()
+        finally:
+            installation.undo()
     if not disturbed.times:
         raise ControllabilityError("no layer of this model takes its state where it could be disturbed")
-    return relative_error(noisy, clean) / size
+    blocks = by_blocks(lambda _, x, y: torch.stack([v.max() for v in errors_and_sizes(x, y)]), noisy, clean)
+    return quotient(*torch.stack(blocks).amax(0).tolist()) / size
 
 
 class _Disturbed:
