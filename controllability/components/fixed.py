@@ -24,6 +24,7 @@ class Fixed(Component):
     """
 
     inner: Component
+    has_module = False
 
     def __call__(self, params: Params, x: Array) -> Array:
         return self.inner(params, x)
@@ -36,10 +37,6 @@ class Fixed(Component):
 
     def map_held(self, change: Callable[[Any], Any]) -> Fixed:
         return replace(self, inner=change(self.inner))
-
-    @property
-    def module(self) -> str:
-        return ""
 
     @property
     def width(self) -> int | str | None:
@@ -60,6 +57,7 @@ class Gate(Component, Bijection):
 
     weight: Param
     activation: str = "identity"
+    has_module = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +85,3 @@ class Gate(Component, Bijection):
 
     def own_parameters(self) -> tuple[Param, ...]:
         return (self.weight,)
-
-    @property
-    def module(self) -> str:
-        return ""

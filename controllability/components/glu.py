@@ -29,6 +29,7 @@ class Glu(Component):
     limit: Any = None
     shift: Any = 0
     bounds = {"limit": "> 0", "shift": "finite"}
+    has_module = False
 
     def __call__(self, params: Params, x: Array) -> Array:
         half = x.shape[-1] // 2
@@ -55,10 +56,6 @@ class Glu(Component):
 
     def map_held(self, change: Callable[[Any], Any]) -> Glu:
         return replace(self, activation=change(self.activation))
-
-    @property
-    def module(self) -> str:
-        return ""
 
     def output_width(self, width: Size) -> Size:
         return width // 2 if isinstance(width, int) else width.removeprefix("2") if width else None
@@ -106,6 +103,7 @@ class XIELU(Component):
     alpha_n: Param
     beta: Param
     eps: Param
+    has_module = False
 
     def __call__(self, params: Params, x: Array) -> Array:
         xp = arithmetic(x)
@@ -120,7 +118,3 @@ class XIELU(Component):
 
     def own_parameters(self) -> tuple[Param, ...]:
         return (self.alpha_p, self.alpha_n, self.beta, self.eps)
-
-    @property
-    def module(self) -> str:
-        return ""

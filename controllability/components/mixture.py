@@ -124,6 +124,8 @@ class Mixture(Combinator):
     inner: Component
     last: Component
     weighted: bool = True
+    has_module = False
+    binds = (1, 2)
 
     def children(self) -> tuple[Component, ...]:
         return (self.router, self.inner, self.last)
@@ -133,10 +135,6 @@ class Mixture(Combinator):
 
     def map_held(self, change: Callable[[Any], Any]) -> Mixture:
         return replace(self, routing=change(self.routing))
-
-    @property
-    def module(self) -> str:
-        return ""
 
     @property
     def width(self) -> int | str | None:
@@ -152,10 +150,6 @@ class Mixture(Combinator):
         if index != 1:
             return super().child_input(index, x, output)
         return [a[..., None, :] for a in x] if isinstance(x, tuple | list) else x[..., None, :]
-
-    @property
-    def binds(self) -> tuple[int, ...]:
-        return (1, 2)
 
     @property
     def chosen(self) -> int:

@@ -45,6 +45,12 @@ class Component(ABC):
 
     # what runs where: the facts from which a run, a picture and a width follow
 
+    # the part whose output is its own, as it is; None where the parts are put together otherwise
+    outlet: int | None = None
+    # what it makes of its parts' outputs: "sum", "weighted sum" (by shares), "product"; "" for anything else
+    joined_by: str = ""
+    binds: tuple[int, ...] = ()  # the parts that see what ``bindings`` names; the other parts decide it
+
     def source_of(self, index: int) -> int | None:
         """The part whose output part ``index`` reads; None where it reads this component's own input."""
         return None
@@ -53,11 +59,6 @@ class Component(ABC):
         """What part ``index`` reads, from this component's input and the outputs of other parts."""
         source = self.source_of(index)
         return x if source is None else output(source)
-
-    @property
-    def outlet(self) -> int | None:
-        """The part whose output is this component's own, as it is; None where the parts are put together otherwise."""
-        return None
 
     def chain(self) -> tuple[int, ...]:
         """The parts from the one that reads this component's input to its ``outlet``; () where it has none."""
@@ -71,11 +72,6 @@ class Component(ABC):
         """Whether it is its parts, one after the other, and nothing else."""
         count = len(self.children())
         return count > 0 and not self.binds and self.chain() == tuple(range(count))
-
-    @property
-    def joined_by(self) -> str:
-        """What it makes of its parts' outputs: "sum", "weighted sum" (by shares), "product"; "" for anything else."""
-        return ""
 
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
         """This component's value from the outputs of its parts."""
@@ -91,11 +87,6 @@ class Component(ABC):
         """How far ``bindings`` is from another choice, (..., 1), where it is one."""
         raise NotImplementedError(f"{type(self).__name__} does not say how far it is from another choice")
 
-    @property
-    def binds(self) -> tuple[int, ...]:
-        """The parts that see what ``bindings`` names; the other parts decide it."""
-        return ()
-
     def feeds(self, earlier: int, later: int) -> bool:
         """Whether a change inside part ``earlier`` reaches what part ``later`` reads."""
         if later in self.binds and earlier not in self.binds:
@@ -109,43 +100,21 @@ class Component(ABC):
     sequential = False  # its parts run one after the other, so that it can be cut between any two
     scales = False  # it multiplies its input, entry by entry, by a parameter: the scale after a norm
     offset = 0  # what is added to its parameter to make the scale (Gemma stores m − 1)
+    has_module = True  # whether a live module of its own computes it, where it has parameters
     per_expert = False  # it computes expert by expert, one row for each chosen one
+    # which of a block's several inputs it picks; None for what takes the one that it is given
+    reads_input: int | None = None
+    input_name: str | None = None  # what it calls that input, "" for no name; None where it takes all that it is given
+    normalises: str = ""  # how it normalises its input, "rms" or "layer"; "" where it does not
+    norm_epsilon: Any = 0  # what it adds under the root, where it normalises
+    chosen: int = 0  # how many of its experts serve a token; 0 where there are none to choose from
+    choice_words: str = ""  # how it chooses its experts
 
     @property
     def module(self) -> str:
         """The live module that computes this leaf, by the name of its parameters; '' if none."""
-        own = self.own_parameters()
+        own = self.own_parameters() if self.has_module else ()
         return own[0].name.rpartition(".")[0] if own else ""
-
-    @property
-    def reads_input(self) -> int | None:
-        """Which of a block's several inputs it picks; None for what takes the one input that it is given."""
-        return None
-
-    @property
-    def input_name(self) -> str | None:
-        """What it calls that input, "" for no name; None where it takes all that it is given."""
-        return None
-
-    @property
-    def normalises(self) -> str:
-        """How it normalises its input, "rms" or "layer"; "" where it does not."""
-        return ""
-
-    @property
-    def norm_epsilon(self) -> Any:
-        """What it adds under the root, where it normalises."""
-        return 0
-
-    @property
-    def chosen(self) -> int:
-        """How many of its experts serve a token; 0 where there are none to choose from."""
-        return 0
-
-    @property
-    def choice_words(self) -> str:
-        """How it chooses its experts, in words."""
-        return ""
 
     # sizes
 
@@ -294,6 +263,7 @@ class Sum(Combinator):
     """f₁(x) + … + f_k(x).  A residual block is the sum of its skip and its branch."""
 
     terms: tuple[Component, ...]
+    joined_by = "sum"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -302,10 +272,6 @@ class Sum(Combinator):
 
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
         return reduce(lambda a, b: a + b, map(output, range(len(self.terms))))
-
-    @property
-    def joined_by(self) -> str:
-        return "sum"
 
     def describe(self) -> str:
         return " + ".join(f"({t.describe()})" if t.children() else t.describe() for t in self.terms)
@@ -319,6 +285,7 @@ class Product(Combinator):
     """f₁(x) ∘ … ∘ f_k(x), elementwise: the gated product."""
 
     factors: tuple[Component, ...]
+    joined_by = "product"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -327,10 +294,6 @@ class Product(Combinator):
 
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
         return reduce(lambda a, b: a * b, map(output, range(len(self.factors))))
-
-    @property
-    def joined_by(self) -> str:
-        return "product"
 
     def describe(self) -> str:
         return " * ".join(f"({f.describe()})" if f.children() else f.describe() for f in self.factors)
