@@ -55,9 +55,8 @@ def generate(args: argparse.Namespace, output: Output) -> int:
         raise stopped
     skipped = args.skip_sensitivity or stopped is not None
     with exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
-        history = torch.tensor(
-            reader.histories[:1], device=args.device
-        )  # of the patch of one token, the last of the first prompt
+        # of the patch of one token, the last of the first prompt
+        history = torch.tensor(reader.histories[:1], device=args.device)
         sensitivity = None if skipped else sensitivity_of_token(model, history, via=args.via, route=args.route)
     return _report(args, output, transcript, stopped is not None, time.perf_counter() - started, sensitivity)
 

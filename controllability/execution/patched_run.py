@@ -77,15 +77,11 @@ class PatchedRun(Trace):
         self.journal = Journal()
         self.joint = joint
         self.served: Mapping[Path, Known] = {}  # tokens that the patch serves already
-        self.metrics: Mapping[
-            str, Metric
-        ] = {}  # of matrices, by the parameter's name; without one Frobenius' norm counts
+        self.metrics: Mapping[str, Metric] = {}  # of matrices, by name; without one Frobenius' norm counts
         self.others: dict[Path, Array] = {}  # what else a leaf reads with the same change, (N, T, in)
         self.served_after: dict[Path, Known] = {}  # those and these
         self.target_shift: dict[Path, Array] = {}  # what the known tokens' outputs must give more, (T, ·)
-        self.output_sizes: Array | None = (
-            None  # by which factors the block's outputs may differ from the target's, (T, 1)
-        )
+        self.output_sizes: Array | None = None  # factors by which the outputs may differ from the target's, (T, 1)
 
     def wanted(self) -> Array:
         """What the block must give: the target's output, in the size that serves where sizes do not count."""

@@ -65,11 +65,8 @@ def load_model(
     except (BadInput, ReadingError):
         raise
     except Exception as error:  # whatever transformers, tokenizers, gguf or safetensors raise about bad files
-        what = "model" if local else f"model (no directory {name} here, and as a Hub id it"
-        text = in_a_line(error) or type(error).__name__
-        raise BadInput(
-            f"cannot load the {what} {name}: {text}" if local else f"cannot load {what} failed): {text}"
-        ) from None
+        what = f"the model {name}" if local else f"model (no directory {name} here, and as a Hub id it failed)"
+        raise BadInput(f"cannot load {what}: {in_a_line(error) or type(error).__name__}") from None
     _refuse_mismatch(name, notes)
     return model.eval(), tokenizer
 
@@ -141,18 +138,11 @@ def _refuse_incomplete(folder: Path) -> None:
 
 
 def _refuse_mismatch(name: str, notes: Any) -> None:
-    def listed(key: str) -> list[str]:
-        found = (notes.get(key) if isinstance(notes, dict) else getattr(notes, key, ())) or ()
-        return [
-            str(x[0] if isinstance(x, tuple) else x) for x in found
-        ]  # a name, or (name, its shape, the shape wanted)
-
-    for key, what in (
-        ("missing_keys", "lacks"),
-        ("mismatched_keys", "has another shape for"),
-        ("unexpected_keys", "has unknown"),
-    ):
-        if found := listed(key):
+    said = {"missing_keys": "lacks", "mismatched_keys": "has another shape for", "unexpected_keys": "has unknown"}
+    for key, what in said.items():
+        keys = (notes.get(key) if isinstance(notes, dict) else getattr(notes, key, ())) or ()
+        # each a name, or (name, its shape, the shape wanted)
+        if found := [str(x[0] if isinstance(x, tuple) else x) for x in keys]:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise BadInput(f"the weights in {name} do not fit its config: the file {what} {', '.join(found[:3])}{more}")
 

@@ -150,9 +150,8 @@ class _Listener:
         self.sums: dict[str, Tensor] = {}
         self.valid: Tensor | None = None
         self.rows = 0  # tokens of the last run
-        self._read: tuple[Any, Tensor] | None = (
-            None  # what the last tap read, and its moment: gate and up read the same
-        )
+        # what the last tap read, and its moment: gate and up read the same
+        self._read: tuple[Any, Tensor] | None = None
 
     def begins(self) -> None:
         self._read = None

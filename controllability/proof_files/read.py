@@ -32,12 +32,8 @@ PROOF = {
     "conditions": CONDITIONS, "rules": [str], "alternatives": list,
 }  # fmt: skip
 MANY = {"jointly": bool, "most": dict}  # of a joint proof only
-BESIDE = {
-    "name": str,
-    "checks": list,
-    "summary": str,
-    "references": dict,
-}  # what the command line adds: no part of the proof
+# what the command line adds: no part of the proof
+BESIDE = {"name": str, "checks": list, "summary": str, "references": dict}
 
 
 @within_depth

@@ -11,9 +11,8 @@ from collections.abc import Callable
 
 from controllability.arrays import Arithmetic, Array
 
-Stored = Callable[
-    ..., Array
-]  # (scale, side): the stored value nearest to it (side 0), or the next below (−1) or above (1)
+# (scale, side): the stored value nearest to it (side 0), or the next below (−1) or above (1)
+Stored = Callable[..., Array]
 ROUNDINGS = 8.0  # machine epsilons by which a mean of squares may be off: computing it is no better
 FLIPS = 200  # entries at most that take the other one of their two values
 

@@ -70,9 +70,8 @@ def patch_of_adapter(directory: str | Path, model: nn.Module) -> PatchRecord:
     one = torch.zeros(1, dtype=torch.long)
     inputs: dict[str, Any] = {"target": {}, "source": {}, "positions": None}
     rows = Positions(one, one, (1, 1))
-    return PatchRecord(
-        tuple(entries), "last", rows, report, inputs, _model=weakref.ref(model), _seen=look_at(model)
-    )  # fmt: skip
+    known: dict[str, Any] = {"_model": weakref.ref(model), "_seen": look_at(model)}
+    return PatchRecord(tuple(entries), "last", rows, report, inputs, **known)
 
 
 def _slots(model: nn.Module) -> dict[str, list[Slot]]:
@@ -158,9 +157,8 @@ def _factors(
     rank = rank_of(pair["A"], form)
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     dtype = _lifted(pair["A"], model.get_parameter(name))
-    used = (
-        ((rows != 0).any(-1) & (columns != 0).any(-1)).reshape(-1, rows.shape[-2]).any(0)
-    )  # the others fill it up to a rank
+    # the others fill it up to a rank
+    used = ((rows != 0).any(-1) & (columns != 0).any(-1)).reshape(-1, rows.shape[-2]).any(0)
     used[0] |= not bool(used.any())
     return rows[..., used, :].to(dtype) * scaling, columns[..., used, :].to(dtype)
 

@@ -139,9 +139,8 @@ def state_of_model(model: nn.Module) -> ModelState:
             shared = [module for module in model.modules() if module._modules or module is model]
             known = [found for module in shared if (found := _LOADS.get(module)) is not None]
             state = known[0] if known else ModelState()
-            for other in {
-                id(found): found for found in known if found is not state
-            }.values():  # parts by themselves so far
+            parts = {id(found): found for found in known if found is not state}  # by themselves so far
+            for other in parts.values():
                 state.patches += other.patches
                 state.same_again |= other.same_again
             for module in shared:

@@ -32,9 +32,8 @@ class TellingWeight(torch.Tensor):
     """
 
     listener: Listener
-    stored: (
-        Tensor  # the parameter itself, without a listener: gradients go there, in whatever mode the listener was put on
-    )
+    # the parameter itself, without a listener: gradients go there, in whatever mode the listener was put on
+    stored: Tensor
 
     @staticmethod
     def of(base: Tensor, listener: Listener) -> TellingWeight:

@@ -95,11 +95,7 @@ def _gone_on(
         return None
     try:
         return _solved(patch, model, checked, stream, step, _caches(patch, model, step))
-    except (
-        NotContinued,
-        SideConditionFailed,
-        NotVerified,
-    ):  # solved at once it may be possible, or is refused for good
+    except (NotContinued, SideConditionFailed, NotVerified):  # solved at once it may be possible, or is refused
         step.known.caches = None
         return None
 
@@ -256,29 +252,8 @@ def _anew(patch: PatchRecord, model: nn.Module, inputs: dict[str, Any]) -> dict[
     there, here = ({k: v.to(device) for k, v in inputs[role].items()} for role in ("target", "source"))
     assert patch.joint is not None
     joint = JointOptions(keep_rms=patch.joint.keep_rms)
-    made = solve(
-        model,
-        there,
-        here,
-        "all",
-        patch.report.via,
-        patch.report.route,
-        inputs["positions"],
-        silent,
-        joint,
-        patch.moments,
-    )
+    asked = patch.report.via, patch.report.route, inputs["positions"]
+    made = solve(model, there, here, "all", *asked, silent, joint, patch.moments)
     made.report = replace(made.report, probe=patch.report.probe)
-    names = (
-        "entries",
-        "inputs",
-        "rows",
-        "report",
-        "output",
-        "target_output",
-        "stream",
-        "fingerprint",
-        "measured",
-        "_seen",
-    )
-    return {name: getattr(made, name) for name in names}
+    names = "entries inputs rows report output target_output stream fingerprint measured _seen"
+    return {name: getattr(made, name) for name in names.split()}

@@ -32,9 +32,7 @@ from controllability.models.reading.settings import settings_of
 from controllability.models.reading.tolerances import VERIFIED
 
 FEW = 2**21  # so many logits are kept as they are
-ENTRIES = (
-    7 * 2**20
-)  # so many are computed at a time: in float32 less than the 32 MB from which on malloc reuses nothing
+ENTRIES = 7 * 2**20  # computed at a time: in float32 less than the 32 MB from which on malloc reuses nothing
 KEEP = "logits_to_keep"
 PLAIN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "use_cache"}
 

@@ -18,9 +18,8 @@ from controllability.interfaces import Component, Param, Params, Update, node, u
 
 Move = tuple[Update, Delta]  # how a leaf is steered, and what is added to its parameter
 HALF = (torch.float16, torch.bfloat16)
-Effect = Callable[
-    [Tensor, Tensor, Tensor | None], Tensor
-]  # (x, y, chosen experts (…, k)) -> y with the deltas' effects
+# (x, y, chosen experts (…, k)) -> y with the deltas' effects
+Effect = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def ready(layer: Layer, tap: Tap, moves: Sequence[Move]) -> Effect:
