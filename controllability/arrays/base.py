@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +11,11 @@ import numpy as np
 from controllability.errors import NotExact
 
 Array = Any  # numpy.ndarray (float or object) or torch.Tensor
+
+
+def _of_entries(name: str) -> Callable[[Arithmetic, Array], Array]:
+    """The method that is ``function`` of that name."""
+    return lambda self, x: self.function(name, x)
 
 
 class Arithmetic:
@@ -55,23 +61,8 @@ class Arithmetic:
             return erf(x)
         return getattr(np, "arctanh" if name == "atanh" else name)(x)
 
-    def sqrt(self, x: Array) -> Array:
-        return self.function("sqrt", x)
-
-    def exp(self, x: Array) -> Array:
-        return self.function("exp", x)
-
-    def log(self, x: Array) -> Array:
-        return self.function("log", x)
-
-    def tanh(self, x: Array) -> Array:
-        return self.function("tanh", x)
-
-    def arctanh(self, x: Array) -> Array:
-        return self.function("atanh", x)
-
-    def erf(self, x: Array) -> Array:
-        return self.function("erf", x)
+    sqrt, exp, log = (_of_entries(name) for name in ("sqrt", "exp", "log"))
+    tanh, arctanh, erf = (_of_entries(name) for name in ("tanh", "atanh", "erf"))
 
     def sigmoid(self, x: Array) -> Array:
         from scipy.special import expit

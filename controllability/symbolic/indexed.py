@@ -7,8 +7,9 @@ code that runs on NumPy runs on these arrays unchanged.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
-from functools import reduce
+from functools import partialmethod, reduce
 from itertools import zip_longest
 from typing import Any
 
@@ -77,31 +78,16 @@ class IndexedArray:
             return IndexedArray(self.shape, operation(self.entry, sympy.sympify(_exact(other))))
         return IndexedArray(_broadcast(self.shape, other.shape), operation(self.entry, other.entry))
 
-    def __add__(self, other: Any) -> IndexedArray:
-        return self._with(other, lambda a, b: a + b)
-
-    def __sub__(self, other: Any) -> IndexedArray:
-        return self._with(other, lambda a, b: a - b)
-
-    def __rsub__(self, other: Any) -> IndexedArray:
-        return self._with(other, lambda a, b: b - a)
-
-    def __mul__(self, other: Any) -> IndexedArray:
-        return self._with(other, lambda a, b: a * b)
-
-    def __truediv__(self, other: Any) -> IndexedArray:
-        return self._with(other, lambda a, b: a / b)
-
-    def __rtruediv__(self, other: Any) -> IndexedArray:
-        return self._with(other, lambda a, b: b / a)
-
-    def __pow__(self, power: Any) -> IndexedArray:
-        return self._with(power, lambda a, b: a**b)
+    __add__ = __radd__ = partialmethod(_with, operation=operator.add)
+    __mul__ = __rmul__ = partialmethod(_with, operation=operator.mul)
+    __sub__ = partialmethod(_with, operation=operator.sub)
+    __rsub__ = partialmethod(_with, operation=lambda a, b: b - a)
+    __truediv__ = partialmethod(_with, operation=operator.truediv)
+    __rtruediv__ = partialmethod(_with, operation=lambda a, b: b / a)
+    __pow__ = partialmethod(_with, operation=operator.pow)
 
     def __neg__(self) -> IndexedArray:
         return IndexedArray(self.shape, -self.entry)
-
-    __radd__, __rmul__ = __add__, __mul__
 
     def __eq__(self, other: object) -> Any:
         """Known to be equal or not, as NumPy booleans; an undecided comparison of places is a Kronecker delta."""

@@ -59,6 +59,11 @@ class GeneratedToken(OneLine):
         return {name: value[sample].item() for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
+def _largest(name: str, doc: str) -> property:
+    """The largest number of that name over the tokens of all steps, as a float."""
+    return property(lambda self: float(self._over_active(name).max()), doc=doc)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Generation(OneLine):
     """All steps.  ``sequences`` (B, L + N): the prompts, padded on the left, and the tokens that both went on with.
@@ -80,25 +85,10 @@ class Generation(OneLine):
         """The share of tokens for which the patched model chose what the contextual one chose."""
         return float(self._over_active("agrees").double().mean())
 
-    @property
-    def kl_max(self) -> float:
-        """The largest KL(contextual ‖ patched) of a token, in nats."""
-        return float(self._over_active("kl").max())
-
-    @property
-    def tv_max(self) -> float:
-        """The largest total variation between the two distributions of a token."""
-        return float(self._over_active("tv").max())
-
-    @property
-    def relative_error(self) -> float:
-        """The largest relative error of a token's logits."""
-        return float(self._over_active("relative_error").max())
-
-    @property
-    def max_logit_error(self) -> float:
-        """The largest error of a logit."""
-        return float(self._over_active("max_logit_error").max())
+    kl_max = _largest("kl", "The largest KL(contextual ‖ patched) of a token, in nats.")
+    tv_max = _largest("tv", "The largest total variation between the two distributions of a token.")
+    relative_error = _largest("relative_error", "The largest relative error of a token's logits.")
+    max_logit_error = _largest("max_logit_error", "The largest error of a logit.")
 
     @property
     def max_logit_error_unpatched(self) -> float | None:

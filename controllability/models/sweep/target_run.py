@@ -17,9 +17,10 @@ from controllability.interfaces import Path
 from controllability.models.hooks.guards import refuse_bypassed
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.reading.positions import Positions
-from controllability.models.sweep.shelf import Shelf
 
 Progress = Callable[[str, int, int], None]
+NUMBERS = 2**18  # of one board of a shelf
+STEP = 16  # tensors begin at multiples of so many numbers
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -59,6 +60,28 @@ def check_finite(states: Tensor, run: str, layer: Layer, where: str) -> None:
             f"{run} run: the state {where} layer {layer.index} is not finite at sample {bad[0]}, position {bad[1]}; "
             "the model overflows on this input (try another dtype); nothing was changed"
         )
+
+
+class Shelf:
+    """Keeps small tensors, side by side in a few large ones.
+
+    Each by itself would be cut from the space that a layer's activations left free, and the next layer's would no longer
+    fit there: a model that is run on a long context would then take many times the memory of a layer.
+    """
+
+    def __init__(self) -> None:
+        self._boards: dict[tuple[torch.device, torch.dtype], tuple[Tensor, int]] = {}
+
+    def keep(self, x: Tensor) -> Tensor:
+        """A copy of ``x``, or ``x`` itself if it is large."""
+        count = x.numel()
+        if 4 * count > NUMBERS:
+            return x
+        board, used = self._boards.get((x.device, x.dtype), (None, 0))
+        if board is None or used + count > len(board):
+            board, used = x.new_empty(NUMBERS), 0
+        self._boards[x.device, x.dtype] = board, used + count + -count % STEP
+        return board[used : used + count].view(x.shape).copy_(x)
 
 
 class Observer:
