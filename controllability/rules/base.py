@@ -7,10 +7,10 @@ the wanted output of its place on to its premises (``construct``).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from types import UnionType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from controllability.arrays import Array, arithmetic
 from controllability.execution.patched_run import PatchedRun
@@ -89,6 +89,20 @@ class Attempt:
     steps: list[Step] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
+    def add(
+        self, rule: Rule, place: Place, premises: tuple[Step, ...], twice: tuple[Param, ...], own: Iterable[Param] = (),
+        **more: Any,
+    ) -> None:  # fmt: skip
+        """Add the conclusion from ``premises``, which moves what they move and its ``own``; a failure where a parameter is used ``twice``.
+
+        The cost is that of all premises, unless ``more``, fields of the step, say otherwise.
+        """
+        if twice:
+            self.failures.append(shared(place, rule.name, twice))
+            return
+        moved = frozenset(own).union(*(p.moved for p in premises))
+        self.steps.append(Step(rule, place, premises, moved, **{"cost": sum(p.cost for p in premises), **more}))
+
 
 class Rule(ABC):
     """One row of the table.  ``statement``, ``when`` and ``patch`` are what a reader sees."""
@@ -161,11 +175,8 @@ def lifted(
     """The derivations found at ``part`` as derivations at ``place``, where ``fixed`` must stay as it is."""
     found = Attempt(failures=list(attempt.failures))
     for step in attempt.steps:
-        if twice := disturbs(step.moved, *fixed):
-            found.failures.append(shared(place, rule.name, twice))
-        else:
-            cost = max(step.cost, cost_at_least)
-            found.steps.append(Step(rule, place, (step,), step.moved, conditions, cost, note))
+        how = {"conditions": conditions, "cost": max(step.cost, cost_at_least), "note": note}
+        found.add(rule, place, (step,), disturbs(step.moved, *fixed), **how)
     return found
 
 

@@ -65,10 +65,9 @@ class OutputCentred(OutputNormalised):
         attempt = prover.attempt(inner, self.side)
         found, own = Attempt(failures=list(attempt.failures)), frozenset({weight})
         for step in attempt.steps:
-            if disturbs(own, inner) or disturbs(step.moved, *place.parts()[-2:]):
-                continue
-            condition = Condition(BOTH_SIGNS, place.parts()[-1].describe(), hint=HINT)
-            found.steps.append(Step(self, place, (step,), step.moved | own, (condition,), step.cost, route="balanced"))
+            if not disturbs(own, inner) + disturbs(step.moved, *place.parts()[-2:]):
+                condition = Condition(BOTH_SIGNS, place.parts()[-1].describe(), hint=HINT)
+                found.add(self, place, (step,), (), own, conditions=(condition,), route="balanced")
         return found
 
     def schema(self, step: Step) -> Schema:

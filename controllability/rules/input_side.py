@@ -17,7 +17,6 @@ from controllability.rules.base import (
     construct,
     disturbs,
     lifted,
-    shared,
     target_output,
 )
 from controllability.rules.mixture import choice_conditions, mixtures_in, watch_choice
@@ -100,27 +99,12 @@ class InputCombine(Rule):
     def derive(self, place: Place, prover: Search) -> Attempt:
         parts = place.parts()
         attempts = [prover.attempt(part, "input") for part in parts]
-        failures = [
-            Failure(
-                part,
-                self.name,
-                "this part is not input-controllable",
-                "give it a linear map before it",
-                tuple(a.failures),
-            )
-            for part, a in zip(parts, attempts, strict=True)
-            if not a.steps
-        ]
-        if failures:
-            return Attempt(failures=failures)
-        found = Attempt()
+        found, reason, hint = Attempt(), "this part is not input-controllable", "give it a linear map before it"
+        for part, attempt in zip(parts, attempts, strict=True):
+            if not attempt.steps:
+                found.failures.append(Failure(part, self.name, reason, hint, tuple(attempt.failures)))
         for steps in islice(product(*(a.steps for a in attempts)), MOST):
-            twice = _meet(steps, parts)
-            if twice:
-                found.failures.append(shared(place, self.name, twice))
-                continue
-            moved = frozenset[Param]().union(*(s.moved for s in steps))
-            found.steps.append(Step(self, place, steps, moved, cost=max(s.cost for s in steps)))
+            found.add(self, place, steps, _meet(steps, parts), cost=max(s.cost for s in steps))
         return found
 
     def schema(self, step: Step) -> Schema:

@@ -11,7 +11,7 @@ from controllability.components.mixture import CHOSEN, SHARES, ExpertLinear, Mix
 from controllability.deltas import Delta
 from controllability.errors import SideConditionFailed
 from controllability.execution.patched_run import Goal, PatchedRun
-from controllability.interfaces import Condition, Param, Params, Path, Place, overlap
+from controllability.interfaces import Condition, Params, Path, Place, overlap
 from controllability.rules.base import (
     Attempt,
     Failure,
@@ -180,12 +180,8 @@ class InputMixture(Rule):
     def derive(self, place: Place, prover: Search) -> Attempt:
         found = Attempt()
         for steps in self._inner(place, prover, found):
-            if twice := disturbs(steps[0].moved | steps[1].moved, place.parts()[2]):
-                found.failures.append(shared(place, self.name, twice))
-                continue
-            moved = frozenset[Param]().union(*(s.moved for s in steps))
-            conditions = choice_conditions(place)
-            found.steps.append(Step(self, place, steps, moved, conditions, sum(s.cost for s in steps)))
+            twice = disturbs(steps[0].moved | steps[1].moved, place.parts()[2])
+            found.add(self, place, steps, twice, conditions=choice_conditions(place))
         return found
 
     def _inner(self, place: Place, prover: Search, found: Attempt) -> list[tuple[Step, Step]]:

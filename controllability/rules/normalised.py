@@ -15,7 +15,7 @@ from controllability.errors import SideConditionFailed
 from controllability.execution.journal import Margin, RouteTaken
 from controllability.execution.patched_run import Goal, PatchedRun
 from controllability.interfaces import Component, Condition, Param, Place, Sequence
-from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Target, construct, disturbs, shared
+from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Target, construct, disturbs
 from controllability.rules.schema import Assumed, schema
 from controllability.solvers import norm_scale as routes
 
@@ -142,13 +142,10 @@ class OutputNormalised(Rule):
         own = frozenset({scale.weight}) if free and isinstance(scale, Scale) and route != "ball" else frozenset[Param]()
         for step in attempt.steps:
             twice = disturbs(own, inner) + disturbs(step.moved, *place.parts()[norm:])
-            if twice:
-                found.failures.append(shared(place, self.name, twice))
-                continue
             hint = _advice(prover.route, route, scale)
             condition = Condition(ROUTE_CONDITIONS[route], place.parts()[-1].describe(), hint=hint)
             cost = step.cost if own or prover.route == "ball" else step.cost + LAST_RESORT
-            found.steps.append(Step(self, place, (step,), step.moved | own, (condition,), cost, route=route))
+            found.add(self, place, (step,), twice, own, conditions=(condition,), cost=cost, route=route)
         return found
 
     def schema(self, step: Step) -> Schema:

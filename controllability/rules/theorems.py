@@ -17,7 +17,6 @@ from controllability.rules.base import (
     construct,
     disturbs,
     rest_of_sum,
-    shared,
     target_output,
 )
 from controllability.rules.output_side import OutputSum
@@ -68,23 +67,16 @@ class Theorem1(Rule):
                 hint = "put a linear map before it, or ask for via='output' (Theorem 1b)"
                 found.failures.append(Failure(inner, self.name, reason, hint, tuple(f.failures)))
             return
+        note = f"f = {inner.describe()};  g = {outer.describe()}"
         for one, two in product(f.steps, g.steps):
             twice = disturbs(one.moved, outer) + disturbs(two.moved, inner, *others) + _misread(one.moved, others)
-            if twice:
-                found.failures.append(shared(place, self.name, twice))
-                continue
-            note = f"f = {inner.describe()};  g = {outer.describe()}"
-            cost = one.cost + two.cost
-            found.steps.append(Step(self, place, (one, two), one.moved | two.moved, cost=cost, note=note))
+            found.add(self, place, (one, two), twice, note=note)
 
     def _through(self, place: Place, branch: Place, others: tuple[Place, ...], prover: Search, found: Attempt) -> None:
         attempt = prover.attempt(branch, "through")
         found.failures += attempt.failures
         for step in attempt.steps:
-            if twice := disturbs(step.moved, *others):
-                found.failures.append(shared(place, self.name, twice))
-            else:
-                found.steps.append(Step(self, place, (step,), step.moved, cost=step.cost))
+            found.add(self, place, (step,), disturbs(step.moved, *others))
 
     def schema(self, step: Step) -> Schema:
         at = index_of(step, step.premises[0].place)

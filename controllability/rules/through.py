@@ -22,7 +22,6 @@ from controllability.rules.base import (
     disturbs,
     lifted,
     rest_of_sum,
-    shared,
     target_output,
 )
 from controllability.rules.schema import Assumed, Unknown, index_of, schema, terms
@@ -45,14 +44,9 @@ class ThroughSplit(Rule):
             inner, outer = place.slice(0, split), place.slice(split, count)
             g = prover.attempt(outer, "output")
             f = prover.attempt(inner, "input") if g.steps else Attempt()
+            note = f"f = {inner.describe()};  g = {outer.describe()}"
             for one, two in product(f.steps, g.steps):
-                if twice := disturbs(one.moved, outer) + disturbs(two.moved, inner):
-                    found.failures.append(shared(place, self.name, twice))
-                    continue
-                note = f"f = {inner.describe()};  g = {outer.describe()}"
-                found.steps.append(
-                    Step(self, place, (one, two), one.moved | two.moved, cost=one.cost + two.cost, note=note)
-                )
+                found.add(self, place, (one, two), disturbs(one.moved, outer) + disturbs(two.moved, inner), note=note)
         return found
 
     def schema(self, step: Step) -> Schema:
@@ -103,12 +97,8 @@ class ThroughSum(Rule):
                 for p in disturbs(step.moved, *(part for part in place.parts() if part.path != other.path))
             )
             for step in attempt.steps[:FEW]:
-                if doubly := twice + disturbs(step.moved, *others):
-                    found.failures.append(shared(place, self.name, doubly))
-                    continue
-                moved = step.moved.union(*(s.moved for _, s in beside))
-                cost = step.cost + max((s.cost for _, s in beside), default=0)
-                found.steps.append(Step(self, place, (step, *(s for _, s in beside)), moved, cost=cost))
+                premises, cost = (step, *(s for _, s in beside)), max((s.cost for _, s in beside), default=0)
+                found.add(self, place, premises, twice + disturbs(step.moved, *others), cost=step.cost + cost)
         return found
 
     def schema(self, step: Step) -> Schema:
