@@ -59,14 +59,8 @@ def joint_check(step: Step) -> tuple[str, str]:
         return "skipped", f"it runs on no symbols ({type(failed).__name__}: {failed})"
     shapes = tuple(sorted((str(p), str(p.shape)) for p in schema.component.parameters()))
     way = schema.update.jointly if schema.update is not None else None
-    key = (
-        type(step.rule).construct,
-        step.rule.name,
-        step.rule.side,
-        schema.component,
-        shapes,
-        way and way.solve.__code__,
-    )
+    rule = type(step.rule).construct, step.rule.name, step.rule.side
+    key = (*rule, schema.component, shapes, way and way.solve.__code__)
     try:
         wrong = _MEMORY.recall(key, schema.component, lambda: list(claims(step, schema)))
     except RecursionError:

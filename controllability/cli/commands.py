@@ -135,12 +135,8 @@ def _levels(proof: Proof, level: str, checks: Sequence[dict[str, Any]]) -> dict[
     from controllability.checks import reached, summary
     from controllability.rendering.text import cited
 
-    return {
-        "level": reached(level, checks),
-        "summary": summary(level, checks),
-        "checks": checks,
-        "references": cited(proof),
-    }
+    shown = {"level": reached(level, checks), "summary": summary(level, checks)}
+    return shown | {"checks": checks, "references": cited(proof)}
 
 
 def _show_proof(proof: Proof, level: str, checks: Sequence[dict[str, Any]], output: Output) -> None:

@@ -26,18 +26,18 @@ def refuse_misfits(owner: Any, bounds: Mapping[str, str], *kinds: type) -> None:
         hints = get_type_hints(type(owner))
     for name, field in vars(type(owner)).get("__dataclass_fields__", {}).items():
         value, hint, bound = getattr(owner, name), hints.get(name, Any), bounds.get(name)
-        words = (
-            ", ".join(get_args(hint))
-            if get_origin(hint) is Literal
-            else re.sub(r"[\w.]+\.(?=\w)|<class '|'>", "", str(hint))
-        )
-        wanted = "" if _fits(value, hint, (*PLAIN, *kinds)) else words
-        if bound and not (
-            value is None is field.default or getattr(value, "free_symbols", None) or _within(value, bound)
-        ):
+        wanted = "" if _fits(value, hint, (*PLAIN, *kinds)) else _in_words(hint)
+        free = value is None is field.default or getattr(value, "free_symbols", None)
+        if bound and not (free or _within(value, bound)):
             wanted = f"a number, {bound}"
         if wanted:
             raise BadInput(f"{type(owner).__name__}: {name} must be {wanted}; got {value!r:.80}")
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return ", ".join(get_args(hint))
+    return re.sub(r"[\w.]+\.(?=\w)|<class '|'>", "", str(hint))
 
 
 def _within(value: Any, bound: str) -> bool:

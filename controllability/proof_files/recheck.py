@@ -56,14 +56,9 @@ def checked(data: Any, where: str, block: Component, given: CheckOptions) -> Ste
     shaped(data, NODE, where)
     rule, place = _rule(data, where), _place(data, where, block)
     if rule.jointly not in (None, given.jointly):
-        serves, asked = (
-            ("one patch for many tokens", "of a patch for each")
-            if rule.jointly
-            else ("each token with its own patch", "of one for many")
-        )
-        raise NotVerified(
-            f"{where} ({rule.name} at {short(place.describe())}): it serves {serves}, and the proof is {asked}"
-        )
+        served = "one patch for many tokens, and the proof is of a patch for each"
+        served = served if rule.jointly else "each token with its own patch, and the proof is of one for many"
+        raise NotVerified(f"{where} ({rule.name} at {short(place.describe())}): it serves {served}")
     below = enumerate(data["premises"])
     premises = tuple(checked(premise, f"{where}.premises[{i}]", block, given) for i, premise in below)
     found = rule.conclude(place, replace(given, premises=premises))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from typing import Any, TextIO
+from typing import TextIO
 
 from controllability.errors import printable as printable, within_depth
 from controllability.prover.derivation import Derivation
@@ -69,14 +69,8 @@ def terminal_width(stream: TextIO | None = None) -> int:
 
 def wrapped(text: str, width: int, lead: str = "", below: str = "", whole: bool = False) -> list[str]:
     """The lines of ``text``, the first after ``lead``, the others after ``below``; names are not cut at hyphens, nor at all if ``whole``."""
-    how: Any = {
-        "initial_indent": lead,
-        "subsequent_indent": below,
-        "break_on_hyphens": False,
-        "break_long_words": not whole,
-    }
-    lines = textwrap.wrap(printable(text), width, **how)
-    return [line.rstrip() for line in lines or [lead]]
+    wrapper = textwrap.TextWrapper(width, lead, below, break_on_hyphens=False, break_long_words=not whole)
+    return [line.rstrip() for line in wrapper.wrap(printable(text)) or [lead]]
 
 
 def _tree(step: Step, lead: str, below: str, width: int, depth: int = 0) -> list[str]:

@@ -5,6 +5,6 @@ demands there is compared with what the patch gives.  The first rule that fails 
 once it is mended only followed from it.
 """
 
-from controllability.verification.diagnose import Diagnosis as Diagnosis, Problem as Problem, diagnose as diagnose
+from controllability.verification.diagnose import Problem as Problem, Verification as Verification, diagnose as diagnose
 from controllability.verification.read_patch import read_patch as read_patch
 from controllability.verification.replay import Instance as Instance

@@ -15,7 +15,7 @@ from controllability.interfaces import Path, Place, node
 from controllability.prover.search import Prover, Via
 from controllability.rules import Step
 from controllability.verification.evidence import Evidence, fed_by, place_name
-from controllability.verification.known_mistakes import Mistake, largest, recognise
+from controllability.verification.known_mistakes import largest, recognise
 from controllability.verification.replay import (
     FIT,
     SAFETY,
@@ -64,18 +64,49 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """What was found: residuals, and the problems if there is more than rounding."""
+class Verification:
+    """``residual`` and the negative control ``unpatched``: max |difference| / max |target|.
 
-    residual: float
-    unpatched: float
-    rounding: float
+    ``exact`` says that the difference is exactly 0: with symbols, that every entry reduced to 0 (the
+    numbers are then None).  ``rounding`` is the residual up to which rounding alone may be the cause:
+    16 times what four random changes of every number by one machine epsilon do to it, at most √epsilon.
+    ``problems`` says what is wrong where it is more than that; ``derivation`` names the proof that the
+    patch follows best, and ``follows`` the rules that fail only because an earlier one does.
+    """
+
+    residual: float | None
+    unpatched: float | None
+    exact: bool
+    rounding: float | None = None
     problems: tuple[Problem, ...] = ()
     derivation: str = ""
     follows: tuple[str, ...] = ()
 
+    @property
+    def ok(self) -> bool:
+        """Whether the patch is right, up to rounding."""
+        return self.exact or (self.residual is not None and not self.problems)
 
-def diagnose(instance: Instance) -> Diagnosis:
+    def __str__(self) -> str:
+        verdict = "right patch" if self.ok else "wrong patch"
+        if self.residual is None:
+            return f"{verdict}: the residual {'reduces' if self.exact else 'does not reduce'} to 0 in symbols"
+        found = f"residual {_said(self.residual)}; unpatched {_said(self.unpatched)}"
+        lines = [f"{verdict}: {found}; rounding explains {_said(self.rounding, 1)}"]
+        wide, indent = WIDTH + 3, "  "
+        if self.derivation:
+            lines += textwrap.wrap(f"compared with {self.derivation}", wide, subsequent_indent=indent)
+        lines += [f"{number}. {problem}" for number, problem in enumerate(self.problems, 1)]
+        if self.follows:
+            lines += textwrap.wrap(f"only follow from this: {'; '.join(self.follows)}", wide, subsequent_indent=indent)
+        return "\n".join(lines)
+
+
+def _said(number: float | None, digits: int = 2) -> str:
+    return "–" if number is None else f"{number:.{digits}g}" if math.isfinite(number) else "not finite"
+
+
+def diagnose(instance: Instance) -> Verification:
     """Hold a patch against the target; where it fails by more than rounding, say which rule it breaks and how."""
     epsilon = instance.epsilon
     plain = measure(instance, None, frozenset(), 0.0)
@@ -87,12 +118,12 @@ def diagnose(instance: Instance) -> Diagnosis:
     room = np.minimum(SAFETY * noise, math.sqrt(epsilon) * size)
     allowed = float(room.max() / size.max()) if size.max() else 0.0
     short = ~(per_token(plain.missing, instance.tokens) <= room)
-    if not short.any() and not instance.turned:
-        return Diagnosis(residual, unpatched, allowed)
-    found = _best(instance, epsilon)
-    if found.problems:
-        return Diagnosis(residual, unpatched, allowed, found.problems, found.derivation, found.follows)
-    return Diagnosis(residual, unpatched, allowed, (_unexplained(instance, plain, short, found),), found.derivation)
+    found = Examined()
+    if short.any() or instance.turned:
+        found = _best(instance, epsilon)
+        if not found.problems:
+            found = Examined(found.derivation, (_unexplained(instance, plain, short, found),))
+    return Verification(residual, unpatched, residual == 0, allowed, found.problems, found.derivation, found.follows)
 
 
 @dataclass(frozen=True)
@@ -219,17 +250,8 @@ def _problem(instance: Instance, step: Step, checked: _Checked, leaf: Steered, e
     mistake = recognise(case)
     demand, given = (evidence.at(x) for x in checked.measured.leaves[leaf.path])
     off = float(largest(demand - given) / largest(demand)) if largest(demand) else math.inf
-    return Problem(
-        leaf.rule,
-        str(leaf.param),
-        place,
-        statement(leaf.rule),
-        off,
-        mistake.kind,
-        mistake.how,
-        mistake.remedy,
-        position,
-    )
+    named = leaf.rule, str(leaf.param), place, statement(leaf.rule)
+    return Problem(*named, off, mistake.kind, mistake.how, mistake.remedy, position)
 
 
 def _moved_too(leaf: Steered, place: str, evidence: Evidence, position: tuple[int, ...]) -> Problem:
@@ -250,10 +272,8 @@ def _unexplained(instance: Instance, plain: Measured, short: Array, found: Exami
     how = "every rule of the derivation holds, the output is wrong all the same"
     if not found.derivation:
         how = "no derivation of this block could be executed on these numbers: there is no rule to compare with"
-    mistake = Mistake(
-        "unknown", how, "prove(block).construct(params, source, target) gives a patch, or the reason why not"
-    )
-    block = instance.block.describe()
+    remedy = "prove(block).construct(params, source, target) gives a patch, or the reason why not"
     off = float(np.nanmax(errors) / (per_token(plain.run.target.output(()), instance.tokens).max() or 1))
     statement = "the patched block gives at the source what the block gives at the target"
-    return Problem("the whole block", "", block, statement, off, mistake.kind, mistake.how, mistake.remedy, position)
+    named = "the whole block", "", instance.block.describe(), statement
+    return Problem(*named, off, "unknown", how, remedy, position)

@@ -14,6 +14,7 @@ from controllability.verification.rule_words import demanded, formula, letter
 
 Vector = Array  # (n,)
 FLOAT32 = 1.2e-7
+DIVIDING = ("I-scale", "O-scale", "O-normalised", "O-centred")  # rules that divide by what a scale reads
 SMALL_EPSILON = 0.1  # what an ε in the denominator may cost at most, or it is no ε
 
 
@@ -279,12 +280,7 @@ def _outer(row: Row, w: Vector) -> Vector:
 
 
 def _divisor(case: Case) -> Mistake | None:
-    if any(row.vector is None for row in case.rows) or case.rule not in (
-        "I-scale",
-        "O-scale",
-        "O-normalised",
-        "O-centred",
-    ):
+    if any(row.vector is None for row in case.rows) or case.rule not in DIVIDING:
         return None
     for c in case.candidates:
         if all(case.close(row.vector * w, row.demand) for row, w in zip(case.rows, c.vectors, strict=True)):

@@ -5,10 +5,7 @@ A patch may come from elsewhere; ``diagnosis`` reads it and says which rule it b
 
 from __future__ import annotations
 
-import math
-import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,52 +16,7 @@ from controllability.execution.patch import Patch
 from controllability.execution.validation import check_instance
 from controllability.interfaces import Component, Layout, Params
 from controllability.symbolic.definitions import definitions
-from controllability.verification import Instance, Problem, diagnose, read_patch
-
-WIDTH = 100
-
-
-@dataclass(frozen=True)
-class Verification:
-    """``residual`` and the negative control ``unpatched``: max |difference| / max |target|.
-
-    ``exact`` says that the difference is exactly 0: with symbols, that every entry reduced to 0 (the
-    numbers are then None).  ``rounding`` is the residual up to which rounding alone may be the cause:
-    16 times what four random changes of every number by one machine epsilon do to it, at most √epsilon.
-    ``problems`` says what is wrong where it is more than that; ``derivation`` names the proof that the
-    patch follows best, and ``follows`` the rules that fail only because an earlier one does.
-    """
-
-    residual: float | None
-    unpatched: float | None
-    exact: bool
-    rounding: float | None = None
-    problems: tuple[Problem, ...] = ()
-    derivation: str = ""
-    follows: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether the patch is right, up to rounding."""
-        return self.exact or (self.residual is not None and not self.problems)
-
-    def __str__(self) -> str:
-        verdict = "right patch" if self.ok else "wrong patch"
-        if self.residual is None:
-            return f"{verdict}: the residual {'reduces' if self.exact else 'does not reduce'} to 0 in symbols"
-        found = f"residual {_said(self.residual)}; unpatched {_said(self.unpatched)}"
-        lines = [f"{verdict}: {found}; rounding explains {_said(self.rounding, 1)}"]
-        if self.derivation:
-            lines += textwrap.wrap(f"compared with {self.derivation}", WIDTH, subsequent_indent="  ")
-        for number, problem in enumerate(self.problems, 1):
-            lines.append(f"{number}. {problem}")
-        if self.follows:
-            lines += textwrap.wrap(f"only follow from this: {'; '.join(self.follows)}", WIDTH, subsequent_indent="  ")
-        return "\n".join(lines)
-
-
-def _said(number: float | None, digits: int = 2) -> str:
-    return "–" if number is None else f"{number:.{digits}g}" if math.isfinite(number) else "not finite"
+from controllability.verification import Instance, Verification, diagnose, read_patch
 
 
 @within_depth
@@ -102,11 +54,7 @@ def verify(block: Component, params: Params, patch: Mapping[str, Any], source: A
     check_instance(Layout.of(block), params, source, target)
     given = read_patch(block, params, patch, tuple(first.shape[:-1]))
     with np.errstate(all="ignore"):  # what overflows is found in the result, and said there
-        found = diagnose(Instance(block, params, given.deltas, source, target, given.turned, given.epsilon))
-    return Verification(
-        found.residual, found.unpatched, found.residual == 0, found.rounding,
-        tuple(found.problems), found.derivation, tuple(found.follows),
-    )  # fmt: skip
+        return diagnose(Instance(block, params, given.deltas, source, target, given.turned, given.epsilon))
 
 
 def _inputs(block: Any, source: Any, target: Any) -> list[tuple[Any, Any]]:

@@ -55,11 +55,8 @@ class Before:
         found = patch.merged = _compared(patch, at_source(patch, model), self.wanted, self.unpatched)
         dtype = getattr(torch, patch.report.dtype)
         if not found.relative_error <= VERIFIED[dtype] or found.top1 < 1:
-            close = (
-                "the target is nearly reached, and"
-                if found.relative_error <= VERIFIED[dtype]
-                else "it misses its target:"
-            )
+            near = found.relative_error <= VERIFIED[dtype]
+            close = "the target is nearly reached, and" if near else "it misses its target:"
             warnings.warn(
                 f"the patch is in the weights now; {close} {str(found).removeprefix('merged: ')}. Undo it with "
                 "mp.unmerge(model); mp.applied(model) does not round",

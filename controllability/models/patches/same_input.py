@@ -74,10 +74,8 @@ def _difference(name: str, wanted: Any, found: Any) -> str:
     where, sides = "", [tuple(v.shape) if isinstance(v, Tensor) else v for v in (wanted, found)]
     if isinstance(wanted, Tensor) and isinstance(found, Tensor) and wanted.shape == found.shape and wanted.ndim > 1:
         place = (wanted.cpu() != found.cpu()).nonzero()[0].tolist()
-        where, sides = (
-            f" at sample {place[0]}, position {place[1]}",
-            [side[tuple(place)].item() for side in (wanted, found)],
-        )
+        where = f" at sample {place[0]}, position {place[1]}"
+        sides = [side[tuple(place)].item() for side in (wanted, found)]
     word = "token" if where and name in TOKENS and name.endswith("ids") else name
     return (
         f"this patch of scope 'each' is valid for the input it was made for:{where} it is {word} {sides[0]}, the model got {sides[1]}; "

@@ -22,13 +22,7 @@ from controllability.models.sweep.target_run import Progress, silent
 EVERY = 10  # the sensitivity is measured on every tenth token of a prompt, from the first
 TAKEN = ("agreement", "kl_max", "tv_max", "max_logit_error", "max_logit_error_unpatched", "relative_error")
 COUNTED = (
-    "agreement_interval",
-    "agreement_unpatched",
-    "mismatches",
-    "explained",
-    "sensitivity",
-    "sensitivity_median",
-    "kl_by_token",
+    "agreement_interval agreement_unpatched mismatches explained sensitivity sensitivity_median kl_by_token".split()
 )
 
 
@@ -50,13 +44,8 @@ class Row:
         """
         from scipy.stats import binomtest
 
-        row = {
-            "dtype": self.dtype,
-            "route": self.route,
-            "tokens": 0,
-            **dict.fromkeys((*TAKEN, *COUNTED)),
-            "refused": self.refused,
-        }
+        row: dict[str, Any] = {"dtype": self.dtype, "route": self.route, "tokens": 0}
+        row |= {**dict.fromkeys((*TAKEN, *COUNTED)), "refused": self.refused}
         if (done := self.generation) is None:
             return row
         active = torch.stack([step.active for step in done.steps])

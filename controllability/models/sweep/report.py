@@ -140,14 +140,12 @@ class Report(OneLine):
 
     def rows(self) -> list[list[str]]:
         """The table of the layers, its heading first: the worst token of each."""
-        told = [
-            (x.residual, x.route, x.amplification, x.condition, [m["margin"] for m in x.margins], x.relative_changes)
-            for x in self.layers
-        ]
-        return [
-            ["layer", *COLUMNS],
-            *([str(x.index), *_cells(*numbers)] for x, numbers in zip(self.layers, told, strict=True)),
-        ]
+        rows = [["layer", *COLUMNS]]
+        for x in self.layers:
+            margins = [m["margin"] for m in x.margins]
+            cells = _cells(x.residual, x.route, x.amplification, x.condition, margins, x.relative_changes)
+            rows.append([str(x.index), *cells])
+        return rows
 
     def __str__(self) -> str:
         """The layers as a table: the worst token of each.  What holds of all of them stands below."""
@@ -164,12 +162,9 @@ class Report(OneLine):
             for i, residual in enumerate(seen.residual):
                 pair = f"{self.pairs[i][0]}:{self.pairs[i][1]}" if self.pairs else str(i)
                 changes = {name: v[i] for name, v in seen.changes.items()}
-                numbers = (
-                    seen.amplification[i],
-                    largest(v[i] for v in seen.condition.values()),
-                    [m[i] for m in seen.margins],
-                )
-                rows.append([str(layer.index), pair, *_cells(residual, seen.route[i], *numbers, changes)])
+                worst, margins = largest(v[i] for v in seen.condition.values()), [m[i] for m in seen.margins]
+                numbers = residual, seen.route[i], seen.amplification[i], worst, margins, changes
+                rows.append([str(layer.index), pair, *_cells(*numbers)])
         return f"{aligned([['layer', 'sample:position', *COLUMNS], *rows])}\n{self.below()}"
 
     def below(self) -> str:
@@ -198,11 +193,8 @@ def _cells(residual: float, route: str, amplification: Any, condition: Any, marg
     """One row of the table; the amplification is the condition where no norm follows."""
     least = min((v for v in margins if v is not None), default=None)
     maps, scales = (largest(v for k, v in changes.items() if bool(_NORM.search(k)) is norm) for norm in (False, True))
-    return [
-        _short(residual),
-        route,
-        *map(_short, (condition if amplification is None else amplification, least, maps, scales)),
-    ]
+    numbers = condition if amplification is None else amplification, least, maps, scales
+    return [_short(residual), route, *map(_short, numbers)]
 
 
 def layer_report(record: LayerRecord, norms: dict[str, float]) -> LayerReport:
