@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
 
 from controllability.arrays import Array, arithmetic
 from controllability.arrays.one_line import OneLine
 
 
+class _Arrays(OneLine):
+    """A dataclass whose arrays have the same leading axes: one row a token."""
+
+    def mapped(self, change: Callable[[Array], Array]) -> Self:
+        """The same with ``change(array)`` in place of each of its arrays."""
+        arrays = {name: change(value) for name, value in vars(self).items() if hasattr(value, "shape")}
+        return replace(self, **arrays)  # type: ignore[type-var]
+
+    def row(self, index: object) -> Self:
+        """The delta of one token (or of a slice of tokens)."""
+        return self.mapped(lambda array: array[index])
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class LowRank(OneLine):
+class LowRank(_Arrays):
     """``ΔW = Σ_k left_k right_kᵀ`` for a matrix that maps ``in`` to ``out``.
 
     ``left`` has shape (..., rank, out) and ``right`` (..., rank, in); leading axes run over
@@ -44,7 +59,7 @@ class LowRank(OneLine):
 
     @property
     def dense_numbers(self) -> int:
-        """How many numbers the same change would be as dense matrices."""
+        """How many numbers the same change would be as dense matrices, of the active experts where there are some."""
         return math.prod(self.left.shape[:-2]) * self.left.shape[-1] * self.right.shape[-1]
 
     def norms(self) -> Array:
@@ -52,10 +67,6 @@ class LowRank(OneLine):
         xp = arithmetic(self.left, self.right)
         gram = (self.left @ self.left.swapaxes(-1, -2)) * (self.right @ self.right.swapaxes(-1, -2))
         return xp.sqrt(xp.magnitude(gram.sum(-1).sum(-1)))
-
-    def row(self, index: object) -> LowRank:
-        """The delta of one token (or of a slice of tokens)."""
-        return LowRank(self.left[index], self.right[index], self.transposed)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,18 +117,9 @@ class ExpertLowRank(LowRank):
         each = LowRank(self.left, self.right).norms()
         return arithmetic(each).sqrt((each * each).sum(-1))
 
-    @property
-    def dense_numbers(self) -> int:
-        """How many numbers the same change would be as dense matrices of the active experts."""
-        return math.prod(self.left.shape[:-2]) * self.left.shape[-1] * self.right.shape[-1]
-
-    def row(self, row: object) -> ExpertLowRank:
-        """The delta of one token (or of a slice of tokens)."""
-        return ExpertLowRank(self.left[row], self.right[row], self.transposed, self.index[row], self.experts)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Shift(OneLine):
+class Shift(_Arrays):
     """A vector added to a scale or a bias: (..., n); leading axes run over tokens."""
 
     value: Array
@@ -140,10 +142,6 @@ class Shift(OneLine):
         """Euclidean norm of each vector: shape (...)."""
         xp = arithmetic(self.value)
         return xp.sqrt((self.value * self.value).sum(-1))
-
-    def row(self, index: object) -> Shift:
-        """The delta of one token (or of a slice of tokens)."""
-        return Shift(self.value[index])
 
 
 Delta = LowRank | Shift

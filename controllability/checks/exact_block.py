@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,6 @@ from controllability.checks.rebuilt_blocks import (
 from controllability.checks.symbolic_block import norms_steered_through
 from controllability.components.activation import Activation
 from controllability.components.normalisation import Normalize
-from controllability.components.routing import Routing
-from controllability.deltas import Delta
 from controllability.errors import NotExact, SideConditionFailed
 from controllability.execution.patch import Patch
 from controllability.execution.patched_run import PatchedRun
@@ -59,7 +56,8 @@ def exact(proof: Derivation, seed: int) -> tuple[str, str]:
             return _Rootless(leaf)
         return Named(Activation("cubic", coefficients=cubic)) if transcendental(leaf) else leaf
 
-    block = rebuilt(proof.block, rational, _linear_scores)
+    # routings with the logits as scores
+    block = rebuilt(proof.block, rational, lambda routing: replace(routing, score="identity", cap=None))
     fractions = rootless and not steered
     same, sizes = replace_block(proof, block), small_sizes(block)
     if fractions:
@@ -190,11 +188,6 @@ def _choice(block: Component) -> str:
     return f"; assumed, as symbols have no order: the first {chosen} experts are the chosen ones" if chosen else ""
 
 
-def _linear_scores(routing: Routing) -> Routing:
-    """The same routing with the logits as scores."""
-    return replace(routing, score="identity", cap=None)
-
-
 def _number(values: Any) -> Any:
     """Rationals as SymPy numbers; a tuple for a block with several inputs."""
     return tuple(map(_number, values)) if isinstance(values, tuple) else ARITHMETICS["sympy"].array(values)
@@ -234,19 +227,13 @@ class _Recognised(PatchedRun):
         with mpmath.workdps(Point.DIGITS):
             params = {name: self.point.values(value) for name, value in self.params.items()}
             moved = {
-                str(p): Patch({p: _each(self.point.values, d)}).merged_into(params)[str(p)] for p, d in deltas.items()
+                str(p): Patch({p: d.mapped(self.point.values)}).merged_into(params)[str(p)] for p, d in deltas.items()
             }
             left = []
             for path, leaf in readers:
                 bound = {name: self.point.values(value) for name, value in self.params_at(path).items()} | moved
                 left.append(leaf(bound, self.point.values(self.input(path))) - self.point.values(self.output(path)))
         return left
-
-
-def _each(values: Callable[[Array], Array], delta: Delta) -> Delta:
-    """A delta with every array of it passed through ``values``."""
-    arrays = {f.name: getattr(delta, f.name) for f in fields(delta)}
-    return replace(delta, **{n: values(a) for n, a in arrays.items() if isinstance(a, np.ndarray)})
 
 
 class Point:

@@ -79,12 +79,9 @@ def _told(step: Step, schema: Schema) -> str:
     if schema.component.chosen:
         dependent = "stacked vectors that depend on each other (of two tokens with the same experts; of three, each two of which share one)"
         return f"patched output − output − δ reduced to 0 for {MANY} tokens with any targets, and {dependent} with targets that depend in the same way; other targets of those are refused; {RANK} {sizes}"
-    reach = f"{_one_or_many(schema)} with any targets, and dependent ones with targets that depend in the same way"
+    served = f"{MANY} tokens" if _tokens_served(schema) == MANY else "one token"
+    reach = f"{served} with any targets, and dependent ones with targets that depend in the same way"
     return f"patched output − output − δ reduced to 0 for {reach}; other targets of dependent tokens are refused; {RANK} {sizes}"
-
-
-def _one_or_many(schema: Schema) -> str:
-    return f"{MANY} tokens" if _tokens_served(schema) == MANY else "one token"
 
 
 def _tokens_served(schema: Schema) -> int:

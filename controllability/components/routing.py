@@ -141,7 +141,8 @@ class Routing:
         kept = xp.top(self._worth(xp, choice), self.groups[1])
         size = choice.shape[-1] // self.groups[0]
         members = xp.array(range(size), like=None)
-        index = (kept[..., :, None] * size + _integers(xp, members, kept)).reshape(*kept.shape[:-1], -1)
+        members = members.to(kept.device).to(kept.dtype) if xp.kind == "torch" else members.astype(int)
+        index = (kept[..., :, None] * size + members).reshape(*kept.shape[:-1], -1)
         return xp.only(choice, index, self.group_fill)
 
     def _norm(self, xp: Arithmetic, shares: Array) -> Array:
@@ -181,10 +182,6 @@ def softmax(xp: Arithmetic, x: Array) -> Array:
     """exp(x)/Σ exp(x) over the features; shifted by the largest where numbers have an order."""
     weights = xp.exp(x if xp.symbolic else x - xp.max(x))
     return weights / xp.sum(weights)
-
-
-def _integers(xp: Arithmetic, members: Array, like: Array) -> Array:
-    return members.to(like.device).to(like.dtype) if xp.kind == "torch" else members.astype(int)
 
 
 def _gap(xp: Arithmetic, scores: Array, k: int) -> Array:

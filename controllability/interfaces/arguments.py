@@ -21,14 +21,14 @@ def refuse_misfits(owner: Any, bounds: Mapping[str, str], *kinds: type) -> None:
 
     ``bounds`` names fields that must be numbers (or symbols, or None where that is the default) within one of ``BOUNDS``.
     """
-    hints: dict[str, Any] = {}
+    cls: Any = type(owner)
+    hints: dict[str, Any] = vars(cls).get("_hints", {})  # evaluated once: every component that is made asks for them
     with suppress(NameError):  # an annotation that only a type checker can read
-        hints = get_type_hints(type(owner))
+        hints = cls._hints = hints or get_type_hints(cls)
     for name, field in vars(type(owner)).get("__dataclass_fields__", {}).items():
         value, hint, bound = getattr(owner, name), hints.get(name, Any), bounds.get(name)
         wanted = "" if _fits(value, hint, (*PLAIN, *kinds)) else _in_words(hint)
-        free = value is None is field.default or getattr(value, "free_symbols", None)
-        if bound and not (free or _within(value, bound)):
+        if bound and not (value is None is field.default or _within(value, bound)):
             wanted = f"a number, {bound}"
         if wanted:
             raise BadInput(f"{type(owner).__name__}: {name} must be {wanted}; got {value!r:.80}")
@@ -41,6 +41,8 @@ def _in_words(hint: Any) -> str:
 
 
 def _within(value: Any, bound: str) -> bool:
+    if getattr(value, "free_symbols", None):
+        return True
     with suppress(TypeError, ValueError):
         return not isinstance(value, str | bool) and math.isfinite(value) and BOUNDS[bound](float(value))
     return False

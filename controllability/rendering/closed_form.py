@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -93,9 +92,7 @@ def closed_form(proof: Derivation) -> ClosedForm:
         run = _Named(table, block, params, v, target)
         wanted = target.output(())  # first: its values are the ones to be recognised
         construct(same.root, run, lambda: wanted)
-        deltas = {
-            own.get(str(param), str(param)): _mapped(delta, INDEXED.tidy) for param, delta in run.deltas().items()
-        }
+        deltas = {own.get(str(param), str(param)): delta.mapped(INDEXED.tidy) for param, delta in run.deltas().items()}
         return _numbered(ClosedForm(deltas, _needed(deltas, table.arrays)))
 
 
@@ -110,12 +107,6 @@ def _for_each(proof: Derivation) -> None:
         )
 
 
-def _mapped(delta: Delta, function: Callable[[IndexedArray], Any]) -> Delta:
-    """The delta with ``function`` of its arrays of symbolic size."""
-    arrays = {f.name: getattr(delta, f.name) for f in fields(delta)}
-    return replace(delta, **{n: function(x) for n, x in arrays.items() if isinstance(x, IndexedArray)})
-
-
 def _numbered(form: ClosedForm) -> ClosedForm:
     """A closed form whose intermediate values are called t1, t2, … in their order."""
     new = {name: f"t{i + 1}" for i, name in enumerate(form.where)}
@@ -123,7 +114,7 @@ def _numbered(form: ClosedForm) -> ClosedForm:
     def again(x: IndexedArray) -> IndexedArray:
         return IndexedArray(x.shape, renamed_heads(x.entry, new))
 
-    deltas = {name: _mapped(delta, again) for name, delta in form.deltas.items()}
+    deltas = {name: delta.mapped(again) for name, delta in form.deltas.items()}
     return ClosedForm(deltas, {new[name]: again(array) for name, array in form.where.items()})
 
 

@@ -127,7 +127,8 @@ class OutputFactor(Rule):
             others = tuple(p for p in place.parts() if p.path != factor.path)
             names = " * ".join(p.describe() for p in others)
             statement = f"no entry of the other factor ({names}) is zero"
-            condition = Condition(statement, place.describe(), _smallest_entry, NOTHING_PASSES)
+            smallest = lambda x, delta: arithmetic(x).smallest(x)  # noqa: E731
+            condition = Condition(statement, place.describe(), smallest, NOTHING_PASSES)
             attempt = prover.attempt(factor, "output")
             lift = lifted(self, place, factor, others, attempt, conditions=(condition,), cost_at_least=2)
             found.steps += lift.steps
@@ -155,7 +156,3 @@ class OutputFactor(Rule):
 
 
 NOTHING_PASSES = "where the other factor is zero nothing passes: steer after the product, by a bias or a linear map"
-
-
-def _smallest_entry(x: Array, delta: Array) -> Array:
-    return arithmetic(x).smallest(x)

@@ -67,9 +67,9 @@ class Theorem1(Rule):
                 hint = "put a linear map before it, or ask for via='output' (Theorem 1b)"
                 found.failures.append(Failure(inner, self.name, reason, hint, tuple(f.failures)))
             return
-        note = f"f = {inner.describe()};  g = {outer.describe()}"
         for one, two in product(f.steps, g.steps):
             twice = disturbs(one.moved, outer) + disturbs(two.moved, inner, *others) + _misread(one.moved, others)
+            note = "" if twice else f"f = {inner.describe()};  g = {outer.describe()}"
             found.add(self, place, (one, two), twice, note=note)
 
     def _through(self, place: Place, branch: Place, others: tuple[Place, ...], prover: Search, found: Attempt) -> None:

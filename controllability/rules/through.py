@@ -44,9 +44,10 @@ class ThroughSplit(Rule):
             inner, outer = place.slice(0, split), place.slice(split, count)
             g = prover.attempt(outer, "output")
             f = prover.attempt(inner, "input") if g.steps else Attempt()
-            note = f"f = {inner.describe()};  g = {outer.describe()}"
             for one, two in product(f.steps, g.steps):
-                found.add(self, place, (one, two), disturbs(one.moved, outer) + disturbs(two.moved, inner), note=note)
+                twice = disturbs(one.moved, outer) + disturbs(two.moved, inner)
+                note = "" if twice else f"f = {inner.describe()};  g = {outer.describe()}"
+                found.add(self, place, (one, two), twice, note=note)
         return found
 
     def schema(self, step: Step) -> Schema:

@@ -82,6 +82,8 @@ class Evidence:
         mixture = leaf.rule == "O-mixture"
         rows = self._rows(delta, given, demand, fit)
         share = self.at(shares(self.run, self.path))[:, 0] if mixture else None
+        # whether the patched run goes to other experts than the target run, and the derivation wants the same
+        strayed = mixture and bool(self.at(other_choice(self.run, self.path, self.run.raw(self.path))).any())
         total = demand.reshape(-1), given.reshape(-1)
         if leaf.param in instance.turned and share is None:
             total = total[0], np.concatenate([row.given for row in rows])
@@ -90,12 +92,8 @@ class Evidence:
             moved=delta is not None and not is_zero(delta), transposed=leaf.param in instance.turned, shares=share,
             candidates=tuple(self._candidates(rows)), lacks=self._lacks(fit, tolerance),
             offset=float(self.component.offset),
-            relative=fit, tolerance=tolerance, epsilon=epsilon, noisy=noisy, strayed=mixture and self._strayed(),
+            relative=fit, tolerance=tolerance, epsilon=epsilon, noisy=noisy, strayed=strayed,
         )  # fmt: skip
-
-    def _strayed(self) -> bool:
-        """Whether the patched run goes to other experts than the target run, and the derivation wants the same."""
-        return bool(self.at(other_choice(self.run, self.path, self.run.raw(self.path))).any())
 
     def _rows(self, delta: Delta | None, given: Array, demand: Array, fit: float) -> tuple[Row, ...]:
         x = self.spread(self.at(self.run.input(self.path)))

@@ -82,13 +82,9 @@ class Instance:
                 return replace(delta, left=shake(delta.left), right=shake(delta.right))
             return replace(delta, value=shake(delta.value))
 
-        return replace(
-            self,
-            params={name: shake(value) for name, value in self.params.items()},
-            given={param: moved(delta) for param, delta in self.given.items()},
-            source=shake(self.source),
-            target=shake(self.target),
-        )
+        params = {name: shake(value) for name, value in self.params.items()}
+        given = {param: moved(delta) for param, delta in self.given.items()}
+        return replace(self, params=params, given=given, source=shake(self.source), target=shake(self.target))
 
 
 def _signs(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -300,7 +296,7 @@ def measure(instance: Instance, step: Step | None, mended: frozenset[Path], fit:
         out, wanted = run.output(()), run.target.output(())
         xp = arithmetic(out, wanted)
         missing = xp.lift(wanted) - xp.lift(out)
-    choices = [floats(run.bound(path)[CHOSEN]) for path in _mixtures(instance.block)]
+    choices = [floats(run.bound(place.path)[CHOSEN]) for place in mixtures_in(Place(instance.block))]
     return Measured(run, found, missing, choices)
 
 
@@ -341,10 +337,6 @@ def other_choice(run: GivenRun, path: Path, like: Array) -> Array:
             other: Array = here != run.target.bound(mixture)[CHOSEN]
             differs = differs | other.any(-1)[..., None, None]
     return differs
-
-
-def _mixtures(block: Component) -> list[Path]:
-    return [place.path for place in mixtures_in(Place(block))]
 
 
 def floats(x: Array) -> Array:

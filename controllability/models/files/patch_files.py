@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from controllability.bounded_files import read_whole
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.errors import PatchError, in_a_line
 from controllability.interfaces import JointOptions, Param
 from controllability.models.files.folders import refuse_unusable, written
 from controllability.models.files.peft_forms import forms_of
-from controllability.models.files.tensor_files import read_tensors
+from controllability.models.files.tensor_files import read_json, read_tensors
 from controllability.models.hooks.carried_patches import TO_STAY
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
@@ -62,11 +61,6 @@ def save_patch(patch: PatchRecord, directory: Path, model: nn.Module | None) -> 
     return directory
 
 
-def _measured(data: dict[str, Any] | None) -> Sensitivity | None:
-    """The sensitivity that a file tells, or why it has none."""
-    return Sensitivity.from_dict(data) if data else None
-
-
 def _digest(description: dict[str, Any]) -> str:
     """SHA-256 of a description without its own checksum."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
@@ -75,13 +69,9 @@ def _digest(description: dict[str, Any]) -> str:
 def _tensors(patch: PatchRecord) -> dict[str, Tensor]:
     tensors = {"rows.sample": patch.rows.sample, "rows.position": patch.rows.position}
     for entry in patch.entries:
-        if isinstance(entry.delta, LowRank):
-            tensors[f"{_key(entry)}::left"] = entry.delta.left
-            tensors[f"{_key(entry)}::right"] = entry.delta.right
-            if isinstance(entry.delta, ExpertLowRank):
-                tensors[f"{_key(entry)}::index"] = entry.delta.index
-        else:
-            tensors[f"{_key(entry)}::shift"] = entry.delta.value
+        for name, value in vars(entry.delta).items():
+            if isinstance(value, Tensor):
+                tensors[f"{_key(entry)}::{'shift' if name == 'value' else name}"] = value
     for role in ("source", "target"):
         for name, value in patch.inputs[role].items():
             if isinstance(value, Tensor):
@@ -144,16 +134,9 @@ def read_patch(directory: str | Path) -> PatchRecord:
 
 def _read_description(directory: Path) -> dict[str, Any]:
     path = directory / DESCRIPTION
-    try:
-        description = json.loads(read_whole(path))
-    except (FileNotFoundError, NotADirectoryError):
-        adapter = (directory / "adapter_config.json").is_file()
-        hint = "; it is a PEFT adapter: ct.import_peft(directory, model) reads those" if adapter else ""
-        raise PatchError(f"{directory} is not a saved patch: it has no {DESCRIPTION}{hint}") from None
-    except OSError as error:
-        raise PatchError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise PatchError(f"{path} is corrupt or truncated: {error}") from None
+    adapter = (directory / "adapter_config.json").is_file()
+    hint = "; it is a PEFT adapter: ct.import_peft(directory, model) reads those" if adapter else ""
+    description = read_json(path, f"{directory} is not a saved patch: it has no {DESCRIPTION}{hint}")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise PatchError(f"{path} is not a description of a patch")
     if description.get("version") != VERSION:
@@ -195,7 +178,7 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> PatchReco
     return PatchRecord(
         tuple(entries), description["scope"], rows, Report.from_dict(description["report"]), inputs,
         fingerprint=description["fingerprint"], model_name=str(description["model"]),
-        measured=_measured(description["report"].get("sensitivity")),
+        measured=Sensitivity.from_dict(told) if (told := description["report"].get("sensitivity")) else None,
         joint=JointOptions(**description["together"]) if description["together"] is not None else None,
         forms={name: Form.from_dict(form) for name, form in description["forms"].items()},
         _seen=Look({}, dict(description.get("settings", {}))),

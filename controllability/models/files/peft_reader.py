@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from controllability.bounded_files import read_whole
 from controllability.errors import PatchError
-from controllability.models.files.tensor_files import read_tensors
+from controllability.models.files.tensor_files import read_json, read_tensors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what PEFT puts before the model's own names
@@ -42,14 +40,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], di
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(read_whole(path))
-    except (FileNotFoundError, NotADirectoryError):
-        raise PatchError(f"{path.parent} is not a PEFT adapter: it has no {CONFIG}") from None
-    except OSError as error:
-        raise PatchError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise PatchError(f"{path} is corrupt or truncated: {error}") from None
+    config = read_json(path, f"{path.parent} is not a PEFT adapter: it has no {CONFIG}")
     if not isinstance(config, dict):
         raise PatchError(f"{path} is not the config of an adapter")
     kind = config.get("peft_type")

@@ -1,4 +1,4 @@
-"""Files of tensors (safetensors) from outside."""
+"""Files of tensors (safetensors), and the JSON files beside them, from outside."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load
 from torch import Tensor
 
-from controllability.bounded_files import opened
+from controllability.bounded_files import opened, read_whole
 from controllability.errors import PatchError, in_a_line
 
 HEAD = 100 << 20  # bytes of a head that safetensors itself reads
@@ -38,6 +39,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
         raise PatchError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # whatever JSON and safetensors raise about a damaged file
         raise PatchError(f"{path} is corrupt or truncated: {in_a_line(error, 200)}") from None
+
+
+def read_json(path: Path, missing: str) -> Any:
+    """What a JSON file holds.  Raises ``PatchError``: ``missing`` where there is none, or why it cannot be read."""
+    try:
+        return json.loads(read_whole(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise PatchError(missing) from None
+    except OSError as error:
+        raise PatchError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise PatchError(f"{path} is corrupt or truncated: {error}") from None
 
 
 def _memory() -> int | None:

@@ -122,16 +122,13 @@ class _Reading:
 
     def text(self, most: int = MOST_TEXT) -> str:
         (length,) = self.numbers("Q")
-        begin = self.take(self.bounded(length, most))
+        if most < length <= self.size - self.at:
+            self.refuse(f"a text of {length:,} bytes stands in its metadata; at most {most:,} are read here")
+        begin = self.take(length)
         try:
             return self.data[begin : begin + length].decode("utf-8")
         except UnicodeDecodeError:
             self.refuse(f"the text at byte {begin:,} is not UTF-8")
-
-    def bounded(self, length: int, most: int) -> int:
-        if most < length <= self.size - self.at:
-            self.refuse(f"a text of {length:,} bytes stands in its metadata; at most {most:,} are read here")
-        return length
 
     def list(self, key: str) -> int:
         kind, count = self.numbers("IQ")

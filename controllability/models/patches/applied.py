@@ -48,7 +48,7 @@ def _install(patch: PatchRecord, model: nn.Module, installation: HookStack) -> N
     patched = {layer.name: layer for layer in reading.layers if layer.index in {e.layer for e in patch.entries}}
     for layer in patched.values():
         entries = [e for e in patch.entries if e.layer == layer.index]
-        applier = Applier(layer, entries, rows, 1 if rows else _samples(patch))
+        applier = Applier(layer, entries, rows, len(patch.rows.sample) if patch.scope == "last" else 1)
         LayerHook(
             model, layer, applier, installation, applier.taps, states=False,
             sequence_first=reading.architecture.sequence_first,
@@ -59,7 +59,3 @@ def _install(patch: PatchRecord, model: nn.Module, installation: HookStack) -> N
     if torch.nn.modules.module._global_forward_hooks:
         said = f"global forward hooks see every module's output before its patch: {INSTEAD}"
         warnings.warn(said, ControllabilityWarning, stacklevel=4)
-
-
-def _samples(patch: PatchRecord) -> int:
-    return len(patch.rows.sample) if patch.scope == "last" else 1

@@ -15,7 +15,7 @@ from controllability.errors import PatchError
 from controllability.interfaces import Param, Path as NodePath
 from controllability.models.hooks.guards import refuse_bypassed
 from controllability.models.reading.positions import Positions
-from controllability.models.sweep.effects import Effect, Move, parameters_at, per_sample, ready, update_of, with_tensors
+from controllability.models.sweep.effects import Effect, Move, parameters_at, per_sample, ready, update_of
 from controllability.models.sweep.layer_sweep import LayerSweep
 
 
@@ -70,7 +70,7 @@ class Applier:
             if rows is None:
                 delta = per_sample(delta)
             elif self.whole:
-                delta = with_tensors(delta, lambda held: held.reshape(*rows.shape, *held.shape[1:]))
+                delta = delta.mapped(lambda held: held.reshape(*rows.shape, *held.shape[1:]))
             calls[entry.call].append((update_of(layer, tap, entry.param), delta))
         self.taps = tuple(self.moves)
         self.told: set[NodePath] = set()
@@ -121,10 +121,8 @@ class Applier:
         """What this call adds at a tap, made ready on the device where it is computed."""
         key = (id(tap), self.call, like.device)
         if key not in self.effects:
-            moves = [
-                (update, with_tensors(delta, lambda held: held.to(like.device)))
-                for update, delta in self.moves[tap][self.call]
-            ]
+            here = self.moves[tap][self.call]
+            moves = [(update, delta.mapped(lambda held: held.to(like.device))) for update, delta in here]
             with torch.inference_mode(False):  # it serves runs with gradients too
                 self.effects[key] = ready(self.layer, tap, moves)
         return self.effects[key]

@@ -11,7 +11,6 @@ from torch import Tensor
 from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.errors import PatchError
 from controllability.interfaces import Param
-from controllability.models.patches.applier import with_tensors
 from controllability.models.sweep.report import Rounding
 
 HALF = (torch.float16, torch.bfloat16)
@@ -25,7 +24,7 @@ def write(stored: Tensor, param: Param, delta: Delta, reads: Tensor | None = Non
     ``reads`` (in,) is the input that a matrix was solved for, where there is one.  Raises ``PatchError``, when it is written, for
     a sum that is not finite.
     """
-    delta = with_tensors(delta, lambda held: held.to(stored.device))
+    delta = delta.mapped(lambda held: held.to(stored.device))
     stored = stored[param.index] if param.index else stored
     loss, size = Loss(), float(delta.norms().double().square().sum()) ** 0.5
     if isinstance(delta, Shift):

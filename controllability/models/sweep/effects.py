@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -123,9 +122,3 @@ def per_sample(delta: Any) -> Any:
     if not extra:
         return delta
     return delta.row(0) if leading == 1 else delta.row((slice(None), None))
-
-
-def with_tensors(delta: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A delta with each of its tensors changed."""
-    held = {name: change(value) for name, value in vars(delta).items() if isinstance(value, Tensor)}
-    return dataclasses.replace(delta, **held)

@@ -16,7 +16,7 @@ from controllability.execution.patched_run import Metric, PatchedRun
 from controllability.interfaces import JointOptions, Param, Path
 from controllability.models.hooks.guards import refuse_bypassed
 from controllability.models.reading.positions import Positions
-from controllability.models.sweep.effects import per_sample, ready, with_tensors
+from controllability.models.sweep.effects import per_sample, ready
 from controllability.models.sweep.target_run import LayerTarget, as_state, check_finite
 from controllability.prover.derivation import Derivation
 from controllability.solvers.served_tokens import Known
@@ -125,7 +125,7 @@ class LayerSweep:
         solved = self.run.solved
         if not self.owns:
             refuse_bypassed(self.layer, self.layer.taps, self.told)
-            solved.update({path: with_tensors(delta, Tensor.clone) for path, delta in solved.items()})
+            solved.update({path: delta.mapped(Tensor.clone) for path, delta in solved.items()})
         self.owns = True
 
     def let_go(self) -> None:
