@@ -129,9 +129,9 @@ def _stack_dependently(mixture: Component, params: Params, x: Array) -> None:
     import sympy
 
     assert isinstance(mixture, Mixture)
-    shares = (
-        mixture.routing(params, mixture.router(params, x))[1] if mixture.weighted else SYMPY.zeros_like(x[:, :2]) + 1
-    )
+    shares = SYMPY.zeros_like(x[:, :2]) + 1
+    if mixture.weighted:
+        shares = mixture.routing(params, mixture.router(params, x))[1]
     stacked = shares * x[:, EXPERTS:]
     if len(x) == len(SAME):
         wanted = sympy.Symbol("c", real=True) * stacked[0]

@@ -122,9 +122,8 @@ def layer_picture(model: Any, patch: Any, target: Mapping[str, Any], source: Map
     errors.set(ylabel="relative error of the layer's output", title="error against the contextual run", **scales)
     names = [*dict.fromkeys(_short(name) for x in layers for name in x.relative_changes)]
     for k, (name, marker) in enumerate(zip(names, cycle("osD^v<>P"), strict=False)):
-        heights = [
-            next((v for n, v in x.relative_changes.items() if _short(n) == name and v), math.nan) for x in layers
-        ]
+        changes = [{_short(n): v for n, v in reversed(x.relative_changes.items()) if v} for x in layers]
+        heights = [change.get(name, math.nan) for change in changes]
         sizes.plot([i + 0.1 * (k - (len(names) - 1) / 2) for i in index], heights, marker, label=name)
     sizes.set(ylabel="largest relative change", title="size of the patches", **scales)
     for axes in (errors, sizes):  # no bars: they would have no foot on a scale of powers
@@ -141,10 +140,8 @@ def unpatched_errors(model: Any, target: Mapping[str, Any], source: Mapping[str,
     source_rows, target_rows = pair_positions(target, source, scope)
     checked = checked_reading(model)
     with LayerHooks(model, checked.reading) as hooks:
-        runs = [
-            observe_target(hooks, without_cache(model, inputs), rows, silent)[0]
-            for inputs, rows in ((source, source_rows), (target, target_rows))
-        ]
+        both = ((source, source_rows), (target, target_rows))
+        runs = [observe_target(hooks, without_cache(model, inputs), rows, silent)[0] for inputs, rows in both]
     calls = [[call for layer in run for call in layer] for run in runs]
     return [relative_error(s.outputs[()], t.outputs[()]) for s, t in zip(*calls, strict=True)]
 

@@ -41,25 +41,16 @@ class Output:
         from controllability.rendering.text import wrapped
 
         console = Console(markup=False, emoji=False, highlight=False)  # a name in brackets is no style
-        columns, *rows = [
-            [spelt(printable(cell, but="\n"), console.encoding) for cell in row] for row in (columns, *rows)
-        ]
-        title = printable(title)
-        longest = [
-            max(cell_len(word) for cell in column for word in cell.split() or [""])
-            for column in zip(columns, *rows, strict=True)
-        ]
+        shown = lambda cell: spelt(printable(cell, but="\n"), console.encoding)  # noqa: E731
+        columns, *rows = [[*map(shown, row)] for row in (columns, *rows)]
+        title, longest = printable(title), list[int]()
+        for column in zip(columns, *rows, strict=True):
+            longest.append(max(cell_len(word) for cell in column for word in cell.split() or [""]))
         if sum(longest) + 3 * len(columns) > console.width:
-            parts = [
-                title,
-                *("\n".join(f"{name}: {cell}" for name, cell in zip(columns, row, strict=True)) for row in rows),
-            ]
-            lines = [
-                wrapped(line, console.width, "", "  ", whole=True)
-                for part in parts
-                for line in (*part.splitlines(), "")
-            ]
-            print("\n".join(text for line in lines for text in line).rstrip())
+            below = ["\n".join(f"{name}: {cell}" for name, cell in zip(columns, row, strict=True)) for row in rows]
+            lines = [line for part in (title, *below) for line in (*part.splitlines(), "")]
+            shorter = (wrapped(line, console.width, "", "  ", whole=True) for line in lines)
+            print("\n".join(text for parts in shorter for text in parts).rstrip())
             return
         table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
         for column, width in zip(columns, longest, strict=True):

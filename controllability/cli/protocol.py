@@ -41,9 +41,8 @@ def protocol(args: argparse.Namespace, output: Output) -> int:
         for dtype in dict.fromkeys(args.dtypes):
             narrow = args.rescale and dtype == "float16"
             with output.busy(f"loading {args.model}"):
-                model, tokenizer = load_model(
-                    args.model, "float32" if narrow else dtype, args.trust_remote_code, args.device
-                )
+                first = "float32" if narrow else dtype
+                model, tokenizer = load_model(args.model, first, args.trust_remote_code, args.device)
                 ids, mask = (x.to(args.device) for x in padded(_ids(args, tokenizer, prompts)))
                 try:
                     model, divided = rescaled(model, {"input_ids": ids}) if narrow else (model, divided)

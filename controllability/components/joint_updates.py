@@ -149,9 +149,8 @@ def one_sum_of_experts(
     fit = fitted(condition, joint, xp, flat, x, None if known is None else among(known, used))
     planes = fit.right.reshape(len(fit.right), len(used), rows.shape[-1]).swapaxes(0, 1)
     spread = np.broadcast_to(xp.name(fit.left), (len(used), *fit.left.shape)).copy()
-    change = ExpertLowRank(
-        xp.array(spread, like=x), xp.array(planes.copy(), like=x), transposed, _places(used, x), experts
-    )
+    left, right = (xp.array(factor, like=x) for factor in (spread, planes.copy()))
+    change = ExpertLowRank(left, right, transposed, _places(used, x), experts)
     tokens = None if fit.known is None else replace(fit.known, used=used)
     return JointSolution(change, xp.array(fit.margin, like=x), tokens)
 
@@ -270,10 +269,8 @@ def _stacked_experts(
         whole[: len(rows)] = rows
         return whole
 
-    left, right = (np.stack([filled(pair[side]) for pair in factors]) for side in (0, 1))
-    return ExpertLowRank(
-        xp.array(left, like=like), xp.array(right, like=like), transposed, _places(used, like), experts
-    )
+    left, right = (xp.array(np.stack([filled(pair[side]) for pair in factors]), like=like) for side in (0, 1))
+    return ExpertLowRank(left, right, transposed, _places(used, like), experts)
 
 
 def _places(used: np.ndarray, like: Any) -> Any:

@@ -49,3 +49,7 @@ class Journal:
     margins: list[Margin] = field(default_factory=list)
     routes: list[RouteTaken] = field(default_factory=list)
     scale_seconds: float = 0.0  # spent on one scale for many tokens
+
+    def took(self, where: str, route: str, why: Callable[[], str], amplification: Array | None = None) -> None:
+        """Note how a normalised output was reached."""
+        self.routes.append(RouteTaken(where, route, why, amplification))

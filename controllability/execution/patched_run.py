@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from controllability.arrays import Array, arithmetic
 from controllability.components.updates import turned
 from controllability.deltas import Delta, Shift, added
-from controllability.execution.journal import Journal, Margin, RouteTaken
+from controllability.execution.journal import Journal, Margin
 from controllability.execution.trace import Trace
 from controllability.interfaces import (
     Component,
@@ -204,9 +204,8 @@ class PatchedRun(Trace):
         if not self.joint.exact:
             return
         if self.joint.may_fall_short and not arithmetic(margin).all(margin > 0):
-            where = self.layout.nodes[path].describe()
             told = f"not all targets can be reached: {condition}"
-            self.journal.routes.append(RouteTaken(where, Resort.SHORT, lambda: told))
+            self.journal.took(self.layout.nodes[path].describe(), Resort.SHORT, lambda: told)
         else:
             self.journal.margins.append(Margin(condition, margin))
 

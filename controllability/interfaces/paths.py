@@ -87,9 +87,8 @@ class Layout:
                 binding.append((path, binds))
         leaves = frozenset(path for path in nodes if (*path, 0) not in source)
         inputs = 1 + max(nodes[path].reads_input or 0 for path in leaves)
-        return Layout(
-            nodes, leaves, source, tuple(binding), tuple(sorted(block.parameters(), key=str)), inputs, block.width
-        )
+        parameters = tuple(sorted(block.parameters(), key=str))
+        return Layout(nodes, leaves, source, tuple(binding), parameters, inputs, block.width)
 
     def around(self, path: Path) -> list[Path]:
         """The nodes above ``path`` that name values for it, the outermost first."""

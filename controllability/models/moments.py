@@ -17,7 +17,7 @@ from architectures.reading import Layer, Reading, Tap
 from controllability.deltas import LowRank
 from controllability.errors import BadInput
 from controllability.interfaces import Path, node, updates_of
-from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.hooks.layer_hooks import LayerHooks, LayerListener
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed, without_cache
@@ -142,7 +142,7 @@ def _inputs(text: Any, tokenizer: Any) -> Mapping[str, Any]:
     return text
 
 
-class _Listener:
+class _Listener(LayerListener):
     """Adds up, layer by layer, the directions that the matrices read."""
 
     def __init__(self, layer: Layer) -> None:
@@ -161,9 +161,6 @@ class _Listener:
 
     def leaving(self, value: Tensor) -> None:
         self._read = None
-
-    def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
-        return None
 
     def computed(self, tap: Tap, x: Tensor, y: Tensor) -> None:
         names = [name for path in tap.paths for name in matrices(self.layer, path)]

@@ -118,9 +118,8 @@ def per_expert_leaves(part: Component, path: Path, rows: bool, around: bool, k: 
     for i, child in enumerate(part.children()):
         source = part.source_of(i)
         flow = rows if source is None else outs[source]
-        inside, out = per_expert_leaves(
-            child, (*path, i), flow, *((rows, part.chosen) if i in part.binds else (around, k))
-        )
+        nearest = (rows, part.chosen) if i in part.binds else (around, k)
+        inside, out = per_expert_leaves(child, (*path, i), flow, *nearest)
         found, outs = found + inside, [*outs, out]
     if part.chosen:  # it adds its experts up
         return found, rows

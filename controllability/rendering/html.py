@@ -156,10 +156,8 @@ class _Writer:
         return f"<li><code>{escape(str(param))}</code>{escape(shape)}{': ' + moves if self.root else ''}</li>"
 
     def _blame(self, path: Path) -> str:
-        blamed = self.found.states.get(path) == "culprit" or any(
-            span.css == "culprit" and span.path == path and not span.stop for span in self.found.spans
-        )
-        if self.refused is None or not blamed:
+        whole = [span.path for span in self.found.spans if span.css == "culprit" and not span.stop]
+        if self.refused is None or not (self.found.states.get(path) == "culprit" or path in whole):
             return ""
         return _list([("reason", escape(self.refused.reason)), ("what would help", escape(self.refused.hint))])
 

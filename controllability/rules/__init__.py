@@ -63,9 +63,8 @@ def register(rule: Rule) -> Rule:
 
 def is_about(name: str, component: Component) -> bool:
     """Whether the statement of the rule called ``name`` is about such a component."""
-    return any(
-        rule.name == name and rule.about is not Component and isinstance(component, rule.about) for rule in RULES
-    )
+    stated = [rule.about for rule in RULES if rule.name == name and rule.about is not Component]
+    return any(isinstance(component, kind) for kind in stated)
 
 
 def unregister(rule: Rule) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from controllability.arrays import Array, arithmetic
 from controllability.components.normalisation import Normalize
-from controllability.execution.journal import Margin, RouteTaken
+from controllability.execution.journal import Margin
 from controllability.interfaces import Component, Condition, OutputControllable, Param, Place, Sequence
 from controllability.rules.base import Attempt, Schema, Search, Step, disturbs
 from controllability.rules.normalised import NewScale, OutputNormalised, Solution
@@ -36,8 +36,7 @@ class OneCentredToken(Solution):
             raise condition.failed(left, bad, tuple(answer.open.shape[:-1]))
         self.run.journal.margins.append(Margin(condition, margin))
         spread = None if xp.exact else amplification(answer, G, y, self.eps)
-        taken = RouteTaken(self.place.describe(), answer.route, lambda: "the only one that keeps the mean", spread)
-        self.run.journal.routes.append(taken)
+        self.run.journal.took(self.place.describe(), answer.route, lambda: "the only one that keeps the mean", spread)
         return NewScale(answer.scale, xp.name(answer.before))
 
 

@@ -41,9 +41,8 @@ class LeafRule(Rule):
                 update = replace(update, conditions=conditions)
             way = update.jointly if self.jointly else None
             conditions, most = (way.conditions, way.max_tokens) if way else (update.conditions, None)
-            found.steps.append(
-                Step(self, place, (), frozenset({update.param}), conditions, self.cost, "", update, most)
-            )
+            own = frozenset({update.param})
+            found.steps.append(Step(self, place, (), own, conditions, self.cost, "", update, most))
         return found
 
     def _ways(self, place: Place) -> list[Update]:

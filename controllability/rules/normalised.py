@@ -12,7 +12,7 @@ from controllability.components.normalisation import Normalize
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, Shift
 from controllability.errors import SideConditionFailed
-from controllability.execution.journal import Margin, RouteTaken
+from controllability.execution.journal import Margin
 from controllability.execution.patched_run import Goal, PatchedRun
 from controllability.interfaces import Component, Condition, Param, Place, Sequence
 from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Target, construct, disturbs
@@ -91,8 +91,7 @@ class OneToken(Solution):
         self.run.journal.margins.append(Margin(self.step.conditions[0], margin))
         spread = None if xp.exact else routes.amplification(answer, G, y, self.eps)
         why = "the least amplification of noise, nearly" if route == "auto" else "asked for"
-        taken = RouteTaken(self.place.describe(), answer.route, lambda: why, spread)
-        self.run.journal.routes.append(taken)
+        self.run.journal.took(self.place.describe(), answer.route, lambda: why, spread)
         return NewScale(answer.scale, arithmetic(answer.before).name(answer.before))
 
     def _closed(self, answer: routes.Candidate, G: Array, y: Array) -> SideConditionFailed:

@@ -9,7 +9,7 @@ import numpy as np
 
 from controllability.arrays import Array, arithmetic
 from controllability.errors import NotExact
-from controllability.execution.journal import Margin, RouteTaken
+from controllability.execution.journal import Margin
 from controllability.interfaces import Condition, JointOptions, Place
 from controllability.rules.base import Attempt, Failure, Rule, Search, Step
 from controllability.rules.normalised import NewScale, OutputNormalised, Solution
@@ -44,9 +44,8 @@ class OneScale(Solution):
             raise NotExact("keep_rms is decided by linear programming, in floating-point numbers only")
         if self.eps == 0:
             raise self.step.conditions[0].failed(None)
-        self.run.journal.routes.append(
-            RouteTaken(self.place.describe(), Resort.ENLARGED, lambda: "not in floating-point numbers: closed form")
-        )
+        why = "not in floating-point numbers: closed form"
+        self.run.journal.took(self.place.describe(), Resort.ENLARGED, lambda: why)
         return enlarged(G, self.m, self.eps)
 
     def _programmed(self, G: Array, y: Array) -> tuple[Array, Array]:
@@ -61,9 +60,7 @@ class OneScale(Solution):
         run.journal.scale_seconds += time.perf_counter() - started
         count = len(new.x)
         spread = xp.array(task.amplification(chosen)[-count:], like=G)
-        run.journal.routes.append(
-            RouteTaken(self.place.describe(), chosen.resort, lambda: task.told(chosen), amplification=spread)
-        )
+        run.journal.took(self.place.describe(), chosen.resort, lambda: task.told(chosen), spread)
         if known is not None:
             self._move(known, chosen.before[:-count])
         run.served_after[path] = replace(tokens, raw=chosen.before)

@@ -89,9 +89,8 @@ def _shape_of(table: Definitions, name: str, seen: Any) -> Any:
 def _is_named(x: Any) -> bool:
     import sympy
 
-    return isinstance(x.entry, sympy.core.function.AppliedUndef) and (
-        x.entry == IndexedArray.named(str(x.entry.func), x.shape).entry
-    )
+    applied = isinstance(x.entry, sympy.core.function.AppliedUndef)
+    return applied and x.entry == IndexedArray.named(str(x.entry.func), x.shape).entry
 
 
 def assume(expression: Any, value: Any, unknown: Any) -> None:

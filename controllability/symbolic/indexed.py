@@ -45,9 +45,8 @@ class IndexedArray:
         import sympy
 
         places = IndexedArray(shape, None).indices
-        return IndexedArray(
-            shape, sympy.Function(name, real=True)(*places) if places else sympy.Symbol(name, real=True)
-        )
+        entry = sympy.Function(name, real=True)(*places) if places else sympy.Symbol(name, real=True)
+        return IndexedArray(shape, entry)
 
     @property
     def ndim(self) -> int:

@@ -104,12 +104,8 @@ def _refuse_formless(patch: PatchRecord, forms: dict[str, Form], model: nn.Modul
 
 def _low_rank_tensors(entries: tuple[Entry, ...], forms: dict[str, Form]) -> tuple[dict[str, Tensor], set[str], int]:
     """The tensors, the parameters that have some, and their rank: one for all of them, as loaders without rank_pattern take it."""
-    own = {
-        name: [e for e in entries if e.param.name == name]
-        for name, f in forms.items()
-        if f.kind in ("module", "parameter")
-    }
-    own = {name: held for name, held in own.items() if held}
+    names = [name for name, form in forms.items() if form.kind in ("module", "parameter")]
+    own = {name: held for name in names if (held := [e for e in entries if e.param.name == name])}
     rank = max((rank_of(lora_tensors(held, forms[name])[0], forms[name]) for name, held in own.items()), default=0)
     tensors = {}
     for name, held in own.items():

@@ -54,13 +54,9 @@ def _refuse_scaled_positions(path: Path, head: Head, kind: str) -> None:
     """transformers leaves out without a word how rotary frequencies are scaled, but for gpt-oss."""
     told = [one.name for one in head.tensors if one.name.startswith(("rope_freqs", "rope_factors"))]
     if kind != "gpt-oss":
-        usual = {"type": ("none",), "factor": (0, 1)}
-        said = [f"{kind}.rope.scaling.{what}" for what in usual]
-        told += [
-            f"{key} = {head.facts[key]}"
-            for key, none in zip(said, usual.values(), strict=True)
-            if head.facts.get(key, none[0]) not in none
-        ]
+        usual = {f"{kind}.rope.scaling.type": ("none",), f"{kind}.rope.scaling.factor": (0, 1)}
+        said = {key: head.facts[key] for key in usual if key in head.facts}
+        told += [f"{key} = {value}" for key, value in said.items() if value not in usual[key]]
     if told:
         raise BadInput(
             f"{path} scales its rotary frequencies ({', '.join(told)}), which transformers leaves out when it reads GGUF: "

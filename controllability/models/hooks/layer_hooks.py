@@ -22,7 +22,7 @@ from controllability.models.hooks.telling_weight import TellingWeight
 
 
 class LayerListener(Protocol):
-    """What is told, call by call; states are (B, T, ·), chosen experts ascending in (B, T, k, ·)."""
+    """What is told, call by call; states are (B, T, ·), chosen experts ascending in (B, T, k, ·).  Nothing is done by default."""
 
     def begins(self) -> None:
         """The layer is called."""

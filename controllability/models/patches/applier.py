@@ -14,6 +14,7 @@ from controllability.deltas import Delta
 from controllability.errors import PatchError
 from controllability.interfaces import Param, Path as NodePath
 from controllability.models.hooks.guards import refuse_bypassed
+from controllability.models.hooks.layer_hooks import LayerListener
 from controllability.models.reading.positions import Positions
 from controllability.models.sweep.effects import Effect, Move, parameters_at, per_sample, ready, update_of
 from controllability.models.sweep.layer_sweep import LayerSweep
@@ -44,13 +45,12 @@ def entries_of(solvers: Iterable[LayerSweep]) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     for solver in solvers:
         solver.own_deltas()
-        entries += [
-            Entry(param, delta, solver.layer.index, solver.call, reads) for param, delta, reads in solver.solved()
-        ]
+        at = solver.layer.index, solver.call
+        entries += [Entry(param, delta, *at, reads) for param, delta, reads in solver.solved()]
     return tuple(entries)
 
 
-class Applier:
+class Applier(LayerListener):
     """Listens to one layer while a patch is applied, and adds the effect of its entries."""
 
     def __init__(self, layer: Layer, entries: list[Entry], rows: Positions | None, samples: int) -> None:
@@ -82,12 +82,6 @@ class Applier:
     def ended(self) -> None:
         """The layer's call is over.  Raises ``PatchError`` where a patched module did not run in it."""
         refuse_bypassed(self.layer, [tap for tap in self.taps if self.moves[tap][self.call]], self.told)
-
-    def entering(self, index: int, value: Tensor) -> None:
-        return None
-
-    def leaving(self, value: Tensor) -> None:
-        return None
 
     def routed(self, path: NodePath, index: Tensor, shares: Tensor) -> None:
         self.chosen[path] = index

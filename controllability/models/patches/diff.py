@@ -135,9 +135,8 @@ def _refuse_other_models(a: PatchRecord, b: PatchRecord) -> None:
 def _pairing(a: PatchRecord, b: PatchRecord) -> tuple[str, str]:
     """Which rows are compared, and a line that says so."""
     counts = [1 if patch.scope == "all" else len(patch.rows.sample) for patch in (a, b)]
-    same = counts[0] == counts[1] and all(
-        torch.equal(getattr(a.rows, n), getattr(b.rows, n)) for n in ("sample", "position")
-    )
+    equal = torch.equal(a.rows.sample, b.rows.sample) and torch.equal(a.rows.position, b.rows.position)
+    same = counts[0] == counts[1] and equal
     sides = " and ".join(f"{n} ({p.scope})" for n, p in zip(counts, (a, b), strict=True))
     if same or max(counts) == 1:
         per = "" if max(counts) == 1 else f", {counts[0]} patches each; the worst of them"

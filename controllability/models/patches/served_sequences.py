@@ -58,9 +58,8 @@ class Stream:
         sequences = _sequences(inputs, *pairs)
         masks = [mask for role in ("target", "source") if (mask := inputs[role].get("attention_mask")) is not None]
         padded_left = bool(sequences) and any(not bool((mask[:, 0] != 0).all()) for mask in masks)
-        return Stream(
-            learned_by(solvers), sequences, not padded_left and not only_near(solvers) and all(map(complete, sequences))
-        )
+        goes_on = not padded_left and not only_near(solvers) and all(map(complete, sequences))
+        return Stream(learned_by(solvers), sequences, goes_on)
 
 
 def learned_by(solvers: list[LayerSweep]) -> Learned:

@@ -32,9 +32,8 @@ def solve_again(patch: PatchRecord, model: nn.Module, put: Callable[[Entry], Non
     checked = checked_reading(model, inputs["target"])
     jointly = patch.scope == "all"
     reading, proofs = checked.reading, checked.proofs(patch.report.via, patch.report.route, jointly)
-    source_rows, target_rows = pair_positions(
-        inputs["target"], inputs["source"], patch.scope, inputs["positions"], checked.codebooks, checked.length
-    )
+    both, how = (inputs["target"], inputs["source"]), (inputs["positions"], checked.codebooks, checked.length)
+    source_rows, target_rows = pair_positions(*both, patch.scope, *how)
     joint = patch.joint
     if joint is not None and jointly:
         joint = with_reader_of_last_layer(joint, model, checked, inputs["target"])

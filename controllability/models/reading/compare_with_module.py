@@ -171,10 +171,9 @@ def _compare_quantised(layer: Layer, trace: Trace, comparer: Comparer, tolerance
             continue  # said below, as of any layer
         xp = arithmetic(y)
         found = leaf(trace.params_at(tap.outlet), xp.lift(x))
-        read, computed = (
-            relative_error(a[finite], xp.lift(b[finite])) if a.shape == b.shape else float("inf")
-            for a, b in ((trace.input(tap.inlet), x), (found, y))
-        )
+        both = (trace.input(tap.inlet), x), (found, y)
+        pairs = (((a[finite], xp.lift(b[finite])) if a.shape == b.shape else None) for a, b in both)
+        read, computed = (relative_error(*pair) if pair else float("inf") for pair in pairs)
         where = f"layer {layer.index} ({layer.name})"
         if not read <= tolerance:
             raise ReadingError(

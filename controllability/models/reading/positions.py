@@ -174,9 +174,8 @@ def pair_positions(
         sample, s, t = (x[last] if last is not None else x[:, -1] for x in (sample, s, t))
     sample, s, t = sample.reshape(-1), s.reshape(-1), t.reshape(-1)
     valid = None if bool(here.all()) else here
-    return Positions(sample, s, (here.shape[0], here.shape[1]), valid=valid), Positions(
-        sample, t, (there.shape[0], there.shape[1])
-    )
+    rows = Positions(sample, s, (here.shape[0], here.shape[1]), valid=valid)
+    return rows, Positions(sample, t, (there.shape[0], there.shape[1]))
 
 
 def _refuse_other_images(target: Mapping[str, Any], source: Mapping[str, Any], positions: Any) -> None:

@@ -47,9 +47,8 @@ class LayerSweep:
     def run(self) -> PatchedRun:
         """The patched run of the block; it starts when the first input of the block is known."""
         if self._run is None:
-            self._run = self.proof.patched_run(
-                self.layer.params, as_state(self.states), self.target.trace(), self.choice, self.joint
-            )
+            runs = as_state(self.states), self.target.trace()
+            self._run = self.proof.patched_run(self.layer.params, *runs, self.choice, self.joint)
             self._run.served, self._run.metrics = self.served, self.metrics
         return self._run
 

@@ -130,9 +130,8 @@ def widened(inputs: Mapping[str, Any], input_ids: Tensor, groups: int) -> dict[s
     alone[:, -1] = 1
     positions = inputs.get("position_ids")
     wide = {"input_ids": ids.repeat(groups, 1), "attention_mask": torch.cat([seen, *[alone] * (groups - 1)])}
-    return {**inputs, **wide, "return_dict": True} | (
-        {} if positions is None else {"position_ids": positions.expand(batch, -1).repeat(groups, 1)}
-    )
+    at = {} if positions is None else {"position_ids": positions.expand(batch, -1).repeat(groups, 1)}
+    return {**inputs, **wide, "return_dict": True, **at}
 
 
 def narrow(inputs: Mapping[str, Any], batch: int) -> None:

@@ -109,10 +109,8 @@ def record(solver: LayerSweep) -> LayerRecord:
     assert solver.output is not None
     run, wanted = solver.run, solver.wanted()
     error, size = errors_and_sizes(solver.output.flatten(1), wanted.flatten(1))
-    leaves = {
-        str(goal.update.param): _leaf(run, path, goal.update.param.name, run.solved[path])
-        for path, goal in run.goals.items()
-    }
+    params = {path: goal.update.param for path, goal in run.goals.items()}
+    leaves = {str(param): _leaf(run, path, param.name, run.solved[path]) for path, param in params.items()}
     seen: dict[tuple[str, str], Any] = {}
     for margin in run.journal.margins:
         key, values = (margin.condition.statement, margin.condition.where), margin.tokens

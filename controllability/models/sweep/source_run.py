@@ -32,21 +32,17 @@ def sweep(
     layers = hooks.reading.layers
     finished = lambda layer: progress("source sweep", layer.index + 1, len(layers))  # noqa: E731
     while True:
-        solvers = [
-            [plan.solver(layer, i, call, rows) for i, call in enumerate(calls)]
-            for layer, calls in zip(layers, targets, strict=True)
-        ]
-        closing = Closing(records)
-        sweepers = [
-            Sweeper(layer, calls, finished, closing.begun) for layer, calls in zip(layers, solvers, strict=True)
-        ]
+        closing, sweepers = Closing(records), list[Sweeper]()
+        for layer, calls in zip(layers, targets, strict=True):
+            solvers = [plan.solver(layer, i, call, rows) for i, call in enumerate(calls)]
+            sweepers.append(Sweeper(layer, solvers, finished, closing.begun))
         try:
             output = hooks.run(sweepers, inputs)
             closing.begun(None)
         except SideConditionFailed as failed:
             plan.after(failed)
             continue
-        done = [solver for calls in solvers for solver in calls]
+        done = [solver for sweeper in sweepers for solver in sweeper.solvers]
         for solver in done:
             if solver.output is None:
                 raise PatchError(
