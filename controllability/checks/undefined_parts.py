@@ -11,20 +11,9 @@ from controllability.arrays import ARITHMETICS, Array
 from controllability.checks.rebuilt_blocks import MANY
 from controllability.components.routing import Routing
 from controllability.deltas import Shift
-from controllability.interfaces import (
-    Component,
-    Condition,
-    JointOptions,
-    JointSolution,
-    JointUpdate,
-    Param,
-    Params,
-    Place,
-    Update,
-)
+from controllability.interfaces import Component, Condition, JointSolution, JointUpdate, Param, Params, Place, Update
 from controllability.rules import Side, Step
 from controllability.rules.schema import Assumption
-from controllability.solvers.served_tokens import Known
 
 SYMPY = ARITHMETICS["sympy"]
 EXPERTS, D, H, ONE = 3, 2, 2, 1  # experts, width, hidden width; that of experts in a mixture
@@ -65,10 +54,10 @@ class UndefinedPart(Component):
     def premise(self, place: Place, side: Side) -> Step:
         """The premise: a patch with which this function gives these tokens whatever is wanted."""
         (param,) = self.own_parameters()
-        any_ = JointUpdate((Condition("assumed", self.name),), _shift_all, "any")
-        update = Update(
-            "assumed", param, (), lambda p, x, delta: Shift(delta), lambda p, x, change: change.dense(), any_
-        )
+        solve = lambda p, x, delta: Shift(delta)  # noqa: E731
+        all_ = lambda joint, p, x, delta, *_: JointSolution(Shift(delta), SYMPY.zeros_like(delta[..., :1]) + 1)  # noqa: E731
+        jointly = JointUpdate((Condition("assumed", self.name),), all_, "any")
+        update = Update("assumed", param, (), solve, lambda p, x, change: change.dense(), jointly)
         return Step(Assumption(side), place, (), frozenset({param}), update=update)
 
 
@@ -90,12 +79,6 @@ class Read(UndefinedPart):
     @property
     def width(self) -> int:
         return EXPERTS + CHOICE.shape[1] * ONE  # the logits, and what the chosen experts' inner functions give
-
-
-def _shift_all(
-    joint: JointOptions, params: Params, x: Array, delta: Array, raw: Array, known: Known | None = None
-) -> JointSolution:
-    return JointSolution(Shift(delta), SYMPY.zeros_like(delta[..., :1]) + 1)
 
 
 @dataclass(frozen=True)

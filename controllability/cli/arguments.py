@@ -16,14 +16,25 @@ class TextFile(str):
     """The name of a file that holds such a text."""
 
 
+Arguments = Callable[[ArgumentParser], None]
+
+
 class Command(NamedTuple):
     """One command: what it does in a sentence, an example, and what adds its arguments to a parser."""
 
     what: str
     example: str
-    arguments: Callable[[ArgumentParser], None]
+    arguments: Arguments
 
 
+def _command(what: str, example: str) -> Callable[[Arguments], Command]:
+    """Makes a command of the function that adds its arguments to a parser; the command has its name, without the underscore."""
+    return lambda arguments: Command(what, example, arguments)
+
+
+@_command(
+    "The embedded trained model: facts in the context, questions without it.", "controllability demo --out pictures"
+)
 def _demo(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _out(parser, "DIR", "also write a picture of every layer's error and patch sizes here")
@@ -34,6 +45,7 @@ def _demo(parser: ArgumentParser) -> None:
     add("--route", choices=ROUTES, default="auto")
 
 
+@_command("Registered architectures: a table, or a line each where it is piped.", "controllability list gemma")
 def _list(parser: ArgumentParser) -> None:
     what = "only the families whose name, or one of whose model types, has this in it"
     parser.add_argument("filter", nargs="?", default="", metavar="TEXT", help=what)
@@ -41,6 +53,7 @@ def _list(parser: ArgumentParser) -> None:
     _out(parser)
 
 
+@_command("Proof that a family's block is patchable, or the refusal.", "controllability prove gemma3 --level symbolic")
 def _prove(parser: ArgumentParser) -> None:
     name = "an architecture or model type (see controllability list), a model directory, config.json or GGUF file"
     parser.add_argument("name", metavar="NAME", help=name)
@@ -54,6 +67,10 @@ def _prove(parser: ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, help="default text; --json is --format json")
 
 
+@_command(
+    "Rebuild a written proof and check every node of it again, without search.",
+    "controllability prove gemma3 --json > p.json\n  controllability recheck p.json --level numeric",
+)
 def _recheck(parser: ArgumentParser) -> None:
     what = "written by controllability prove NAME --json, or Proof.to_dict(); or - for standard input"
     parser.add_argument("file", metavar="FILE", help=what)
@@ -61,6 +78,10 @@ def _recheck(parser: ArgumentParser) -> None:
     parser.add_argument("--level", choices=LEVELS, default="derived", help="what to run beside (default derived)")
 
 
+@_command(
+    "Patches that replace a context, on a model directory, GGUF file or Hub id.",
+    'controllability patch MODEL_DIR --context "Mia lives in Oslo ." --query "Where does Mia live ?"',
+)
 def _patch(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _model(parser)
@@ -75,6 +96,7 @@ def _patch(parser: ArgumentParser) -> None:
     _out(parser, "DIR", "save the patch here")
 
 
+@_command("Reload a saved patch and check it against a fresh target run.", "controllability verify MODEL_DIR PATCH_DIR")
 def _verify(parser: ArgumentParser) -> None:
     _model(parser, "the model it was made for")
     parser.add_argument("patch", metavar="PATCH_DIR")
@@ -82,6 +104,10 @@ def _verify(parser: ArgumentParser) -> None:
     _out(parser)
 
 
+@_command(
+    "Generate with the context, and token for token without it from patched weights.",
+    'controllability generate embedded --prompt "Mia lives in Oslo . Where does Mia live ?" --tokens 8',
+)
 def _generate(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _model(parser)
@@ -99,6 +125,10 @@ def _generate(parser: ArgumentParser) -> None:
     add("--seed", type=int, metavar="S", help="with --sample: which tokens are drawn (default 0)")
 
 
+@_command(
+    "The papers' section 4: prompts × tokens, in every dtype and on every route.",
+    "controllability protocol embedded --dtypes float32 bfloat16 --tokens 5",
+)
 def _protocol(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _model(parser)
@@ -111,6 +141,11 @@ def _protocol(parser: ArgumentParser) -> None:
     add("--out", dest="picture", metavar="FILE", help="also draw a figure: FILE.svg or FILE.png; must be new")
 
 
+@_command(
+    "One set of weights that answers many queries without their context.",
+    "printf 'Where does Mia live ?\\nWhere does Leo live ?\\n' > queries.txt\n"
+    '  controllability compile embedded --context "Mia lives in Oslo . Leo lives in Rome ." --queries queries.txt --out compiled',
+)
 def _compile(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _model(parser)
@@ -140,6 +175,10 @@ def _ridge(text: str) -> float | str:
 _ridge.__name__ = "number"  # what argparse calls it
 
 
+@_command(
+    "Write a saved patch as an adapter that peft loads, and check it there.",
+    "controllability export PATCH_DIR --peft ADAPTER_DIR",
+)
 def _export(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("patch", metavar="PATCH_DIR", help="written by controllability patch --scope last (or all) --out")
@@ -189,54 +228,5 @@ def _solving(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32; float64 computes exactly")
 
 
-COMMANDS = {
-    "demo": Command(
-        "The embedded trained model: facts in the context, questions without it.",
-        "controllability demo --out pictures",
-        _demo,
-    ),
-    "list": Command(
-        "Registered architectures: a table, or a line each where it is piped.", "controllability list gemma", _list
-    ),
-    "prove": Command(
-        "Proof that a family's block is patchable, or the refusal.",
-        "controllability prove gemma3 --level symbolic",
-        _prove,
-    ),
-    "recheck": Command(
-        "Rebuild a written proof and check every node of it again, without search.",
-        "controllability prove gemma3 --json > p.json\n  controllability recheck p.json --level numeric",
-        _recheck,
-    ),
-    "patch": Command(
-        "Patches that replace a context, on a model directory, GGUF file or Hub id.",
-        'controllability patch MODEL_DIR --context "Mia lives in Oslo ." --query "Where does Mia live ?"',
-        _patch,
-    ),
-    "verify": Command(
-        "Reload a saved patch and check it against a fresh target run.",
-        "controllability verify MODEL_DIR PATCH_DIR",
-        _verify,
-    ),
-    "generate": Command(
-        "Generate with the context, and token for token without it from patched weights.",
-        'controllability generate embedded --prompt "Mia lives in Oslo . Where does Mia live ?" --tokens 8',
-        _generate,
-    ),
-    "protocol": Command(
-        "The papers' section 4: prompts × tokens, in every dtype and on every route.",
-        "controllability protocol embedded --dtypes float32 bfloat16 --tokens 5",
-        _protocol,
-    ),
-    "compile": Command(
-        "One set of weights that answers many queries without their context.",
-        "printf 'Where does Mia live ?\\nWhere does Leo live ?\\n' > queries.txt\n"
-        '  controllability compile embedded --context "Mia lives in Oslo . Leo lives in Rome ." --queries queries.txt --out compiled',
-        _compile,
-    ),
-    "export": Command(
-        "Write a saved patch as an adapter that peft loads, and check it there.",
-        "controllability export PATCH_DIR --peft ADAPTER_DIR",
-        _export,
-    ),
-}
+# in the order in which help lists them
+COMMANDS = {name[1:]: found for name, found in [*globals().items()] if isinstance(found, Command)}

@@ -14,8 +14,7 @@ from typing import Any
 from controllability import errors
 from controllability.cli.arguments import COMMANDS
 from controllability.cli.output import Output
-from controllability.cli.streams import drop_unwritten, open_missing, say
-from controllability.cli.terminal import own_terminal
+from controllability.cli.streams import drop_unwritten, open_missing, own_terminal, say
 from controllability.version import __version__
 
 REFUSED, USAGE = 1, 2

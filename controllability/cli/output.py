@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from controllability.cli.terminal import spelt
+from controllability.cli.streams import spelt
 from controllability.errors import NotControllable, SideConditionFailed, printable
 
 Progress = Callable[[str, int, int], None]

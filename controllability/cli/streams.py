@@ -1,12 +1,25 @@
-"""Standard output and error of a command, also where they are closed, full or broken."""
+"""Standard output and error of a command, also closed, full or broken; what a terminal can show, and what it is spared."""
 
 from __future__ import annotations
 
+import codecs
+import io
+import logging
 import os
 import sys
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from controllability.errors import printable
+
+SIGNS: dict[str, str] = {
+    "─": "-", "│": "|", "├": "|", "└": "`", "…": "...", "–": "-", "−": "-", "—": "-", "·": "*", "∘": " o ", "×": "x", "√": "sqrt",
+    "Δ": "Delta ", "Σ": "sum ", "α": "alpha", "γ": "gamma", "δ": "delta", "ε": "eps", "θ": "theta", "κ": "kappa", "λ": "lambda",
+    "μ": "mu", "ρ": "rho", "σ": "sigma", "φ": "phi", "ᵀ": "^T", "⁺": "^+", "⁻": "^-", "¹": "^1", "²": "^2", "ᵢ": "_i", "₁": "_1", "₂": "_2",
+    "‖": "||", "≤": "<=", "≥": ">=", "≠": "!=", "≈": "~", "→": "->", "↦": "|->", "⊆": " within ", "∈": " in ", "“": '"', "”": '"', "’": "'",
+}  # fmt: skip
 
 
 def open_missing() -> None:
@@ -31,3 +44,37 @@ def drop_unwritten() -> None:
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _spelt(error: Any) -> tuple[str, int]:
+    lacking: str = error.object[error.start : error.end]
+    return "".join(SIGNS.get(c, c.encode("ascii", "backslashreplace").decode()) for c in lacking), error.end
+
+
+codecs.register_error("controllability", _spelt)
+
+
+def spelt(text: str, encoding: str) -> str:
+    """The text as a stream of this encoding will show it: to be known before lines are made of it."""
+    return text.encode(encoding, "controllability").decode(encoding)
+
+
+def _told(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Our own warnings in a line; what other libraries have to say is theirs."""
+    text = " ".join(str(message).split())
+    if category.__module__.startswith("controllability") or text.startswith("architecture plug-in"):
+        say(f"controllability: {text}")
+
+
+@contextmanager
+def own_terminal() -> Iterator[None]:
+    """Within this context a stream spells what it cannot show, and other libraries say nothing below errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="controllability")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is loaded later, and begins with its own
+    for library in ("transformers", "huggingface_hub", "bitsandbytes", "peft", "accelerate", "torch", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.showwarning = _told
+        yield

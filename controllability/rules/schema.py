@@ -12,7 +12,7 @@ from typing import Any
 
 from controllability.arrays import Array
 from controllability.components.routing import Routing
-from controllability.deltas import Delta, PatchedMatrix, Shift
+from controllability.deltas import PatchedMatrix, Shift
 from controllability.execution.patched_run import Goal, PatchedRun
 from controllability.interfaces import Component, Param, Params, Place, Update
 from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Target
@@ -93,17 +93,9 @@ class Assumed(Unknown):
 
     def premise(self, place: Place) -> Step:
         """The premise: a patch of this function exists."""
-        update = Update("assumed", self.own_parameters()[0], (), _shift, _shifted)
+        shift, shifted = lambda params, x, delta: Shift(delta), lambda params, x, change: change.value
+        update = Update("assumed", self.own_parameters()[0], (), shift, shifted)
         return Step(Assumption(self.side), place, (), frozenset(self.own_parameters()), update=update)
-
-
-def _shift(params: Params, x: Array, delta: Array) -> Delta:
-    return Shift(delta)
-
-
-def _shifted(params: Params, x: Array, delta: Delta) -> Array:
-    assert isinstance(delta, Shift)
-    return delta.value
 
 
 class Assumption(Rule):
