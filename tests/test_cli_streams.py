@@ -240,6 +240,12 @@ def test_names_do_not_drive_the_terminal(capsys, tmp_path, monkeypatch, argument
     one_line(capsys.readouterr().err, "\\x1b[31m")
 
 
+def test_the_name_of_a_file_does_not_drive_the_terminal(capsys, tmp_path):
+    assert status_of("list", "llama", "--out", tmp_path / "\x1b]0;PWNED\x07") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "saved to" in out and "PWNED" in out
+
+
 def test_a_warning_is_a_line_and_does_not_drive_the_terminal(capsys, monkeypatch):
     import warnings
 

@@ -18,6 +18,7 @@ from helpers import runs, tiny_gemma
 from safetensors.torch import save_file
 
 import controllability as ct
+from controllability.models.files import folders
 from controllability.models.files.folders import written
 from controllability.models.gguf_files.head import read_head
 from controllability.models.loading import load_model
@@ -209,6 +210,16 @@ def test_what_a_living_process_writes_is_left_alone(writing, tmp_path):
     with written(tmp_path / "second"):
         assert len(hidden(tmp_path)) == 2
     assert (unfinished / "half").read_text() == "a"
+
+
+def test_a_try_that_is_killed_leaves_no_empty_folder_where_a_patch_would_be(tmp_path):
+    directory = tmp_path / "patch"
+    if not (child := os.fork()):
+        folders.shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        folders.refuse_unusable(directory)
+    os.waitpid(child, 0)
+    assert not directory.exists()
+    assert [path.name for path in tmp_path.iterdir()], "it was killed after it had begun"
 
 
 def test_only_folders_of_ours_are_removed(tmp_path):

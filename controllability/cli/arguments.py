@@ -42,7 +42,7 @@ def _demo(parser: ArgumentParser) -> None:
     add("--worlds", type=int, default=8, metavar="N", help="how many fresh contexts to draw (default 8)")
     add("--seed", type=int, default=0, help="which contexts are drawn (default 0)")
     add("--scope", choices=("each", "last"), default="each", help="see the patch command")
-    add("--route", choices=ROUTES, default="auto")
+    _route(parser)
 
 
 @_command("Registered architectures: a table, or a line each where it is piped.", "controllability list gemma")
@@ -59,7 +59,7 @@ def _prove(parser: ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help=name)
     _out(parser)
     parser.add_argument("--via", choices=VIA, default="input-output", help="Theorem 1 (default) or 1b")
-    parser.add_argument("--route", choices=ROUTES, default="auto", help="what a normalised output does (default auto)")
+    _route(parser)
     parser.add_argument("--jointly", action="store_true", help="one patch for many tokens at once, not one for each")
     parser.add_argument(
         "--level", choices=LEVELS, default="derived", help="what to run (default derived: the rules alone)"
@@ -80,7 +80,7 @@ def _recheck(parser: ArgumentParser) -> None:
 
 @_command(
     "Patches that replace a context, on a model directory, GGUF file or Hub id.",
-    'controllability patch MODEL_DIR --context "Mia lives in Oslo ." --query "Where does Mia live ?"',
+    'controllability patch MODEL_DIR --context "Mia lives in Oslo ." \\\n    --query "Where does Mia live ?"',
 )
 def _patch(parser: ArgumentParser) -> None:
     add = parser.add_argument
@@ -106,7 +106,7 @@ def _verify(parser: ArgumentParser) -> None:
 
 @_command(
     "Generate with the context, and token for token without it from patched weights.",
-    'controllability generate embedded --prompt "Mia lives in Oslo . Where does Mia live ?" --tokens 8',
+    'controllability generate embedded --tokens 8 \\\n    --prompt "Mia lives in Oslo . Where does Mia live ?"',
 )
 def _generate(parser: ArgumentParser) -> None:
     add = parser.add_argument
@@ -135,8 +135,9 @@ def _protocol(parser: ArgumentParser) -> None:
     add("--tokens", type=int, default=20, metavar="N", help="how many of each prompt (default 20)")
     add("--prompts", metavar="FILE", help="one a line, - is standard input (default: five of ours)")
     add("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
-    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[1:], help="default: all but float64")
-    add("--routes", nargs="+", choices=ROUTES, default=ROUTES, help="default: all")
+    dtypes = f"some of {', '.join(DTYPES)} (default: all but float64)"
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[1:], metavar="D", help=dtypes)
+    add("--routes", nargs="+", choices=ROUTES, default=ROUTES, metavar="R", help=f"some of {', '.join(ROUTES)}")
     add("--rescale", action="store_true", help="float16 on a copy whose states are divided so that they fit")
     add("--out", dest="picture", metavar="FILE", help="also draw a figure: FILE.svg or FILE.png; must be new")
 
@@ -144,7 +145,8 @@ def _protocol(parser: ArgumentParser) -> None:
 @_command(
     "One set of weights that answers many queries without their context.",
     "printf 'Where does Mia live ?\\nWhere does Leo live ?\\n' > queries.txt\n"
-    '  controllability compile embedded --context "Mia lives in Oslo . Leo lives in Rome ." --queries queries.txt --out compiled',
+    "  controllability compile embedded --queries queries.txt --out compiled \\\n"
+    '    --context "Mia lives in Oslo . Leo lives in Rome ."',
 )
 def _compile(parser: ArgumentParser) -> None:
     add = parser.add_argument
@@ -224,8 +226,13 @@ def _measuring(parser: ArgumentParser) -> None:
 
 def _solving(parser: ArgumentParser) -> None:
     parser.add_argument("--via", choices=VIA, default="input-output")
-    parser.add_argument("--route", choices=ROUTES, default="auto")
+    _route(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32; float64 computes exactly")
+
+
+def _route(parser: ArgumentParser) -> None:
+    what = f"what a normalised output does: {', '.join(ROUTES)} (default auto)"
+    parser.add_argument("--route", choices=ROUTES, default="auto", metavar="R", help=what)
 
 
 # in the order in which help lists them

@@ -31,8 +31,8 @@ from controllability.rendering.figure import drawn, legend_below, two_plots
 
 def demo(args: argparse.Namespace, output: Output) -> int:
     """See ``controllability demo --help``."""
-    if args.worlds < 1:
-        raise BadInput(f"--worlds must be at least 1, got {args.worlds}")
+    if not 1 <= args.worlds <= 1000:
+        raise BadInput(f"--worlds must be at least 1 and at most 1000, got {args.worlds}")
     out = new_path(args.out)
     started = time.perf_counter()
     model, tokenizer = load_model(str(embedded_directory()), device=args.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from controllability.cli.arguments import TEXTS, TextFile
 from controllability.cli.output import Output
-from controllability.errors import BadInput
+from controllability.errors import BadInput, printable
 from controllability.texts import STDIN, read_text
 
 
@@ -57,4 +57,4 @@ def printed_to(given: str | None, output: Output) -> Iterator[None]:
     if text := printed.getvalue():
         with written(path, "text") as folder:
             (folder / "text").write_text(text, encoding="utf-8", errors="backslashreplace")
-        print(text if output.as_json else f"saved to {path}\n", end="")
+        print(text if output.as_json else printable(f"saved to {path}") + "\n", end="")

@@ -20,6 +20,17 @@ from controllability.version import __version__
 REFUSED, USAGE = 1, 2
 
 
+class Once(argparse.Action):
+    """An option with a value, which may be given once: of two values one would be lost without a word."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = vars(parser).setdefault("given", set())
+        if self.dest in given:
+            raise argparse.ArgumentError(self, "it is given twice, and takes one value")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """Wrong usage is one clear line on stderr and status 2."""
 
@@ -45,6 +56,7 @@ def parser() -> Parser:
             name, help=command.what, description=command.what, epilog=f"example:\n  {command.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
+        sub.register("action", None, Once)
         sub.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
         command.arguments(sub)
     return root

@@ -52,7 +52,8 @@ def written(directory: Path, file: str = "", kept: bool = True) -> Iterator[Path
         _begin(temporary, held)
         yield temporary
         _flush(temporary)
-        os.replace(temporary / file, target)
+        if kept or os.path.lexists(target):  # a try of what is new leaves no empty folder there, also when it is killed
+            os.replace(temporary / file, target)
         done = kept
     except Exception as error:
         raise _unwritable(directory, error) from None
