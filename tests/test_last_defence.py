@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from helpers import hook_count, snapshot, unchanged
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -163,3 +166,45 @@ def test_switches_that_drop_a_norm(name, monkeypatch):
     with torch.no_grad():
         mp = ct.patch_model(model, target=target, source=source)
     assert relative(mp.logits, mp.target_logits) < 1e-5
+
+
+def small_scales(dtype):
+    """Gemma 3 with post-norms of about 1/1024, which it stores as 1/1024 − 1: half precisions hold few such numbers."""
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2,
+    }  # fmt: skip
+    model, drawn = Gemma3ForCausalLM(Gemma3TextConfig(**config)).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model.model.embed_tokens.embed_scale.div_(1024)
+        for name, weight in model.named_parameters():
+            if "post_" in name and "norm" in name:
+                weight.copy_(torch.exp(torch.randn(weight.shape, generator=drawn)) / 1024 - 1)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "route"), [("float16", "uniform"), ("bfloat16", "uniform"), ("bfloat16", "secular")])
+def test_a_miss_of_the_size_of_half_precisions_rounding_is_not_blamed_on_a_mask(dtype, route):
+    drawn = torch.randint(3, 50, (1, 12), generator=torch.Generator().manual_seed(0))
+    target, source = {"input_ids": drawn}, {"input_ids": drawn[:, -3:], "position_ids": torch.arange(9, 12)[None]}
+    with pytest.raises(
+        ct.NotVerified, match=rf"which rounding to {dtype} may explain.*take float32, or route 'balanced'"
+    ) as refused:
+        ct.patch_model(small_scales(getattr(torch, dtype)), target, source, route=route)
+    assert "a mask" not in str(refused.value)
+    assert ct.patch_model(small_scales(torch.float32), target, source, route=route).report.residual < 1e-3
+
+
+def test_a_source_run_that_leaves_the_range_of_float16_says_so():
+    from controllability.models.sweep.target_run import check_finite
+
+    layer, state = SimpleNamespace(index=3), torch.full((1, 2, 4), float("inf"), dtype=torch.float16)
+    with pytest.raises(
+        ct.BadInput,
+        match=r"source run: the state leaving layer 3 .*a scale that the route asks for, leaves the range of float16",
+    ):
+        check_finite(state, "source", layer, "leaving")
+    for run, dtype in (("target", torch.float16), ("source", torch.float32)):
+        with pytest.raises(ct.BadInput, match="the model overflows on this input"):
+            check_finite(state.to(dtype), run, layer, "leaving")

@@ -28,6 +28,10 @@ UNDECLARED = (
     "more than rounding explains: on this input the model computes something that its expression does not have (a mask, or "
     "a switch that depends on the input)"
 )
+ROUNDED = (
+    "which rounding to {} may explain, that of a scale which the dtype cannot hold included: take float32, or route 'balanced'; if float32 "
+    "misses too, the model computes something that its expression does not have"
+)
 AFTER_THE_LAST_LAYER = (
     "something after the last patched layer depends on the context or on the token (a mixer, per-layer embeddings, "
     "an adapter that the runs choose differently)"
@@ -50,9 +54,13 @@ def refuse_unreached(solvers: list[LayerSweep], records: Sequence[LayerRecord] |
             continue  # the layer that makes good is held to its target
         amplifies = solver.proof.route in ("ball", "scale")  # as was asked for; what is lost is lost all the same
         held += [] if amplifies else [error]
-        enough, explained = UNREACHED.of(_dtypes(solver)), LOSS if amplifies else _explained(solver)
+        enough, rounding = UNREACHED.of(_dtypes(solver)), _rounding(solver)
+        # one scale for many tokens may leave little to normalise
+        explained = LOSS if amplifies else rounding if solver.joint is not None and solver.proof.jointly else 0.0
         if error > max(enough, min(explained, LOSS)):
-            why = AMPLIFIED if amplifies else MAGNIFIED if error <= explained else UNDECLARED
+            half = [str(d)[6:] for d in _dtypes(solver) if d in (torch.float16, torch.bfloat16)]
+            rounded = ROUNDED.format(half[0]) if half and error <= rounding else UNDECLARED
+            why = AMPLIFIED if amplifies else MAGNIFIED if error <= explained else rounded
             raise NotVerified(
                 f"layer {solver.layer.index} ({solver.layer.name}), {solver.rows.name(int(errors.argmax()))}: with its "
                 f"patch it misses the target run by {error:.2g} (relative), {why}; nothing was changed"
@@ -93,10 +101,10 @@ def _refuse_not_finite(logits: Tensor, name: Callable[[int], str], first: int) -
             )
 
 
-def _explained(solver: LayerSweep) -> float:
-    """The error that rounding explains where one scale for many tokens left little to normalise; 0 elsewhere."""
+def _rounding(solver: LayerSweep) -> float:
+    """The error that rounding explains, as the norm after the patched map magnifies it; 0 where there is none."""
     spread = [r.amplification for r in solver.run.journal.routes if r.amplification is not None]
-    if solver.joint is None or not solver.proof.jointly or not spread:
+    if not spread:
         return 0.0
     eps = max(torch.finfo(d).eps for d in _dtypes(solver) & set(UNREACHED))
     return 100 * eps * max(float(s.max()) for s in spread)

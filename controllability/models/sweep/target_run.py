@@ -49,6 +49,9 @@ def as_state(states: list[Tensor | None]) -> Any:
     return states[0] if len(states) == 1 else states
 
 
+PATCHED_OVERFLOW = "the model, or a scale that the route asks for, leaves the range of float16 (up to 65504): take float32 or bfloat16, or route 'balanced'"
+
+
 def check_finite(states: Tensor, run: str, layer: Layer, where: str) -> None:
     """Raise ``Overflow`` for a state with NaN or infinity at any position."""
     if bool(torch.isfinite(states.sum(dtype=torch.promote_types(states.dtype, torch.float32)))):
@@ -56,9 +59,10 @@ def check_finite(states: Tensor, run: str, layer: Layer, where: str) -> None:
     finite = torch.isfinite(states)
     if not bool(finite.all()):
         bad = (~finite).nonzero()[0].tolist()
+        patched = run == "source" and states.dtype == torch.float16  # and the target run was finite
+        why = PATCHED_OVERFLOW if patched else "the model overflows on this input (try another dtype)"
         raise Overflow(
-            f"{run} run: the state {where} layer {layer.index} is not finite at sample {bad[0]}, position {bad[1]}; "
-            "the model overflows on this input (try another dtype); nothing was changed"
+            f"{run} run: the state {where} layer {layer.index} is not finite at sample {bad[0]}, position {bad[1]}; {why}; nothing was changed"
         )
 
 
