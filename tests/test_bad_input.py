@@ -66,6 +66,12 @@ BAD_RUNS = {
         r"inputs_embeds must be torch.float32 of width 32, got torch.float32 of shape \(1, 3, 7\)",
     ),
     "ids and embeddings": ({"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "inputs_embeds": torch.zeros(1, 3, 32)}, "not both"),
+    "a sparse mask": (
+        {"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3), "attention_mask": torch.ones(1, 3).to_sparse()},
+        "source: attention_mask must be a dense tensor",
+    ),
+    "ids without numbers": ({"input_ids": ids(1, 9)}, {"input_ids": ids(1, 3).to("meta")}, "source: input_ids must be a dense tensor"),
+    "an argument without a name": ({"input_ids": ids(1, 9), 1: 2}, {"input_ids": ids(1, 3)}, "keyword arguments by name, got 1"),
     "boolean ids": ({"input_ids": ids(1, 9) > 4}, {"input_ids": ids(1, 3)}, "must be integers"),
 }  # fmt: skip
 
@@ -98,6 +104,8 @@ def test_bad_runs(gemma, name):
         ({"positions": ([], [])}, r"positions: \(1, 0\) source positions"),
         ({"positions": ([0.5], [1.5])}, "give as many integers of each"),
         ({"positions": "ab"}, "positions must be"),
+        ({"progress": 3}, "progress must be a function"),
+        ({"route": []}, "route must be a name, got list"),
         ({"positions": (torch.tensor([9]), torch.tensor([0]))}, r"source positions must lie in 0 … 3"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from test_cli_streams import PATCH, TEXTS, one_line, status_of
 
 import controllability as ct
+from controllability.cli.arguments import COMMANDS
 from controllability.cli.main import main
 from controllability.models.files import folders
 from controllability.models.loading import embedded_directory, load_model, on_device
@@ -339,6 +340,14 @@ FORGED = {
         {k: v[..., :3].clone() for k, v in t.items() if k.endswith("left")}
     ),
     "no source": lambda t: t.pop("source::input_ids"),
+    "factors of tokens that are not there": lambda t: t.update(
+        {k: v.repeat(7, *[1] * (v.ndim - 1)) for k, v in t.items() if k.endswith(("left", "right", "shift"))}
+    ),
+    "a factor with an axis too many": lambda t: t.update({k: v[None] for k, v in t.items() if k.endswith("left")}),
+    "a factor that is no number": lambda t: [v.fill_(float("nan")) for k, v in t.items() if k.endswith("right")],
+    "factors of whole numbers": lambda t: t.update({k: v.long() for k, v in t.items() if k.endswith("right")}),
+    "positions that are no integers": lambda t: t.update({"rows.position": t["rows.position"].float()}),
+    "tokens below 0": lambda t: t["source::input_ids"].fill_(-3),
     "tokens that are no integers": lambda t: t.update({"source::input_ids": t["source::input_ids"].float()}),
 }
 
@@ -346,10 +355,68 @@ FORGED = {
 @pytest.mark.parametrize("how", FORGED)
 def test_a_forged_patch_is_damaged_and_no_internal_error(capsys, tmp_path, saved, how):
     patch = forged(saved, tmp_path / "forged", FORGED[how])
+    with pytest.raises((ct.PatchError, ct.BadInput)):  # of ours, as soon as the model is known
+        ct.load_patch(patch).merge(ct.load_model("embedded")[0])
     assert status_of("verify", "embedded", patch) == 2
     one_line(capsys.readouterr().err)
     assert status_of("export", patch, "--model", "embedded", "--out", tmp_path / "out") in (0, 2)
     assert "internal error" not in capsys.readouterr().err
+
+
+REPORTS = {
+    "a margin that is a number": lambda r: r["layers"][0]["margins"].__setitem__(0, 3),
+    "a change that is a word": lambda r: r["layers"][0]["relative_changes"].update(
+        dict.fromkeys(r["layers"][0]["relative_changes"], "x")
+    ),
+    "a route that is none": lambda r: r["layers"][0].update(route=True),
+    "too few tokens": lambda r: r["layers"][0]["tokens"].update(margins=[[]]),
+    "an amplification in parts": lambda r: r["layers"][0].update(amplification={"a": 1}),
+}
+
+
+@pytest.mark.parametrize("how", REPORTS)
+def test_a_report_that_cannot_be_shown_is_damaged(tmp_path, saved, how):
+    from controllability.models.files.patch_files import _digest
+
+    shutil.copytree(saved, tmp_path / "forged")
+    described = json.loads((tmp_path / "forged" / "patch.json").read_text())
+    described.pop("sha256")
+    REPORTS[how](described["report"])
+    (tmp_path / "forged" / "patch.json").write_text(json.dumps(described | {"sha256": _digest(described)}))
+    with pytest.raises(ct.PatchError, match="is corrupt"):
+        ct.load_patch(tmp_path / "forged")
+
+
+TWICE = [
+    ["prove", "llama", "--via", "output", "--via", "output"],
+    ["patch", "embedded", "--context", "a", "--context", "b", "--query", "c"],
+    ["patch", "embedded", "--context-file", "a", "--context-file", "b", "--query", "c"],
+    ["demo", "--seed", "0", "--seed", "0"],
+    ["protocol", "embedded", "--dtypes", "float32", "--dtypes", "float64"],
+    ["list", "--out", "a", "--out", "b"],
+]
+
+
+@pytest.mark.parametrize("arguments", TWICE, ids=" ".join)
+def test_an_option_that_is_given_twice_is_refused(capsys, arguments):
+    assert status_of(*arguments) == 2
+    one_line(capsys.readouterr().err, "it is given twice, and takes one value")
+
+
+def test_prompts_and_switches_may_be_given_twice(capsys):
+    assert status_of("list", "llama", "--json", "--json") == 0
+    assert (
+        status_of("generate", "embedded", "--prompt", "Mia", "--prompt", "Leo", "--tokens", "1", "--skip-sensitivity")
+        == 0
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_fits_80_columns(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_a_model_that_cannot_run_is_no_internal_error(capsys, monkeypatch):

@@ -352,8 +352,18 @@ def test_training_mode_is_refused_at_every_use():
         with pytest.raises(ct.PatchError, match=r"transformer.h.0 is in training mode"):
             model(**source)
         model.eval()
+        model.transformer.h[1].attn.resid_dropout.train()
+        with pytest.raises(ct.PatchError, match=r"transformer.h.1.attn.resid_dropout is in training mode"):
+            model(**source)
+        model.eval()
         assert error(model(**source).logits[:, -1], mp.target_logits[:, -1]) < 1e-5
     assert hook_count(model) == 0
+    mp.merge(model)
+    model.train()
+    with pytest.raises(ct.BadInput, match="the model is in training mode"):
+        mp.merged_error(model)
+    model.eval()
+    assert mp.merged_error(model).relative_error < 1e-4
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -6,13 +6,16 @@ import copy
 import json
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import error, runs, tiny_gemma
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import controllability as ct
 from controllability.models.hooks.carried_patches import carried
@@ -73,6 +76,27 @@ def test_without_a_cache_such_a_row_is_packed_and_that_is_what_is_solved_when_as
         assert error(logits(model, packed), wanted) < 2e-5
         with pytest.raises(ct.PatchError, match="it is use_cache False, the model got True"):
             logits(model, source)
+
+
+@pytest.mark.parametrize("scope", ["last", "all"])
+@pytest.mark.parametrize("order", ["gap", "backwards"])
+def test_one_set_of_weights_is_not_used_on_its_own_input_run_otherwise(scope, order):
+    model, (target, source) = llama(), runs(context=9, query=3)
+    positions = None
+    if order == "gap":
+        source, positions = first_kept(target)
+    else:
+        source = source | {"position_ids": source["position_ids"].flip(-1)}
+    mp = ct.patch_model(model, target, source, scope=scope, positions=positions)
+    with mp.applied(model):
+        assert error(logits(model, source)[:, -1], mp.target_logits[:, -1]) < 2e-5
+        with pytest.raises(ct.PatchError, match="it is use_cache True, the model got False"):
+            logits(model, source | {"use_cache": False})
+        masked = source | {"attention_mask": torch.ones_like(source["input_ids"]), "use_cache": False}
+        assert error(logits(model, masked)[:, -1], mp.target_logits[:, -1]) < 2e-5, (
+            "a mask says that it is one sequence"
+        )
+        logits(model, {"input_ids": source["input_ids"] + 1, "use_cache": False})  # another input is nobody's business
 
 
 @pytest.mark.parametrize("asked", [None, True, False])
@@ -221,6 +245,93 @@ def test_a_model_that_counts_its_calls_is_the_same_model():
     logits(model, target)
     with mp.applied(model):
         assert error(logits(model, source)[:, -1:], mp.target_logits) < 2e-5
+
+
+class Steered(nn.Module):
+    """An adapter of another make: how strong it is stands in a plain attribute."""
+
+    def __init__(self, inner: nn.Module, name: str, value: Any, strength: Callable[[Any], float]) -> None:
+        super().__init__()
+        self.inner, self.strength, self.name = inner, strength, name
+        setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * (1 + self.strength(vars(self)[self.name]))
+
+
+ATTRIBUTES = {
+    "private number": ("_scale", 0.5, 2.0, float),
+    "private list": ("_active", ["a"], ["b"], lambda held: float("a" in held)),
+    "set": ("active", {"a"}, {"b"}, lambda held: float("a" in held)),
+    "namespace": ("options", SimpleNamespace(scale=0.5), SimpleNamespace(scale=2.0), lambda held: held.scale),
+    "NumPy number": ("scale", np.float32(0.5), np.float32(2), float),
+    "NumPy array": ("scales", np.array([0.5, 1.0]), np.array([2.0, 1.0]), lambda held: float(held[0])),
+    "tensor that is no buffer": ("scale", torch.tensor(0.5), torch.tensor(2.0), float),
+    "vector that is no buffer": ("scales", torch.full((40,), 0.5), torch.full((40,), 2.0), lambda held: float(held[0])),
+}
+
+
+@pytest.mark.parametrize("kind", ATTRIBUTES)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_plain_attribute_of_any_kind_is_a_setting(kind, loaded, tmp_path):
+    model, (target, source) = tiny_gemma(), runs(context=9, query=3)
+    name, before, after, strength = ATTRIBUTES[kind]
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = Steered(layer.self_attn.o_proj, name, copy.deepcopy(before), strength).eval()
+    mp = ct.patch_model(model, target, source)
+    if loaded:
+        mp = ct.load_patch(mp.save(tmp_path / "patch"))
+    with mp.applied(model):
+        logits(model, source)
+    for layer in model.model.layers:
+        setattr(layer.self_attn.o_proj, name, after)
+    with pytest.raises(ct.PatchError, match=rf"self_attn.o_proj.{name}"), mp.applied(model):
+        pass
+    for layer in model.model.layers:
+        setattr(layer.self_attn.o_proj, name, copy.deepcopy(before))
+    with mp.applied(model):
+        logits(model, source)
+
+
+def test_an_attention_function_of_the_callers_own_is_a_setting(tmp_path):
+    model, (target, source) = tiny_gemma(), runs(context=9, query=3)
+    mp = ct.patch_model(model, target, source)
+    mp.save(tmp_path / "patch")
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["mine"] = lambda *args, **kwargs: (plain(*args, **kwargs)[0] * 0.5, None)
+    try:
+        model.config._attn_implementation = "mine"
+        for patch in (mp, ct.load_patch(tmp_path / "patch")):
+            with pytest.raises(ct.PatchError, match=r"config.attention"), patch.applied(model):
+                pass
+        model.config._attn_implementation = "eager"
+        with mp.applied(model):
+            assert error(logits(model, source), mp.target_logits) < 2e-5
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["mine"]
+
+
+def test_what_changes_while_a_patch_is_applied_is_told(recwarn):
+    model, (target, source) = tiny_gemma(), runs(context=9, query=3)
+    mp = ct.patch_model(model, target, source)
+    with mp.applied(model):
+        logits(model, source)
+    assert not [w for w in recwarn if issubclass(w.category, ct.ControllabilityWarning)]
+    with (
+        pytest.warns(ct.ControllabilityWarning, match=r"o_proj.weight changed while the patch was applied"),
+        mp.applied(model),
+        torch.no_grad(),
+    ):
+        model.model.layers[0].self_attn.o_proj.weight.mul_(2)
+
+
+def test_logits_that_are_handed_out_are_the_callers_own():
+    model, (target, source) = tiny_gemma(), runs(context=9, query=3)
+    mp = ct.patch_model(model, target, source, scope="last")
+    for taken in (mp.target_logits, mp.logits):
+        taken.zero_()
+    mp.merge(model)
+    assert mp.merged.relative_error < 1e-4 and float(mp.target_logits.abs().max()) > 0.1
 
 
 def test_settings_hold_no_model_and_fit_into_json():

@@ -52,9 +52,8 @@ def patch_model(
     joint = parse_joint_options(scope, ridge, rank, keep_rms)
     if not isinstance(moments, Moments | None):
         raise BadInput(f"moments must be what second_moments gave, got {type(moments).__name__}")
-    for name, value in (("via", via), ("route", route)):
-        if not isinstance(value, str):
-            raise BadInput(f"{name} must be a name, got {type(value).__name__}")
+    if not callable(progress):
+        raise BadInput(f"progress must be a function (stage, done, total), got {type(progress).__name__}")
     model = uncompiled(model)
     with own_modes(model):
         return ModelPatch.of(solve(model, target, source, scope, via, route, positions, progress, joint, moments))

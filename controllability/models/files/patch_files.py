@@ -22,6 +22,7 @@ from controllability.models.hooks.carried_patches import TO_STAY
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
 from controllability.models.reading.fingerprints import Look
+from controllability.models.reading.inputs import refuse_malformed
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.settings import in_words
 from controllability.models.sweep.report import Report
@@ -175,11 +176,32 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> PatchReco
         inputs["source"].pop("use_cache", None)
     shape = (int(description["rows_shape"][0]), int(description["rows_shape"][1]))
     rows = Positions(tensors["rows.sample"], tensors["rows.position"], shape, int(description["rows_before"]))
+    report = Report.from_dict(description["report"])
+    _ = f"{report}{report.table()}"  # what cannot be shown is no report
+    _refuse_unsound(entries, rows, inputs)
     return PatchRecord(
-        tuple(entries), description["scope"], rows, Report.from_dict(description["report"]), inputs,
+        tuple(entries), description["scope"], rows, report, inputs,
         fingerprint=description["fingerprint"], model_name=str(description["model"]),
         measured=Sensitivity.from_dict(told) if (told := description["report"].get("sensitivity")) else None,
         joint=JointOptions(**description["together"]) if description["together"] is not None else None,
         forms={name: Form.from_dict(form) for name, form in description["forms"].items()},
         _seen=Look({}, dict(description.get("settings", {}))),
     )  # fmt: skip
+
+
+def _refuse_unsound(entries: list[Entry], rows: Positions, inputs: dict[str, Any]) -> None:
+    """Raise ``PatchError`` or ``BadInput`` for tensors that do not fit each other, whatever their checksums are."""
+    count = len(rows.sample)
+    for at, size in zip((rows.sample, rows.position), rows.shape, strict=True):
+        if at.dtype != torch.int64 or at.shape != (count,) or bool(((at < 0) | (at >= size)).any()):
+            raise PatchError(f"its positions lie outside of its input of shape {rows.shape}")
+    for role in ("source", "target") if inputs["source"] else ():  # an imported adapter has none
+        refuse_malformed(inputs[role], role)
+    for entry in entries:
+        held = {name: value for name, value in vars(entry.delta).items() if isinstance(value, Tensor)}
+        first, *others = factors = [value for name, value in held.items() if name != "index"]
+        axes = len(held)  # a token has one for each of the tensors
+        fits = first.ndim == axes or (first.ndim == axes + 1 and len(first) == count)
+        fits = fits and all(v.shape[:-1] == first.shape[:-1] for v in others)
+        if not fits or not all(v.is_floating_point() and bool(v.isfinite().all()) for v in factors):
+            raise PatchError(f"the factors of {entry.param} are not of {count} tokens, or not finite")

@@ -77,8 +77,10 @@ def generate(
     """
     model = uncompiled(model)
     _refuse_misuse(model, follow, max_new_tokens, options)
-    if seed is not None and not isinstance(seed, int):
-        raise BadInput(f"seed must be an integer, got {seed!r}")
+    if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
+        raise BadInput(f"seed must be an integer, got {seed!r:.40}; it has 64 bits")
+    if on_step is not None and not callable(on_step):
+        raise BadInput(f"on_step must be a function of a step, got {type(on_step).__name__}")
     ids, mask = left_padded(input_ids, attention_mask)
     with own_modes(model):
         checked = _checked(model, ids)

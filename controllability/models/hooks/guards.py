@@ -59,19 +59,22 @@ class Calls:
     """Counts the calls of the patched layers; a module around them that ran must have called one."""
 
     def __init__(self, installation: HookStack, model: nn.Module, layers: Iterable[str]) -> None:
-        self.ran = dict.fromkeys(layers, 0)
+        self.ran, self.parts = dict.fromkeys(layers, 0), dict(model.named_modules())
         for name in self.ran:
-            installation.before(model.get_submodule(name), self._beginner(name, model.get_submodule(name)))
+            installation.before(model.get_submodule(name), self._beginner(name))
         for name in _around(self.ran) - {*self.ran}:
             installation.after(model.get_submodule(name), self._ender(name, model.get_submodule(name)))
 
-    def _beginner(self, name: str, module: nn.Module) -> Any:
+    def _beginner(self, name: str) -> Any:
         first = name == next(iter(self.ran))
 
         def begins(_: Any) -> None:
             self.ran[name] += 1
-            if module.training:
-                raise PatchError(f"{name} is in training mode: call model.eval() first, dropout would make runs differ")
+            for part in (name, *self.parts) if first else ():
+                if self.parts[part].training:
+                    raise PatchError(
+                        f"{part or 'the model'} is in training mode: dropout counts; call model.eval() first"
+                    )
             if first and "torch.utils.checkpoint" in _callers():
                 raise PatchError(
                     "activation checkpointing runs the layers again in backward, when the patch may be off: leave it out; or keep "

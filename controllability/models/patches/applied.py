@@ -19,6 +19,7 @@ from controllability.models.patches.applier import Applier
 from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.same_input import refuse_other_input
 from controllability.models.reading.checked_reading import known_reading
+from controllability.models.reading.fingerprints import changes, look_at
 
 
 @contextmanager
@@ -27,6 +28,7 @@ def applied(patch: PatchRecord, model: nn.Module) -> Iterator[nn.Module]:
     given, model = model, uncompiled(model)
     with state_of_model(model).lock:  # another thread waits: two patches at once would see each other's weights
         patch.refuse_misuse(model)
+        same_model = patch._model is not None and patch._model() is model
         installation = HookStack()
         try:
             carry(model, patch.id, installation, patch.parameters)
@@ -35,6 +37,9 @@ def applied(patch: PatchRecord, model: nn.Module) -> Iterator[nn.Module]:
             yield given
         finally:
             in_order = put_down(model, patch.id)
+        if same_model and (changed := changes(patch._seen, look_at(model))):
+            said = f"{changed[0]} changed while the patch was applied: what ran after that is not what the patch was made for"
+            warnings.warn(said, ControllabilityWarning, stacklevel=3)
         if not in_order:
             raise PatchError("patches were left out of order: this one and those applied after it were all undone")
 
@@ -42,9 +47,8 @@ def applied(patch: PatchRecord, model: nn.Module) -> Iterator[nn.Module]:
 def _install(patch: PatchRecord, model: nn.Module, installation: HookStack) -> None:
     reading = known_reading(model)
     rows = patch.rows if patch.scope == "each" else None
-    if rows:
-        source = patch.inputs["source"]
-        installation.called(model, lambda given: refuse_other_input(model, given, source))
+    source = patch.inputs["source"]
+    installation.called(model, lambda given: refuse_other_input(model, given, source, rows is not None))
     patched = {layer.name: layer for layer in reading.layers if layer.index in {e.layer for e in patch.entries}}
     for layer in patched.values():
         entries = [e for e in patch.entries if e.layer == layer.index]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from architectures import quantised
 from architectures.reading import Layer, Tap
 from controllability.arrays.one_line import OneLine
-from controllability.deltas import Delta
+from controllability.deltas import Delta, Shift
 from controllability.errors import PatchError
 from controllability.interfaces import Param, Path as NodePath
 from controllability.models.hooks.guards import refuse_bypassed
@@ -38,6 +40,16 @@ class Entry(OneLine):
     def module(self) -> str:
         """Name of the module that holds the parameter."""
         return self.param.name.rpartition(".")[0]
+
+    def refuse_other_shape(self, model: nn.Module) -> None:
+        """Raise ``PatchError`` where the model has no such parameter, or one of another size."""
+        stored = dict(model.named_parameters(remove_duplicate=False)).get(self.param.name)
+        if quantised.kind(stored):
+            return
+        factors = [self.delta.value] if isinstance(self.delta, Shift) else [self.delta.left, self.delta.right]
+        size = math.prod(factor.shape[-1] for factor in factors) * (getattr(self.delta, "experts", 0) or 1)
+        if stored is None or stored[self.param.index].numel() != size:
+            raise PatchError(f"this patch does not fit: the model has no parameter {self.param} of {size} numbers")
 
 
 def entries_of(solvers: Iterable[LayerSweep]) -> tuple[Entry, ...]:

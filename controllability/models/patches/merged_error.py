@@ -15,6 +15,7 @@ from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.record import PatchRecord
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.logits import compare_logits, result_of
+from controllability.models.reading.modules import refuse_training
 from controllability.models.reading.positions import pair_positions
 from controllability.models.reading.tolerances import VERIFIED
 
@@ -84,6 +85,7 @@ def merged_error(patch: PatchRecord, model: nn.Module) -> MergedError:
     wanted = _wanted(patch)
     if wanted is None:
         raise PatchError("a loaded patch does not hold the target's logits: compare with `controllability verify`")
+    refuse_training(model)
     with own_modes(model):
         return _compared(patch, at_source(patch, model), wanted)
 

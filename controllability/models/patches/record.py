@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from controllability.errors import PatchError
@@ -19,8 +20,10 @@ from controllability.models.patches.applier import Entry
 from controllability.models.patches.served_sequences import Stream
 from controllability.models.reading.fingerprints import Look, changes, fingerprint, known_fingerprint, look_at
 from controllability.models.reading.heads import Result
+from controllability.models.reading.model_facts import input_embedding
 from controllability.models.reading.modules import modules_of, refuse_offloaded, refuse_training
 from controllability.models.reading.positions import Positions
+from controllability.models.reading.random_inputs import refuse_ids
 from controllability.models.sweep.report import Report
 from controllability.models.sweep.sensitivity import Sensitivity
 
@@ -153,6 +156,11 @@ class PatchRecord:
             )  # fmt: skip
         if not same and known_fingerprint(model) != self.mark():
             raise PatchError("this patch was made for other weights (the fingerprints differ)")
+        for entry in self.entries if not same else ():  # a file may say anything
+            entry.refuse_other_shape(model)
+        if not same and (embedding := input_embedding(model)) is not None:
+            for role in ("source", "target"):
+                refuse_ids(self.inputs[role].get("input_ids", torch.zeros(1)), int(embedding.shape[0]), role)
 
     def refuse_several(self, done: str) -> None:
         """Raise ``PatchError`` unless this patch is one set of weights; ``done`` says what else cannot be done with it."""

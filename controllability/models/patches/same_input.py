@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from controllability.errors import PatchError
-from controllability.models.reading.inputs import uses_cache
+from controllability.models.reading.inputs import leaves_gaps, uses_cache
 from controllability.models.reading.positions import TOKENS, main_input
 
 ASIDE = {  # what changes no state
@@ -18,25 +18,32 @@ ASIDE = {  # what changes no state
 }  # fmt: skip
 
 
-def refuse_other_input(model: nn.Module, given: Mapping[str, Any], made_for: Mapping[str, Any]) -> None:
+def refuse_other_input(model: nn.Module, given: Mapping[str, Any], made_for: Mapping[str, Any], each: bool) -> None:
     """Raise ``PatchError`` where ``given``, the arguments of a run by name, is not the input that the patch was made for.
 
     What means the same passes: a mask of ones and none, positions that are counted and none, outputs that are asked for.
-    Another number of positions is refused where the layers see it.
+    Another number of positions is refused where the layers see it.  A patch that is not of scope ``each`` may meet any input; what
+    it was made for must not be run with a cache in place of without, or without one, where that computes something else.
     """
+    if not each and "use_cache" not in made_for:
+        return
     main = main_input(made_for) or "pixel_values"
     shapes = [getattr(inputs.get(main), "shape", None) for inputs in (made_for, given)]
-    if shapes[0] != shapes[1] and None not in shapes:
+    if shapes[0] != shapes[1] and not (each and None in shapes):
         return
+    differ: list[tuple[str, Any, Any]] = []
     for name in dict.fromkeys((*made_for, *given)):
         encoded = "encoder_outputs" in given and name in TOKENS and name != main
         if name in ASIDE or name.startswith("output_") or encoded or (name == "use_cache" and name not in made_for):
             continue
         wanted, found = (_meant(name, inputs, shapes[0]) for inputs in (made_for, given))
         if name == "use_cache":
-            found = uses_cache(model, given)
+            masked = leaves_gaps(made_for) and given.get("attention_mask") is not None  # one sequence all the same
+            found = masked or uses_cache(model, given)
         if not _same(wanted, found):
-            raise PatchError(_difference(name, wanted, found))
+            differ.append((name, wanted, found))
+    if differ and (each or [name for name, *_ in differ] == ["use_cache"]):
+        raise PatchError(_difference(*differ[0]))
 
 
 def _meant(name: str, inputs: Mapping[str, Any], shape: Any) -> Any:
@@ -71,6 +78,9 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _difference(name: str, wanted: Any, found: Any) -> str:
     """Both sides at the first place where they differ."""
+    if name == "use_cache":
+        why = "which computes something else on this input (gaps in its positions and no mask, or layers with one place in the cache)"
+        return f"this patch is valid for its own run: it is use_cache {wanted}, the model got {found}, {why}"
     where, sides = "", [tuple(v.shape) if isinstance(v, Tensor) else v for v in (wanted, found)]
     if isinstance(wanted, Tensor) and isinstance(found, Tensor) and wanted.shape == found.shape and wanted.ndim > 1:
         place = (wanted.cpu() != found.cpu()).nonzero()[0].tolist()

@@ -60,6 +60,9 @@ class Checked:
 
     def proofs(self, via: str, route: str, jointly: bool = False) -> list[Derivation]:
         """One proof a layer, searched once.  Raises ``NotControllable`` with the layer that has none."""
+        for name, value in (("via", via), ("route", route)):
+            if not isinstance(value, str):
+                raise BadInput(f"{name} must be a name, got {type(value).__name__}")
         key = (via, route, jointly)
         if key not in self._proofs:
             self._proofs[key] = [_prove(layer, *key) for layer in self.reading.layers]

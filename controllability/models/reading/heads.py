@@ -87,9 +87,9 @@ class Result(OneLine):
         return Result(logits, logits.dtype)
 
     def logits(self) -> Tensor:
-        """All of them at once."""
+        """All of them at once, in a tensor of the caller's own."""
         if self.head is None:
-            return self.held
+            return self.held.clone()
         return self.head(self.held) if self.held.ndim == 3 else self.head(self.held[None])[0]
 
     def at(self, rows: Positions) -> Result:

@@ -39,6 +39,11 @@ def uses_cache(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 
 def refuse_malformed(inputs: Mapping[str, Any], role: str) -> None:
     """Raise ``BadInput`` for inputs that are no tensors and plain values, or that ask for something else than a plain run."""
+    for name, value in inputs.items() if isinstance(inputs, Mapping) else ():
+        if not isinstance(name, str):
+            raise BadInput(f"{role}: give the model's keyword arguments by name, got {name!r}")
+        if isinstance(value, torch.Tensor) and (value.is_meta or value.layout is not torch.strided):
+            raise BadInput(f"{role}: {name} must be a dense tensor with numbers, got {value.layout} on {value.device}")
     input_shape(inputs, role)
     for name, value in inputs.items():
         cache = name == "past_key_values" and value is not None

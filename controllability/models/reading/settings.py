@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from functools import partial
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, SimpleNamespace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 Settings = dict[str, Any]  # name -> plain value, class or function
@@ -29,7 +32,7 @@ HARMLESS = {
     "state_dict", "save_pretrained",  # refused while a patch is applied
 }  # fmt: skip
 HARMLESS_PARTS = re.compile(
-    "^(output_|targeted_|_is_hf|_attn_impl|_experts_impl|_output_|_post_init)|dropout|pdrop|loss"
+    "^(output_|targeted_|_is_hf|_attn_impl|_experts_impl|_output_|_post_init)|dropout|pdrop|loss|cache"
 )
 _NOTHING: Any = object()
 
@@ -52,15 +55,16 @@ def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Settings:
                 continue
             if type(value) in SIMPLE:
                 found[f"{prefix}{name}"] = value
-            elif str(name)[:1] == "_" and name != "_active_adapter":  # peft's list
+            elif callable(value) and str(name)[:1] == "_":  # what refuses copies while a patch is applied
                 continue
-            elif isinstance(value, dict):
-                take(f"{prefix}{name}.", value)
+            elif isinstance(value, dict | SimpleNamespace):
+                take(f"{prefix}{name}.", value if isinstance(value, dict) else vars(value))
             elif (plain := _value(value)) is not _NOTHING:
                 found[f"{prefix}{name}"] = plain
             elif id(value) not in seen and (name in CONFIGS or hasattr(value, "to_dict") or is_dataclass(value)):
                 seen.add(id(value))
                 take(f"{prefix}{name}.", getattr(value, "__dict__", {}))
+                found[f"{prefix}{name}.attention"] = _attention(getattr(value, "_attn_implementation", None))
 
     for name, module in modules:
         held = vars(module)
@@ -77,6 +81,14 @@ def _value(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)  # NaN is not equal to itself
+    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufc":
+        value = torch.as_tensor(value)
+    if isinstance(value, Tensor) and not value.is_meta and value.layout is torch.strided:
+        flat = value.detach().reshape(-1)
+        shown = flat[:: max(1, len(flat) // 16)].tolist()
+        return _value(shown[0]) if len(flat) == 1 else f"{str(shown)[1:-1]} of {tuple(value.shape)}"
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)
     if isinstance(value, list | tuple):
         values = [_value(each) for each in value]
         if len(values) == 1 and isinstance(values[0], str):
@@ -90,6 +102,13 @@ def _value(value: Any) -> Any:
         return value
     cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]  # one may be the model
     return [getattr(value, "__qualname__", type(value).__qualname__), *(c for c in cells if type(c) in SIMPLE)]
+
+
+def _attention(name: Any) -> Any:
+    """Which function computes attention: nothing for transformers' own, which agree; one of the caller's is another."""
+    known = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
+    function = known.get(name) if isinstance(name, str) else None
+    return None if getattr(function, "__module__", "transformers").startswith("transformers") else _value(function)
 
 
 def in_words(value: Any) -> Any:
