@@ -43,9 +43,10 @@ def files(tmp_path):
 
 
 def command(files, *options, context=CONTEXT, out="out"):
-    """The command line; of an option that stands there twice, the last one counts."""
-    paths = ["--queries", files / "queries.txt", "--out", files / out]
-    return [*map(str, ["compile", "embedded", "--context", context, *paths, *options])]
+    """The command line; an option that is among ``options`` stands there once."""
+    given = {"--context": context, "--strength": "exact", "--queries": files / "queries.txt", "--out": files / out}
+    kept = [word for name, value in given.items() if name not in options for word in (name, value)]
+    return [*map(str, ["compile", "embedded", *kept, *options])]
 
 
 def run(capsys, files, *options, json_=True, **more):
@@ -111,7 +112,9 @@ def test_a_patch(capsys, files):
 
 
 def test_held_out_queries_and_the_picture(capsys, files):
-    status, data, err = run(capsys, files, "--heldout", files / "heldout.txt", "--rank", 8, "--ridge", "auto")
+    status, data, err = run(
+        capsys, files, "--heldout", files / "heldout.txt", "--rank", 8, "--ridge", "auto", "--picture"
+    )
     assert (status, err, data["exact"]) == (0, "", False)
     assert data["rank"] <= 8
     assert data["ridge_choice"]["judged_on"] == "held-out queries"
@@ -320,5 +323,5 @@ def test_help_has_an_example(capsys):
         main(["compile", "--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    assert "controllability compile embedded --context" in text
+    assert "controllability compile embedded --queries" in text
     assert str(embedded_directory()) not in text

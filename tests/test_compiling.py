@@ -29,6 +29,7 @@ from controllability.models.loading import load_model
 from controllability.models.reading.positions import pair_positions
 
 load = functools.cache(lambda: load_model("embedded"))
+exactly = functools.partial(compile_context, strength="exact")
 PAIR = "Mia lives in Oslo . Leo lives in Rome ."
 ASKED = ["Where does Mia live ?", "Where does Leo live ?"]
 OTHERWISE = ["In which city does Mia stay ?", "In which city does Leo stay ?"]
@@ -45,7 +46,7 @@ def facts(seed, count):
 @functools.cache
 def eight():
     context, asked, otherwise = facts(3, 8)
-    return compile_context(*load(), context, asked, otherwise)
+    return exactly(*load(), context, asked, otherwise)
 
 
 # ------------------------------------------------------------------------------------------- exact
@@ -55,7 +56,7 @@ def eight():
 def test_eight_facts_in_one_set_of_weights(seed):
     context, asked, _ = facts(seed, 8)
     before = {k: v.clone() for k, v in load()[0].state_dict().items()}
-    found = eight() if seed == 3 else compile_context(*load(), context, asked)
+    found = eight() if seed == 3 else exactly(*load(), context, asked)
     assert all(torch.equal(v, before[k]) for k, v in load()[0].state_dict().items())
     assert found.exact
     queries = found.results["queries"]  # measured one query at a time, not in the batch that was solved
@@ -95,7 +96,7 @@ def test_the_report_is_json():
 
 def test_answer_tokens_are_the_contextual_models_own():
     model, tokenizer = load()
-    found = compile_context(model, tokenizer, PAIR, ASKED, answer_tokens=3)
+    found = exactly(model, tokenizer, PAIR, ASKED, answer_tokens=3)
     for sample, text in zip(found.sets["queries"].samples, ASKED, strict=True):
         ids = tokenizer(f"{PAIR} {text}", return_tensors="pt")["input_ids"]
         alone = model.generate(ids, max_new_tokens=3, do_sample=False)[0].tolist()
@@ -134,7 +135,7 @@ class Plain:
 
 
 def test_without_a_first_token_the_contexts_own_is_the_anchor():
-    found = compile_context(load()[0], Plain(), PAIR, ASKED, OTHERWISE)
+    found = exactly(load()[0], Plain(), PAIR, ASKED, OTHERWISE)
     assert (found.context.anchored, found.first_tokens) == (True, ["Mia"])
     assert found.exact
     assert all(sample.source[0] == sample.target[0] for sample in found.sets["queries"].samples)
@@ -144,7 +145,7 @@ def test_without_a_first_token_the_contexts_own_is_the_anchor():
 def test_in_float64():
     model = load_model("embedded", "float64")[0]
     with ct.exact_mode():
-        found = compile_context(model, load()[1], PAIR, ASKED)
+        found = exactly(model, load()[1], PAIR, ASKED)
     assert found.exact
     assert found.results["queries"].max_logit_error < 1e-12 < 5 < found.sets["queries"].unpatched.max_logit_error
 
@@ -153,7 +154,7 @@ def test_in_float64():
 
 
 def test_a_positive_ridge_is_a_fit_and_says_so():
-    found = compile_context(*load(), PAIR, ASKED, ridge=0.1)
+    found = exactly(*load(), PAIR, ASKED, ridge=0.1)
     assert (found.exact, found.solution.ridge, found.solution.choice) == (False, 0.1, None)
     assert found.results["queries"].max_logit_error > 1e-3
     assert found.to_dict()["certificate"] is None
@@ -163,7 +164,7 @@ def test_a_positive_ridge_is_a_fit_and_says_so():
 def test_the_ridge_is_chosen_by_texts_that_were_not_fitted(monkeypatch, heldout, judge):
     monkeypatch.setattr(ridge, "GRID", (1e-4, 1.0, 1e3))
     monkeypatch.setattr(ridge.choose_ridge, "__defaults__", (ridge.GRID,))
-    found = compile_context(*load(), PAIR, ASKED, heldout, ridge="auto")
+    found = exactly(*load(), PAIR, ASKED, heldout, ridge="auto")
     choice = found.solution.choice
     assert choice.judged_on == judge
     assert [row["ridge"] for row in choice.tried] == [1e-4, 1.0, 1e3]
@@ -174,27 +175,27 @@ def test_the_ridge_is_chosen_by_texts_that_were_not_fitted(monkeypatch, heldout,
 
 
 def test_a_single_query_cannot_be_split():
-    found = compile_context(*load(), PAIR, ASKED[:1], ridge="auto")
+    found = exactly(*load(), PAIR, ASKED[:1], ridge="auto")
     assert found.solution.ridge == min(ridge.GRID)
     assert found.solution.choice.tried == []
 
 
 def test_a_rank_that_is_too_small_for_the_set_makes_it_a_fit(monkeypatch):
     monkeypatch.setattr(ridge.choose_ridge, "__defaults__", ((1e-2,),))
-    full = rank_of(compile_context(*load(), PAIR, ASKED, rank=96).patch)
-    found = compile_context(*load(), PAIR, ASKED, OTHERWISE, rank=3)
+    full = rank_of(exactly(*load(), PAIR, ASKED, rank=96).patch)
+    found = exactly(*load(), PAIR, ASKED, OTHERWISE, rank=3)
     assert full > rank_of(found.patch) == 3
     assert not found.exact
     reasons = [attempt["reason"] for attempt in found.to_dict()["tried"]]
     assert len(reasons) == 2
     assert all(f"the exact patch has rank {full}, more than 3" in reason for reason in reasons)
     with pytest.raises(ct.SideConditionFailed, match=f"has rank {full}, more than 3"):
-        compile_context(*load(), PAIR, ASKED, rank=3, ridge=0)
+        exactly(*load(), PAIR, ASKED, rank=3, ridge=0)
 
 
 def test_a_weight_draws_the_fit_to_its_query():
     def errors(weight):
-        found = compile_context(*load(), PAIR, [Query(ASKED[0], weight), ASKED[1]], ridge=3.0)
+        found = exactly(*load(), PAIR, [Query(ASKED[0], weight), ASKED[1]], ridge=3.0)
         yardstick = found.sets["queries"]
         return [agreement(x[-1:], y[-1:]).kl for x, y in zip(found.logits["queries"], yardstick.wanted, strict=True)]
 
@@ -205,7 +206,7 @@ def test_a_weight_draws_the_fit_to_its_query():
 
 def test_smaller_ranks_are_measured_and_the_compiled_one_is_the_last(monkeypatch):
     monkeypatch.setattr(picture, "ranks_below", lambda full: [1, 4])
-    found = compile_context(*load(), PAIR, ASKED, OTHERWISE)
+    found = exactly(*load(), PAIR, ASKED, OTHERWISE)
     rows = picture.measure_by_rank(found, load()[0], lambda *_: None)
     assert [row.rank for row in rows] == [1, 4, rank_of(found.patch)]
     assert rows[-1].results == found.results
@@ -220,31 +221,31 @@ def test_more_tokens_than_the_theorem_holds():
     rng, words = random.Random(1), vocabulary()
     texts = [" ".join(rng.choices(words, k=11)) for _ in range(10)]  # 110 tokens at width 96
     with pytest.raises(ct.SideConditionFailed) as refused:
-        compile_context(*load(), PAIR, texts, via="input-output", ridge=0)
+        exactly(*load(), PAIR, texts, via="input-output", ridge=0)
     certificate = refused.value.certificate
     assert certificate.to_dict()["kind"] == "dependent tokens"
     assert "depend on each other" in str(refused.value)
     with pytest.raises(ct.SideConditionFailed) as refused:  # the bound of the other theorem is the hidden width, 256
-        compile_context(*load(), PAIR, [" ".join(rng.choices(words, k=30)) for _ in range(9)], via="output", ridge=0)
+        exactly(*load(), PAIR, [" ".join(rng.choices(words, k=30)) for _ in range(9)], via="output", ridge=0)
     assert refused.value.certificate.to_dict()["kind"] == "dependent tokens"
 
 
 def test_keep_rms_refuses_with_a_certificate():
     context, asked, _ = facts(3, 8)
     with pytest.raises(ct.SideConditionFailed) as refused:
-        compile_context(*load(), context, asked, keep_rms=True, via="output")
+        exactly(*load(), context, asked, keep_rms=True, via="output")
     certificate = refused.value.certificate
     assert certificate.to_dict()["kind"] == "farkas"
     assert certificate.holds()
-    assert compile_context(*load(), PAIR, ASKED, keep_rms=True).exact  # where it can be kept
+    assert exactly(*load(), PAIR, ASKED, keep_rms=True).exact  # where it can be kept
 
 
 def test_what_rounding_spoils_is_not_called_exact(monkeypatch):
     monkeypatch.setattr(solving, "tolerance", lambda model: 1e-12)
     with pytest.raises(ct.NotVerified, match="rounding is magnified too much; try float64"):
-        compile_context(*load(), PAIR, ASKED, ridge=0)
+        exactly(*load(), PAIR, ASKED, ridge=0)
     monkeypatch.setattr(solving, "NEARLY", 1e9)
-    found = compile_context(*load(), PAIR, ASKED)
+    found = exactly(*load(), PAIR, ASKED)
     assert (found.exact, found.solution.rounded, found.solution.ridge) == (False, True, 0)
     assert found.results["queries"].max_logit_error < 1e-3
     assert {row["first_token_kept"] for row in found.to_dict()["tried"]} == {True, False}
@@ -293,26 +294,26 @@ BAD = {
 def test_bad_input(name):
     arguments, options, reason = BAD[name]
     with pytest.raises(ct.BadInput, match=reason):
-        compile_context(*load(), *arguments, **options)
+        exactly(*load(), *arguments, **options)
 
 
 def test_a_tokenizer_that_is_none_or_another_models():
     model, tokenizer = load()
     for wrong, given in (((model, None), "got Gemma3ForCausalLM and NoneType"), ((tokenizer, model), "got Tokenizer")):
         with pytest.raises(ct.BadInput, match=f"give a model of transformers and its tokenizer, {given}"):
-            compile_context(*wrong, PAIR, ASKED)
+            exactly(*wrong, PAIR, ASKED)
 
     class Larger(Plain):
         def __call__(self, text, add_special_tokens=False):
             return {"input_ids": [token + 100 for token in self.own(text)["input_ids"]]}
 
     with pytest.raises(ct.BadInput, match=r"gives token 1\d\d, and the model knows 107: is it another model's"):
-        compile_context(model, Larger(), PAIR, ASKED)
+        exactly(model, Larger(), PAIR, ASKED)
 
 
 @pytest.mark.parametrize("weight", [2.0, np.int64(2)])
 def test_a_whole_number_of_another_type_is_a_weight(weight):
-    found = compile_context(*load(), PAIR, [Query(ASKED[0], weight), ASKED[1]], ridge=3.0)
+    found = exactly(*load(), PAIR, [Query(ASKED[0], weight), ASKED[1]], ridge=3.0)
     assert [(type(s.weight), s.weight) for s in found.sets["queries"].samples] == [(int, 2), (int, 1)]
 
 
@@ -323,7 +324,7 @@ def test_a_context_that_every_query_keeps_is_nothing_to_compile():
 
 def test_a_repeated_query_is_taken_once_and_said():
     with pytest.warns(UserWarning, match="hold 'Where does Mia live [?]' 3 times"):
-        found = compile_context(*load(), PAIR, [ASKED[0], ASKED[0] + " ", ASKED[1], ASKED[0]])
+        found = exactly(*load(), PAIR, [ASKED[0], ASKED[0] + " ", ASKED[1], ASKED[0]])
     assert len(found.sets["queries"].samples) == 2
 
 

@@ -57,7 +57,7 @@ def command(*arguments, **env):
 
 def test_everything_that_holds_tensors_shows_itself_in_a_line(embedded, patch):
     model, tokenizer = embedded
-    compiled = ct.compile_context(model, tokenizer, CONTEXT, [QUERY])
+    compiled = ct.compile_context(model, tokenizer, CONTEXT, [QUERY], strength="exact")
     generated = ct.generate(model, tokenizer(CONTEXT, return_tensors="pt").input_ids, max_new_tokens=1)
     block = architectures.block("gemma3")
     proof, (params, v, target) = ct.prove(block), ct.sample(block)
@@ -105,7 +105,7 @@ def test_a_notebook_shows_the_table_of_the_layers_and_the_sensitivity_beside_it(
     words = " ".join(found.words)
     for explained in ("amplifies: ", "smallest margin: ", "max|Δm|/|m|: ", str(patch.sensitivity)):
         assert explained in words
-    compiled = ct.compile_context(*embedded, CONTEXT, [QUERY])
+    compiled = ct.compile_context(*embedded, CONTEXT, [QUERY], strength="exact")
     assert "same likeliest token" in Table(compiled._repr_html_()).rows[0]
     assert len(compiled) == len([*compiled]) == 3
 
@@ -563,7 +563,9 @@ def test_pictures_show_all_of_their_data(embedded, patch, tmp_path, monkeypatch)
     sound(kept[0])
     assert str(patch.sensitivity) in {text.get_text() for text in kept[0].texts}
     kept = drawn(monkeypatch, rank_figure)
-    compiled = ct.compile_context(model, tokenizer, CONTEXT, [QUERY], heldout=["Where does Mia live ?"])
+    compiled = ct.compile_context(
+        model, tokenizer, CONTEXT, [QUERY], heldout=["Where does Mia live ?"], strength="exact"
+    )
     none = Agreement(0.0, 0.0, 1.0, 1.0, 3)  # at the edge of everything
     rows = [
         rank_figure.RankRow(1, False, dict.fromkeys(compiled.results, none)),
@@ -580,5 +582,5 @@ def test_verified_is_said_of_what_was(capsys, tmp_path):
     assert main([*given, "--ridge", "0.1", "--out", str(tmp_path / "fit")]) == 0
     fit = capsys.readouterr().out
     assert "not exact" in fit and "verified to be the compiled model, no more" in fit
-    assert main([*given, "--out", str(tmp_path / "exact")]) == 0
+    assert main([*given, "--strength", "exact", "--out", str(tmp_path / "exact")]) == 0
     assert "verified: the patch, read from its files, has a largest logit error of" in capsys.readouterr().out

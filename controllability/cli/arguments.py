@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 VIA, ROUTES = ("input-output", "output"), ("auto", "balanced", "scale", "secular", "uniform", "ball")
 LEVELS, FORMATS = ("derived", "symbolic", "exact", "numeric"), ("text", "latex", "html", "json")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+STRENGTHS = ("gentle", "balanced", "strong", "exact")
 TEXTS = ("context", "query", "prompt")  # what texts are called that an option takes, or a file
 
 
@@ -155,10 +156,21 @@ def _compile(parser: ArgumentParser) -> None:
     queries = 'one query a line (- is standard input), or .jsonl: {"query": TEXT, "weight": N}'
     add("--queries", required=True, metavar="FILE", help=queries)
     add("--heldout", metavar="FILE", help="queries that the weights are judged on and not made for")
+    add(
+        "--near",
+        metavar="FILE",
+        help="texts like the queries of another subject (default: the queries with other names)",
+    )
     add("--unrelated", metavar="FILE", help="texts on which nothing should change (default: some of ours)")
+    strength = (
+        "what counts beside the queries: other wordings and other text, or (exact) nothing else (default balanced)"
+    )
+    add("--strength", choices=STRENGTHS, default="balanced", help=strength)
+    moments = "second moments of the model on ordinary text: read from FILE, or made and written there"
+    add("--moments", metavar="FILE", help=f"{moments} (default: made each time)")
     add("--answer-tokens", type=int, default=0, metavar="N", help="add N tokens of the contextual model's own answers")
     add("--rank", type=int, metavar="R", help="largest rank of a ΔW (default: as many as it takes)")
-    ridge = "λ of a least-squares fit, or auto: chosen by cross-validation; 0: exact or refused (default: exact, or else auto)"
+    ridge = "λ of a least-squares fit, or auto: chosen by cross-validation; 0: exact or refused (default with exact: exact, or else auto)"
     add("--ridge", type=_ridge, metavar="L", help=ridge)
     add("--keep-rms", action="store_true", help="exact, without moving the RMS before a norm, or refused")
     add("--via", choices=VIA, help="default: output, or input-output where that is not exact, and for least squares")
@@ -166,7 +178,7 @@ def _compile(parser: ArgumentParser) -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--peft", action="store_true", help="write a PEFT adapter (default: a patch)")
     kind.add_argument("--merge", action="store_true", help="write whole weights that plain transformers loads")
-    add("--picture", action="store_true", help="agreement and drift against rank (drawn with --heldout anyway)")
+    add("--picture", action="store_true", help="also draw agreement and drift against rank")
     _out(parser, "DIR", "write it here", required=True)
 
 

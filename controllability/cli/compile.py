@@ -12,16 +12,23 @@ from controllability.cli.files import new_path
 from controllability.cli.output import Output, number
 from controllability.cli.streams import say
 from controllability.compiling import Compiled, compile_context
-from controllability.compiling.compile_context import refuse_wish
+from controllability.compiling.compile_context import planned, refuse_wish
+from controllability.compiling.corpus import ordinary_moments
 from controllability.compiling.exact_or_ridge import Wish
 from controllability.compiling.queries import Query, read_queries, refuse_no_text, refuse_overlap
 from controllability.compiling.rank_figure import measure_by_rank
 from controllability.compiling.write import Written, write
+from controllability.errors import BadInput
 from controllability.models import exact_mode
+from controllability.models.files.folders import refuse_unusable
+from controllability.models.files.moment_files import load_moments, save_moments
 from controllability.models.loading import load_model
+from controllability.models.moments import Moments
+from controllability.models.reading.model_facts import position_limit, text_config
 from controllability.rendering.text import printable
 
 LISTED = 12  # answers that are shown
+DRIFTS = 0.2  # nats on unrelated text from which on a patch is said to drift
 
 
 def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
@@ -33,10 +40,10 @@ def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (nam
     with output.progress() as progress, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
         compiled = compile_context(
             model, tokenizer, args.context, texts["queries"], texts["heldout"], [q.text for q in texts["unrelated"]],
-            args.answer_tokens, args.rank, args.ridge, args.keep_rms, args.via, progress,
+            args.answer_tokens, args.rank, args.ridge, args.keep_rms, args.via, progress, args.strength, _moments(args, model, tokenizer, progress),
+            [q.text for q in texts["near"]],
         )  # fmt: skip
-        draw = args.picture or bool(texts["heldout"])
-        by_rank = measure_by_rank(compiled, model, progress) if draw else None
+        by_rank = measure_by_rank(compiled, model, progress) if args.picture else None
         with output.busy("writing it, and loading it again"):
             kind = "peft" if args.peft else "merged" if args.merge else "patch"
             done = write(compiled, model, tokenizer, out, kind, by_rank)
@@ -51,15 +58,37 @@ def _checked(args: argparse.Namespace) -> tuple[Path, dict[str, list[Query]]]:
     refuse_no_text(args.context, "the context")
     out = new_path(args.out)
     assert out is not None
-    refuse_wish(Wish(args.via, args.rank, args.ridge, args.keep_rms), args.answer_tokens)
+    wish = Wish(args.via, args.rank, args.ridge, args.keep_rms)
+    refuse_wish(wish, args.answer_tokens)
+    if planned(args.strength, wish) is None and args.moments:
+        raise BadInput(
+            "--moments: an exact patch is made without second moments; leave it out, or choose another --strength"
+        )
     texts: dict[str, list[Query]] = {}
-    for name, what in (("queries", "queries"), ("heldout", "held-out queries"), ("unrelated", "unrelated texts")):
+    for name, what in (
+        ("queries", "queries"),
+        ("heldout", "held-out queries"),
+        ("near", "near texts"),
+        ("unrelated", "unrelated texts"),
+    ):
         path = getattr(args, name)
         texts[name], notes = read_queries(path, what) if path is not None else ([], [])
         for note in notes:
             say(f"controllability: {note}")
     refuse_overlap(texts["queries"], texts["heldout"])
     return out, texts
+
+
+def _moments(args: argparse.Namespace, model: Any, tokenizer: Any, progress: Any) -> Moments | None:
+    """Those in the file that was named; where there is none yet they are made and written there.  None: none was named."""
+    if args.moments is None:
+        return None
+    if Path(args.moments).exists():
+        return load_moments(args.moments, model)
+    refuse_unusable(Path(args.moments), file=True)
+    made = ordinary_moments(model, tokenizer, position_limit(text_config(model)), progress)
+    save_moments(made, args.moments, model)
+    return made
 
 
 def _show(output: Output, compiled: Compiled, done: Written, seconds: float) -> None:
@@ -81,6 +110,10 @@ def _how(compiled: Compiled) -> str:
     size = f"{data['tokens']} tokens in one set of weights, rank {data['rank']}, via {data['via']}"
     if not compiled.solution.wish.pinned:
         size += ", the first token's own state let go"
+    plan = compiled.solution.plan
+    if plan is not None:
+        moved = ", ".join(str(layer.index) for layer in compiled)
+        return f"fitted, strength {data['strength']}: {size}; layers {moved} move.\n{_advice(compiled)}"
     if compiled.exact:
         return f"exact: {size}.\nExactness holds on the set of queries; the held-out queries tell what generalises."
     rounded = compiled.solution.rounded
@@ -90,6 +123,23 @@ def _how(compiled: Compiled) -> str:
         lines.append(f"λ was chosen on {compiled.solution.choice.judged_on}.")
     lines += [f"no exact patch via {attempt.wish.via}: {attempt.reason}" for attempt in compiled.solution.attempts]
     return "\n".join([*lines, "The held-out queries tell what generalises; nothing else does."])
+
+
+def _advice(compiled: Compiled) -> str:
+    """What the measurements say that a user should do next."""
+    now = {name: (compiled.results[name].kl, compiled.sets[name].unpatched.kl) for name in compiled.sets}
+    lines = []
+    if now["unrelated"][0] > DRIFTS:
+        lines.append(
+            f"It drifts: unrelated text moves by {now['unrelated'][0]:.2g} nats (above {DRIFTS:g}); try --strength gentle."
+        )
+    if now["queries"][0] > 0.05 * now["queries"][1]:
+        lines.append("The queries are not all reached: try --strength strong, or exact.")
+    if "heldout" not in now:
+        lines.append("Held-out queries (--heldout) would tell what generalises.")
+    elif now["heldout"][0] > 0.3 * now["heldout"][1]:
+        lines.append("Other wordings carry over in part: more wordings among the queries help most.")
+    return "\n".join(lines or ["Queries, other wordings and other text are as they should be."])
 
 
 def _checked_line(exact: bool, done: Written, seconds: float) -> str:

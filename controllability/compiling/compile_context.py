@@ -6,19 +6,24 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from controllability.compiling.continuations import end_tokens, with_answers
-from controllability.compiling.exact_or_ridge import AUTO, EXACTLY, Wish, solve
+from controllability.compiling.corpus import ordinary_moments
+from controllability.compiling.exact_or_ridge import AUTO, EXACTLY, Solution, Wish, solve
+from controllability.compiling.metric_sweep import drifts, fitted
 from controllability.compiling.queries import Query, as_queries, refuse_overlap, without_repeats
 from controllability.compiling.result import Compiled
+from controllability.compiling.strengths import Strength, strength_of
 from controllability.compiling.token_sets import Context, beginnings, refuse_foreign, refuse_known
-from controllability.compiling.unrelated_texts import unrelated_samples
+from controllability.compiling.unrelated_texts import near_samples, unrelated_samples
 from controllability.compiling.yardstick import Yardstick, agreement
 from controllability.errors import BadInput
 from controllability.models.hooks.own_modes import own_modes
+from controllability.models.moments import Moments
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.model_facts import position_limit, text_config
 from controllability.models.sweep.target_run import Progress, silent
@@ -28,10 +33,14 @@ def compile_context(
     model: nn.Module, tokenizer: Any, context: str, queries: Sequence[str | Query],
     heldout: Sequence[str | Query] = (), unrelated: Sequence[str] = (), answer_tokens: int = 0, rank: int | None = None,
     ridge: float | str | None = None, keep_rms: bool = False, via: str | None = None, progress: Progress = silent,
+    strength: str | Strength = "balanced", moments: Moments | None = None, near: Sequence[str] = (),
 ) -> Compiled:  # fmt: skip
     """One set of weights with which ``model`` answers the queries as if the context stood before them.
 
-    Exact on every token of the queries where one patch can be (theory 5); otherwise least squares, its λ chosen on the
+    ``strength`` says what counts beside the queries: "gentle", "balanced" or "strong" (or a ``Strength`` by hand) carries over to other
+    wordings and disturbs other text little, as ``moments`` measure it (``second_moments``; by default those of some English prose, made anew
+    at each call).  "exact", which ``ridge``, ``keep_rms`` and ``via`` belong to and bring about, reproduces
+    every token of the queries where one patch can be (theory 5); where it cannot, least squares, its λ chosen on the
     held-out queries or by leaving queries out in turn, of rank ``rank`` at most.  ``ridge`` 0 refuses what is not exact, "auto" is
     least squares at once, a positive number the λ to take.  ``keep_rms`` refuses to move the RMS before a norm.  ``via`` None tries
     Theorem 1b, then 1.
@@ -46,18 +55,17 @@ def compile_context(
     >>> compiled = ct.compile_context(model, tokenizer, "Mia lives in Oslo . Leo lives in Rome .",
     ...     ["Where does Mia live ?", "Where does Leo live ?"])
     >>> compiled.exact, [row["patched"] for row in compiled.answers()]
-    (True, ['Oslo', 'Rome'])
+    (False, ['Oslo', 'Rome'])
     """
     started = time.perf_counter()
-    if not isinstance(model, nn.Module) or not hasattr(model, "config") or not callable(tokenizer):
-        given = f"{type(model).__name__} and {type(tokenizer).__name__}"
-        raise BadInput(f"give a model of transformers and its tokenizer, got {given}")
+    _refuse_strange(model, tokenizer, moments)
     asked, left_out = _queries(queries, "queries"), _queries(heldout, "held-out queries")
     elsewhere = [query.text for query in as_queries(unrelated, "unrelated texts")]
     if not asked:
         raise BadInput("there are no queries")
     refuse_overlap(asked, left_out)
     wish = Wish(via, rank, ridge, keep_rms)
+    plan = planned(strength, wish)
     refuse_wish(wish, answer_tokens, getattr(text_config(model), "hidden_size", None))
     limit = position_limit(text_config(model))
     before = Context.of(tokenizer, context, limit)
@@ -71,17 +79,40 @@ def compile_context(
         others = [before.sample(query.text) for query in left_out]
         refuse_known(others, known)
         strangers = unrelated_samples(tokenizer, elsewhere, context, [q.text for q in (*asked, *left_out)], limit)
-        refuse_foreign([*others, *strangers], model)
-        sets = {"queries": Yardstick.of(model, samples)}
-        if others:
-            sets["heldout"] = Yardstick.of(model, others, known)
-        sets["unrelated"] = Yardstick.of(model, strangers)
-        solution = solve(model, sets["queries"], sets.get("heldout"), wish, progress)
+        beside = near_samples(tokenizer, [query.text for query in as_queries(near, "near texts")], asked, limit)
+        refuse_foreign([*others, *beside, *strangers], model)
+        texts = {"queries": samples, "heldout": others, "near": beside, "unrelated": strangers}
+        sets = {k: Yardstick.of(model, v, known if k == "heldout" else ()) for k, v in texts.items() if v}
+        if plan is None:
+            solution = solve(model, sets["queries"], sets.get("heldout"), wish, progress)
+        else:
+            metric = moments or ordinary_moments(model, tokenizer, limit, progress)
+            patch = fitted(model, samples, plan, rank, metric, progress)
+            solution = Solution(patch, replace(wish, via=patch.report.via), False, plan.ridge, None, (), plan)
         with solution.patch.applied(model):
             logits = {name: yardstick.found(model, alone=name == "queries") for name, yardstick in sets.items()}
     results = {name: agreement(logits[name], yardstick.wanted) for name, yardstick in sets.items()}
     seconds = time.perf_counter() - started
-    return Compiled(solution, before, answer_tokens, len(known), sets, results, logits, seconds)
+    drift = drifts(model, solution.patch)
+    return Compiled(solution, before, answer_tokens, len(known), sets, results, logits, seconds, drift)
+
+
+def _refuse_strange(model: Any, tokenizer: Any, moments: Any) -> None:
+    if not isinstance(model, nn.Module) or not hasattr(model, "config") or not callable(tokenizer):
+        given = f"{type(model).__name__} and {type(tokenizer).__name__}"
+        raise BadInput(f"give a model of transformers and its tokenizer, got {given}")
+    if not isinstance(moments, Moments | None):
+        raise BadInput(f"moments must be what second_moments gave, got {type(moments).__name__}")
+
+
+def planned(strength: str | Strength, wish: Wish) -> Strength | None:
+    """The strength; None where every token is to be exact, as options that belong to that say.  Raises ``BadInput``."""
+    plan = strength_of(strength)
+    held = {"ridge": wish.ridge is not None, "keep_rms": wish.keep_rms is not False, "via": wish.via is not None}
+    named = [name for name, given in held.items() if given]
+    if plan is not None and named and strength != "balanced":
+        raise BadInput(f"{named[0]} belongs to the strength 'exact', not to {strength!r}: leave one of the two out")
+    return None if named else plan
 
 
 def refuse_wish(wish: Wish, answer_tokens: int, width: int | None = None) -> None:

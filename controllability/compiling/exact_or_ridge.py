@@ -8,6 +8,7 @@ from typing import Any
 
 from controllability.arrays.one_line import OneLine
 from controllability.compiling.ridge import RidgeChoice, choose_ridge
+from controllability.compiling.strengths import EXACT, Strength, name_of
 from controllability.compiling.token_sets import Sample, padded, positions, repeated
 from controllability.compiling.yardstick import Yardstick
 from controllability.deltas import LowRank
@@ -80,6 +81,12 @@ class Solution(OneLine):
     ridge: float
     choice: RidgeChoice | None
     attempts: tuple[ExactAttempt, ...]
+    plan: Strength | None = None
+
+    @property
+    def strength(self) -> str:
+        """What was asked for, in a word."""
+        return EXACT if self.plan is None else name_of(self.plan)
 
     @property
     def rounded(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from controllability.compiling.exact_or_ridge import patch_of, rank_of
+from controllability.compiling.metric_sweep import fitted
 from controllability.compiling.result import Compiled
 from controllability.compiling.token_sets import repeated
 from controllability.compiling.yardstick import Agreement
@@ -48,11 +49,14 @@ def measure_by_rank(compiled: Compiled, model: Any, progress: Progress) -> list[
     """
     full = rank_of(compiled.patch)
     rows, ranks = [], ranks_below(full)
-    wish = replace(compiled.solution.wish, ridge=compiled.solution.ridge, keep_rms=False)
-    samples = repeated(compiled.sets["queries"].samples)
+    solution, samples = compiled.solution, compiled.sets["queries"].samples
+    wish = replace(solution.wish, ridge=solution.ridge, keep_rms=False)
     for i, rank in enumerate(ranks):
         try:
-            patch = patch_of(model, samples, replace(wish, rank=rank), silent)
+            if solution.plan is not None:
+                patch = fitted(model, samples, solution.plan, rank, compiled.patch.moments, silent)
+            else:
+                patch = patch_of(model, repeated(samples), replace(wish, rank=rank), silent)
         except (SideConditionFailed, NotControllable, NotVerified):
             continue
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from controllability.rendering.tables import html_table
 TITLES = {
     "queries": "queries, against the contextual model",
     "heldout": "held-out queries, against the contextual model",
+    "near": "like the queries, of another subject, against the base model",
     "unrelated": "unrelated text, against the base model",
 }
 
@@ -27,8 +28,9 @@ TITLES = {
 class Compiled:
     """What ``compile_context`` returns: the patch, how it was come by, and how far it carries.
 
-    ``sets`` are "queries", "heldout" and "unrelated" as far as there are any, ``results`` the agreement of the patched model on
-    each, ``logits`` its logits there (the queries one by one).  ``tokens`` counts different tokens: queries that begin alike share some.
+    ``sets`` are "queries", "heldout", "near" and "unrelated" as far as there are any, ``results`` the agreement of the patched model on
+    each, ``logits`` its logits there (the queries one by one); ``drift`` how much ordinary text feels each map's change, beside what
+    the map gives.  ``tokens`` counts different tokens: queries that begin alike share some.
     """
 
     solution: Solution
@@ -39,6 +41,7 @@ class Compiled:
     results: dict[str, Agreement]
     logits: dict[str, list[Tensor]]
     seconds: float
+    drift: dict[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         carried = ", ".join(f"{name} {found.top1_agreement:.1%}" for name, found in self.results.items())
@@ -97,7 +100,7 @@ class Compiled:
         """JSON-ready: the report of ``controllability compile``."""
         patch, solution = self.patch, self.solution
         certificate = None if self.exact else next((a.certificate for a in solution.attempts if a.certificate), None)
-        found: dict[str, Any] = dict.fromkeys(("queries", "heldout", "unrelated"))
+        found: dict[str, Any] = dict.fromkeys(("queries", "heldout", "near", "unrelated"))
         for name, yardstick in self.sets.items():
             found[name] = self.results[name].to_dict() | {
                 "unpatched": yardstick.unpatched.to_dict(),
@@ -110,7 +113,8 @@ class Compiled:
             "via": patch.report.via, "rank": rank_of(patch), "ridge": solution.ridge,
             "ridge_choice": solution.choice.to_dict() if solution.choice else None,
             "numbers": patch.numbers, "dense_numbers": patch.dense_numbers, "layers": _layers(patch), "answers": self.answers(),
-            "seconds": self.seconds,
+            "seconds": self.seconds, "strength": solution.strength, "drift": self.drift,
+            "moments_tokens": patch.moments.tokens if patch.moments is not None else None,
         }  # fmt: skip
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from controllability.compiling.queries import Query
 from controllability.compiling.token_sets import Sample, unrelated_sample
 from controllability.embedded.world import draw_worlds
+from controllability.models.tokens import with_special
 
 COUNT, LENGTH = 12, 16
+NAMES = ("Harwick", "Bellamy", "Corvin", "Aldous", "Tamsin", "Merrow", "Wexford", "Ysolde")
 
 SENTENCES = (
     "The river was low that summer, and the ferry ran only twice a day.",
@@ -39,15 +43,45 @@ def unrelated_samples(
         return [unrelated_sample(tokenizer, text, limit) for text in texts]
     for candidates in (list(SENTENCES), _worlds(context, queries)):
         samples = [unrelated_sample(tokenizer, text, limit) for text in candidates]
-        if sum(map(len, (s.source for s in samples))) and _unknown(tokenizer, samples) < 0.1:
+        if known_to(tokenizer, candidates):
             return samples
-    return _random_tokens(tokenizer, limit)
+    rows = random_texts(tokenizer, COUNT, min(LENGTH, limit or LENGTH))
+    return [Sample(str(tokenizer.decode(row)), row, row, 0) for row in rows]
 
 
-def _unknown(tokenizer: Any, samples: Sequence[Sample]) -> float:
-    """Which part of the tokens the vocabulary does not know."""
-    tokens = [token for sample in samples for token in sample.source]
-    return sum(token == tokenizer.unk_token_id for token in tokens) / len(tokens)
+def near_samples(tokenizer: Any, texts: Sequence[str], queries: Sequence[Query], limit: int | None) -> list[Sample]:
+    """The texts given, which look like the queries and are about something else; or the queries with other names and numbers.
+
+    None where no query has a name, or the vocabulary does not know ours.
+    """
+    if not texts:
+        swapped = dict.fromkeys(other_names(query.text) for query in queries)
+        texts = [text for text in swapped if text not in {query.text for query in queries}]
+        texts = texts if known_to(tokenizer, texts) else []
+    return [unrelated_sample(tokenizer, text, limit) for text in texts]
+
+
+def other_names(text: str) -> str:
+    """A text with another name for every name in it (a capital behind another word), and another number for every number.
+
+    >>> other_names("The director of Marlow Station was born in 1974.")
+    'The director of Harwick Bellamy was born in 2085.'
+    """
+    given: dict[str, str] = {}
+
+    def other(found: re.Match[str]) -> str:
+        word = found[0]
+        if word[0].isdigit():
+            return "".join(str((int(digit) + 1) % 10) for digit in word)
+        return given.setdefault(word, NAMES[len(given) % len(NAMES)])
+
+    return re.sub(r"(?<=[^\s.?!:] )[A-Z][a-z]+|\d+", other, text)
+
+
+def known_to(tokenizer: Any, texts: Sequence[str]) -> bool:
+    """Whether a vocabulary knows at least nine of ten tokens of these texts."""
+    tokens = [token for text in texts for token in with_special(tokenizer, text)[0]]
+    return bool(tokens) and sum(token == tokenizer.unk_token_id for token in tokens) < 0.1 * len(tokens)
 
 
 def _worlds(context: str, queries: Sequence[str]) -> list[str]:
@@ -60,9 +94,8 @@ def _worlds(context: str, queries: Sequence[str]) -> list[str]:
     return found[:COUNT]
 
 
-def _random_tokens(tokenizer: Any, limit: int | None) -> list[Sample]:
+def random_texts(tokenizer: Any, count: int, length: int) -> list[tuple[int, ...]]:
+    """Tokens of a vocabulary in random order, for one without words."""
     rng, special = random.Random(0), set(tokenizer.all_special_ids)
     usable = [token for token in range(len(tokenizer)) if token not in special]
-    length = min(LENGTH, limit or LENGTH)
-    rows = [tuple(rng.choices(usable, k=length)) for _ in range(COUNT)]
-    return [Sample(str(tokenizer.decode(row)), row, row, 0) for row in rows]
+    return [tuple(rng.choices(usable, k=length)) for _ in range(count)]

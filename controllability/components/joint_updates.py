@@ -18,6 +18,7 @@ from controllability.errors import SideConditionFailed
 from controllability.interfaces import Condition, JointOptions, JointSolution, JointUpdate, Param, Params
 from controllability.solvers.dependence_certificate import Dependent
 from controllability.solvers.least_norm import UNIT_ROUNDINGS, Span
+from controllability.solvers.metric_fit import Drift, metric_fit
 from controllability.solvers.served_tokens import Known, NotContinued, among, continued
 
 TOO_MANY = "drop one of these tokens or give it more context, ask for via='output' where there are too many (its bound is wider), or for a fit (ridge=, rank=)"
@@ -170,6 +171,10 @@ def fitted(
 ) -> Fit:  # fmt: skip
     """The least-norm ΔW with ΔW x_t = δ_t for these tokens and those ``known``; or the fit that was asked for."""
     count = len(tokens.x)
+    if joint.damping is not None:
+        rows, wanted = tokens.x.astype(float, copy=False), tokens.delta.astype(float, copy=False)
+        drift = joint.drift or Drift(None)
+        return Fit(*metric_fit(rows, wanted, joint.shares(count), drift, joint.ridge, joint.rank), np.ones((count, 1)))
     if known is not None and known.span is not None and known.span.basis.dtype != object and joint.exact:
         both, rest = continued(known, tokens.x, tokens.delta, tokens.raw)
         assert both.span is not None and both.left is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from controllability.arrays import Array, arithmetic
@@ -23,6 +23,7 @@ from controllability.interfaces import (
     Update,
     measure,
 )
+from controllability.solvers.metric_fit import Drift
 from controllability.solvers.resorts import Resort
 from controllability.solvers.served_tokens import Known
 
@@ -38,6 +39,11 @@ class Metric(Protocol):
 
     def back(self, change: Any, like: Array) -> Any:
         """ΔW of what was solved for L⁻¹x."""
+        ...
+
+    @property
+    def drift(self) -> Drift:
+        """How much ordinary text feels a change, for a fit."""
         ...
 
 
@@ -177,9 +183,12 @@ class PatchedRun(Trace):
             delta = xp.tidy(xp.lift(wanted) - xp.lift(raw))
             self._same_size(path, delta, raw)
         metric = self.metrics.get(goal.update.param.name) if goal.update.kind == "linear" else None
+        if self.joint is not None and self.joint.damping is not None:
+            joint = self.joint if metric is None else replace(self.joint, drift=metric.drift)
+            return self._solve_jointly(path, goal, x, delta, joint)
         seen = (lambda rows: rows) if metric is None else metric.seen
         if self.joint is not None:
-            change = self._solve_jointly(path, goal, seen(x), delta)
+            change = self._solve_jointly(path, goal, seen(x), delta, self.joint)
         else:
             for condition in goal.update.conditions:
                 self.check(condition, x, delta)
@@ -188,11 +197,11 @@ class PatchedRun(Trace):
                 change = turned(change, seen(x), seen(xp.lift(self.others[path])))
         return change if metric is None else metric.back(change, x)
 
-    def _solve_jointly(self, path: Path, goal: Goal, x: Array, delta: Array) -> Delta:
+    def _solve_jointly(self, path: Path, goal: Goal, x: Array, delta: Array, joint: JointOptions) -> Delta:
         way, params = goal.update.jointly, self.params_at(path)
-        assert way is not None and self.joint is not None
+        assert way is not None
         raw = arithmetic(delta).lift(self.raw(path))
-        solved = way.solve(self.joint, params, x, delta, raw, self.known_at(path))
+        solved = way.solve(joint, params, x, delta, raw, self.known_at(path))
         if solved.known is not None:
             self.served_after[path] = solved.known
         self.note_shortfall(path, way.conditions[0], solved.margin)

@@ -22,6 +22,7 @@ from controllability.models.hooks.own_modes import own_modes
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed, without_cache
 from controllability.models.tokens import with_special
+from controllability.solvers.metric_fit import Drift
 
 SHRINK = 0.1  # weight of the identity in Σ: no direction of which the texts say nothing is free
 
@@ -38,6 +39,11 @@ class Metric:
         C = self.second.double()
         scaled = C * ((1 - SHRINK) * len(C) / C.diagonal().sum())
         return torch.linalg.cholesky(scaled + SHRINK * torch.eye(len(C), dtype=C.dtype, device=C.device))
+
+    @cached_property
+    def drift(self) -> Drift:
+        """How much the texts feel a change of the matrix."""
+        return Drift(self.second.double().cpu().numpy())
 
     def seen(self, x: Tensor) -> Tensor:
         """L⁻¹x for rows x (…, n), in float64."""

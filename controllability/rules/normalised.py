@@ -162,7 +162,7 @@ class OutputNormalised(Rule):
     def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         found = self.solution(step, run, wanted)
         construct(step.premises[0], run, found.before)
-        if found.scale is not None and step.route != "ball":
+        if found.scale is not None and step.route != "ball" and not (run.joint and run.joint.damping is not None):
             run.steer(found.place.path, Goal(found.scale.output_updates()[0], change=found.scale_delta))
 
 

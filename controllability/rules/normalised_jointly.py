@@ -29,6 +29,8 @@ class OneScale(Solution):
     def solve(self, G: Array, y: Array) -> NewScale:
         shape, rows = G.shape, (-1, G.shape[-1])  # inside a mixture a token is a row of its own
         G, y = G.reshape(rows), y.reshape(rows)
+        if self.joint.damping is not None:
+            return NewScale(self.m, self._damped(self.joint.damping, G, y).reshape(shape))
         scale, before = self._enlarged(G) if G.dtype == object else self._programmed(G, y)
         return NewScale(scale, before.reshape(shape))
 
@@ -37,6 +39,13 @@ class OneScale(Solution):
         """How the tokens are solved for."""
         assert self.run.joint is not None
         return self.run.joint
+
+    def _damped(self, nu: float, G: Array, y: Array) -> Array:
+        """y* with the scale m as it is: what a channel with small m alone could give is left to the layers behind.  (theory 7)"""
+        xp, m = arithmetic(G, y), self.m
+        r, squares = xp.sqrt(xp.mean(y * y) + xp.number(self.eps)), m * m
+        self.run.journal.took(self.place.describe(), Resort.DAMPED, lambda: "a fit leaves the scale alone")
+        return y + r * m * (G - m * y / r) / (squares + nu * xp.mean(squares))
 
     def _enlarged(self, G: Array) -> tuple[Array, Array]:
         """Fractions, symbols, many digits: the last resort, in closed form."""

@@ -14,6 +14,7 @@ class Resort(StrEnum):
     SIZED = "kept rms, sizes free"  # the sizes of the outputs do not count behind the block
     NEAREST = "nearest, made good later"  # one scale that comes near; a later block makes the rest good
     SHORT = "least squares, made good later"  # targets that cannot all be reached; a later block makes the rest good
+    DAMPED = "scale kept"  # a fit asks for what the scale that is there can give
     FITTED = "nearest"  # the scale of a fit, which need not be exact
 
     def __repr__(self) -> str:

@@ -183,7 +183,7 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> PatchReco
         tuple(entries), description["scope"], rows, report, inputs,
         fingerprint=description["fingerprint"], model_name=str(description["model"]),
         measured=Sensitivity.from_dict(told) if (told := description["report"].get("sensitivity")) else None,
-        joint=JointOptions(**description["together"]) if description["together"] is not None else None,
+        joint=JointOptions.from_dict(description["together"]) if description["together"] is not None else None,
         forms={name: Form.from_dict(form) for name, form in description["forms"].items()},
         _seen=Look({}, dict(description.get("settings", {}))),
     )  # fmt: skip

@@ -177,8 +177,8 @@ class LayerHooks:
     def __exit__(self, *_: object) -> None:
         self.installation.undo()
 
-    def run(self, listeners: Sequence[LayerListener], inputs: Mapping[str, Any]) -> Any:
-        """The model's output on ``inputs``; one listener a layer, or none at all."""
+    def run(self, listeners: Sequence[LayerListener | None], inputs: Mapping[str, Any]) -> Any:
+        """The model's output on ``inputs``; one listener a layer (None: nobody listens to it), or none at all."""
         for watch, listener in zip(self._watches, listeners, strict=bool(listeners)):
             watch.listener = listener
         try:

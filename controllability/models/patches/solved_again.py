@@ -44,8 +44,8 @@ def solve_again(patch: PatchRecord, model: nn.Module, put: Callable[[Entry], Non
     installation = HookStack()
     try:
         for layer, calls in zip(reading.layers, targets, strict=True):
-            if not calls:
-                continue  # this input does not reach it
+            if not calls or not plan.moves(layer.index):
+                continue  # this input does not reach it, or it is not patched
             solver = plan.solver(layer, 0, calls[0], source_rows)
             sweeper, watched = Sweeper(layer, [solver], lambda _: None), HookStack()
             installation.finally_do(watched.undo)

@@ -56,8 +56,12 @@ class Plan:
         options = self._options(layer.index, self.short)
         return LayerSweep(layer, call, proof, choice, target, rows, self.scope, options, known, self.metrics)
 
+    def moves(self, layer: int) -> bool:
+        """Whether a layer is solved at all: a fit may name those that are."""
+        return self.joint is None or self.joint.at(layer) is not None
+
     def _options(self, layer: int, short: bool) -> JointOptions | None:
-        return options_at(self.joint, layer == len(self.proofs) - 1, short)
+        return options_at(self.joint and self.joint.at(layer), layer == len(self.proofs) - 1, short)
 
     def after(self, failed: SideConditionFailed) -> None:
         """Go on to the layer's next derivation, then to falling short; raises the first failure when neither is left."""

@@ -32,17 +32,17 @@ def sweep(
     layers = hooks.reading.layers
     finished = lambda layer: progress("source sweep", layer.index + 1, len(layers))  # noqa: E731
     while True:
-        closing, sweepers = Closing(records), list[Sweeper]()
+        closing, sweepers = Closing(records), list[Sweeper | None]()
         for layer, calls in zip(layers, targets, strict=True):
-            solvers = [plan.solver(layer, i, call, rows) for i, call in enumerate(calls)]
-            sweepers.append(Sweeper(layer, solvers, finished, closing.begun))
+            solvers = [plan.solver(layer, i, call, rows) for i, call in enumerate(calls) if plan.moves(layer.index)]
+            sweepers.append(Sweeper(layer, solvers, finished, closing.begun) if plan.moves(layer.index) else None)
         try:
             output = hooks.run(sweepers, inputs)
             closing.begun(None)
         except SideConditionFailed as failed:
             plan.after(failed)
             continue
-        done = [solver for sweeper in sweepers for solver in sweeper.solvers]
+        done = [solver for sweeper in sweepers if sweeper for solver in sweeper.solvers]
         for solver in done:
             if solver.output is None:
                 raise PatchError(

@@ -1,0 +1,334 @@
+"""Compiling in the metric of ordinary text: one formula from ROME's edit to the exact patch, and what it does off the set."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from family_models import build
+from helpers import snapshot, unchanged
+
+import controllability as ct
+from controllability.cli.main import main
+from controllability.compiling.compile_context import compile_context
+from controllability.compiling.corpus import ordinary_moments
+from controllability.compiling.metric_sweep import FIRST, weights
+from controllability.compiling.strengths import STRENGTHS, Strength
+from controllability.compiling.token_sets import Context
+from controllability.deltas import LowRank
+from controllability.models.files.moment_files import load_moments, save_moments
+from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.loading import load_model
+from controllability.models.reading.checked_reading import checked_reading
+from controllability.solvers.metric_fit import FLOOR, Drift, metric_fit
+
+load = functools.cache(lambda: load_model("embedded"))
+moments = functools.cache(lambda: ordinary_moments(*load(), 96, lambda *_: None, 4096))
+NAMES, CITIES = (
+    ["Mia", "Leo", "Ana", "Tom", "Eva", "Max", "Ida", "Sam"],
+    ["Oslo", "Rome", "Paris", "Lima", "Cairo", "Tokyo", "Delhi", "Quito"],
+)
+FACTS = " ".join(f"{name} lives in {city} ." for name, city in zip(NAMES, CITIES, strict=True))
+ASKED = [f"Where does {name} live ?" for name in NAMES]
+OTHERWISE = [f"In which city does {name} stay ?" for name in NAMES]
+
+
+@functools.cache
+def compiled(strength, rank=None):
+    given = None if strength == "exact" else moments()
+    return compile_context(*load(), FACTS, ASKED, OTHERWISE, strength=strength, moments=given, rank=rank)
+
+
+def instance(seed, tokens=7, width=12, out=5):
+    rng = np.random.default_rng(seed)
+    spread = rng.normal(size=(3 * width, width)) * np.geomspace(1, 0.1, width)
+    share = rng.uniform(0.5, 2, tokens)
+    return rng.normal(size=(tokens, width)), rng.normal(size=(tokens, out)), share / share.sum(), spread.T @ spread
+
+
+def objective(change, x, delta, share, second, ridge):
+    """What theory 7 says is minimised, written down anew."""
+    sizes, n = np.linalg.norm(x, axis=1), x.shape[1]
+    metric = ridge * second / np.trace(second) + FLOOR * np.eye(n) / n
+    missed = ((x @ change.T - delta) ** 2).sum(1) / sizes**2
+    return (share * missed).sum() + np.trace(change @ metric @ change.T)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1, 10.0])
+def test_the_fit_is_the_least_of_its_objective(ridge):
+    x, delta, share, second = instance(0)
+    left, right = metric_fit(x, delta, share, Drift(second), ridge)
+    change, rng = left.T @ right, np.random.default_rng(1)
+    least = objective(change, x, delta, share, second, ridge)
+    assert least < objective(0 * change, x, delta, share, second, ridge)
+    for size in (1e-3, 1e-1):
+        other = change + size * rng.normal(size=change.shape)
+        assert objective(other, x, delta, share, second, ridge) > least
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_smaller_rank_is_the_best_of_that_rank(rank):
+    x, delta, share, second = instance(2)
+    left, right = metric_fit(x, delta, share, Drift(second), 0.1, rank)
+    assert left.shape[0] == right.shape[0] == rank
+    change, rng = left.T @ right, np.random.default_rng(3)
+    least = objective(change, x, delta, share, second, 0.1)
+    whole = np.linalg.svd((lambda a, b: a.T @ b)(*metric_fit(x, delta, share, Drift(second), 0.1)))
+    plain = (whole[0][:, :rank] * whole[1][:rank]) @ whole[2][:rank]
+    assert least < objective(plain, x, delta, share, second, 0.1)  # truncated in the wrong metric
+    for _ in range(20):
+        other = (left + 0.01 * rng.normal(size=left.shape)).T @ (right + 0.01 * rng.normal(size=right.shape))
+        assert objective(other, x, delta, share, second, 0.1) > least
+
+
+def test_with_little_ridge_it_is_the_exact_patch_of_least_drift():
+    x, delta, share, second = instance(4)
+    small = 1e-9
+    left, right = metric_fit(x, delta, share, Drift(second), small / FLOOR)  # the floor stays: a metric of its own
+    metric = small / FLOOR * second / np.trace(second) + FLOOR * np.eye(12) / 12
+    inverse = np.linalg.inv(metric)
+    ridged = np.linalg.solve(x @ inverse @ x.T + np.diag((x**2).sum(1) / share), delta).T @ x @ inverse
+    assert np.abs(left.T @ right - ridged).max() < 1e-9 * np.abs(ridged).max()
+
+
+def test_one_token_gets_romes_edit():
+    x, delta, _, second = instance(5, tokens=1)
+    left, right = metric_fit(x, delta, np.ones(1), Drift(second), 1e6)
+    key = np.linalg.solve(second, x[0])
+    found = right[0] / np.linalg.norm(right[0])
+    assert abs(found @ key / np.linalg.norm(key)) > 1 - 1e-5  # the direction Σ⁻¹z
+    assert np.abs(np.outer(left[0], right[0])).max() > 0
+
+
+def test_without_moments_the_identity_is_the_metric():
+    x, delta, share, _ = instance(6)
+    plain, given = metric_fit(x, delta, share, Drift(None), 0.3), metric_fit(x, delta, share, Drift(np.eye(12)), 0.3)
+    assert np.allclose(plain[0].T @ plain[1], given[0].T @ given[1], rtol=1e-10)
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_a_strength_serves_its_queries_and_disturbs_other_text_less_than_the_exact_patch(strength):
+    found, exact = compiled(strength), compiled("exact")
+    assert exact.exact and not found.exact and found.to_dict()["strength"] == strength
+    asked, without = found.results["queries"], found.sets["queries"].unpatched
+    assert asked.kl < (0.05 if strength == "gentle" else 0.02) * without.kl
+    assert asked.top1_agreement > 0.95 > 0.6 > without.top1_agreement
+    assert found.results["heldout"].kl < 0.6 * found.sets["heldout"].unpatched.kl
+    assert found.results["unrelated"].kl < 0.25 * exact.results["unrelated"].kl
+
+
+def test_stronger_is_nearer_and_drifts_more():
+    gentle, balanced = compiled("gentle"), compiled("balanced")
+    assert balanced.results["queries"].kl < gentle.results["queries"].kl
+    assert max(gentle.drift.values()) < max(balanced.drift.values())
+
+
+def test_the_metric_is_what_keeps_the_drift_low():
+    model, tokenizer = load()
+    second = moments()
+    plain = replace(second, metrics={n: replace(m, second=torch.eye(len(m.second))) for n, m in second.metrics.items()})
+    isotropic = compile_context(model, tokenizer, FACTS, ASKED, moments=plain)
+    assert isotropic.results["unrelated"].kl > 2 * compiled("balanced").results["unrelated"].kl
+
+
+def test_the_drift_that_is_reported_is_the_mean_over_the_texts():
+    """tr(ΔW C ΔWᵀ) is a mean over the tokens that C was made of: here they are run again, one by one."""
+    model, tokenizer = load()
+    rows = [tokenizer(text, return_tensors="pt").input_ids for text in (FACTS, ASKED[0], OTHERWISE[1])]
+    found = compile_context(model, tokenizer, FACTS, ASKED[:2], moments=ct.second_moments(model, rows))
+    reads: dict[str, list[torch.Tensor]] = {name: [] for name in found.drift}
+    hooks = [
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+            lambda _, x, name=name: reads[name].append(x[0].flatten(0, 1).double())
+        )
+        for name in found.drift
+    ]
+    with torch.no_grad():
+        for ids in rows:
+            model(ids)
+    for hook in hooks:
+        hook.remove()
+    for entry in found.patch.entries:
+        assert type(entry.delta) is LowRank
+        x = torch.nn.functional.normalize(torch.cat(reads[entry.param.name]), dim=-1)
+        W = model.get_parameter(entry.param.name).detach().double()
+        change = x @ entry.delta.right.double().mT @ entry.delta.left.double()
+        wanted = (change.pow(2).sum() / (x @ W.mT).pow(2).sum()).sqrt()
+        assert found.drift[entry.param.name] == pytest.approx(float(wanted), rel=1e-3)
+
+
+def test_a_rank_bounds_every_matrix():
+    found = compiled("balanced", 4)
+    assert found.to_dict()["rank"] == 4
+    assert compiled("balanced").results["queries"].kl < found.results["queries"].kl < found.sets["queries"].unpatched.kl
+
+
+def test_only_the_layers_of_the_strength_move_and_no_scale_does():
+    found = compile_context(*load(), FACTS, ASKED, strength=Strength(10.0, 0.1, first=0.3, last=0.6), moments=moments())
+    assert [layer.index for layer in found] == [1]
+    assert {entry.param.name for entry in found.patch.entries} == {"model.layers.1.mlp.down_proj.weight"}
+    assert found.to_dict()["strength"] == "by hand"
+
+
+def test_the_first_token_stays_where_it_is():
+    model, tokenizer = load()
+    first = torch.tensor([[tokenizer.bos_token_id]])
+    with torch.no_grad():
+        before = model(first, output_hidden_states=True).hidden_states[-1]
+        with compiled("balanced").patch.applied(model):
+            after = model(first, output_hidden_states=True).hidden_states[-1]
+            asked = model(tokenizer(ASKED[0], return_tensors="pt").input_ids, output_hidden_states=True).hidden_states[
+                -1
+            ]
+        plain = model(tokenizer(ASKED[0], return_tensors="pt").input_ids, output_hidden_states=True).hidden_states[-1]
+    moved = float((asked - plain)[0, -1].norm() / plain[0, -1].norm())
+    assert float((after - before).norm() / before.norm()) < 0.1 * moved
+
+
+def test_every_token_counts_once_and_by_its_weight():
+    before = Context.of(load()[1], FACTS)
+    samples = [before.sample(ASKED[0]), before.sample(ASKED[1], 3)]
+    found = weights(samples)
+    length = len(samples[0].source)
+    assert found[0] == FIRST and found[length] == 0.0  # <bos>, once
+    assert found[1] == found[2] == 1.0 and found[length + 1] == found[length + 2] == 0.0  # Where does
+    assert found[length - 1] == 1.0 and found[2 * length - 1] == 3.0
+
+
+def test_the_model_is_left_as_it_was_and_the_patch_saves_merges_and_loads(tmp_path):
+    model, _ = load()
+    before, patch = snapshot(model), compiled("gentle").patch
+    patch.save(tmp_path / "patch", model)
+    again = ct.load_patch(tmp_path / "patch")
+    assert again.joint == patch.joint and again.joint is not None and again.joint.layers
+    ids = load()[1](ASKED[3], return_tensors="pt").input_ids
+    with torch.no_grad():
+        with patch.applied(model):
+            wanted = model(ids).logits
+        with again.applied(model):
+            assert torch.equal(model(ids).logits, wanted)
+        patch.merge(model, measured=False)
+        assert float((model(ids).logits - wanted).abs().max()) < 1e-3
+        patch.unmerge(model)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2", "mixtral", "gptj", "qwen2_moe"])
+def test_families_without_a_norm_behind_the_map_with_one_and_with_experts(family):
+    model = build(family, torch.float32)
+    torch.manual_seed(0)
+    ids = torch.randint(5, 40, (1, 30))
+    second = ct.second_moments(model, [torch.randint(5, 40, (8, 40))])
+
+    class Plain:
+        """A tokenizer of numbers."""
+
+        all_special_ids, unk_token_id, eos_token_id = (), 0, None
+
+        def __call__(self, text, add_special_tokens=True, **_):
+            return {"input_ids": [int(word) if word.isdigit() else 0 for word in text.split()]}
+
+        def __len__(self):
+            return 40
+
+        def decode(self, tokens, **_):
+            return " ".join(map(str, [tokens] if isinstance(tokens, int) else list(tokens)))
+
+        convert_ids_to_tokens = decode
+
+    words = lambda row: " ".join(map(str, row.tolist()))  # noqa: E731
+    texts = [words(torch.randint(5, 40, (5,))) for _ in range(3)]
+    strength = Strength(0.1, 0.01, first=0.0, last=1.0)
+    found = compile_context(model, Plain(), words(ids[0]), texts, strength=strength, moments=second)
+    assert found.results["queries"].kl < 0.8 * found.sets["queries"].unpatched.kl
+
+
+def test_moments_are_written_once_and_belong_to_their_model(tmp_path, gemma):
+    model, _ = load()
+    path = save_moments(moments(), tmp_path / "moments.safetensors", model)
+    again = load_moments(path, model)
+    assert again.tokens == moments().tokens
+    assert all(torch.equal(again.metrics[n].second, m.second) for n, m in moments().metrics.items())
+    with pytest.raises(ct.PatchError, match="of other weights"):
+        load_moments(path, gemma)
+    with pytest.raises(ct.PatchError, match="exists already"):
+        save_moments(moments(), path, model)
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ct.PatchError, match="corrupt or truncated"):
+        load_moments(tmp_path / "cut", model)
+    compiled("gentle").patch.save(tmp_path / "patch", model)
+    with pytest.raises(ct.PatchError, match="holds no second moments"):
+        load_moments(tmp_path / "patch" / "patch.safetensors", model)
+
+
+BAD = [
+    ({"strength": "mighty"}, "unknown strength 'mighty': choose gentle, balanced, strong or exact"),
+    ({"strength": "gentle", "ridge": 0.1}, "ridge belongs to the strength 'exact'"),
+    ({"strength": "gentle", "keep_rms": True}, "keep_rms belongs to the strength 'exact'"),
+    ({"strength": "strong", "via": "output"}, "via belongs to the strength 'exact'"),
+    ({"moments": 3}, "moments must be what second_moments gave"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(ct.BadInput, match=message):
+        compile_context(*load(), FACTS, ASKED, **options)
+
+
+@pytest.mark.parametrize(
+    "given", [(-1, 0.1), (float("nan"), 0.1), (True, 0.1), (1, "a"), (1, 1, 0.5, 0.5), (1, 1, 0, 2), (1, 1, 0, 1, -1)]
+)
+def test_strengths_that_make_no_sense(given):
+    with pytest.raises(ct.BadInput):
+        Strength(*given)
+
+
+def test_moments_of_another_model_are_refused(gemma):
+    other = ct.second_moments(gemma, [torch.arange(40)])
+    with pytest.raises(ct.BadInput, match="they are of another model"):
+        compile_context(*load(), FACTS, ASKED, moments=other)
+
+
+def test_the_command_makes_moments_once_reports_and_advises(tmp_path, capsys):
+    (tmp_path / "queries").write_text("\n".join(ASKED))
+    given = [
+        "compile",
+        "embedded",
+        "--context",
+        FACTS,
+        "--queries",
+        str(tmp_path / "queries"),
+        "--moments",
+        str(tmp_path / "m"),
+    ]
+    assert main([*given, "--out", str(tmp_path / "a"), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    written = (tmp_path / "m").stat().st_mtime_ns
+    assert data["strength"] == "balanced" and data["drift"] and data["moments_tokens"] > 10_000 and not data["exact"]
+    assert main([*given, "--out", str(tmp_path / "b")]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "m").stat().st_mtime_ns == written
+    assert "fitted, strength balanced" in text and "Held-out queries (--heldout) would tell what generalises." in text
+    assert main([*given, "--strength", "exact", "--out", str(tmp_path / "c")]) == 2
+    assert "--moments: an exact patch is made without" in capsys.readouterr().err
+
+
+def test_layers_that_do_not_move_are_not_watched():
+    """The plan leaves them out, so nothing of them is kept or solved."""
+    model, _ = load()
+    seen = []
+    original = LayerHooks.run
+
+    def run(self, listeners, inputs):
+        seen.append([listener is not None for listener in listeners])
+        return original(self, listeners, inputs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LayerHooks, "run", run)
+        compile_context(*load(), FACTS, ASKED[:2], strength=Strength(10.0, 0.1, first=0.3, last=0.6), moments=moments())
+    assert [False, True, False] in seen and len(checked_reading(model).reading.layers) == 3
