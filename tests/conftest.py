@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from helpers import runs, tiny_gemma
@@ -11,8 +13,16 @@ import controllability as ct
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    """The models of the tests are tiny: a second thread would only wait, at full speed, for the first."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """(model, tokenizer) of the model that comes along, loaded once: a test leaves it as it was."""
+    return ct.load_model("embedded")
 
 
 @pytest.fixture

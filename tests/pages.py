@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from catalogued import patchable_families
 
 import controllability as ct
-from controllability.cli import catalogue
 from controllability.components import Linear
 from controllability.errors import NotControllable
 from controllability.interfaces import Param, leaves
@@ -92,9 +91,6 @@ def refused(block, **options) -> NotControllable:
     return error.value
 
 
-@functools.cache
 def representative_names():
     """One family of each shape that has a proof, and those that are looked at by hand."""
-    shapes = catalogue.shapes(catalogue.rows())
-    names = [names[0] for (_, _, verdict, _), names in shapes.items() if verdict == "patchable"]
-    return sorted({*names, *BY_HAND})
+    return sorted({*patchable_families(), *BY_HAND})

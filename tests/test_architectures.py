@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from catalogued import every_row
 from family_models import build, inputs
 from helpers import hook_count, snapshot, unchanged
 from transformers import FalconConfig, FalconForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
@@ -48,12 +49,13 @@ def test_a_family_costs_few_lines():
     assert sorted(costs.values())[len(costs) // 2] <= 3, "most families are a line or two"
 
 
-def test_the_table_in_the_docs_is_the_generated_one():
+def test_the_table_in_the_docs_is_the_generated_one(monkeypatch):
+    monkeypatch.setattr(catalogue, "rows", every_row)
     assert (ROOT / "docs" / "architectures.md").read_text() == catalogue.markdown()
 
 
 def test_the_catalogue_names_culprits():
-    rows = {row["name"]: row for row in catalogue.rows()}
+    rows = {row["name"]: row for row in every_row()}
     assert rows["mamba"]["verdict"] == "refused"
     assert "no feed-forward half" in rows["mamba"]["reason"]
     assert rows["mixtral"]["rules"][:3] == ["theorem-1", "T-before", "T-mixture"]

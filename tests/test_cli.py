@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import one_line, outcome
 from helpers import tiny_gemma
 
 from controllability.cli.main import main
@@ -20,12 +21,8 @@ CONTEXT, QUERY = "Mia lives in Oslo . Leo lives in Rome .", "Where does Mia live
 
 def run(capsys, *arguments):
     """(exit status, JSON or None, stderr)."""
-    try:
-        status = main([str(a) for a in arguments])
-    except SystemExit as left:
-        status = int(left.code or 0)
-    captured = capsys.readouterr()
-    return status, json.loads(captured.out) if captured.out.startswith("{") else None, captured.err
+    status, data, _, err = outcome(capsys, *arguments)
+    return status, data, err
 
 
 def patch_arguments(model, *more):
@@ -85,7 +82,7 @@ def test_tables_for_people(capsys, saved_gemma):
         "checked numerically in float32",
     ):
         assert words in shown
-    assert main(["list"]) == 0
+    assert main(["list", "gemma"]) == 0
     assert "gemma3" in capsys.readouterr().out
 
 
@@ -135,12 +132,6 @@ def test_demo(capsys, tmp_path):
 
 
 # ------------------------------------------------------------------------------------- bad input
-
-
-def one_line(err):
-    assert err.startswith("controllability: "), err
-    assert err.count("\n") == 1, err
-    assert "Traceback" not in err
 
 
 USAGE = {
@@ -261,8 +252,8 @@ def test_the_installed_command_and_the_module_agree():
     found = [
         subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for command in (
-            [str(Path(sys.executable).with_name("controllability")), "list", "--json"],
-            [sys.executable, "-m", "controllability", "list", "--json"],
+            [str(Path(sys.executable).with_name("controllability")), "list", "gemma", "--json"],
+            [sys.executable, "-m", "controllability", "list", "gemma", "--json"],
         )
     ]
     assert found[0] == found[1]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import outcome
 from helpers import snapshot, unchanged
 
 from controllability.cli import compile as compiling
@@ -51,12 +52,8 @@ def command(files, *options, context=CONTEXT, out="out"):
 
 def run(capsys, files, *options, json_=True, **more):
     """(exit status, JSON or text, stderr)."""
-    try:
-        status = main([*command(files, *options, **more), *(["--json"] if json_ else [])])
-    except SystemExit as left:
-        status = int(left.code or 0)
-    captured = capsys.readouterr()
-    return status, json.loads(captured.out) if captured.out.startswith("{") else captured.out, captured.err
+    status, data, out, err = outcome(capsys, *command(files, *options, **more), *(["--json"] if json_ else []))
+    return status, out if data is None else data, err
 
 
 def untouched(files):

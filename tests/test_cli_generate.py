@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from commands import outcome
 from rich.console import Console
 
 from controllability.cli import generate as generating, side_by_side
@@ -36,12 +37,8 @@ cached = functools.cache(load_model)
 
 def run(capsys, *arguments):
     """(exit status, JSON or None, stderr)."""
-    try:
-        status = main(["generate", *map(str, arguments)])
-    except SystemExit as left:
-        status = int(left.code or 0)
-    captured = capsys.readouterr()
-    return status, json.loads(captured.out) if captured.out.startswith("{") else None, captured.err
+    status, data, _, err = outcome(capsys, "generate", *arguments)
+    return status, data, err
 
 
 def prompts(*texts):

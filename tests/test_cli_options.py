@@ -9,7 +9,7 @@ import shutil
 import sys
 
 import pytest
-from test_cli_streams import PATCH, TEXTS, one_line, status_of
+from commands import PATCH, TEXTS, one_line, status_of
 
 import controllability as ct
 from controllability.cli.arguments import COMMANDS

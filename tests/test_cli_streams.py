@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,13 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import PATCH, TEXTS, one_line, status_of
 
 import controllability as ct
-from controllability.cli.main import main
 
 ROOT = Path(__file__).parent.parent
-TEXTS = ("--context", "Mia lives in Oslo .", "--query", "Where does Mia live ?", "--skip-sensitivity")
-PATCH = ("patch", "embedded", *TEXTS)
+LIST = ("list", "gemma")  # what proves little and prints something
 
 
 def command(*arguments, shell="{}", env=None, **more):
@@ -25,23 +25,6 @@ def command(*arguments, shell="{}", env=None, **more):
     words = " ".join(f"'{word}'" for word in (sys.executable, "-m", "controllability", *arguments))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     return subprocess.run(["bash", "-c", shell.format(words)], capture_output=True, env=environment, **more)
-
-
-def one_line(err, *words):
-    text = err.decode() if isinstance(err, bytes) else err
-    assert text.startswith("controllability: "), text
-    assert text.count("\n") == 1, text
-    assert "internal error" not in text
-    assert "Traceback" not in text
-    for word in words:
-        assert word in text, text
-
-
-def status_of(*arguments):
-    try:
-        return main([str(a) for a in arguments])
-    except SystemExit as left:
-        return int(left.code or 0)
 
 
 # --------------------------------------------------------------------------------------------------------------- streams
@@ -54,13 +37,15 @@ def test_a_closed_stderr_leaves_one_json_object_on_stdout(tmp_path):
     assert {p.name for p in (tmp_path / "p").iterdir()} == {"patch.json", "patch.safetensors"}
 
 
-@pytest.mark.parametrize("arguments", [("prove", "nonsense"), ("dance",), ("prove", "mamba")])
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(("prove", "nonsense"), marks=pytest.mark.slow), ("dance",), ("prove", "mamba")]
+)
 def test_with_a_closed_stderr_an_error_does_not_go_to_stdout(arguments):
     done = command(*arguments, shell="{} 2>&-")
     assert (done.returncode, done.stdout) == (1 if "mamba" in arguments else 2, b"")
 
 
-@pytest.mark.parametrize("arguments", [("list", "--json"), ("--help",), ("--version",), ("prove", "gemma3", "--help")])
+@pytest.mark.parametrize("arguments", [(*LIST, "--json"), ("--help",), ("--version",), ("prove", "gemma3", "--help")])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_full_disk_behind_stdout_is_an_error(arguments, unbuffered):
     done = command(*arguments, shell="{} >/dev/full", env={"PYTHONUNBUFFERED": unbuffered})
@@ -70,10 +55,10 @@ def test_a_full_disk_behind_stdout_is_an_error(arguments, unbuffered):
 
 @pytest.mark.parametrize("where", [">/dev/full 2>&1", ">&- 2>&- <&-", "2>/dev/full >&-"])
 def test_with_nowhere_to_write_only_the_status_is_left(where):
-    assert command("list", shell="{} " + where).returncode == 2
+    assert command(*LIST, shell="{} " + where).returncode == 2
 
 
-@pytest.mark.parametrize("arguments", [("list", "--json"), ("--help",)])
+@pytest.mark.parametrize("arguments", [(*LIST, "--json"), ("--help",)])
 def test_a_reader_that_leaves_is_no_failure(arguments):
     done = command(*arguments, shell="{} | true; exit ${{PIPESTATUS[0]}}")
     assert (done.returncode, done.stderr) == (0, b"")
@@ -117,12 +102,18 @@ def test_bytes_that_are_no_utf8_in_a_file(capsys, tmp_path, which):
 # -------------------------------------------------------------------------------------------------- the disk runs full
 
 
+@contextlib.contextmanager
 def small_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("how", ["patch", "merge", "peft", "export", "demo", "prove"])
-def test_a_disk_that_runs_full_is_a_line_and_leaves_nothing(tmp_path, how):
+def test_a_disk_that_runs_full_is_a_line_and_leaves_nothing(capsys, tmp_path, how):
     (tmp_path / "q").write_text("Where does Mia live ?")
     out = ("--out", str(tmp_path / "new" / "out"))
     compiled = ("compile", "embedded", *TEXTS[:2], "--queries", str(tmp_path / "q"), *out)
@@ -134,28 +125,45 @@ def test_a_disk_that_runs_full_is_a_line_and_leaves_nothing(tmp_path, how):
     if how == "export":
         assert status_of(*PATCH, "--scope", "last", "--out", tmp_path / "saved") == 0
     before = sorted(tmp_path.rglob("*"))
-    done = command(*arguments, preexec_fn=small_files)
-    assert done.returncode == 2
-    one_line(done.stderr.splitlines(keepends=True)[-1], f"cannot write to {tmp_path / 'new' / 'out'}: File too large")
+    capsys.readouterr()
+    with small_files():
+        assert status_of(*arguments) == 2
+    one_line(
+        capsys.readouterr().err.splitlines(keepends=True)[-1],
+        f"cannot write to {tmp_path / 'new' / 'out'}: File too large",
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
 # --------------------------------------------------------------------------------------- names that stand in the way
 
 
-@pytest.mark.parametrize("kind", ["package", "file", "folder"])
-def test_a_package_of_the_users_called_architectures(tmp_path, kind):
+def theirs_of(kind, tmp_path):
+    """Something of the user's that is called as our own package."""
     theirs = tmp_path / "architectures"
     if kind == "file":
         theirs.with_suffix(".py").write_text("class MyNet: ...\n")
     else:
         theirs.mkdir()
         (theirs / ("__init__.py" if kind == "package" else "notes.txt")).write_text("")
+    return theirs
+
+
+@pytest.mark.parametrize("kind", ["package", "file", "folder"])
+def test_a_package_of_the_users_called_architectures(tmp_path, kind):
+    theirs = theirs_of(kind, tmp_path)
     done = command("prove", "gemma3", "--json", cwd=tmp_path)
     assert done.returncode == 0
     assert json.loads(done.stdout)["verdict"] == "patchable"
     if kind != "folder":  # which Python itself passes by
         one_line(done.stderr, str(theirs), "rename it")
+
+
+@pytest.mark.parametrize(
+    "kind", ["package", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("file", "folder"))]
+)
+def test_a_package_called_architectures_where_a_program_of_the_users_runs(tmp_path, kind):
+    theirs = theirs_of(kind, tmp_path)
     run = "import controllability as ct; ct.patch_model; import architectures; print(architectures.names()[0])"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", run], cwd=tmp_path, capture_output=True, text=True, env=env)
@@ -177,10 +185,10 @@ def test_one_that_was_imported_first_is_named(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["numpy.py", "torch.py", "rich.py", "queue.py"])
-def test_a_file_of_the_users_that_is_called_as_a_package_we_need(tmp_path, name):
-    (tmp_path / name).write_text("raise SystemExit(77)\n")
-    assert command("list", "--json", cwd=tmp_path).returncode == 0
+def test_files_of_the_users_that_are_called_as_packages_we_need(tmp_path):
+    for name in ("numpy.py", "torch.py", "rich.py", "queue.py"):
+        (tmp_path / name).write_text("raise SystemExit(77)\n")
+    assert command(*LIST, "--json", cwd=tmp_path).returncode == 0
 
 
 def test_a_package_that_is_another_one_is_no_internal_error(tmp_path):

@@ -13,7 +13,6 @@ from helpers import hook_count, snapshot, unchanged
 
 from controllability.embedded.world import NAMES
 from controllability.errors import BadInput
-from controllability.models.loading import load_model
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import compiled
@@ -21,11 +20,6 @@ import compiled_distillation
 from compiled_distillation import Distilled, Reached, Training, distil
 from compiled_methods import mean_of_token_patches, ridge_on_down_alone
 from compiled_sets import HELD_OUT, SETS, draw_task
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return load_model("embedded")
 
 
 @pytest.fixture(scope="module")

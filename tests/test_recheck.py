@@ -7,19 +7,15 @@ import re
 from typing import Any
 
 import pytest
+from commands import status_of
 from jsonschema import Draft202012Validator
 from proof_schema import SCHEMA
 
 import controllability as ct
-from controllability.cli.main import main
 
 
 def run(capsys: Any, *arguments: Any) -> tuple[int, str, str]:
-    try:
-        status = main([str(a) for a in arguments])
-    except SystemExit as left:
-        status = int(left.code or 0)
-    return status, *capsys.readouterr()
+    return status_of(*arguments), *capsys.readouterr()
 
 
 @pytest.fixture

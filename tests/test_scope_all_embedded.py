@@ -62,11 +62,6 @@ class Facts(NamedTuple):
         )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def embedded():
-    return load_model("embedded")
-
-
 @pytest.fixture(autouse=True)
 def without_gradients():
     with torch.no_grad():
@@ -129,6 +124,7 @@ def test_eight_facts_in_one_set_of_weights(embedded, seed, via):
     assert hook_count(model) == 0
 
 
+@pytest.mark.slow  # by default the command does the same: test_merged_weights_for_plain_transformers
 def test_a_plain_checkpoint_in_a_fresh_process(embedded, tmp_path):
     """Merged and saved; loaded by plain transformers, which knows nothing of us."""
     model, tokenizer = embedded
