@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 
 import numpy as np
 import pytest
 import torch
+from commands import outcome
 from helpers import error, hook_count, runs, snapshot, tiny_gemma, unchanged
 from transformers import Glm4Config, Glm4ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import controllability as ct
 from controllability.cli import protocol as command
-from controllability.cli.main import main
 from controllability.models.generation.steps import GeneratedToken, Generation
 from controllability.models.loading import load_model
 from controllability.models.protocol.rescale import rescaled
@@ -220,13 +219,7 @@ def test_what_adds_more_than_its_norms_give_is_refused():
 
 def run(capsys, *arguments):
     """(exit status, JSON or None, stdout, stderr)."""
-    try:
-        status = main(["protocol", *map(str, arguments)])
-    except SystemExit as left:
-        status = int(left.code or 0)
-    captured = capsys.readouterr()
-    data = json.loads(captured.out) if captured.out.startswith("{") else None
-    return status, data, captured.out, captured.err
+    return outcome(capsys, "protocol", *arguments)
 
 
 QUICK = ("embedded", "--tokens", 2, "--dtypes", "float32", "bfloat16", "--routes", "auto", "ball")
@@ -334,11 +327,13 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
+    rows, real = [], command.run_protocol
+    monkeypatch.setattr(command, "run_protocol", lambda *given: (rows.append(row) or row for row in real(*given)))
     for name in ("there.svg", "empty.txt"):
         (tmp_path / name).touch()
     arguments, said = BAD[case]
     status, _, out, err = run(capsys, "embedded", *arguments)
-    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert (status, out, err.count("\n"), rows) == (2, "", 1, [])  # refused before anything is measured
     assert said in err
     assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == {"there.svg": 0, "empty.txt": 0}
 

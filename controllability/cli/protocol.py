@@ -77,6 +77,8 @@ def _checked(args: argparse.Namespace) -> list[str]:
     out = new_path(args.picture, file=True)
     if out is not None and out.suffix not in (".svg", ".png"):
         raise BadInput(f"--out must be a file name in .svg or .png, got {args.picture!r}")
+    if out is not None and not out.parent.is_dir():
+        raise BadInput(f"cannot use {out.parent}: No such file or directory")
     if args.prompts is None:
         worlds = [f"{world.context} {world.questions[0].text}" for world in draw_worlds(seed=4, count=5)]
         return worlds if args.model == "embedded" else [*INSTRUCTIONS]
