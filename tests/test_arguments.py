@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from catalogued import patchable_families
 
 import architectures
 import controllability as ct
@@ -114,7 +115,8 @@ def test_sizes_that_fit_or_are_names_are():
         if architectures.find(name).refusal is None:
             block = architectures.block(name, d=8, h=12)
             assert all(12 in p.shape or 24 in p.shape or "h" not in p.shape for p in block.parameters()), name
-            assert ct.prove(block).root, name
+            if name in patchable_families():  # one of each shape
+                assert ct.prove(block).root, name
 
 
 def test_construct_refuses_a_patch_that_misses_its_target():

@@ -82,7 +82,7 @@ def test_a_block_is_patched_exactly(via, inside):
     assert done >= 5
 
 
-@pytest.mark.parametrize("level", ["symbolic", "exact", "numeric"])
+@pytest.mark.parametrize("level", ["symbolic", pytest.param("exact", marks=pytest.mark.slow), "numeric"])
 def test_the_rule_is_checked_like_the_others(level):
     rows = ct.prove(BLOCK).check(level)
     assert {row["status"] for row in rows} == {"passed"}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sympy
+from catalogued import patchable_families
 from helpers import error
 from jsonschema import Draft202012Validator
 from proof_schema import SCHEMA, written_schema
@@ -22,7 +23,6 @@ from trees import D, Grower
 
 import architectures
 import controllability as ct
-from controllability.cli.catalogue import rows, shapes
 from controllability.components import Bias, Linear, Normalize, Routing, residual
 from controllability.interfaces import Bijection, Component, Layout, Param
 from controllability.proof_files.codec import decode, encode, own_classes
@@ -48,7 +48,7 @@ def constructed(proof: ct.Proof, *numbers: Any) -> Any:
 
 # --- there and back ---------------------------------------------------------------------------------------------------
 
-PATCHABLE = {names[0]: names for key, names in shapes(rows()).items() if key[2] == "patchable"}
+PATCHABLE = patchable_families()
 
 
 @pytest.mark.parametrize("name", PATCHABLE)
@@ -65,21 +65,24 @@ def test_every_shape_comes_back_and_constructs_the_same_patch(name, via):
     assert constructed(again, *numbers) == constructed(proof, *numbers)
 
 
-def test_every_architecture_fits_the_schema_and_comes_back():
+@pytest.mark.parametrize(("of_each", "least"), [(1, len(PATCHABLE)), pytest.param(None, 151, marks=pytest.mark.slow)])
+def test_every_architecture_fits_the_schema_and_comes_back(of_each, least):
+    """Families of one shape differ in the names of their parameters."""
     validator = Draft202012Validator(json.loads(SCHEMA.read_text()))
     count = 0
     for names in PATCHABLE.values():
-        for name in names:
+        for name in names[:of_each]:
             data = through_text(ct.prove(architectures.block(name)))
             validator.validate(data)
             assert ct.Proof.from_dict(data).to_dict() == data
             count += 1
-    assert count > 150
+    assert count >= least
 
 
-def test_100_random_trees_come_back():
+@pytest.mark.parametrize("seeds", [range(100), pytest.param(range(250), marks=pytest.mark.slow)], ids=len)
+def test_random_trees_come_back(seeds):
     same = Counter()
-    for seed in range(250):
+    for seed in seeds:
         rng = random.Random(seed)
         grower = Grower(rng)
         block = grower.block(rng.randint(1, 4))
@@ -97,8 +100,8 @@ def test_100_random_trees_come_back():
         found = constructed(again, grower.values, v, v_target)
         assert found == constructed(proof, grower.values, v, v_target)
         same["condition" if isinstance(found, str) else "patch"] += 1
-    assert same["patch"] >= 100
-    assert same["condition"] >= 5
+    assert same["patch"] >= len(seeds) * 0.4
+    assert same["condition"] >= len(seeds) * 0.02
 
 
 def test_nothing_is_searched(monkeypatch):
@@ -242,8 +245,11 @@ CHANGES = {  # of any node
 }
 
 
+OTHERS = ("gpt2", "mixtral", "llama4_text", "deepseek_v3", "gpt_oss")
+
+
 @pytest.mark.parametrize(
-    "name", ["gemma3", "gpt2", "gpt_neox", "mixtral", "qwen2_moe", "llama4_text", "deepseek_v3", "gpt_oss"]
+    "name", ["gemma3", "gpt_neox", "qwen2_moe", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 )
 def test_a_change_of_any_node_is_refused_there(name):
     whole = through_text(ct.prove(architectures.block(name))) | {"alternatives": []}
@@ -324,10 +330,14 @@ def mutated(data: Any, rng: random.Random) -> Any:
 NO_NUMBERS = "shape of .* is not known|number for size|negative dimensions|out of bounds for array"
 
 
-def test_random_changes_are_refused_or_make_another_true_proof():
+CHANGED = ("gemma3",), pytest.param(("gemma3", "mixtral", "gpt_neox"), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("names", CHANGED, ids=len)
+def test_random_changes_are_refused_or_make_another_true_proof(names):
     """Whatever is accepted is in the written form, and the patch of the changed block is right."""
     outcomes = Counter()
-    for name in ("gemma3", "mixtral", "gpt_neox"):
+    for name in names:
         whole = through_text(ct.prove(architectures.block(name)))
         whole["alternatives"] = whole["alternatives"][:1]
         for seed in range(400):
@@ -355,10 +365,10 @@ def test_random_changes_are_refused_or_make_another_true_proof():
             assert error(again.block(patch.applied_to(params), v), wanted) < 1e-9
             outcomes["patched"] += data != whole
     print(dict(outcomes))
-    assert outcomes["BadInput"] > 200
-    assert outcomes["NotVerified"] > 100
-    assert outcomes["another"] >= 5
-    assert outcomes["patched"] >= 5, "other proofs than the one that was changed"
+    assert outcomes["BadInput"] > 200 / 3 * len(names)
+    assert outcomes["NotVerified"] > 100 / 3 * len(names)
+    assert outcomes["another"] >= 5 / 3 * len(names)
+    assert outcomes["patched"] >= 5 / 3 * len(names), "other proofs than the one that was changed"
 
 
 # --- the schema -------------------------------------------------------------------------------------------------------

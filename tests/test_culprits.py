@@ -67,9 +67,10 @@ def minimal(failure: Failure, prover: Prover) -> str:
     return "together"
 
 
-def test_culprits_are_minimal_and_remedies_prove_on_random_trees():
+@pytest.mark.parametrize("seeds", [range(100), pytest.param(range(300), marks=pytest.mark.slow)], ids=len)
+def test_culprits_are_minimal_and_remedies_prove_on_random_trees(seeds):
     counts: Counter[str] = Counter()
-    for seed in range(300):
+    for seed in seeds:
         grower, block, options = drawn(seed)
         try:
             ct.prove(block, **options)
@@ -88,10 +89,10 @@ def test_culprits_are_minimal_and_remedies_prove_on_random_trees():
         counts["remedies"] += len(error_.remedies)
         for remedy in error_.remedies:
             counts[executed(remedy, grower.values, seed)] += 1
-    assert counts["leaf"] >= 60
-    assert counts["together"] >= 10
-    assert counts["remedies"] >= 100
-    assert counts["patched"] >= 60
+    assert counts["leaf"] >= len(seeds) / 5
+    assert counts["together"] >= len(seeds) / 30
+    assert counts["remedies"] >= len(seeds) / 3
+    assert counts["patched"] >= len(seeds) / 5
     assert counts["patched"] + counts["condition"] == counts["remedies"]
 
 

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from catalogued import patchable_families
 from helpers import error
 from refused_blocks import REFUSED, drawn, linear, relu, sigmoid, silu
 
@@ -233,13 +234,19 @@ def test_another_choice_of_experts_is_said_with_how_many_differ():
     )
 
 
-def test_every_condition_that_proofs_have_is_in_the_table_and_has_a_hint():
+ALL = [name for name in architectures.names() if name not in REFUSED]
+
+
+@pytest.mark.parametrize(
+    ("names", "seeds"), [(patchable_families(), 30), pytest.param(ALL, 100, marks=pytest.mark.slow)]
+)
+def test_every_condition_that_proofs_have_is_in_the_table_and_has_a_hint(names, seeds):
     """A condition that is added needs a hint and a row above."""
     told = {"the patched router chooses the experts of the target run"}  # tested above
     for block, *_, message in CONDITIONS.values():
         told.add(bare(block, message.partition("\n")[0].partition(": ")[2].partition(" (margin")[0]))
-    blocks = {name: architectures.block(name) for name in architectures.names() if name not in REFUSED}
-    blocks |= {f"seed {seed}": drawn(seed)[1] for seed in range(100)}
+    blocks = {name: architectures.block(name) for name in names}
+    blocks |= {f"seed {seed}": drawn(seed)[1] for seed in range(seeds)}
     for name, block in blocks.items():
         for via, route in (("input-output", "auto"), ("output", "auto"), ("output", "uniform"), ("output", "secular")):
             with contextlib.suppress(ct.NotControllable):

@@ -10,11 +10,11 @@ import subprocess
 import numpy as np
 import pytest
 import sympy
+from catalogued import patchable_families
 from helpers import error
 
 import architectures
 import controllability as ct
-from controllability.cli import catalogue
 from controllability.components import Activation, Linear, SoftCap, residual
 from controllability.deltas import LowRank
 from controllability.interfaces import Param
@@ -107,11 +107,13 @@ def test_the_closed_form_is_what_the_proof_constructs(name, via):
         assert error(found * 1.01, patch[parameter].dense()) > 1e-3
 
 
-@pytest.mark.parametrize("expand", [True, False])
-def test_the_formula_at_explicit_sizes_gives_the_numbers(expand):
-    proof = ct.prove(architectures.block("gemma3", activation=Activation("cubic", coefficients=(0, 1, 1, 1))))
+@pytest.mark.parametrize(
+    ("name", "expand"), [("llama", True), pytest.param("gemma3", True, marks=pytest.mark.slow), ("gemma3", False)]
+)
+def test_the_formula_at_explicit_sizes_gives_the_numbers(name, expand):
+    proof = ct.prove(architectures.block(name, activation=Activation("cubic", coefficients=(0, 1, 1, 1))))
     formula = proof.formula(expand=expand, d=2, h=2)
-    assert {m.shape for m in formula.values()} == {(2, 2), (2, 1)}
+    assert {m.shape for m in formula.values()} == {(2, 2)} | ({(2, 1)} if name == "gemma3" else set())
     params, v, v_target = ct.sample(proof.block, d=2, h=2)
     symbols, _, _ = ct.sample(proof.block, "sympy", d=2, h=2)
     values = {str(s): float(x) for n in params for s, x in zip(symbols[n].flat, params[n].flat, strict=True)}
@@ -134,10 +136,6 @@ def test_a_size_that_is_not_there_is_refused():
 
 def document(name: str, via: str = "input-output") -> str:
     return ct.prove(architectures.block(name), via).to_latex("symbolic", name)
-
-
-def families() -> list[str]:
-    return [names[0] for shape, names in catalogue.shapes(catalogue.rows()).items() if shape[2] == "patchable"]
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mixtral", "gptj", "bert"])
@@ -184,7 +182,7 @@ def test_the_document_compiles(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no LaTeX is installed")
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", patchable_families())
 @pytest.mark.parametrize("via", ["input-output", "output"])
 def test_every_shape_compiles(name, via, tmp_path):
     compiled(document(name, via), tmp_path)

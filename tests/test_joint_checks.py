@@ -112,8 +112,13 @@ def what_they_give_now_forgotten(condition, joint, x, shares, index, gap, raw, *
 @pytest.mark.parametrize(
     ("target", "attribute", "wrong", "said"),
     [
-        (mixture_rules, "one_sum_of_experts", shares_ignored, "the conclusion leaves"),
-        (mixture_rules, "one_sum_of_experts", planes_swapped, "the conclusion leaves"),
+        # these two are found in the whole block as well (below)
+        pytest.param(
+            mixture_rules, "one_sum_of_experts", shares_ignored, "the conclusion leaves", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            mixture_rules, "one_sum_of_experts", planes_swapped, "the conclusion leaves", marks=pytest.mark.slow
+        ),
         (mixture_rules, "one_sum_of_experts", a_part_to_every_expert, "the conclusion leaves"),
         (mixture_rules, "one_sum_of_experts", what_they_give_now_forgotten, "the conclusion leaves"),
         pytest.param(ways, "reached", unchecked, "are not refused", marks=pytest.mark.slow),

@@ -13,6 +13,7 @@ from dataclasses import replace
 import mpmath
 import numpy as np
 import oracles
+import pytest
 from judging import DIGITS, LIMIT, Affine, used_twice
 from trees import Case, D, Grower
 
@@ -21,7 +22,6 @@ from controllability.arrays import ARITHMETICS
 from controllability.interfaces import Layout, overlap
 from controllability.solvers.dependence_certificate import Dependent
 
-SEEDS = range(220)
 MPMATH = ARITHMETICS["mpmath"]
 
 
@@ -111,10 +111,11 @@ def reachable(judged: Affine) -> bool:
         )
 
 
-def test_random_trees_with_one_patch_for_many_tokens(capsys):
-    counts = Counter(judge(grown(seed)) for seed in SEEDS)
+@pytest.mark.parametrize("seeds", [range(80), pytest.param(range(220), marks=pytest.mark.slow)], ids=len)
+def test_random_trees_with_one_patch_for_many_tokens(capsys, seeds):
+    counts = Counter(judge(grown(seed)) for seed in seeds)
     with capsys.disabled():
         print("\n" + "\n".join(f"{n:7}  {kind}" for kind, n in sorted(counts.items())))
-    assert sum(n for kind, n in counts.items() if "one patch" in kind) >= 50
-    assert all(counts[f"{tokens} tokens, one patch"] >= 5 for tokens in (1, 2, 3))
-    assert counts["condition failed, the rank says no as well"] >= 5
+    assert sum(n for kind, n in counts.items() if "one patch" in kind) >= len(seeds) / 5
+    assert all(counts[f"{tokens} tokens, one patch"] >= len(seeds) / 50 for tokens in (1, 2, 3))
+    assert counts["condition failed, the rank says no as well"] >= len(seeds) / 50

@@ -1,6 +1,6 @@
 """Soundness and, as far as possible, completeness of the prover on random component trees (see ``judging``).
 
-300 trees in the suite; ``python tests/test_random_trees.py 20000 --jobs 2`` runs more (docs/incompleteness.md).
+100 trees in the suite, 300 with ``-m slow``; ``python tests/test_random_trees.py 20000 --jobs 2`` runs more (docs/incompleteness.md).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -61,16 +62,17 @@ from controllability.interfaces import Component, Param
 SEEDS = range(300)
 
 
-def test_300_random_trees(capsys):
-    counts = Counter(outcome(seed) for seed in SEEDS)
+@pytest.mark.parametrize("seeds", [range(100), pytest.param(SEEDS, marks=pytest.mark.slow)], ids=len)
+def test_random_trees(capsys, seeds):
+    counts = Counter(outcome(seed) for seed in seeds)
     with capsys.disabled():
         print(f"\n{table(counts)}")
     found = Counter(kind for kind, _ in counts.elements())
     assert not found[WRONG], [text for kind, text in counts if kind == WRONG]
-    assert found[YES] >= 100
-    assert found[CONDITION] >= 5
-    assert counts[AFFINE, AGREES] >= 30
-    assert found[BENT] >= 30
+    assert found[YES] >= len(seeds) / 3
+    assert found[CONDITION] >= len(seeds) / 60
+    assert counts[AFFINE, AGREES] >= len(seeds) / 10
+    assert found[BENT] >= len(seeds) / 10
 
 
 def test_every_component_occurs_among_the_300():
@@ -88,7 +90,7 @@ def test_the_trees_are_as_promised():
     assert any(not case.frozen for case in cases)
 
 
-def caught(seeds: range) -> list[str]:
+def caught(seeds: Iterable[int]) -> list[str]:
     return [text for kind, text in map(outcome, seeds) if kind == WRONG]
 
 
@@ -107,7 +109,7 @@ def test_the_judge_notices_a_wrong_rule(monkeypatch):
 def test_the_judge_notices_a_missing_rule(monkeypatch):
     """A prover that no longer knows that a bias reaches everything: its refusals are contradicted."""
     monkeypatch.setattr(Bias, "updates", lambda self: ())
-    texts = caught(range(100))
+    texts = caught([*range(30, 40), *range(70, 80)])
     assert len(texts) >= 2
     assert all("the Jacobian has full row rank" in text for text in texts)
 

@@ -37,6 +37,7 @@ def test_it_loads(real_file, real_gemma):
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " girl"
 
 
+@pytest.mark.slow
 def test_saved_as_safetensors_it_is_the_same_to_the_bit(real_gemma, tmp_path):
     model, tokenizer = real_gemma
     model.save_pretrained(tmp_path / "saved")
@@ -69,7 +70,10 @@ def test_float16_is_refused_by_name(real_gemma):
         ct.patch_model(half, *encode(tokenizer, CONTEXT, QUERY))
 
 
-@pytest.mark.parametrize("dtype, error, most", [("float32", 3e-6, 0), ("bfloat16", 0.02, 1), ("float16", 0.005, 1)])
+@pytest.mark.parametrize("dtype, error, most", [
+    ("float32", 3e-6, 0), pytest.param("bfloat16", 0.02, 1, marks=pytest.mark.slow),
+    pytest.param("float16", 0.005, 1, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_the_protocol_of_the_papers(real_gemma, dtype, error, most):
     """float16 on a copy whose states are divided by 8: as it is this model overflows (above)."""
     model, tokenizer = real_gemma
