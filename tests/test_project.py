@@ -43,6 +43,15 @@ def test_the_mathematics_runs_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_commands_that_need_no_model_start_without_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
+        "from controllability.cli.main import main\n"
+        "assert main(['prove', 'gemma3']) == main(['list', 'gemma']) == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_every_rule_is_complete_and_named_once():
     names = [(rule.name, rule.side) for rule in RULES]
     assert len(names) == len(set(names))

@@ -33,10 +33,10 @@ def _text(value: str, name: str) -> str:
 
 def new_path(given: str | None, option: str = "--out", file: bool = False) -> Path | None:
     """What an option names.  Raises ``BadInput`` or ``PatchError`` now for what would fail when the work is done."""
-    from controllability.models.files.folders import refuse_unusable
-
     if given is None:
         return None
+    from controllability.models.files.folders import refuse_unusable  # with torch, which takes seconds
+
     if not given.strip():
         raise BadInput(f"{option} is empty: give a {'file' if file else 'directory'}")
     refuse_unusable(Path(given), file)
