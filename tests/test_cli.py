@@ -248,12 +248,13 @@ def test_pickled_weights_are_not_loaded(capsys, saved_gemma, tmp_path):
     assert "pickled weights are not loaded" in err
 
 
-def test_the_installed_command_and_the_module_agree():
+@pytest.mark.parametrize("arguments", [("--help",), ("list", "gemma", "--json")])
+def test_the_installed_command_and_the_module_agree(arguments):
     found = [
         subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for command in (
-            [str(Path(sys.executable).with_name("controllability")), "list", "gemma", "--json"],
-            [sys.executable, "-m", "controllability", "list", "gemma", "--json"],
+            [str(Path(sys.executable).with_name("controllability")), *arguments],
+            [sys.executable, "-m", "controllability", *arguments],
         )
     ]
     assert found[0] == found[1]

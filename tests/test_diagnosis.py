@@ -14,7 +14,7 @@ from controllability.execution.trace import Trace
 INNER = [(name, MATRICES[name][0]) for name in MATRICES]
 
 
-@pytest.mark.parametrize("tokens", [(), (3,)])
+@pytest.mark.parametrize("tokens", [pytest.param((), marks=pytest.mark.slow), (3,)])
 @pytest.mark.parametrize(("name", "w"), INNER)
 def test_mistakes_at_an_inner_matrix_are_named(name, w, tokens):
     made = Made(name, tokens=tokens)
@@ -101,7 +101,7 @@ def test_one_matrix_for_all_tokens_is_right_at_one():
 # -------------------------------------------------------------------------------- mistakes at outer maps
 
 
-@pytest.mark.parametrize("tokens", [(), (3,)])
+@pytest.mark.parametrize("tokens", [pytest.param((), marks=pytest.mark.slow), (3,)])
 @pytest.mark.parametrize("name", PLAIN)
 def test_mistakes_at_an_outer_matrix_are_named(name, tokens):
     made, w = Made(name, tokens=tokens), MATRICES[name][1]
@@ -128,7 +128,7 @@ def test_the_skip_is_forgotten_with_theorem_1(name):
     assert problem.how == f"the patch does not move {w}: nothing makes up for s(v') − s(v), the change of the skip"
 
 
-@pytest.mark.parametrize("tokens", [(), (3,)])
+@pytest.mark.parametrize("tokens", [pytest.param((), marks=pytest.mark.slow), (3,)])
 @pytest.mark.parametrize("name", PLAIN)
 def test_mistakes_with_theorem_1b_are_named(name, tokens):
     made, w = Made(name, "output", tokens=tokens), MATRICES[name][1]
@@ -170,7 +170,7 @@ def gemma_scale_only(made):
     return made.v_target - made.v + made.target.output((1, 5)), made.target.input((1, 5))
 
 
-@pytest.mark.parametrize("tokens", [(), (3,)])
+@pytest.mark.parametrize("tokens", [pytest.param((), marks=pytest.mark.slow), (3,)])
 def test_the_forgotten_offset_of_gemma(tokens):
     made, w = Made("gemma3", route="scale", tokens=tokens), "post_feedforward_layernorm.weight"
     G, n = gemma_scale_only(made)

@@ -23,7 +23,7 @@ def test_it_is_a_small_real_gemma(embedded):
     assert set(model.config.layer_types) == {"sliding_attention", "full_attention"}
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [15, pytest.param(200, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_fresh_contexts(embedded, count):
     """Every question of many worlds of 2 to 8 facts, both scopes."""
@@ -48,7 +48,7 @@ def test_fresh_contexts(embedded, count):
             for key, answer in zip(right, answers, strict=True):
                 right[key] += answer == question.answer
             total += 1
-    assert total > 4 * count
+    assert total > 4.5 * count
     assert right["with"] / total >= 0.99
     assert right["without"] / total <= 0.35
     assert right["patched"] == right["with"]

@@ -66,7 +66,7 @@ def asked(tmp_path, text: str, width: int, at: str = "") -> dict:
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [1300, 700])
+@pytest.mark.parametrize("width", [1300, pytest.param(700, marks=pytest.mark.slow)])
 def test_a_link_opens_its_panel_and_the_page_does_not_scroll_sideways(tmp_path, width):
     text = proof_html(ct.prove(architectures.block("gemma3")), "gemma3")
     plain = asked(tmp_path, text, width)
@@ -93,7 +93,7 @@ def test_no_text_leaves_its_box_in_any_shape(tmp_path, representatives):
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [1300, 700])
+@pytest.mark.parametrize("width", [1300, pytest.param(700, marks=pytest.mark.slow)])
 def test_the_screenshot_is_not_blank(tmp_path, width):
     from matplotlib.image import imread
 
@@ -112,7 +112,7 @@ def test_the_screenshot_is_not_blank(tmp_path, width):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["gemma3", "deepseek_v3"])
+@pytest.mark.parametrize("name", [pytest.param("gemma3", marks=pytest.mark.slow), "deepseek_v3"])
 def test_a_page_prints_whole(tmp_path, name):
     """Nothing that is printed scrolls: what it cuts off would not be on the paper."""
     text = proof_html(ct.prove(architectures.block(name)), name)

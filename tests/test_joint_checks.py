@@ -183,7 +183,7 @@ def test_what_is_not_run_is_skipped():
 # ---------------------------------------------------------------------------------- levels exact and numeric
 
 
-@pytest.mark.parametrize("via", ["input-output", "output"])
+@pytest.mark.parametrize("via", [pytest.param("input-output", marks=pytest.mark.slow), "output"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_whole_block_on_fractions(name, via):
     (row,) = joint(name, via).check("exact")
