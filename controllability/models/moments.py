@@ -40,9 +40,13 @@ class Metric:
         scaled = C * ((1 - SHRINK) * len(C) / C.diagonal().sum())
         return torch.linalg.cholesky(scaled + SHRINK * torch.eye(len(C), dtype=C.dtype, device=C.device))
 
-    @cached_property
+    @property
     def drift(self) -> Drift:
         """How much the texts feel a change of the matrix."""
+        return self._drift
+
+    @cached_property
+    def _drift(self) -> Drift:
         return Drift(self.second.double().cpu().numpy())
 
     def seen(self, x: Tensor) -> Tensor:
