@@ -380,4 +380,4 @@ def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit) as left:
         main(["generate", "--help"])
     assert left.value.code == 0
-    assert "example:\n  controllability generate embedded --prompt" in capsys.readouterr().out
+    assert "example:\n  controllability generate embedded --tokens" in capsys.readouterr().out

@@ -47,11 +47,13 @@ def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Settings:
     seen: set[int] = set()
     counts: dict[Any, bool] = {}  # whether a name counts: this is done at every look, on thousands of attributes
 
-    def take(prefix: str, held: Mapping[Any, Any]) -> None:
+    def take(prefix: str, held: Mapping[Any, Any], tensors: bool = True) -> None:
         for name, value in held.items():
             if name not in counts:
                 counts[name] = name not in HARMLESS and not HARMLESS_PARTS.search(str(name))
             if not counts[name]:
+                continue
+            if isinstance(value, Tensor) and not tensors:  # a weight that a record of bitsandbytes holds packed
                 continue
             if type(value) in SIMPLE:
                 found[f"{prefix}{name}"] = value
@@ -63,7 +65,7 @@ def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Settings:
                 found[f"{prefix}{name}"] = plain
             elif id(value) not in seen and (name in CONFIGS or hasattr(value, "to_dict") or is_dataclass(value)):
                 seen.add(id(value))
-                take(f"{prefix}{name}.", getattr(value, "__dict__", {}))
+                take(f"{prefix}{name}.", getattr(value, "__dict__", {}), not is_dataclass(value))
                 found[f"{prefix}{name}.attention"] = _attention(getattr(value, "_attn_implementation", None))
 
     for name, module in modules:
