@@ -30,6 +30,14 @@ def command(*arguments, shell="{}", env=None, **more):
 # --------------------------------------------------------------------------------------------------------------- streams
 
 
+def test_a_closed_stderr_leaves_what_is_written_alone(tmp_path):
+    done = command("prove", "gemma3", "--json", "--out", str(tmp_path / "p.json"), shell="{} 2>&-")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["verdict"] == "patchable"
+    assert (tmp_path / "p.json").read_bytes() == done.stdout
+
+
+@pytest.mark.slow
 def test_a_closed_stderr_leaves_one_json_object_on_stdout(tmp_path):
     done = command(*PATCH, "--json", "--out", str(tmp_path / "p"), shell="{} 2>&-")
     assert done.returncode == 0

@@ -62,6 +62,7 @@ def test_the_command_patches_it(real_file, real_gemma, monkeypatch, capfd):
     assert err == ""
 
 
+@pytest.mark.slow
 def test_float16_is_refused_by_name(real_gemma):
     """The state of this model grows beyond 65504, with and without a patch."""
     model, tokenizer = real_gemma

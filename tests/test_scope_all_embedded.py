@@ -95,7 +95,10 @@ def right(tokenizer, logits, known):
     return sum(word == answer for word, answer in zip(words, known.answers, strict=True))
 
 
-@pytest.mark.parametrize(("seed", "via"), [(0, "input-output"), (3, "output"), (4, "input-output"), (13, "output")])
+OTHERS = [pytest.param(4, "input-output", marks=pytest.mark.slow), pytest.param(13, "output", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("seed", "via"), [(0, "input-output"), (3, "output"), *OTHERS])
 def test_eight_facts_in_one_set_of_weights(embedded, seed, via):
     """As a batch, one question at a time, and merged."""
     model, tokenizer = embedded

@@ -6,12 +6,9 @@ import pytest
 import torch
 from family_models import build, default_dtype, inputs, logits_of
 from helpers import hook_count, snapshot, unchanged
-from test_families import PATCHED, SEVERAL, quiet, relative
+from test_families import FAST, PATCHED, SEVERAL, quiet, relative
 
 import controllability as ct
-
-# one of each topology, and those that differ: several states a position, experts of other layouts, calls in turn
-FAST = ("gemma2", "gpt2", "falcon", "phi3", "llama4_text", "qwen2_moe", "prophetnet", "hrm_text")
 
 
 def distinct(name, model):

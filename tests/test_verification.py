@@ -19,9 +19,15 @@ from controllability.interfaces import Param
 # ------------------------------------------------------------------------------------------- right patches
 
 
-@pytest.mark.parametrize("route", ["auto", "scale", "secular", "uniform"])
+ROUTED = [  # a route is chosen where a norm stands behind the last map: in gemma3
+    pytest.param(name, route, marks=() if "auto" in route or name == "gemma3" else pytest.mark.slow)
+    for name in MATRICES
+    for route in ("auto", "scale", "secular", "uniform")
+]
+
+
 @pytest.mark.parametrize("via", VIAS)
-@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize(("name", "route"), ROUTED)
 def test_right_patches_have_no_problems_in_every_form(name, via, route):
     for seed, tokens in ((0, ()), (1, (3,)), (2, (2, 2))):
         made = Made(name, via, seed, tokens, route)
