@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from commands import PATCH, status_of
 from helpers import runs, tiny_gemma
 from real_model import real_file as real_file, real_gemma as real_gemma
 
@@ -23,6 +24,14 @@ def one_thread():
 def embedded():
     """(model, tokenizer) of the model that comes along, loaded once: a test leaves it as it was."""
     return ct.load_model("embedded")
+
+
+@pytest.fixture(scope="session")
+def saved_patch(tmp_path_factory):
+    """A patch of the embedded model, of scope "last"."""
+    out = tmp_path_factory.mktemp("saved") / "patch"
+    assert status_of(*PATCH, "--scope", "last", "--out", out, "--json") == 0
+    return out
 
 
 @pytest.fixture
