@@ -19,10 +19,14 @@ from controllability.compiling.corpus import ordinary_moments
 from controllability.compiling.metric_sweep import FIRST, weights
 from controllability.compiling.strengths import STRENGTHS, Strength
 from controllability.compiling.token_sets import Context
+from controllability.components import Linear
+from controllability.components.updates import CHOSEN, expertwise
 from controllability.deltas import LowRank
+from controllability.interfaces import JointOptions, Param
 from controllability.models.files.moment_files import load_moments, save_moments
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.loading import load_model
+from controllability.models.moments import Metric
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.solvers.metric_fit import FLOOR, Drift, metric_fit
 
@@ -85,14 +89,18 @@ def test_a_smaller_rank_is_the_best_of_that_rank(rank):
         assert objective(other, x, delta, share, second, 0.1) > least
 
 
-def test_with_little_ridge_it_is_the_exact_patch_of_least_drift():
+def test_as_the_metric_counts_less_it_becomes_the_exact_patch_of_least_drift():
+    """Weights that are a thousand million times as large are a metric that counts as much less."""
     x, delta, share, second = instance(4)
-    small = 1e-9
-    left, right = metric_fit(x, delta, share, Drift(second), small / FLOOR)  # the floor stays: a metric of its own
-    metric = small / FLOOR * second / np.trace(second) + FLOOR * np.eye(12) / 12
-    inverse = np.linalg.inv(metric)
-    ridged = np.linalg.solve(x @ inverse @ x.T + np.diag((x**2).sum(1) / share), delta).T @ x @ inverse
-    assert np.abs(left.T @ right - ridged).max() < 1e-9 * np.abs(ridged).max()
+    left, right = metric_fit(x, delta, 1e9 * share, Drift(second), 10.0)
+    change, metric = left.T @ right, 10.0 * second / np.trace(second) + FLOOR * np.eye(12) / 12
+    assert np.abs(x @ change.T - delta).max() < 1e-5 * np.abs(delta).max()
+    L = np.linalg.cholesky(metric)
+    least = np.linalg.pinv(np.linalg.solve(L, x.T).T) @ delta  # theory 7: V (L⁻¹K)⁺ L⁻¹
+    assert np.allclose(change, np.linalg.solve(L.T, least).T, atol=1e-4 * np.abs(change).max())
+    drift = lambda D: np.trace(D @ metric @ D.T)  # noqa: E731
+    plain = (np.linalg.pinv(x) @ delta).T  # exact too, of least norm
+    assert np.abs(x @ plain.T - delta).max() < 1e-9 and drift(change) < 0.99 * drift(plain)
 
 
 def test_one_token_gets_romes_edit():
@@ -292,6 +300,56 @@ def test_moments_of_another_model_are_refused(gemma):
     other = ct.second_moments(gemma, [torch.arange(40)])
     with pytest.raises(ct.BadInput, match="they are of another model"):
         compile_context(*load(), FACTS, ASKED, moments=other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda C: C[:, :5], "they are of another model"),
+        (lambda C: C * float("nan"), "zero or not finite"),
+        (lambda C: C.index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(float("inf"))), "zero or not finite"),
+        (lambda C: C - 10 * C.diagonal().mean() * (1 - torch.eye(len(C))), "it is no second moment"),
+    ],
+)
+def test_moments_that_are_none_are_refused_and_nothing_is_changed(change, message):
+    model, tokenizer = load()
+    before = snapshot(model)
+    wrong = replace(moments(), metrics={n: Metric(change(m.second)) for n, m in moments().metrics.items()})
+    with pytest.raises(ct.BadInput, match=message):
+        compile_context(model, tokenizer, FACTS, ASKED, moments=wrong)
+    ids = tokenizer(f"{FACTS} {ASKED[0]}", return_tensors="pt").input_ids
+    with pytest.raises(ct.BadInput, match=message):
+        ct.patch_model(model, {"input_ids": ids}, {"input_ids": ids[:, -5:]}, scope="last", moments=wrong)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_fitted_and_merged_like_float32(dtype):
+    model, tokenizer = load_model("embedded", dtype)
+    before = snapshot(model)
+    found = compile_context(model, tokenizer, FACTS, ASKED, OTHERWISE, moments=moments())
+    wanted = compiled("balanced")
+    for name in ("queries", "heldout", "unrelated"):
+        assert found.results[name].kl == pytest.approx(wanted.results[name].kl, rel=0.2)
+    found.patch.merge(model, measured=False)
+    ids = tokenizer(ASKED[2], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == CITIES[2]
+    found.patch.unmerge(model)
+    assert unchanged(model, before)
+
+
+def test_tokens_that_one_expert_serves_have_their_own_weights():
+    rng = np.random.default_rng(0)
+    x, delta, index = rng.normal(size=(6, 1, 8)), rng.normal(size=(6, 2, 3)), np.array([[0, 1], [1, 2], [0, 2]] * 2)
+    share = rng.uniform(0.5, 2, 6)
+    update = expertwise(Linear(Param("w")), Param("w"), False, lambda _: 3)
+    joint = JointOptions(0.1, damping=0.0, weights=tuple(share))
+    change = update.jointly.solve(joint, {CHOSEN: index}, x, delta, 0 * delta, None).delta
+    at, slot = (index == 1).nonzero()
+    alone = metric_fit(x[at, 0], delta[at, slot], share[at] / share[at].sum(), Drift(None), 0.1)
+    place = change.index.tolist().index(1)
+    assert np.allclose(change.left[place].T @ change.right[place], alone[0].T @ alone[1])
 
 
 def test_the_command_makes_moments_once_reports_and_advises(tmp_path, capsys):

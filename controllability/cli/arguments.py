@@ -156,15 +156,10 @@ def _compile(parser: ArgumentParser) -> None:
     queries = 'one query a line (- is standard input), or .jsonl: {"query": TEXT, "weight": N}'
     add("--queries", required=True, metavar="FILE", help=queries)
     add("--heldout", metavar="FILE", help="queries that the weights are judged on and not made for")
-    add(
-        "--near",
-        metavar="FILE",
-        help="texts like the queries of another subject (default: the queries with other names)",
-    )
+    near = "texts like the queries of another subject (default: the queries with other names)"
+    add("--near", metavar="FILE", help=near)
     add("--unrelated", metavar="FILE", help="texts on which nothing should change (default: some of ours)")
-    strength = (
-        "what counts beside the queries: other wordings and other text, or (exact) nothing else (default balanced)"
-    )
+    strength = "how much counts beside the queries; exact: nothing else does (default balanced)"
     add("--strength", choices=STRENGTHS, default="balanced", help=strength)
     moments = "second moments of the model on ordinary text: read from FILE, or made and written there"
     add("--moments", metavar="FILE", help=f"{moments} (default: made each time)")

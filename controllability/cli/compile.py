@@ -65,12 +65,8 @@ def _checked(args: argparse.Namespace) -> tuple[Path, dict[str, list[Query]]]:
             "--moments: an exact patch is made without second moments; leave it out, or choose another --strength"
         )
     texts: dict[str, list[Query]] = {}
-    for name, what in (
-        ("queries", "queries"),
-        ("heldout", "held-out queries"),
-        ("near", "near texts"),
-        ("unrelated", "unrelated texts"),
-    ):
+    named = {"queries": "queries", "heldout": "held-out queries", "near": "near texts", "unrelated": "unrelated texts"}
+    for name, what in named.items():
         path = getattr(args, name)
         texts[name], notes = read_queries(path, what) if path is not None else ([], [])
         for note in notes:

@@ -103,6 +103,7 @@ def one_set_of_experts(
         rows, wanted, own = (np.broadcast_to(xp.numbers(a), (*index.shape, a.shape[-1])) for a in (x, delta, raw))
         index, rows, wanted, own = _rows(index), *(_rows(a, 2) for a in (rows, wanted, own))
         margin, before = np.ones((*index.shape, 1)), 0 if known is None else len(known.x)
+        shares = np.repeat(joint.shares(len(index))[:, None], index.shape[1], 1)
         parts: dict[int, Known] = {} if known is None else dict(known.parts)
         factors = {e: (p.left, p.span.right) for e, p in parts.items() if p.span is not None and p.left is not None}
         for expert in np.unique(index).tolist():  # of different sizes: how many tokens each serves
@@ -110,7 +111,8 @@ def one_set_of_experts(
             numbers = before + at.nonzero()[0]
             numbers = numbers if part is None or part.index is None else np.concatenate([part.index, numbers])
             try:
-                fit = fitted(condition, joint, xp, Known(rows[at], wanted[at], own[at]), x, part)
+                own_joint = replace(joint, weights=tuple(shares[at])) if joint.weights else joint
+                fit = fitted(condition, own_joint, xp, Known(rows[at], wanted[at], own[at]), x, part)
             except SideConditionFailed as failed:
                 _renumbered(failed, numbers, int(at.sum()), before, before + len(index))
                 raise

@@ -22,7 +22,7 @@ from controllability.models.hooks.own_modes import own_modes
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed, without_cache
 from controllability.models.tokens import with_special
-from controllability.solvers.metric_fit import Drift
+from controllability.solvers.metric_fit import NO_MOMENTS, Drift
 
 SHRINK = 0.1  # weight of the identity in Σ: no direction of which the texts say nothing is free
 
@@ -38,7 +38,10 @@ class Metric:
         """L (n, n), lower triangular, float64."""
         C = self.second.double()
         scaled = C * ((1 - SHRINK) * len(C) / C.diagonal().sum())
-        return torch.linalg.cholesky(scaled + SHRINK * torch.eye(len(C), dtype=C.dtype, device=C.device))
+        factor, failed = torch.linalg.cholesky_ex(scaled + SHRINK * torch.eye(len(C), dtype=C.dtype, device=C.device))
+        if failed:
+            raise BadInput(NO_MOMENTS)
+        return factor
 
     @property
     def drift(self) -> Drift:
@@ -78,9 +81,10 @@ class Moments:
             for name in (name for tap in layer.taps for path in tap.paths for name in matrices(layer, path)):
                 width = layer.params[name].shape
                 metric = self.metrics.get(name)
-                if metric is None or len(metric.second) not in width:
+                if metric is None or metric.second.shape not in [(n, n) for n in width]:
                     raise BadInput(f"moments: there are none that fit {name}: they are of another model")
-                if not 0 < float(metric.second.diagonal().sum()) < float("inf"):
+                finite = bool(metric.second.sum().isfinite())
+                if not finite or not float(metric.second.diagonal().sum()) > 0:
                     raise BadInput(f"moments: those of {name} are zero or not finite: make them anew on other texts")
 
     def __repr__(self) -> str:

@@ -1,8 +1,8 @@
 """A fit of many tokens by one matrix that ordinary text feels little.  (theory 7)
 
 ΔW minimises Σ_t ω_t ‖ΔW x_t − δ_t‖²/‖x_t‖² + tr(ΔW B ΔWᵀ) with Σω = 1 and B = λ·C + μ·(tr C/n)·I, C the second moment of the
-directions that the matrix reads on ordinary text.  With B → 0 and as many directions as tokens this is the exact patch of least
-drift, with one token and B = λC ROME's edit; with C = I it is the ridge of theory 5.  Solved in the tokens' own space, T × T.
+directions that the matrix reads on ordinary text.  As B → 0, in whatever proportion, this is the exact patch of least drift in the
+metric B; with one token and large λ it is ROME's edit, with C = I a ridge as in theory 5.  Solved in the tokens' own space, T × T.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
+from controllability.errors import BadInput
+
+NO_MOMENTS = "moments: a matrix is not positive, so it is no second moment: make them anew"
 FLOOR = 0.03  # μ: directions of which the texts say nothing are not free
 
 
@@ -33,7 +36,10 @@ class Drift:
     def _factored(self, ridge: float) -> tuple[np.ndarray, bool]:
         assert self.second is not None
         scaled = self.second * (len(self.second) / np.trace(self.second))
-        return cho_factor(ridge * scaled + FLOOR * np.eye(len(scaled)), lower=True, check_finite=False)
+        try:
+            return cho_factor(ridge * scaled + FLOOR * np.eye(len(scaled)), lower=True, check_finite=False)
+        except np.linalg.LinAlgError:
+            raise BadInput(NO_MOMENTS) from None
 
     def solve(self, ridge: float, x: np.ndarray) -> np.ndarray:
         """B⁻¹x for rows x (T, n), in units in which tr C = n."""
@@ -45,7 +51,8 @@ class Drift:
 def metric_fit(
     x: np.ndarray, delta: np.ndarray, weights: np.ndarray, drift: Drift, ridge: float, rank: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(left (r, m), right (r, n)) of ΔW = leftᵀ·right for rows ``x`` (T, n) and ``delta`` (T, m); ``weights`` (T,) add up to 1, and rows without any are left out.
+    """(left (r, m), right (r, n)) of ΔW = leftᵀ·right for rows ``x`` (T, n) and ``delta`` (T, m); ``weights`` (T,)
+    add up to 1, and rows without any are left out.
 
     With a ``rank`` below T it is the best fit of that rank to the same objective.
 
@@ -59,10 +66,8 @@ def metric_fit(
     x, delta, weights = x[used], delta[used], weights[used]
     sizes = np.linalg.norm(x, axis=-1, keepdims=True)
     share = np.sqrt(weights)[:, None] / np.where(sizes == 0, 1.0, sizes)
-    x, delta = (
-        x * share * np.sqrt(x.shape[-1]),
-        delta * share,
-    )  # in units in which a direction's second moment has trace n
+    unit = np.sqrt(x.shape[-1])  # in which the second moment of a direction has trace n
+    x, delta = x * share * unit, delta * share
     right = drift.solve(ridge, x)
     gram = x @ right.T
     left = np.linalg.solve(gram + np.eye(len(x)), delta)
@@ -70,4 +75,4 @@ def metric_fit(
         _, vectors = np.linalg.eigh(left.T @ gram @ delta)  # ΔW M ΔWᵀ: what each output direction adds to the objective
         kept = vectors[:, -rank:]
         left, right = kept.T.copy(), (left @ kept).T @ right
-    return left, right * np.sqrt(x.shape[-1])
+    return left, right * unit

@@ -31,7 +31,7 @@ def save_moments(moments: Moments, path: str | Path, model: nn.Module) -> Path:
 
 
 def load_moments(path: str | Path, model: nn.Module) -> Moments:
-    """The second moments that ``Moments.save`` wrote, float32.
+    """The second moments that ``save_moments`` wrote, float32.
 
     Raises ``PatchError`` for a file that is missing, damaged, of something else, or of another model than ``model``.
     """
@@ -40,7 +40,7 @@ def load_moments(path: str | Path, model: nn.Module) -> Moments:
     tokens = notes.get("tokens", "")
     square = all(t.ndim == 2 and t.shape[0] == t.shape[1] and t.dtype == torch.float32 for t in tensors.values())
     if notes.get("format") != FORMAT or not (tokens.isascii() and tokens.isdecimal()) or not square:
-        raise PatchError(f"{path} holds no second moments: moments.save(path, model) writes them")
+        raise PatchError(f"{path} holds no second moments: save_moments(moments, path, model) writes them")
     refuse_carried(model, "reading its moments")
     if notes.get("fingerprint") != known_fingerprint(model):
         raise PatchError(f"the moments in {path} are of other weights (the fingerprints differ): make them anew")
