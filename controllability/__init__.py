@@ -1,7 +1,5 @@
 """Context into weights, exactly, with a proof."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from controllability.cli.name_clash import find_ours as _find_ours

@@ -1,7 +1,5 @@
 """Files from outside: what they are and how large is looked at before anything is read, and each is opened once."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

@@ -1,7 +1,5 @@
 """What a patch adds to one parameter, kept in the smallest form: low rank or a vector."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Texts from files and from standard input: UTF-8, of bounded size."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -5,8 +5,6 @@ the features and whose leading axes, if any, run over tokens.  SymPy expressions
 50-digit numbers live in NumPy object arrays, so the same code runs on them.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Exact and many-digit numbers in NumPy object arrays: fractions, mpmath, SymPy."""
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 from typing import Any

@@ -1,7 +1,5 @@
 """What an object that holds arrays shows of itself: one line, each array by its type and shape."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from reprlib import Repr
 from typing import Any

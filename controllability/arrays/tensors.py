@@ -1,7 +1,5 @@
 """torch tensors; torch is imported when the first tensor is seen, not before."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator

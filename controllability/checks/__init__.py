@@ -6,8 +6,6 @@ exact      the whole block on random rational numbers, roots as algebraic number
 numeric    bfloat16, float32, float64 and 50 digits against 50 digits: the residual falls, or is 0
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence

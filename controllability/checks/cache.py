@@ -1,7 +1,5 @@
 """What was reduced before, as long as the code that it speaks of is the same."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any

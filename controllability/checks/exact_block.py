@@ -1,7 +1,5 @@
 """Level exact: the whole block on random rational numbers, roots as algebraic numbers."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """A check that ended in an exception: is a component broken, or does it only not take the numbers of that level?"""
 
-from __future__ import annotations
-
 from controllability.checks.rebuilt_blocks import small_sizes
 from controllability.errors import in_a_line
 from controllability.execution.sampling import sample

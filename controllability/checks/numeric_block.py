@@ -1,7 +1,5 @@
 """Level numeric: from bfloat16 to 50 digits against a 50-digit evaluation; the residual falls, or is 0."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from typing import Any

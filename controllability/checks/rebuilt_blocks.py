@@ -1,7 +1,5 @@
 """The instances on which a proof is checked: the same expression with other leaves, at small sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs whose values are reduced as they go: for blocks of symbols, and for arrays of symbolic size."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

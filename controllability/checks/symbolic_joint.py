@@ -5,8 +5,6 @@ joint rules are executed on two tokens of explicit sizes, by elimination.  Rules
 checks, with every size a symbol, are those of any proof.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any

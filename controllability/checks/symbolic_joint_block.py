@@ -1,7 +1,5 @@
 """Level symbolic for joint proofs: the whole block on two tokens."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from controllability.checks.exact_block import reduced_residual

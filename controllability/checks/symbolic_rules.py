@@ -4,8 +4,6 @@ A schema holds undefined functions where the rule speaks of any component, so wh
 rule itself: its construction, its signs, its order, and what it asks of its premises.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Parts for joint checks: functions, norms and routings of which nothing is known but their outputs."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """What each command takes.  Nothing heavy is imported here, so that ``--help`` is instant."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any, NamedTuple

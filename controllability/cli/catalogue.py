@@ -1,7 +1,5 @@
 """What is registered and what the prover says about it: one row a family."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import architectures

@@ -1,7 +1,5 @@
 """``controllability compile``: a context into one set of weights, measured, written and loaded again."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import time

@@ -1,7 +1,5 @@
 """``controllability demo``: the embedded model answers from its weights what it was told in a context."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

@@ -1,7 +1,5 @@
 """The files that a command takes its texts from, and where its result goes."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import re

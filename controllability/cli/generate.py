@@ -1,7 +1,5 @@
 """``controllability generate``: the contextual model's tokens, and the same ones from patched weights without the context."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math

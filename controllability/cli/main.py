@@ -1,7 +1,5 @@
 """Arguments in, exit status out: 0 done and verified, 1 refused or not verified, 2 wrong usage or bad input."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

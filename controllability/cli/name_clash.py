@@ -1,7 +1,5 @@
 """Our package ``architectures``, also where a folder or a file of the user's has its name."""
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

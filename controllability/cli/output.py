@@ -1,7 +1,5 @@
 """What the commands print: tables and progress for people, one JSON object for scripts."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The commands that make, verify and export a patch."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import time

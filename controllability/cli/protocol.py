@@ -1,7 +1,5 @@
 """``controllability protocol``: section 4 of the papers on one model, a row for each dtype and route."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import time

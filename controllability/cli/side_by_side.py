@@ -1,7 +1,5 @@
 """Generation as three columns that grow token by token: contextual, patched, without."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Standard output and error of a command, also closed, full or broken; what a terminal can show, and what it is spared."""
 
-from __future__ import annotations
-
 import codecs
 import io
 import logging

@@ -1,7 +1,5 @@
 """``compile_context``: from a context and queries to one set of weights that answers them without it."""
 
-from __future__ import annotations
-
 import sys
 import time
 import warnings

@@ -1,7 +1,5 @@
 """The contextual model's own continuation of each query."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

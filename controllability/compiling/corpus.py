@@ -4,8 +4,6 @@ About 16,000 tokens of English prose for a usual vocabulary.  A vocabulary witho
 model, and one without these its own tokens in random order.  Texts like those that the model will meet are better: ``second_moments``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pydoc_data.topics import topics
 from typing import Any

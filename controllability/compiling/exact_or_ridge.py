@@ -1,7 +1,5 @@
 """Exact where the set fits into one patch, least squares where it does not."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Plain transformers in a process of its own: ``python fresh_process.py MODEL_DIR INPUTS LOGITS``.  Nothing of ours is imported."""
 
-from __future__ import annotations
-
 import sys
 
 

@@ -4,8 +4,6 @@ Layer by layer, on the run that is patched so far, each map in the layers of a `
 contextual model's state (theory 7).  The first token is held where it is: every text begins with it, and much attention rests on it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Queries as people write them: one a line in a text file, or JSON lines with a weight."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What a smaller rank costs: agreement on the queries and on held-out ones, and drift elsewhere, against the rank."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

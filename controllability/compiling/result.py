@@ -1,7 +1,5 @@
 """What came of compiling a context: the patch, how it was come by, and how far it carries."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Choosing λ of the least squares by what comes out on texts that it was not fitted to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """How strongly a context is compiled: which layers move, and what a change costs there.  (theory 7)"""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

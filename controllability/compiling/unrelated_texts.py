@@ -1,7 +1,5 @@
 """Texts that have nothing to do with a context: what changes there is drift."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A compiled context on disk: a patch, a PEFT adapter or a plain checkpoint, loaded again and measured before it counts."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

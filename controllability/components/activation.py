@@ -1,7 +1,5 @@
 """Elementwise activations and the tanh soft-cap: fixed maps without parameters."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

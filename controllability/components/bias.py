@@ -1,7 +1,5 @@
 """A bias on its own: the last part of a LayerNorm."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from controllability.arrays import Array

@@ -4,8 +4,6 @@ Every array has the tokens on axis 0.  What is promised is checked here: a token
 certificate, unless least squares were asked for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Parameter-free normalisation.  RMSNorm and LayerNorm are compositions with Scale and Bias."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

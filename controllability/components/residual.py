@@ -1,7 +1,5 @@
 """How components are put together: one after the other, added, multiplied, beside a skip."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from controllability.arrays import Array

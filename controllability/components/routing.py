@@ -1,7 +1,5 @@
 """Which experts a token goes to, and with which shares: the fixed half of a router."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

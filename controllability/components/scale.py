@@ -1,7 +1,5 @@
 """Elementwise scale: the learned part of RMSNorm and LayerNorm, and LayerScale."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from controllability.arrays import Array, arithmetic

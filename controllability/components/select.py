@@ -1,7 +1,5 @@
 """One of several inputs of a block: a parallel block reads the layer's input and what attention adds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

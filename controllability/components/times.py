@@ -1,7 +1,5 @@
 """A constant factor: residual multipliers and gains."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ A leaf's output is affine in each of its parameters, so one formula serves both 
 adds a wanted δ to the output.  Source: [D] Thm 2.2; [G] lem:output_weight, lem:output_elem_multiply, lem:output_bias.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ Every world is drawn afresh, so an answer stands in the context and nowhere else
 that knows the language perfectly and has not seen the facts can only guess among the values.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

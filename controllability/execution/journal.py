@@ -1,7 +1,5 @@
 """What a patched run notes while it solves: margins of side conditions, routes taken."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """A patch: parameter names and what is added to each."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The source run with the patch of a proof: every delta is solved the moment its component's input is known."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol

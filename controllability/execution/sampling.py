@@ -1,7 +1,5 @@
 """Random or symbolic instances of a block: parameters and two states, for checks and for play."""
 
-from __future__ import annotations
-
 from collections import Counter
 from fractions import Fraction
 from typing import Any

@@ -1,7 +1,5 @@
 """Values at the nodes of an expression: computed on demand, or observed in a real run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from controllability.arrays import Array, tidy

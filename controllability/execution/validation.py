@@ -1,7 +1,5 @@
 """Do these numbers fit this block?  Shapes, kinds of numbers and finiteness, before anything is computed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

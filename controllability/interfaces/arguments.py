@@ -1,7 +1,5 @@
 """What a component is made of, held against what its fields are declared to be."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

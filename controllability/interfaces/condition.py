@@ -1,7 +1,5 @@
 """Side conditions: a statement about numbers, and how far they are from breaking it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

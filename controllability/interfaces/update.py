@@ -1,7 +1,5 @@
 """How a component is moved: one parameter at a time, its input or its output."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass

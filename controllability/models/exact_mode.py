@@ -1,7 +1,5 @@
 """The exact mode: a float64 model that really computes in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

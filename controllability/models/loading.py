@@ -1,7 +1,5 @@
 """Loading a model directory safely, and turning texts into the two runs' inputs."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -3,8 +3,6 @@
 Source: theory 7; the metric is that of ROME and MEMIT [Meng et al.].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property

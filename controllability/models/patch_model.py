@@ -1,7 +1,5 @@
 """The main function on live models."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

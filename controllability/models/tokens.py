@@ -1,7 +1,5 @@
 """Texts as token ids: every special token once, and what stands between a context and its query."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -4,8 +4,6 @@ Nothing in the data is executed or imported: names are looked up in a table of t
 those that the caller passes.  A value that JSON cannot hold is written as opaque, and refused when it is read.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass

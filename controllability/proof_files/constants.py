@@ -1,7 +1,5 @@
 """The constants of an expression as JSON, and back: each as exact as it is, none of them computed by executing text."""
 
-from __future__ import annotations
-
 import ast
 import math
 import re

@@ -1,7 +1,5 @@
 """What JSON data must look like: every problem is one ``BadInput`` that names the JSON path."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

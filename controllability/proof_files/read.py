@@ -5,8 +5,6 @@ what the node says.  The rebuilt proof consists of the rules' own conclusions: a
 nothing.  ``BadInput`` is for data that is no proof, ``NotVerified`` for a proof that is wrong.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Mapping

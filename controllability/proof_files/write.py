@@ -1,7 +1,5 @@
 """A proof as JSON-ready data: everything that a checker needs to go through it again (docs/proof-format.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A derivation: the tree of rules that concludes that a block can be patched, and its execution.  (theory 6, level 1)"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

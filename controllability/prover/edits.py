@@ -1,7 +1,5 @@
 """Changing an expression: another component at a place, another parameter, names and sizes of what is new."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any

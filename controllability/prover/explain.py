@@ -1,7 +1,5 @@
 """Why a block has no proof: the smallest culprit, the rule that failed on it, and the nearest change that helps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """What would help a refused block: the nearest changes, each tried by really proving the changed block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice

@@ -1,7 +1,5 @@
 """The search: which rules conclude that a block can be patched, and where it stops if none does."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The patch in closed form: what executing the proof on symbols gives."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from math import prod

@@ -1,7 +1,5 @@
 """How the pages look: states differ in colour, in the line of their border, and in their label."""
 
-from __future__ import annotations
-
 # state -> (fill, border and label, pattern of the border, its width)
 STATES = {
     "input": ("#dbeafe", "#0b4f9e", "", 2.5),

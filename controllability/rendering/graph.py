@@ -1,7 +1,5 @@
 """A block as a graph: data flows from top to bottom, parallel parts are lanes, every leaf is a box (inline SVG)."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 from collections import Counter

@@ -3,8 +3,6 @@
 Without scripts: a node links to its panel, and CSS shows the panel that the address names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape

@@ -1,7 +1,5 @@
 """A proof as LaTeX: a theorem, the patch in closed form, and the derivation rule by rule."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 

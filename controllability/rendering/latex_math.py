@@ -1,7 +1,5 @@
 """Words and index notation as LaTeX."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a proof, or a refusal, says of every leaf of a block: moved, undone, left alone, or to blame."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations

@@ -1,7 +1,5 @@
 """The figure of the papers' section 4: agreement on every route in every dtype, and KL from token to token."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a graph is drawn with: boxes, circles, wires, frames and words, each with its markup."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from html import escape

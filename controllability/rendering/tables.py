@@ -1,7 +1,5 @@
 """A table as aligned text, or as HTML for a notebook; the first row is its heading."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 

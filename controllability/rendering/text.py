@@ -1,7 +1,5 @@
 """A proof as a tree that fits the terminal."""
 
-from __future__ import annotations
-
 import os
 import sys
 import textwrap

@@ -1,7 +1,5 @@
 """How many tokens one patch serves, in words: what a joint proof says beside its tree."""
 
-from __future__ import annotations
-
 from controllability.prover.derivation import Derivation
 
 NORMALISED, EXPERTS = "O-normalised jointly", "I-experts jointly"

@@ -1,7 +1,5 @@
 """The centred and normalised output m∘n(g) without a bias behind it: a new scale whose target has mean 0, too."""
 
-from __future__ import annotations
-
 from controllability.arrays import Array, arithmetic
 from controllability.components.normalisation import Normalize
 from controllability.execution.journal import Margin

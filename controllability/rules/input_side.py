@@ -1,7 +1,5 @@
 """The input side: f(z; θ') = f(z'; θ) for compositions.  [G, section 5]"""
 
-from __future__ import annotations
-
 from itertools import islice, product
 
 from controllability.execution.patched_run import PatchedRun

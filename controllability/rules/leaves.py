@@ -1,7 +1,5 @@
 """The leaves' own rules: the table entries for what the component files state."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from controllability.execution.patched_run import Goal, PatchedRun

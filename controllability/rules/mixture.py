@@ -1,7 +1,5 @@
 """Mixtures of experts: their router and first maps on the input side, their last maps on the output side."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import islice, product
 

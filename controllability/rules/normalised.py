@@ -1,7 +1,5 @@
 """The normalised output m∘n(g): a new scale and a new input of the normalisation, together."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """What is different for many tokens with one patch: the normalised output.  (theory 5; new)"""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The output side: g(y; φ') = g(y; φ) + δ for compositions.  [G, section 5; theory 2]"""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from controllability.arrays import Array, arithmetic

@@ -1,7 +1,5 @@
 """What the short citations in rules, pages and docstrings stand for."""
 
-from __future__ import annotations
-
 import re
 
 PAPERS = {

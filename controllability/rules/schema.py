@@ -5,8 +5,6 @@ component with every part an undefined function, and a premise replaced by the b
 patch exists.  If the rule's own ``construct`` reaches its conclusion there, it does so for all parts.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

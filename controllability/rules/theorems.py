@@ -1,7 +1,5 @@
 """The two theorems: how a residual block is patched."""
 
-from __future__ import annotations
-
 from itertools import product
 
 from controllability.execution.patched_run import PatchedRun

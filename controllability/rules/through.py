@@ -5,8 +5,6 @@ and its output any wanted value.  For g∘f that is Theorem 1's own split; these
 (shared experts beside routed ones), fixed maps before and what the output side can undo after.
 """
 
-from __future__ import annotations
-
 from itertools import product
 
 from controllability.execution.patched_run import PatchedRun

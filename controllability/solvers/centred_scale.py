@@ -4,8 +4,6 @@ Balanced weights give t⁰ = sign(m)/√w and x = G∘t⁰.  Of the channels wit
 that the mean vanishes: u ∝ x∘f with f_i = mean|x| − sign(x_i)·mean(x).  f > 0 exactly when x has both signs, and the signs of m stay.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from controllability.arrays import Array, arithmetic

@@ -1,7 +1,5 @@
 """Arrays that grow row by row without being copied each time: amortised O(1) for every number added."""
 
-from __future__ import annotations
-
 import numpy as np
 
 MORE = 1.5  # room for so many times the rows that are there

@@ -11,8 +11,6 @@ decide); τ keeps a channel alive that no token needs.  One token: m'⁴ = τ·m
 form m'² = |G|·√|m| · mean(|G|/√|m|)/q.  Decided on a trained model: see the page on joint patches.  (new)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property

@@ -5,8 +5,6 @@ directions that the matrix reads on ordinary text.  As B → 0, in whatever prop
 metric B; with one token and large λ it is ROME's edit, with C = I a ridge as in theory 5.  Solved in the tokens' own space, T × T.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 

@@ -5,8 +5,6 @@ min Σ_t ‖m'∘u_t − G_t‖²/‖G_t‖² + λ ‖m' − m‖²/mean(|m|)² 
 the secular route's, so the gradient is that of the sum at those u_t; SciPy's L-BFGS-B goes down along log |m'|.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

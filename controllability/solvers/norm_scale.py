@@ -8,8 +8,6 @@ route that keeps the mean square has mean(u²) = q with u = G/m', so by Cauchy�
 exactly at m'² ∝ |G|.  ``balanced`` stays below (1 + 1/(ρ·mean|G|/RMS(G))) times that.  (new)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

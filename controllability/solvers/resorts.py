@@ -1,7 +1,5 @@
 """The orders of resort of one patch for many tokens: how a block's targets were reached, or how near."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 

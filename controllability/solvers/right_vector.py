@@ -1,7 +1,5 @@
 """The free right vector: ΔW = δ aᵀ is exact at z for every a with aᵀz = 1.  Which one disturbs others least?  (theory 7; new)"""
 
-from __future__ import annotations
-
 from controllability.arrays import Array, arithmetic
 
 CALM = 0.1  # weight of ‖a‖², by which noise in z itself is magnified, beside what the other inputs feel

@@ -1,7 +1,5 @@
 """The root of the secular equation.  [G, App. B]"""
 
-from __future__ import annotations
-
 from controllability.arrays import Arithmetic, Array
 from controllability.errors import NotExact
 

@@ -5,8 +5,6 @@ and u = G/m' of the rounded scale leaves the sphere that the norm can reach.  Ev
 it, one that makes the mean larger and one that makes it smaller: which of the two is taken decides the mean to many digits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from controllability.arrays import Arithmetic, Array

@@ -1,7 +1,5 @@
 """SymPy numbers in NumPy object arrays, and index notation."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from typing import Any
 

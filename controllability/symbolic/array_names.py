@@ -1,7 +1,5 @@
 """Names for arrays of symbolic size, what is known of them, and their values at random points."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Mapping

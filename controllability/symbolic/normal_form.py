@@ -1,7 +1,5 @@
 """Normal forms of SymPy expressions: rational functions over roots and unknown functions."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Sums over an index, and the names in them."""
 
-from __future__ import annotations
-
 from functools import cache, lru_cache
 from typing import Any
 

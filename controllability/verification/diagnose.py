@@ -1,7 +1,5 @@
 """The cause: which derivation a patch tries to follow, and the first rules of it that fail."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import textwrap

@@ -1,7 +1,5 @@
 """The evidence at one leaf and one token: inputs, factors of the change, and what it may have been mistaken for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -3,8 +3,6 @@
 A mistake is named only if it fits to rounding.  All vectors are NumPy arrays, of floats or of objects.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Reads a patch that was made elsewhere: names, shapes and kinds of numbers, all that does not fit in one error."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

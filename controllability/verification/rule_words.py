@@ -1,7 +1,5 @@
 """What a rule demands at a leaf, as a report says it.  How the change is made stands in the rule table."""
 
-from __future__ import annotations
-
 import re
 
 from controllability.rules import RULES

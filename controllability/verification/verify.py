@@ -3,8 +3,6 @@
 A patch may come from elsewhere; ``diagnosis`` reads it and says which rule it breaks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The tensors of an adapter: deltas in the layout of lora_A and lora_B, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

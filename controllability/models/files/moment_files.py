@@ -1,7 +1,5 @@
 """Second moments on disk: one safetensors file, tied to the weights that they are of."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

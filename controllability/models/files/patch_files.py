@@ -1,7 +1,5 @@
 """Patches on disk: safetensors and JSON, written atomically, tied to the weights they were made for."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

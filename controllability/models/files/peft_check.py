@@ -1,7 +1,5 @@
 """Whether an adapter does what its patch does: loaded by the real PEFT onto the model, beside the patch and beside nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import warnings

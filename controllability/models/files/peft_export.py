@@ -1,7 +1,5 @@
 """Writing a patch as a PEFT adapter: ``adapter_model.safetensors`` and ``adapter_config.json``."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

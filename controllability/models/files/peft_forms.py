@@ -11,8 +11,6 @@ Everything that PEFT 0.21 does differently from one module to the next is said h
 - names are matched by their ends.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import nn

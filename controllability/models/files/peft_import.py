@@ -1,7 +1,5 @@
 """Reading a LoRA adapter as a patch: ours, or anybody's whose matrices stand where patches are applied."""
 
-from __future__ import annotations
-
 import math
 import re
 import weakref

@@ -1,7 +1,5 @@
 """The two files of an adapter, and which fields of its config a patch can honour."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Files of tensors (safetensors), and the JSON files beside them, from outside."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

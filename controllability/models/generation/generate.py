@@ -4,8 +4,6 @@ The protocol of [G, section 4].  transformers' own ``generate`` prepares caches,
 stopping criteria; only its decoding loop is ours.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Every count and length is held against the size of the file before anything is read or allocated by it.
 """
 
-from __future__ import annotations
-
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A GGUF file as an ordinary model: its weights are unpacked by transformers, and nothing marks it as quantised."""
 
-from __future__ import annotations
-
 import importlib.util
 import tempfile
 from pathlib import Path

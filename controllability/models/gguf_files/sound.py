@@ -1,7 +1,5 @@
 """Whether a GGUF file can be read, and its model built, before either is tried."""
 
-from __future__ import annotations
-
 from math import prod
 from pathlib import Path
 from typing import Any

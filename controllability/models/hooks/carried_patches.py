@@ -1,7 +1,5 @@
 """Which patches a model carries, in what order, and whose turn it is."""
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Callable, Iterable

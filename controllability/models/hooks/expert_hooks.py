@@ -5,8 +5,6 @@ each token's chosen experts with (B·T, k, ·) arrays, handing them to listeners
 Three classes do not look it up; what they call instead is replaced for as long as needed.
 """
 
-from __future__ import annotations
-
 import copy
 import weakref
 from typing import Any, Literal, Protocol

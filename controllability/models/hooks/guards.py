@@ -3,8 +3,6 @@
 The weights are the unpatched ones then.  Who reads them (a copy, a file, a fused forward) must be given the patch as weights.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Container, Iterable, Iterator
 from typing import Any

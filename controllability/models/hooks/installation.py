@@ -1,7 +1,5 @@
 """Hooks on a model's own modules, undone to the last bit; and which patches a model carries."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """torch's modes as every run inside the library has them, whatever the caller's are.  (new)"""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """A patch on a live model for a while: hooks on its own modules, undone to the last bit."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A patch while it is applied: the factored effect of each delta beside the model's own computation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How two patches of one model differ, parameter by parameter, without building a dense ΔW."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What a merged model gives, held against the target run and against no patch at all."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Writing a patch into the weights, and putting the originals back to the last bit."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Whether a run has the input that a patch of scope each was made for: then alone every position meets its own patch.  (new)"""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

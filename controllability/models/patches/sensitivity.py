@@ -1,7 +1,5 @@
 """Measuring the sensitivity of a patched model, and of the plain one beside it, on the patch's own source.  (new)"""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import replace
 from typing import Any

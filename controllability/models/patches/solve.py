@@ -1,7 +1,5 @@
 """From two runs of a live model to the patch that turns one into the other."""
 
-from __future__ import annotations
-
 import copy
 import math
 import sys

@@ -4,8 +4,6 @@ A patch is solved from what the model computes; written into half precision it c
 not made for that.  Here each layer is solved on top of the rounded weights before it, in one target run and one source run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import nn

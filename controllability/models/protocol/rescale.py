@@ -1,7 +1,5 @@
 """A copy of a model that fits into float16: the same function, its states divided by a power of two.  (new)"""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping

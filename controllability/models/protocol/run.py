@@ -1,7 +1,5 @@
 """Section 4 of [G]: the same prompts and tokens on every route.  Intervals and sensitivity are new."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A reading is never trusted: expression and real modules must agree on random input first."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field

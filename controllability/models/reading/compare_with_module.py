@@ -1,7 +1,5 @@
 """Whether expression and module agree: one run on random input, every tapped module held against its expression."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any

@@ -1,7 +1,5 @@
 """Telling models apart: the fingerprint of all weights, and a cheap look that notices changes of tensors and settings."""
 
-from __future__ import annotations
-
 import hashlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """What a model is run on, and what comes out: inputs that it can take, and its logits by any name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a model returns, logits or the last hidden state, and how far one model's logits are from another's."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Facts that a model states about itself: its embedding, text config, cache, position limit."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The modules of a model by name: listed quickly, and refused where accelerate keeps their weights elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

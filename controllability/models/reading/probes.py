@@ -1,7 +1,5 @@
 """Facts of a model that are tried on random input: whether its output's size counts, whether it is causal, whether a cache matters.  (new)"""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any

@@ -1,7 +1,5 @@
 """Random input in the form of a model's own: what a reading is compared on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

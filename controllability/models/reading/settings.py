@@ -4,8 +4,6 @@ What the config says of outputs, caches, dropout, losses or names changes no log
 (eager, sdpa, flash): they compute one function up to rounding.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import sys

@@ -1,7 +1,5 @@
 """Tokens as text, not as the pieces that a tokenizer's file is made of."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What rounding explains on live models: one table of relative errors, a question a line, a dtype a column."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

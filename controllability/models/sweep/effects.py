@@ -1,7 +1,5 @@
 """What a solved patch does to the output of a tap: the model's own output plus the effect of each delta."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any

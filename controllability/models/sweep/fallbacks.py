@@ -5,8 +5,6 @@ near, or targets that are not all reached, which the layers behind make good; in
 it reads.  The last layer is held to its targets, or refuses.  (new)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

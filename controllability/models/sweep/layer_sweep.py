@@ -1,7 +1,5 @@
 """One layer in the source run: each delta is solved the moment its module's input is known."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 

@@ -5,8 +5,6 @@ model's see its cache; in the rows behind them the cache is masked (``widened``)
 are the source run, patched as the pass goes on: what a layer's patch needs of the target was computed a moment before.  (new)
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

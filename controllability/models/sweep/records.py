@@ -4,8 +4,6 @@ Taking them costs a handful of small tensor operations and waits for nothing; ev
 sweep held of the layer can go.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Any

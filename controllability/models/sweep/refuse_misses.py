@@ -1,7 +1,5 @@
 """The last line of defence: a patched run that is nowhere near its target met something that nobody declared."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

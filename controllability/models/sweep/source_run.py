@@ -4,8 +4,6 @@
 instead of accumulated, and the run's own logits are the patched ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

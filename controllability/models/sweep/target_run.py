@@ -1,7 +1,5 @@
 """The target run, observed: what every layer did at the paired positions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
