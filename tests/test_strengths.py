@@ -22,7 +22,7 @@ from controllability.compiling.token_sets import Context
 from controllability.components import Linear
 from controllability.components.updates import CHOSEN, expertwise
 from controllability.deltas import LowRank
-from controllability.interfaces import JointOptions, Param
+from controllability.interfaces import FitRows, JointOptions, Param
 from controllability.models.files.moment_files import load_moments, save_moments
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.loading import load_model
@@ -101,6 +101,39 @@ def test_as_the_metric_counts_less_it_becomes_the_exact_patch_of_least_drift():
     drift = lambda D: np.trace(D @ metric @ D.T)  # noqa: E731
     plain = (np.linalg.pinv(x) @ delta).T  # exact too, of least norm
     assert np.abs(x @ plain.T - delta).max() < 1e-9 and drift(change) < 0.99 * drift(plain)
+
+
+def test_hard_rows_are_exact_and_the_others_the_best_beside_them():
+    x, delta, share, second = instance(7)
+    hard = np.arange(7) < 3
+    left, right = metric_fit(x, delta, share, Drift(second), 0.1, hard=hard)
+    change, rng = left.T @ right, np.random.default_rng(8)
+    missed = np.abs(x @ change.T - delta).max(1)
+    soft = (lambda a, b: a.T @ b)(*metric_fit(x, delta, share, Drift(second), 0.1))
+    assert missed[:3].max() < 1e-12 * np.abs(delta).max() < 1e-3 * np.abs(x @ soft.T - delta)[:3].max()
+    assert missed[3:].min() > 1e-3
+    least = objective(change, x, delta, share, second, 0.1)
+    free = np.eye(12) - np.linalg.pinv(x[:3]) @ x[:3]  # what the hard rows do not read
+    for size in (1e-3, 1e-1):
+        assert objective(change + size * rng.normal(size=change.shape) @ free, x, delta, share, second, 0.1) > least
+
+
+def test_hard_rows_that_say_the_same_twice_are_solved():
+    x, delta, share, second = instance(9)
+    x[1], delta[1] = 2 * x[0], 2 * delta[0]
+    left, right = metric_fit(x, delta, share, Drift(second), 0.1, hard=np.ones(7, bool))
+    assert np.abs(x @ (left.T @ right).T - delta).max() < 1e-9 * np.abs(delta).max()
+
+
+def test_rows_of_a_fit_stay_only_where_they_are_told_to_and_inside_a_mixture_too():
+    rows = FitRows((1.0, 3.0), stay=(False, True), hard=(True, False))
+    shares, stay, hard = rows.arrays(4)
+    assert shares.tolist() == [0.125, 0.125, 0.375, 0.375]
+    assert stay.tolist() == [False, False, True, True] and hard.tolist() == [True, True, False, False]
+    assert rows.among(np.array([False, True, True, False])).stay == (False, True)
+    joint = JointOptions(damping=0.1, rows=rows, layers=((0, 1.0, 0.1), (3, 0.1, 0.1)))
+    assert joint.at(1) is None and joint.at(0).rows.hard is None and joint.at(3).rows == rows
+    assert JointOptions.from_dict(json.loads(json.dumps(joint.to_dict()))) == joint
 
 
 def test_one_token_gets_romes_edit():
@@ -344,7 +377,7 @@ def test_tokens_that_one_expert_serves_have_their_own_weights():
     x, delta, index = rng.normal(size=(6, 1, 8)), rng.normal(size=(6, 2, 3)), np.array([[0, 1], [1, 2], [0, 2]] * 2)
     share = rng.uniform(0.5, 2, 6)
     update = expertwise(Linear(Param("w")), Param("w"), False, lambda _: 3)
-    joint = JointOptions(0.1, damping=0.0, weights=tuple(share))
+    joint = JointOptions(0.1, damping=0.0, rows=FitRows(tuple(share)))
     change = update.jointly.solve(joint, {CHOSEN: index}, x, delta, 0 * delta, None).delta
     at, slot = (index == 1).nonzero()
     alone = metric_fit(x[at, 0], delta[at, slot], share[at] / share[at].sum(), Drift(None), 0.1)

@@ -10,7 +10,7 @@ from typing import Any
 from controllability.compiling.strengths import Strength
 from controllability.compiling.token_sets import Prefix, Sample, padded, positions
 from controllability.deltas import LowRank
-from controllability.interfaces import JointOptions
+from controllability.interfaces import FitRows, JointOptions
 from controllability.models.model_patch import ModelPatch
 from controllability.models.moments import Moments
 from controllability.models.patches.solve import solve
@@ -26,7 +26,7 @@ def fitted(
     """The patch.  ``rank`` bounds the rank of every ΔW."""
     target, source = (padded(samples, side, device=next(model.parameters()).device) for side in ("target", "source"))
     layers = strength.layers(len(checked_reading(model).reading.layers))
-    joint = JointOptions(rank=rank, damping=strength.damping, weights=weights(samples), layers=layers)
+    joint = JointOptions(rank=rank, damping=strength.damping, rows=FitRows(weights(samples)), layers=layers)
     record = solve(
         model, target, source, "all", "output", "auto", positions(samples), progress, joint, moments,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 from controllability.arrays import Arithmetic, Array, arithmetic
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
 from controllability.errors import SideConditionFailed
-from controllability.interfaces import Condition, JointOptions, JointSolution, JointUpdate, Param, Params
+from controllability.interfaces import Condition, FitRows, JointOptions, JointSolution, JointUpdate, Param, Params
 from controllability.solvers.dependence_certificate import Dependent
 from controllability.solvers.least_norm import UNIT_ROUNDINGS, Span
 from controllability.solvers.metric_fit import Drift, metric_fit
@@ -101,7 +101,6 @@ def one_set_of_experts(
         rows, wanted, own = (np.broadcast_to(xp.numbers(a), (*index.shape, a.shape[-1])) for a in (x, delta, raw))
         index, rows, wanted, own = _rows(index), *(_rows(a, 2) for a in (rows, wanted, own))
         margin, before = np.ones((*index.shape, 1)), 0 if known is None else len(known.x)
-        shares = np.repeat(joint.shares(len(index))[:, None], index.shape[1], 1)
         parts: dict[int, Known] = {} if known is None else dict(known.parts)
         factors = {e: (p.left, p.span.right) for e, p in parts.items() if p.span is not None and p.left is not None}
         for expert in np.unique(index).tolist():  # of different sizes: how many tokens each serves
@@ -109,7 +108,7 @@ def one_set_of_experts(
             numbers = before + at.nonzero()[0]
             numbers = numbers if part is None or part.index is None else np.concatenate([part.index, numbers])
             try:
-                own_joint = replace(joint, weights=tuple(shares[at])) if joint.weights else joint
+                own_joint = replace(joint, rows=joint.rows.among(at.ravel())) if joint.rows else joint
                 fit = fitted(condition, own_joint, xp, Known(rows[at], wanted[at], own[at]), x, part)
             except SideConditionFailed as failed:
                 _renumbered(failed, numbers, int(at.sum()), before, before + len(index))
@@ -173,8 +172,10 @@ def fitted(
     count = len(tokens.x)
     if joint.damping is not None:
         rows, wanted = tokens.x.astype(float, copy=False), tokens.delta.astype(float, copy=False)
-        drift = joint.drift or Drift(None)
-        return Fit(*metric_fit(rows, wanted, joint.shares(count), drift, joint.ridge, joint.rank), np.ones((count, 1)))
+        shares, stay, hard = (joint.rows or FitRows((1.0,) * count)).arrays(count)
+        wanted = np.where(stay[:, None], 0.0, wanted)
+        factors = metric_fit(rows, wanted, shares, joint.drift or Drift(None), joint.ridge, joint.rank, hard)
+        return Fit(*factors, np.ones((count, 1)))
     if known is not None and known.span is not None and known.span.basis.dtype != object and joint.exact:
         both, rest = continued(known, tokens.x, tokens.delta, tokens.raw)
         assert both.span is not None and both.left is not None

@@ -16,6 +16,7 @@ from controllability.interfaces.component import (
 )
 from controllability.interfaces.condition import Condition as Condition, measure as measure
 from controllability.interfaces.joint import (
+    FitRows as FitRows,
     JointOptions as JointOptions,
     JointSolution as JointSolution,
     JointUpdate as JointUpdate,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,6 +19,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class FitRows:
+    """How every token of a fit counts: its weight; whether it is to ``stay`` as it is; whether it is ``hard``, reached exactly."""
+
+    weights: tuple[float, ...]
+    stay: tuple[bool, ...] | None = None
+    hard: tuple[bool, ...] | None = None
+
+    def arrays(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shares, which add up to 1, stay, hard) of ``count`` rows: inside a mixture every token has several."""
+        times, none = count // len(self.weights), (False,) * len(self.weights)
+        shares, stay, hard = (np.repeat(held, times) for held in (self.weights, self.stay or none, self.hard or none))
+        return shares / shares.sum(), stay, hard
+
+    def among(self, kept: np.ndarray) -> FitRows:
+        """Those of the rows that are ``kept`` (T · times,), of which a token has several."""
+        parts = self.arrays(len(kept))
+        return FitRows(*(tuple(part[kept].tolist()) for part in parts))
+
+
+@dataclass(frozen=True)
 class JointOptions:
     """How many tokens are solved for at once: exactly, or by least squares.
 
@@ -29,14 +49,14 @@ class JointOptions:
     does not count.  ``may_fall_short``: before such a block, targets that cannot all be reached are reached as nearly as can be.
 
     ``damping`` ν leaves the scales m behind norms alone: each map is asked for the part m∘g/(m² + ν·mean m²) of what the branch lacks,
-    g; the mean error of the tokens, by ``weights``, stands against λ·tr(ΔW Σ ΔWᵀ) (theory 7).  ``layers`` (index, λ, ν) are the only ones that move then.
+    g; the mean error of the tokens, as its ``rows`` count, stands against λ·tr(ΔW Σ ΔWᵀ) (theory 7).  ``layers`` (index, λ, ν) are the only ones that move then.
     """
 
     ridge: float = 0.0
     rank: int | None = None
     keep_rms: bool = False
     damping: float | None = None
-    weights: tuple[float, ...] | None = None
+    rows: FitRows | None = None
     layers: tuple[tuple[int, float, float], ...] | None = None
     drift: Drift | None = None  # how much ordinary text feels a change of the matrix at hand
     read_by: Literal["anyone", "block", "norm"] = "anyone"
@@ -49,28 +69,30 @@ class JointOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """What was asked for, JSON-ready."""
-        names = "ridge", "rank", "keep_rms", "damping", "weights", "layers"
-        return {name: getattr(self, name) for name in names if name in names[:3] or getattr(self, name) is not None}
+        names = "ridge", "rank", "keep_rms", "damping", "layers"
+        held = {name: getattr(self, name) for name in names if name in names[:3] or getattr(self, name) is not None}
+        return held | ({} if self.rows is None else {"rows": asdict(self.rows)})
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> JointOptions:
         """What ``to_dict`` gave, also as JSON has it."""
-        layers, weights = data.get("layers"), data.get("weights")
-        held = {"layers": layers and tuple(map(tuple, layers)), "weights": weights and tuple(weights)}
+        layers, rows = data.get("layers"), data.get("rows")
+        held = {
+            "layers": layers and tuple(map(tuple, layers)),
+            "rows": rows and FitRows(**{name: value and tuple(value) for name, value in rows.items()}),
+        }
         return JointOptions(**{**data, **{name: value for name, value in held.items() if value}})
-
-    def shares(self, count: int) -> np.ndarray:
-        """The weights of ``count`` rows, which add up to 1: inside a mixture every token has several."""
-        held = np.ones(count) if self.weights is None else np.repeat(self.weights, count // len(self.weights))
-        return held / held.sum()
 
     def at(self, layer: int) -> JointOptions | None:
         """How a layer is solved; None where it does not move."""
         if self.layers is None:
             return self
-        return next(
-            (replace(self, ridge=ridge, damping=nu) for index, ridge, nu in self.layers if index == layer), None
-        )
+        found = next(((ridge, nu) for index, ridge, nu in self.layers if index == layer), None)
+        if found is None:
+            return None
+        last = layer == max(index for index, *_ in self.layers)  # what others leave, it makes good
+        rows = self.rows if last or self.rows is None else replace(self.rows, hard=None)
+        return replace(self, ridge=found[0], damping=found[1], rows=rows)
 
 
 @dataclass(frozen=True, eq=False)

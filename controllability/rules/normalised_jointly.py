@@ -43,6 +43,8 @@ class OneScale(Solution):
         xp, m = arithmetic(G, y), self.m
         r, squares = xp.sqrt(xp.mean(y * y) + xp.number(self.eps)), m * m
         self.run.journal.took(self.place.describe(), Resort.DAMPED, lambda: "a fit leaves the scale alone")
+        if self.joint.rows is not None:  # the scale as it is does not give every output: none is reached exactly
+            self.run.joint = replace(self.joint, rows=replace(self.joint.rows, hard=None))
         return y + r * m * (G - m * y / r) / (squares + nu * xp.mean(squares))
 
     def _enlarged(self, G: Array) -> tuple[Array, Array]:

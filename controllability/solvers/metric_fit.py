@@ -2,7 +2,8 @@
 
 ΔW minimises Σ_t ω_t ‖ΔW x_t − δ_t‖²/‖x_t‖² + tr(ΔW B ΔWᵀ) with Σω = 1 and B = λ·C + μ·(tr C/n)·I, C the second moment of the
 directions that the matrix reads on ordinary text.  As B → 0, in whatever proportion, this is the exact patch of least drift in the
-metric B; with one token and large λ it is ROME's edit, with C = I a ridge as in theory 5.  Solved in the tokens' own space, T × T.
+metric B; with one token and large λ it is ROME's edit, with C = I a ridge as in theory 5.  Hard rows are reached exactly, the others as
+well as can be beside them.  Solved in the tokens' own space: (X B⁻¹ Xᵀ + Ω⁻¹)·left = δ, T × T, where Ω⁻¹ is 0 for a hard row.
 """
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.linalg import cho_factor, cho_solve
 from controllability.errors import BadInput
 
 NO_MOMENTS = "moments: a matrix is not positive, so it is no second moment: make them anew"
+EQUAL = 1e-14  # of the largest singular value: what is below it says nothing that is not said already
 FLOOR = 0.03  # μ: directions of which the texts say nothing are not free
 
 
@@ -47,12 +49,18 @@ class Drift:
 
 
 def metric_fit(
-    x: np.ndarray, delta: np.ndarray, weights: np.ndarray, drift: Drift, ridge: float, rank: int | None = None
+    x: np.ndarray,
+    delta: np.ndarray,
+    weights: np.ndarray,
+    drift: Drift,
+    ridge: float,
+    rank: int | None = None,
+    hard: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(left (r, m), right (r, n)) of ΔW = leftᵀ·right for rows ``x`` (T, n) and ``delta`` (T, m); ``weights`` (T,)
-    add up to 1, and rows without any are left out.
+    add up to 1, and rows without any are left out.  ``hard`` (T,): the rows that are reached exactly, where they do not depend on each other.
 
-    With a ``rank`` below T it is the best fit of that rank to the same objective.
+    With a ``rank`` below T it is the best fit of that rank to the same objective, and no row is hard.
 
     >>> import numpy as np
     >>> rows, wanted = np.eye(3)[:2], np.array([[2.0], [0.0]])
@@ -67,8 +75,13 @@ def metric_fit(
     unit = np.sqrt(x.shape[-1])  # in which the second moment of a direction has trace n
     x, delta = x * share * unit, delta * share
     right = drift.solve(ridge, x)
-    gram = x @ right.T
-    left = np.linalg.solve(gram + np.eye(len(x)), delta)
+    gram, soft = x @ right.T, np.ones(len(x))
+    if hard is not None and rank is None:
+        soft[hard[used]] = 0
+    if soft.all():
+        left = np.linalg.solve(gram + np.eye(len(x)), delta)
+    else:  # hard rows that say the same twice leave it singular
+        left = np.linalg.lstsq(gram + np.diag(soft), delta, rcond=EQUAL)[0]
     if rank is not None and rank < len(x):
         _, vectors = np.linalg.eigh(left.T @ gram @ delta)  # ΔW M ΔWᵀ: what each output direction adds to the objective
         kept = vectors[:, -rank:]
