@@ -151,7 +151,7 @@ def _compile(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _model(parser)
     _text(parser, "context")
-    queries = 'one query a line (- is standard input), or .jsonl: {"query": TEXT, "weight": N}'
+    queries = 'one query a line (- is standard input), or .jsonl: {"query": TEXT, "wordings": […], "answer": TEXT, "weight": N, "hard": true}'
     add("--queries", required=True, metavar="FILE", help=queries)
     add("--heldout", metavar="FILE", help="queries that the weights are judged on and not made for")
     near = "texts like the queries of another subject (default: the queries with other names)"
@@ -171,6 +171,8 @@ def _compile(parser: ArgumentParser) -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--peft", action="store_true", help="write a PEFT adapter (default: a patch)")
     kind.add_argument("--merge", action="store_true", help="write whole weights that plain transformers loads")
+    controls = "also compile and measure controls: sentences shuffled, another context, a random change"
+    add("--controls", action="store_true", help=controls)
     add("--picture", action="store_true", help="also draw agreement and drift against rank")
     _out(parser, "DIR", "write it here", required=True)
 

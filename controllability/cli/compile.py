@@ -15,6 +15,7 @@ from controllability.compiling.corpus import ordinary_moments
 from controllability.compiling.exact_or_ridge import Wish
 from controllability.compiling.queries import Query, read_queries, refuse_no_text, refuse_overlap
 from controllability.compiling.rank_figure import measure_by_rank
+from controllability.compiling.result import TITLES
 from controllability.compiling.write import Written, write
 from controllability.errors import BadInput
 from controllability.models import exact_mode
@@ -26,7 +27,12 @@ from controllability.models.reading.model_facts import position_limit, text_conf
 from controllability.rendering.text import printable
 
 LISTED = 12  # answers that are shown
-DRIFTS = 0.2  # nats on unrelated text from which on a patch is said to drift
+STEPS = (
+    "gentle",
+    "balanced",
+    "strong",
+    "exact",
+)  # each nearer to the queries than the one before, and felt more elsewhere
 
 
 def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
@@ -39,7 +45,7 @@ def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (nam
         compiled = compile_context(
             model, tokenizer, args.context, texts["queries"], texts["heldout"], [q.text for q in texts["unrelated"]],
             args.answer_tokens, args.rank, args.ridge, args.keep_rms, args.via, progress, args.strength, _moments(args, model, tokenizer, progress),
-            [q.text for q in texts["near"]],
+            [q.text for q in texts["near"]], args.controls,
         )  # fmt: skip
         by_rank = measure_by_rank(compiled, model, progress) if args.picture else None
         with output.busy("writing it, and loading it again"):
@@ -91,11 +97,12 @@ def _show(output: Output, compiled: Compiled, done: Written, seconds: float) -> 
     runs = ("query", "with_context", "patched", "without_context")
     rows = [[printable(str(row[k])) for k in runs] for row in compiled.answers()]
     more = f" (the first {LISTED} of {len(rows)})" if len(rows) > LISTED else ""
-    output.table(f"next token{more}", ["query", "with context", "compiled", "without"], rows[:LISTED])
+    output.table(f"answers{more}", ["query", "with context", "compiled", "without"], rows[:LISTED])
     output.text(_how(compiled))
     if compiled.context.anchored:
         first = " ".join(map(repr, compiled.first_tokens))
         output.text(f"this tokenizer puts no token before a text: give the compiled model {first} before each query")
+    output.text("\n".join([*_sizes(compiled), *_advice(compiled)]))
     output.text(_checked_line(compiled.exact, done, seconds))
 
 
@@ -107,7 +114,7 @@ def _how(compiled: Compiled) -> str:
     plan = compiled.solution.plan
     if plan is not None:
         moved = ", ".join(str(layer.index) for layer in compiled)
-        return f"fitted, strength {data['strength']}: {size}; layers {moved} move.\n{_advice(compiled)}"
+        return f"fitted, strength {data['strength']}: {size}; layers {moved} move."
     if compiled.exact:
         return f"exact: {size}.\nExactness holds on the set of queries; the held-out queries tell what generalises."
     rounded = compiled.solution.rounded
@@ -119,34 +126,59 @@ def _how(compiled: Compiled) -> str:
     return "\n".join([*lines, "The held-out queries tell what generalises; nothing else does."])
 
 
-def _advice(compiled: Compiled) -> str:
+def _sizes(compiled: Compiled) -> list[str]:
+    """What other text loses, what was right, and how large the patch is, each in a line."""
+    lines = []
+    if found := compiled.perplexity("unrelated"):
+        lines.append(
+            f"Perplexity of unrelated text: {found['base']:.3g}, compiled {found['compiled']:.3g} (× {found['ratio']:.3g})."
+        )
+    for name, spoken in compiled.spoken.items():
+        if (right := spoken.right()) is not None:
+            lines.append(
+                f"Of what the contextual model has right, {right:.0%} of the {TITLES[name].split(',')[0]} are right."
+            )
+    if compiled.kv_tokens is not None:
+        tokens = f"{compiled.kv_tokens:,.0f} tokens; the context has {len(compiled.context.tokens):,}"
+        lines.append(f"The patch is as large as the KV cache of {tokens}.")
+    return lines + [f"no control with {arm.name}: {arm.why}" for arm in compiled.arms if arm.found is None]
+
+
+def _advice(compiled: Compiled) -> list[str]:
     """What the measurements say that a user should do next."""
     now = {name: (compiled.results[name].kl, compiled.sets[name].unpatched.kl) for name in compiled.sets}
-    lines = []
-    if now["unrelated"][0] > DRIFTS:
-        lines.append(
-            f"It drifts: unrelated text moves by {now['unrelated'][0]:.2g} nats (above {DRIFTS:g}); try --strength gentle."
-        )
+    strength, lines = compiled.solution.strength, []
+    at = STEPS.index(strength) if strength in STEPS else None
+    if compiled.drifts:
+        gentler = f"--strength {STEPS[at - 1]}, or " if at else ""
+        moments = "--moments of texts like those that are to stay" if strength != "exact" else "a smaller --rank"
+        lines.append(f"It {compiled.drifts}: try {gentler}{moments}.")
     if now["queries"][0] > 0.05 * now["queries"][1]:
-        lines.append("The queries are not all reached: try --strength strong, or exact.")
+        stronger = (
+            f"--strength {STEPS[at + 1]}"
+            if at is not None and at + 1 < len(STEPS)
+            else "a higher --rank, or fewer queries"
+        )
+        lines.append(f"The queries are not all reached: try {stronger}.")
     if "heldout" not in now:
         lines.append("Held-out queries (--heldout) would tell what generalises.")
     elif now["heldout"][0] > 0.3 * now["heldout"][1]:
         lines.append("Other wordings carry over in part: more wordings among the queries help most.")
-    return "\n".join(lines or ["Queries, other wordings and other text are as they should be."])
+    return lines or ["Queries, other wordings and other text are as they should be."]
 
 
 def _checked_line(exact: bool, done: Written, seconds: float) -> str:
     found: dict[str, Any] = done.verified
     lines = [f"{done.directory}: {', '.join(done.files)}"]
+    drifts = f"; {found['drifts']}" if found["drifts"] else ""
     if found["passed"] and not exact:
         error = f"{number(found['from_compiled'])}, {found['tolerance']:g} is allowed"
         lines.append(
-            f"verified to be the compiled model, no more: {found['how']}, gives its logits on the queries (relative error {error})"
+            f"verified to be the compiled model, no more: {found['how']}, gives its logits on the queries (relative error {error}){drifts}"
         )
     elif found["passed"]:
         error = number(found["max_logit_error"])
-        lines.append(f"verified: {found['how']}, has a largest logit error of {error} on the queries")
+        lines.append(f"verified: {found['how']}, has a largest logit error of {error} on the queries{drifts}")
     else:
         lines.append(found["how"])
     return "\n".join([*lines, f"{seconds:.1f} s"])

@@ -51,8 +51,12 @@ class Output:
             print("\n".join(text for parts in shorter for text in parts).rstrip())
             return
         table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+        whole = (max(map(cell_len, column)) for column in zip(columns, *rows, strict=True))
+        apart = (
+            "\n" if sum(whole) + 3 * len(columns) > console.width else " "
+        )  # a heading gives way before what it is above
         for column, width in zip(columns, longest, strict=True):
-            table.add_column(column, min_width=width)
+            table.add_column(column.replace(" ", apart), min_width=width)
         for row in rows:
             table.add_row(*row)
         console.print(table)

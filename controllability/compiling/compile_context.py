@@ -5,25 +5,36 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from controllability.compiling.continuations import end_tokens, with_answers
+from controllability.compiling.answers import Speaker
+from controllability.compiling.continuations import end_tokens
+from controllability.compiling.controls import control_arms
 from controllability.compiling.corpus import ordinary_moments
 from controllability.compiling.exact_or_ridge import AUTO, EXACTLY, Solution, Wish, solve
+from controllability.compiling.examination import Examination
 from controllability.compiling.metric_sweep import drifts, fitted
 from controllability.compiling.queries import Query, as_queries, refuse_overlap, without_repeats
 from controllability.compiling.result import Compiled
 from controllability.compiling.strengths import Strength, strength_of
-from controllability.compiling.token_sets import Context, beginnings, refuse_foreign, refuse_known
+from controllability.compiling.token_sets import (
+    Context,
+    Sample,
+    beginnings,
+    refuse_contradictions,
+    refuse_foreign,
+    refuse_known,
+)
 from controllability.compiling.unrelated_texts import near_samples, unrelated_samples
-from controllability.compiling.yardstick import Yardstick, agreement
-from controllability.errors import BadInput
+from controllability.compiling.yardstick import Yardstick
+from controllability.errors import BadInput, ControllabilityWarning
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.moments import Moments
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.model_facts import position_limit, text_config
+from controllability.models.reading.model_facts import cache_bytes, position_limit, text_config
 from controllability.models.sweep.target_run import Progress, silent
 
 
@@ -31,7 +42,7 @@ def compile_context(
     model: nn.Module, tokenizer: Any, context: str, queries: Sequence[str | Query],
     heldout: Sequence[str | Query] = (), unrelated: Sequence[str] = (), answer_tokens: int = 0, rank: int | None = None,
     ridge: float | str | None = None, keep_rms: bool = False, via: str | None = None, progress: Progress = silent,
-    strength: str | Strength = "balanced", moments: Moments | None = None, near: Sequence[str] = (),
+    strength: str | Strength = "balanced", moments: Moments | None = None, near: Sequence[str] = (), controls: bool = False,
 ) -> Compiled:  # fmt: skip
     """One set of weights with which ``model`` answers the queries as if the context stood before them.
 
@@ -42,7 +53,8 @@ def compile_context(
     held-out queries or by leaving queries out in turn, of rank ``rank`` at most.  ``ridge`` 0 refuses what is not exact, "auto" is
     least squares at once, a positive number the λ to take.  ``keep_rms`` refuses to move the RMS before a norm.  ``via`` None tries
     Theorem 1b, then 1.
-    ``answer_tokens`` of the contextual model's own continuation of each query belong to the set.  The model is left as it was.
+    ``answer_tokens`` of the contextual model's own continuation of each query belong to the set, or the answer that a ``Query`` gives; a
+    warning names an answer that the contextual model does not give.  ``controls`` compiles control arms too.  The model is left as it was.
 
     Raises ``BadInput``; and ``SideConditionFailed`` (with a certificate), ``NotControllable`` or ``NotVerified`` where no patch
     of the wanted kind exists.  Source: new (theory, section 5).
@@ -58,7 +70,7 @@ def compile_context(
     started = time.perf_counter()
     _refuse_strange(model, tokenizer, moments)
     asked, left_out = _queries(queries, "queries"), _queries(heldout, "held-out queries")
-    elsewhere = [query.text for query in as_queries(unrelated, "unrelated texts")]
+    elsewhere, alike = _texts(unrelated, "unrelated texts"), _texts(near, "near texts")
     if not asked:
         raise BadInput("there are no queries")
     refuse_overlap(asked, left_out)
@@ -69,30 +81,52 @@ def compile_context(
     before = Context.of(tokenizer, context, limit)
     with own_modes(model):
         checked_reading(model)  # refuses what cannot be patched before anything is run
-        samples = [before.sample(query.text, query.weight, answer_tokens) for query in asked]
-        refuse_foreign(samples, model)
-        if answer_tokens:
-            samples = with_answers(model, samples, answer_tokens, end_tokens(model, tokenizer), progress)
-        known = beginnings(samples)
-        others = [before.sample(query.text) for query in left_out]
-        refuse_known(others, known)
+        speaker = Speaker(end_tokens(model, tokenizer), answer_tokens, limit)
+        samples = [before.of_query(query, answer_tokens) for query in asked]
         strangers = unrelated_samples(tokenizer, elsewhere, context, [q.text for q in (*asked, *left_out)], limit)
-        beside = near_samples(tokenizer, [query.text for query in as_queries(near, "near texts")], asked, limit)
-        refuse_foreign([*others, *beside, *strangers], model)
-        texts = {"queries": samples, "heldout": others, "near": beside, "unrelated": strangers}
-        sets = {k: Yardstick.of(model, v, known if k == "heldout" else ()) for k, v in texts.items() if v}
-        if plan is None:
-            solution = solve(model, sets["queries"], sets.get("heldout"), wish, progress)
-        else:
-            metric = moments or ordinary_moments(model, tokenizer, limit, progress)
-            patch = fitted(model, samples, plan, rank, metric, progress)
-            solution = Solution(patch, replace(wish, via=patch.report.via), False, plan.ridge, None, (), plan)
-        with solution.patch.applied(model):
-            logits = {name: yardstick.found(model, alone=name == "queries") for name, yardstick in sets.items()}
-    results = {name: agreement(logits[name], yardstick.wanted) for name, yardstick in sets.items()}
-    seconds = time.perf_counter() - started
-    drift = drifts(model, solution.patch)
-    return Compiled(solution, before, answer_tokens, len(known), sets, results, logits, seconds, drift)
+        apart = {"near": near_samples(tokenizer, alike, asked, limit), "unrelated": strangers}
+        sets, known = _sets(
+            model, speaker, samples, [before.of_query(query) for query in left_out], apart, tokenizer, progress
+        )
+        examination = Examination.of(model, sets, speaker, tokenizer)
+        metric = moments or ordinary_moments(model, tokenizer, limit, progress) if plan is not None else None
+        solved = partial(_solved, model, plan, wish, metric, progress)
+        solution = solved(sets["queries"], sets.get("heldout"))
+        found = examination.findings(model, solution.patch)
+        arms = control_arms(model, context, solution.patch, solved, examination, progress) if controls else []
+        cache = cache_bytes(model)
+        _warn(line for answers in found.answers.values() for line in answers.unsaid())
+    seconds, drift = time.perf_counter() - started, drifts(model, solution.patch)
+    return Compiled(
+        solution, before, answer_tokens, known, sets, found.results, found.logits, seconds, drift, found.answers, arms, cache
+    )  # fmt: skip
+
+
+def _solved(
+    model: nn.Module, plan: Strength | None, wish: Wish, metric: Moments | None, progress: Progress, queries: Yardstick,
+    heldout: Yardstick | None = None,
+) -> Solution:  # fmt: skip
+    if plan is None:
+        return solve(model, queries, heldout, wish, progress)
+    patch = fitted(model, queries.samples, plan, wish.rank, metric, progress)
+    return Solution(patch, replace(wish, via=patch.report.via), False, plan.ridge, None, (), plan)
+
+
+def _sets(
+    model: nn.Module, speaker: Speaker, samples: list[Sample], others: list[Sample], apart: dict[str, list[Sample]], tokenizer: Any,
+    progress: Progress,
+) -> tuple[dict[str, Yardstick], int]:  # fmt: skip
+    """The sets of texts as far as there are any, the queries and held-out ones with their answers, and how many tokens the queries have."""
+    refuse_foreign([*samples, *others, *apart["near"], *apart["unrelated"]], model)
+    refuse_contradictions(samples)
+    samples = speaker.answered(model, tokenizer, samples, progress)
+    known = beginnings(samples)
+    refuse_known(others, known)
+    others = [
+        sample if sample.answer else sample.bare for sample in speaker.answered(model, tokenizer, others, progress)
+    ]
+    texts = {"queries": samples, "heldout": others} | apart
+    return {k: Yardstick.of(model, v, known if k == "heldout" else ()) for k, v in texts.items() if v}, len(known)
 
 
 def _refuse_strange(model: Any, tokenizer: Any, moments: Any) -> None:
@@ -143,6 +177,14 @@ def refuse_wish(wish: Wish, answer_tokens: int, width: int | None = None) -> Non
 
 def _queries(items: Iterable[str | Query], what: str) -> list[Query]:
     found, notes = without_repeats(as_queries(items, what), what)
-    for note in notes:
-        warnings.warn(note, stacklevel=3)
+    _warn(notes, 4)
     return found
+
+
+def _texts(items: Iterable[str | Query], what: str) -> list[str]:
+    return [one.text for query in as_queries(items, what) for one in query.each()]
+
+
+def _warn(notes: Iterable[str], level: int = 3) -> None:
+    for note in notes:
+        warnings.warn(note, ControllabilityWarning, stacklevel=level)

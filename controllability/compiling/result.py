@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from controllability.compiling.answers import Answers
+from controllability.compiling.controls import ControlArm
 from controllability.compiling.exact_or_ridge import Solution, rank_of
+from controllability.compiling.examination import ASKED
 from controllability.compiling.token_sets import Context
 from controllability.compiling.yardstick import Agreement, Yardstick
 from controllability.models.model_patch import ModelPatch
@@ -20,6 +23,7 @@ TITLES = {
     "near": "like the queries, of another subject, against the base model",
     "unrelated": "unrelated text, against the base model",
 }
+MOST_DRIFT = {"nats": 0.2, "times the perplexity": 1.15}  # on unrelated text; what is above drifts, verified or not
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,7 +32,8 @@ class Compiled:
 
     ``sets`` are "queries", "heldout", "near" and "unrelated" as far as there are any, ``results`` the agreement of the patched model on
     each, ``logits`` its logits there (the queries one by one); ``drift`` how much ordinary text feels each map's change, beside what
-    the map gives.  ``tokens`` counts different tokens: queries that begin alike share some.
+    the map gives.  ``tokens`` counts different tokens: queries that begin alike share some.  ``spoken`` are the answers of the sets that
+    are asked, ``arms`` the control arms, ``cache_bytes`` what a token takes in the KV cache.
     """
 
     solution: Solution
@@ -40,6 +45,9 @@ class Compiled:
     logits: dict[str, list[Tensor]]
     seconds: float
     drift: dict[str, float] = field(default_factory=dict)
+    spoken: dict[str, Answers] = field(default_factory=dict)
+    arms: list[ControlArm] = field(default_factory=list)
+    cache_bytes: int | None = None
 
     def __repr__(self) -> str:
         carried = ", ".join(f"{name} {found.top1_agreement:.1%}" for name, found in self.results.items())
@@ -53,13 +61,52 @@ class Compiled:
         return iter(self.patch)
 
     def rows(self) -> list[list[str]]:
-        """How far it carries, as a table with its heading: each set of texts, compiled and unpatched."""
-        rows = [["texts", "model", "same likeliest token", "mean KL", "largest logit error"]]
+        """How far it carries, as a table with its heading: each set of texts, compiled, unpatched or position by position, and the controls."""
+        rows = [["texts", "model", "same likeliest token", "KL", "logit error", "same answer"]]
         for name, yardstick in self.sets.items():
-            for who, found in (("compiled", self.results[name]), ("unpatched", yardstick.unpatched)):
-                numbers = f"{found.top1_agreement:.1%}", f"{found.kl:.2g}", f"{found.max_logit_error:.2g}"
-                rows.append([TITLES.get(name, name) if who == "compiled" else "", who, *numbers])
+            spoken = self.spoken.get(name)
+            found = [("compiled", self.results[name], spoken and spoken.same())]
+            if spoken:
+                found.append(("unpatched", yardstick.unpatched, spoken.same("without_context")))
+            found += [(which.replace("_", " "), part, None) for which, part in self.positions(name).items()]
+            for who, control in [(f"control: {arm.name}", arm.found) for arm in self.arms if arm.found]:
+                answers = control.answers.get(name)
+                found.append((who, control.results[name], answers and answers.same()))
+            for i, (who, result, same) in enumerate(found):
+                numbers = f"{result.top1_agreement:.1%}", f"{result.kl:.2g}", f"{result.max_logit_error:.2g}"
+                answered = "" if same is None else f"{same:.0%}"
+                rows.append(["" if i else TITLES.get(name, name), who, *numbers, answered])
         return rows
+
+    def positions(self, name: str) -> dict[str, Agreement]:
+        """Of a set that is compared with the base model: the first position behind the protected ones, and all others."""
+        if name in ASKED:
+            return {}
+        return self.sets[name].apart(0 if self.context.anchored else self.context.first, self.logits[name])
+
+    def perplexity(self, name: str) -> dict[str, float] | None:
+        """Of whole texts, by the base model and by the compiled one, and their ratio; None where no text has two tokens, and for queries."""
+        yardstick = self.sets[name]
+        base, compiled = (
+            None if name in ASKED else yardstick.perplexity(x) for x in (yardstick.without, self.logits[name])
+        )
+        return (
+            None if base is None or compiled is None else {"base": base, "compiled": compiled, "ratio": compiled / base}
+        )
+
+    @property
+    def drifts(self) -> str | None:
+        """By how much unrelated text moves, where that is more than ``MOST_DRIFT``."""
+        ratio = (self.perplexity("unrelated") or {}).get("ratio", 1.0)
+        measured = dict(zip(MOST_DRIFT, (self.results["unrelated"].kl, ratio), strict=True))
+        above = [f"{measured[k]:.2g} {k} (above {most:g})" for k, most in MOST_DRIFT.items() if measured[k] > most]
+        return f"drifts: unrelated text moves by {' and '.join(above)}" if above else None
+
+    @property
+    def kv_tokens(self) -> float | None:
+        """Of how many tokens the KV cache takes as many bytes as the patch; None for a model without one."""
+        arrays = (x for entry in self.patch.entries for x in vars(entry.delta).values() if isinstance(x, Tensor))
+        return sum(x.numel() * x.element_size() for x in arrays) / self.cache_bytes if self.cache_bytes else None
 
     def _repr_html_(self) -> str:
         return html_table("how far it carries", self.rows()) + self.patch._repr_html_()
@@ -80,19 +127,11 @@ class Compiled:
         return [word(self.context.tokenizer, token) for token in self.context.tokens[: self.context.first]]
 
     def answers(self) -> list[dict[str, Any]]:
-        """The likeliest token after each query: with the context, from the compiled weights, without either."""
-        rows = []
-        for which in ("queries", "heldout"):
-            if which not in self.sets:
-                continue
-            yardstick = self.sets[which]
-            for sample, *runs in zip(
-                yardstick.samples, yardstick.wanted, self.logits[which], yardstick.without, strict=True
-            ):
-                words = [word(self.context.tokenizer, int(x[-1].argmax())) for x in runs]
-                keys = ("with_context", "patched", "without_context")
-                rows.append({"set": which, "query": sample.text} | dict(zip(keys, words, strict=True)))
-        return rows
+        """What is said behind each query: with the context, from the compiled weights, without either.
+
+        As many tokens as the set has of an answer, each model going on from its own, decoded; one token where it has none.
+        """
+        return [{"set": which} | row for which in ASKED if which in self.spoken for row in self.spoken[which].rows()]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the report of ``controllability compile``."""
@@ -104,6 +143,12 @@ class Compiled:
                 "unpatched": yardstick.unpatched.to_dict(),
                 "texts": len(yardstick.samples),
             }
+            if name in self.spoken:
+                for who, held in (("patched", found[name]), ("without_context", found[name]["unpatched"])):
+                    held |= {"exact_match": self.spoken[name].same(who), "right": self.spoken[name].right(who)}
+            else:
+                found[name] |= {"perplexity": self.perplexity(name)}
+                found[name] |= {which: part.to_dict() for which, part in self.positions(name).items()}
         return found | {
             "tokens": self.tokens, "context_tokens": len(self.context.tokens), "answer_tokens": self.answer_tokens,
             "first_tokens": self.first_tokens, "anchor": self.context.anchored, "exact": self.exact, "certificate": certificate,
@@ -112,6 +157,7 @@ class Compiled:
             "ridge_choice": solution.choice.to_dict() if solution.choice else None,
             "numbers": patch.numbers, "dense_numbers": patch.dense_numbers, "layers": _layers(patch), "answers": self.answers(),
             "seconds": self.seconds, "strength": solution.strength, "drift": self.drift,
+            "drifts": self.drifts, "kv_tokens": self.kv_tokens, "controls": [arm.to_dict() for arm in self.arms],
             "moments_tokens": patch.moments.tokens if patch.moments is not None else None,
         }  # fmt: skip
 

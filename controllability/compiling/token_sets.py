@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from controllability.arrays.one_line import OneLine
-from controllability.compiling.queries import refuse_no_text
+from controllability.compiling.queries import Query, refuse_contradiction, refuse_no_text
 from controllability.errors import BadInput
 from controllability.models.tokens import going_on, with_special
 
@@ -25,13 +25,22 @@ Prefix = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """One query's two runs.  The first ``first`` tokens of the source are those of the target, the others its last."""
+    """One query's two runs.  The first ``first`` tokens of the source are those of the target, the others its last.
+
+    The last ``answered`` of both are the answer's.  ``answer`` is the text that was given for it, ``spelt`` its tokens, ``said`` what the
+    contextual model says there itself, as far as it was asked.
+    """
 
     text: str
     source: tuple[int, ...]
     target: tuple[int, ...]
     first: int
     weight: int = 1
+    hard: bool = False
+    answer: str | None = None
+    spelt: Prefix = ()
+    said: Prefix = ()
+    answered: int = 0
 
     def rows(self, side: Side, known: Collection[Prefix] = ()) -> list[int]:
         """The query's positions (behind the first tokens) in one of the two runs, but for beginnings in ``known``."""
@@ -42,9 +51,16 @@ class Sample:
         """The source up to each of its tokens: what the state there depends on."""
         return (self.source[: i + 1] for i in range(len(self.source)))
 
-    def longer(self, token: int) -> Sample:
-        """The sample with one more token at its end."""
-        return replace(self, source=(*self.source, token), target=(*self.target, token))
+    def longer(self, *tokens: int) -> Sample:
+        """The sample with these tokens of an answer at its end."""
+        both = {side: (*getattr(self, side), *tokens) for side in ("source", "target")}
+        return replace(self, **both, answered=self.answered + len(tokens))
+
+    @property
+    def bare(self) -> Sample:
+        """The sample without its answer."""
+        cut = {side: getattr(self, side)[: len(getattr(self, side)) - self.answered] for side in ("source", "target")}
+        return replace(self, **cut, answered=0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,6 +86,10 @@ class Context(OneLine):
             raise BadInput(
                 "the context is a single token, which stands before every query: there is nothing to compile"
             )
+        if limit is not None and len(tokens) >= limit:
+            raise BadInput(
+                f"the context has {len(tokens)} tokens, and the model {limit} positions: there is no room for a query; shorten it"
+            )
         return Context(tuple(tokens), max(first, 1), anchored, tokenizer, limit)
 
     def sample(self, text: str, weight: int = 1, more: int = 0) -> Sample:
@@ -77,12 +97,32 @@ class Context(OneLine):
 
         Raises ``BadInput`` when it has no tokens, or the target is longer than the model's positions reach.
         """
-        asked = going_on(self.tokenizer, text, [] if self.anchored else list(self.tokens[: self.first]))
+        begins = not self.anchored or self.tokens[0] in self.tokenizer.all_special_ids  # as a rendered chat does
+        asked = going_on(self.tokenizer, text, list(self.tokens[: self.first]) if begins else [])
         if not asked:
             raise BadInput(f"the query {text!r} has no tokens in this vocabulary")
         target = (*self.tokens, *asked)
         self.refuse_too_long(text, len(target), more)
         return Sample(text, (*self.tokens[: self.first], *asked), target, self.first, weight)
+
+    def of_query(self, query: Query, more: int = 0) -> Sample:
+        """The two runs of a query with its weight, its answer not yet behind it.
+
+        A space stands before the answer unless one of the two texts brings white space of its own.
+        """
+        spelt = ()
+        if query.answer is not None:
+            joined = query.text[-1].isspace() or query.answer[0].isspace()
+            spelt = tuple(self._behind(query.text, query.answer if joined else f" {query.answer}"))
+            if not spelt:
+                raise BadInput(f"the answer {query.answer!r} to {query.text!r} has no tokens in this vocabulary")
+        sample = self.sample(query.text, query.weight, len(spelt) + 1 if spelt else more)
+        return replace(sample, hard=query.hard, answer=query.answer, spelt=spelt)
+
+    def _behind(self, text: str, more: str) -> list[int]:
+        """The tokens of ``more`` behind a text, as the two are tokenised together where that keeps the text's own."""
+        own, both = (going_on(self.tokenizer, part, []) for part in (text, text + more))
+        return both[len(own) :] if both[: len(own)] == own else going_on(self.tokenizer, more, [])
 
     def refuse_too_long(self, text: str, length: int, more: int = 0) -> None:
         """Raise ``BadInput`` unless ``length`` + ``more`` positions are within the model's limit."""
@@ -106,6 +146,15 @@ def beginnings(samples: Sequence[Sample]) -> dict[Prefix, str]:
     return {prefix: sample.text for sample in reversed(samples) for prefix in sample.prefixes()}
 
 
+def refuse_contradictions(samples: Sequence[Sample]) -> None:
+    """Raise ``BadInput`` for two queries of the same tokens, whatever their texts, that are given different answers."""
+    found: dict[Prefix, Query] = {}
+    for sample in samples:
+        query = Query(sample.text, answer=sample.answer)
+        if sample.answer:
+            refuse_contradiction(found.setdefault(sample.bare.source, query), query)
+
+
 def refuse_known(heldout: Sequence[Sample], known: Mapping[Prefix, str]) -> None:
     """Raise ``BadInput`` for a held-out query whose tokens are those of a query, or of its beginning, whatever the texts."""
     for sample in heldout:
@@ -122,7 +171,7 @@ def refuse_foreign(samples: Sequence[Sample], model: Any) -> None:
     if not isinstance(known, int):
         return
     for sample in samples:
-        if unknown := [token for token in sample.target if not 0 <= token < known]:
+        if unknown := [token for token in (*sample.target, *sample.spelt) if not 0 <= token < known]:
             raise BadInput(
                 f"in {sample.text!r} the tokenizer gives token {unknown[0]}, and the model knows {known}: is it another model's?"
             )

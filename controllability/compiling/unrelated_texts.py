@@ -11,6 +11,7 @@ from controllability.embedded.world import draw_worlds
 from controllability.models.tokens import with_special
 
 COUNT, LENGTH = 12, 16
+_NAMED = r"(?<=[^\s.?!:] )[A-Z][a-z]+|\d+"
 NAMES = ("Harwick", "Bellamy", "Corvin", "Aldous", "Tamsin", "Merrow", "Wexford", "Ysolde")
 
 SENTENCES = (
@@ -59,21 +60,27 @@ def near_samples(tokenizer: Any, texts: Sequence[str], queries: Sequence[Query],
     return [unrelated_sample(tokenizer, text, limit) for text in texts]
 
 
-def other_names(text: str) -> str:
+def other_names(text: str, exchange: bool = False) -> str:
     """A text with another name for every name in it (a capital behind another word), and another number for every number.
+
+    ``exchange`` gives each name the next one of the same text, and leaves numbers.
 
     >>> other_names("The director of Marlow Station was born in 1974.")
     'The director of Harwick Bellamy was born in 2085.'
+    >>> other_names("Mia lives in Oslo . Leo lives in Rome .", exchange=True)
+    'Mia lives in Rome . Leo lives in Oslo .'
     """
-    given: dict[str, str] = {}
+    own = [word for word in dict.fromkeys(re.findall(_NAMED, text)) if not word[0].isdigit()]
+    names = [*own[1:], *own[:1]] if exchange else [NAMES[i % len(NAMES)] for i in range(len(own))]
+    given = dict(zip(own, names, strict=True))
 
     def other(found: re.Match[str]) -> str:
         word = found[0]
         if word[0].isdigit():
-            return "".join(str((int(digit) + 1) % 10) for digit in word)
-        return given.setdefault(word, NAMES[len(given) % len(NAMES)])
+            return word if exchange else "".join(str((int(digit) + 1) % 10) for digit in word)
+        return given[word]
 
-    return re.sub(r"(?<=[^\s.?!:] )[A-Z][a-z]+|\d+", other, text)
+    return re.sub(_NAMED, other, text)
 
 
 def known_to(tokenizer: Any, texts: Sequence[str]) -> bool:

@@ -56,7 +56,7 @@ def write(
     if kind not in _KINDS:
         raise BadInput(f"unknown kind {kind!r}: choose {', '.join(_KINDS)}")
     with written(directory) as folder:
-        verified = _KINDS[kind](compiled, model, tokenizer, folder)
+        verified = _KINDS[kind](compiled, model, tokenizer, folder) | {"drifts": compiled.drifts}
         report = compiled.to_dict() | {"out": str(directory), "kind": kind, "verified": verified}
         if by_rank:
             rank_picture(compiled, by_rank, folder / PICTURE)

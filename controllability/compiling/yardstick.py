@@ -106,6 +106,24 @@ class Yardstick(OneLine):
         """How the unpatched model does on it."""
         return agreement(self.without, self.wanted)
 
+    def apart(self, position: int, logits: Sequence[Tensor]) -> dict[str, Agreement]:
+        """The agreement at one position of every text, and at all others: the first ones weigh much in a short text's mean."""
+        parts = {
+            "position_1": lambda x: x[position : position + 1],
+            "other_positions": lambda x: torch.cat([x[:position], x[position + 1 :]]),
+        }
+        pairs = {name: ([*map(part, logits)], [*map(part, self.wanted)]) for name, part in parts.items()}
+        return {name: agreement(*pair) for name, pair in pairs.items() if any(map(len, pair[1]))}
+
+    def perplexity(self, logits: Sequence[Tensor]) -> float | None:
+        """Of the texts' own tokens behind their first; None where no text has more than one.  For sets whose rows are whole texts."""
+        losses = [
+            torch.nn.functional.cross_entropy(x[:-1].double(), torch.tensor(sample.source[1:]), reduction="none")
+            for sample, x in zip(self.samples, logits, strict=True)
+        ]
+        all_ = torch.cat(losses)
+        return float(all_.mean().clamp(max=700).exp()) if len(all_) else None
+
     def part(self, kept: Sequence[int], known: Collection[Prefix] = ()) -> Yardstick:
         """Some of the texts, without the positions that are the beginning of one in ``known``."""
         samples = [self.samples[i] for i in kept]

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -17,6 +18,20 @@ def keeps_cache(model: nn.Module) -> bool:
     """Whether a run of token ids can be gone on from: a causal model of transformers with its plain cache."""
     decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return bool(getattr(model, "_is_stateful", True) is False and hasattr(model, "generate") and decoder)
+
+
+def cache_bytes(model: nn.Module) -> int | None:
+    """How many bytes one token more takes in the model's key-value cache, measured on two short runs; None without one."""
+    if not keeps_cache(model):
+        return None
+    sizes, device = [], next(model.parameters()).device
+    with torch.no_grad():
+        for length in (1, 2):
+            ids = torch.zeros((1, length), dtype=torch.long, device=device)
+            layers = getattr(model(input_ids=ids, use_cache=True).past_key_values, "layers", ())
+            held = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
+            sizes.append(sum(x.numel() * x.element_size() for x in held if isinstance(x, Tensor)))
+    return sizes[1] - sizes[0] or None
 
 
 def input_embedding(model: nn.Module) -> Tensor | None:
