@@ -16,9 +16,10 @@ import controllability as ct
 from controllability.cli.main import main
 from controllability.compiling.compile_context import compile_context
 from controllability.compiling.corpus import ordinary_moments
-from controllability.compiling.metric_sweep import FIRST, weights
+from controllability.compiling.metric_sweep import EVEN, FIRST, fit_rows
 from controllability.compiling.strengths import STRENGTHS, Strength
 from controllability.compiling.token_sets import Context
+from controllability.compiling.yardstick import Yardstick
 from controllability.components import Linear
 from controllability.components.updates import CHOSEN, expertwise
 from controllability.deltas import LowRank
@@ -230,14 +231,29 @@ def test_the_first_token_stays_where_it_is():
     assert float((after - before).norm() / before.norm()) < 0.1 * moved
 
 
-def test_every_token_counts_once_and_by_its_weight():
-    before = Context.of(load()[1], FACTS)
-    samples = [before.sample(ASKED[0]), before.sample(ASKED[1], 3)]
-    found = weights(samples)
-    length = len(samples[0].source)
-    assert found[0] == FIRST and found[length] == 0.0  # <bos>, once
-    assert found[1] == found[2] == 1.0 and found[length + 1] == found[length + 2] == 0.0  # Where does
-    assert found[length - 1] == 1.0 and found[2 * length - 1] == 3.0
+def test_every_token_counts_once_by_its_weight_and_by_what_the_context_changes_there():
+    model, tokenizer = load()
+    before = Context.of(tokenizer, FACTS)
+    samples = [before.sample(ASKED[0]), replace(before.sample(ASKED[1], 3), hard=True)]
+    queries = Yardstick.of(model, samples)
+    rows, length = fit_rows(queries, STRENGTHS["gentle"]), len(samples[0].source)
+    gaps = [[0.0, *logit_kl(x, y).tolist()] for x, y in zip(queries.without, queries.wanted, strict=True)]
+    mean = sum(gaps[0] + gaps[1]) / (2 * length - 2)
+    assert rows.weights[0] == FIRST * (1 + EVEN) and rows.weights[length] == 0.0  # <bos>, once
+    wanted = [(gaps[0][i] / mean + EVEN) for i in range(1, length)]
+    assert np.allclose(rows.weights[1:length], wanted, rtol=1e-5)
+    assert rows.weights[length + 1] == rows.weights[length + 2] == 0.0  # Where does
+    assert np.isclose(rows.weights[-1], 3 * (gaps[1][-1] / mean + EVEN), rtol=1e-5)
+    assert rows.stay == tuple(i in (0, length) for i in range(2 * length))
+    assert rows.hard is not None  # what both begin with is as hard as the query that asks for it
+    assert [i for i in range(length) if rows.hard[i]] == [1, 2] and all(rows.hard[length + 1 :])
+    assert fit_rows(Yardstick.of(model, samples[:1]), STRENGTHS["gentle"]).hard is None
+    assert all(fit_rows(Yardstick.of(model, samples[:1]), STRENGTHS["balanced"]).hard[1:])
+
+
+def logit_kl(found, wanted):
+    p, q = (x.double().log_softmax(-1) for x in (wanted, found))
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def test_the_model_is_left_as_it_was_and_the_patch_saves_merges_and_loads(tmp_path):

@@ -14,9 +14,9 @@ from controllability.compiling.answers import Speaker
 from controllability.compiling.continuations import end_tokens
 from controllability.compiling.controls import control_arms
 from controllability.compiling.corpus import ordinary_moments
-from controllability.compiling.exact_or_ridge import AUTO, EXACTLY, Solution, Wish, solve
+from controllability.compiling.exact_or_ridge import AUTO, EXACTLY, Solution, Wish, solve, tolerance
 from controllability.compiling.examination import Examination
-from controllability.compiling.metric_sweep import drifts, fitted
+from controllability.compiling.metric_sweep import drifts, fitted, hard_ones
 from controllability.compiling.queries import Query, as_queries, refuse_overlap, without_repeats
 from controllability.compiling.result import Compiled
 from controllability.compiling.strengths import Strength, strength_of
@@ -78,7 +78,7 @@ def compile_context(
     plan = planned(strength, wish)
     refuse_wish(wish, answer_tokens, getattr(text_config(model), "hidden_size", None))
     limit = position_limit(text_config(model))
-    before = Context.of(tokenizer, context, limit)
+    before = Context.of(tokenizer, context, limit, [one.text for query in (*asked, *left_out) for one in query.each()])
     with own_modes(model):
         checked_reading(model)  # refuses what cannot be patched before anything is run
         speaker = Speaker(end_tokens(model, tokenizer), answer_tokens, limit)
@@ -93,6 +93,8 @@ def compile_context(
         solved = partial(_solved, model, plan, wish, metric, progress)
         solution = solved(sets["queries"], sets.get("heldout"))
         found = examination.findings(model, solution.patch)
+        if plan is not None and rank is None and all(hard_ones(samples, plan)):
+            solution = replace(solution, exact=found.results["queries"].relative_error <= tolerance(model))
         arms = control_arms(model, context, solution.patch, solved, examination, progress) if controls else []
         cache = cache_bytes(model)
         _warn(line for answers in found.answers.values() for line in answers.unsaid())
@@ -108,7 +110,7 @@ def _solved(
 ) -> Solution:  # fmt: skip
     if plan is None:
         return solve(model, queries, heldout, wish, progress)
-    patch = fitted(model, queries.samples, plan, wish.rank, metric, progress)
+    patch = fitted(model, queries, plan, wish.rank, metric, progress)
     return Solution(patch, replace(wish, via=patch.report.via), False, plan.ridge, None, (), plan)
 
 

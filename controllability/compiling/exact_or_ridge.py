@@ -7,7 +7,7 @@ from typing import Any
 from controllability.arrays.one_line import OneLine
 from controllability.compiling.ridge import RidgeChoice, choose_ridge
 from controllability.compiling.strengths import EXACT, Strength, name_of
-from controllability.compiling.token_sets import Sample, padded, positions, repeated
+from controllability.compiling.token_sets import Sample, begin_alike, padded, positions, repeated
 from controllability.compiling.yardstick import Yardstick
 from controllability.deltas import LowRank
 from controllability.errors import ControllabilityError, NotControllable, NotVerified, SideConditionFailed
@@ -98,9 +98,10 @@ def solve(model: Any, queries: Yardstick, heldout: Yardstick | None, wish: Wish,
     Raises ``SideConditionFailed``, ``NotControllable`` or ``NotVerified`` where nothing less than exact was wanted.
     """
     attempts: list[ExactAttempt] = []
+    wish = replace(wish, pinned=begin_alike(queries.samples))
     if not wish.ridge:
         for via in (wish.via,) if wish.via else EXACTLY:
-            for pinned in (True, False):
+            for pinned in dict.fromkeys((wish.pinned, False)):
                 now = replace(wish, via=via, pinned=pinned)
                 found = exactly(model, queries, now, progress)
                 if isinstance(found, ModelPatch):

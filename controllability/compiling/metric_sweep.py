@@ -7,8 +7,11 @@ contextual model's state (theory 7).  The first token is held where it is: every
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from controllability.compiling.strengths import Strength
 from controllability.compiling.token_sets import Prefix, Sample, padded, positions
+from controllability.compiling.yardstick import Yardstick
 from controllability.deltas import LowRank
 from controllability.interfaces import FitRows, JointOptions
 from controllability.models.model_patch import ModelPatch
@@ -18,15 +21,17 @@ from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.sweep.target_run import Progress
 
 FIRST = 10.0  # how many tokens' weight the first ones have together
+EVEN = 0.1  # of the mean gap, that a token counts where the context changes nothing
 
 
 def fitted(
-    model: Any, samples: Sequence[Sample], strength: Strength, rank: int | None, moments: Moments | None, progress: Progress
+    model: Any, queries: Yardstick, strength: Strength, rank: int | None, moments: Moments | None, progress: Progress
 ) -> ModelPatch:  # fmt: skip
     """The patch.  ``rank`` bounds the rank of every ΔW."""
-    target, source = (padded(samples, side, device=next(model.parameters()).device) for side in ("target", "source"))
+    samples, device = queries.samples, next(model.parameters()).device
+    target, source = (padded(samples, side, device=device) for side in ("target", "source"))
     layers = strength.layers(len(checked_reading(model).reading.layers))
-    joint = JointOptions(rank=rank, damping=strength.damping, rows=FitRows(weights(samples)), layers=layers)
+    joint = JointOptions(rank=rank, damping=strength.damping, rows=fit_rows(queries, strength), layers=layers)
     record = solve(
         model, target, source, "all", "output", "auto", positions(samples), progress, joint, moments,
     )  # fmt: skip
@@ -48,14 +53,32 @@ def drifts(model: Any, patch: ModelPatch) -> dict[str, float]:
     return found
 
 
-def weights(samples: Sequence[Sample]) -> tuple[float, ...]:
-    """Of every token of every sample: one that begins several samples counts where it comes first, the first ones ``FIRST`` in all."""
+def fit_rows(queries: Yardstick, strength: Strength) -> FitRows:
+    """How every token of every sample counts: by the KL that the context makes there, and a little anyway.
+
+    One that begins several samples counts where it comes first.  The first ones stay, with the weight of ``FIRST`` mean tokens in all.
+    """
+    samples, gaps = queries.samples, [gap.kl for gap in queries.gaps]
+    mean = float(torch.cat(gaps).mean()) or 1.0
     seen: set[Prefix] = set()
     firsts = {prefix for sample in samples for prefix in sample.prefixes() if len(prefix) <= sample.first}
-    found = []
-    for sample in samples:
-        for prefix in sample.prefixes():
-            weight = FIRST / len(firsts) if prefix in firsts else float(sample.weight)
-            found.append(0.0 if prefix in seen else weight)
+    held = {p for s, hard in zip(samples, hard_ones(samples, strength), strict=True) if hard for p in s.prefixes()}
+    weights, hard = [], []
+    for sample, gap in zip(samples, gaps, strict=True):
+        own = [0.0] * sample.first + [(float(kl) / mean + EVEN) * sample.weight for kl in gap]
+        for prefix, weight in zip(sample.prefixes(), own, strict=True):
+            weight = FIRST * (1 + EVEN) / len(firsts) if prefix in firsts else weight
+            weights.append(0.0 if prefix in seen else weight)
+            hard.append(prefix in held and prefix not in firsts)
             seen.add(prefix)
-    return tuple(found)
+    stay = [len(prefix) <= sample.first for sample in samples for prefix in sample.prefixes()]
+    return FitRows(tuple(weights), tuple(stay), tuple(hard) if any(hard) else None)
+
+
+def hard_ones(samples: Sequence[Sample], strength: Strength) -> list[bool]:
+    """Which queries the last block reaches exactly, where no norm stands behind its map: those that say so, or else all.
+
+    A strength whose last layers do not close what the others leave has those alone that say so.
+    """
+    said = [sample.hard for sample in samples]
+    return said if any(said) or not strength.closing else [True] * len(said)

@@ -82,7 +82,7 @@ class Compiled:
         """Of a set that is compared with the base model: the first position behind the protected ones, and all others."""
         if name in ASKED:
             return {}
-        return self.sets[name].apart(0 if self.context.anchored else self.context.first, self.logits[name])
+        return self.sets[name].apart(0 if self.context.anchored else len(self.context.lead), self.logits[name])
 
     def perplexity(self, name: str) -> dict[str, float] | None:
         """Of whole texts, by the base model and by the compiled one, and their ratio; None where no text has two tokens, and for queries."""
@@ -124,7 +124,7 @@ class Compiled:
     @property
     def first_tokens(self) -> list[str]:
         """What stands before every query: give it to the compiled model too."""
-        return [word(self.context.tokenizer, token) for token in self.context.tokens[: self.context.first]]
+        return [word(self.context.tokenizer, token) for token in self.context.lead]
 
     def answers(self) -> list[dict[str, Any]]:
         """What is said behind each query: with the context, from the compiled weights, without either.

@@ -16,14 +16,14 @@ class Strength:
     layers.  The last ``closing`` layers move too, with ``closing_ridge`` and ``closing_damping``: what the others left, they make good.
 
     >>> STRENGTHS["gentle"].layers(18)[0], len(STRENGTHS["gentle"].layers(18))
-    ((8, 30.0, 0.3), 10)
+    ((6, 30.0, 0.1), 12)
     >>> [index for index, *_ in STRENGTHS["balanced"].layers(18)]
-    [8, 9, 10, 11, 12, 13, 14, 16, 17]
+    [6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 17]
     """
 
     ridge: float
     damping: float
-    first: float = 0.45
+    first: float = 0.33
     last: float = 0.83
     closing: int = 0
     closing_ridge: float = 0.03
@@ -52,8 +52,8 @@ class Strength:
 
 
 STRENGTHS = {
-    "gentle": Strength(30.0, 0.3, last=1.0),
-    "balanced": Strength(10.0, 0.1, closing=2),
+    "gentle": Strength(30.0, 0.1, last=1.0),
+    "balanced": Strength(20.0, 0.1, closing=2),
     "strong": Strength(1.0, 0.03, closing=2, closing_ridge=0.003, closing_damping=0.0003),
 }
 

@@ -7,7 +7,7 @@ without anything before it attends to itself only, so the same token in two plac
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ Prefix = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """One query's two runs.  The first ``first`` tokens of the source are those of the target, the others its last.
+    """One query's two runs.  The first ``first`` tokens of the source stand before every query, the others are the target's last.
 
     The last ``answered`` of both are the answer's.  ``answer`` is the text that was given for it, ``spelt`` its tokens, ``said`` what the
     contextual model says there itself, as far as it was asked.
@@ -65,19 +65,20 @@ class Sample:
 
 @dataclass(frozen=True, repr=False)
 class Context(OneLine):
-    """A tokenised context: ``tokens`` with the special ones, of which ``first`` stand before every query.
+    """A tokenised context: ``tokens`` with the special ones, and the ``lead`` that stands before every query.
 
-    That is what the tokenizer puts before any text, or else the context's first token (an anchor).
+    That is what the tokenizer puts before any text, or else one token of the context (an anchor): the first with which no query begins.
+    The same token twice at the beginning attends to nothing but itself, so both would have one state.
     """
 
     tokens: tuple[int, ...]
-    first: int
+    lead: tuple[int, ...]
     anchored: bool
     tokenizer: Any
     limit: int | None = None
 
     @staticmethod
-    def of(tokenizer: Any, text: str, limit: int | None = None) -> Context:
+    def of(tokenizer: Any, text: str, limit: int | None = None, queries: Iterable[str] = ()) -> Context:
         """Raises ``BadInput`` for a context without tokens, or one that is only what every query keeps."""
         refuse_no_text(text, "the context")
         tokens, first = with_special(tokenizer, text)
@@ -90,7 +91,11 @@ class Context(OneLine):
             raise BadInput(
                 f"the context has {len(tokens)} tokens, and the model {limit} positions: there is no room for a query; shorten it"
             )
-        return Context(tuple(tokens), max(first, 1), anchored, tokenizer, limit)
+        lead = tuple(tokens[: max(first, 1)])
+        if anchored and tokens[0] not in tokenizer.all_special_ids:
+            begun = {ids[0] for query in queries if (ids := going_on(tokenizer, query, []))}
+            lead = (next((token for token in tokens if token not in begun), tokens[0]),)
+        return Context(tuple(tokens), lead, anchored, tokenizer, limit)
 
     def sample(self, text: str, weight: int = 1, more: int = 0) -> Sample:
         """The two runs of a query, which will grow by ``more`` tokens.
@@ -98,12 +103,12 @@ class Context(OneLine):
         Raises ``BadInput`` when it has no tokens, or the target is longer than the model's positions reach.
         """
         begins = not self.anchored or self.tokens[0] in self.tokenizer.all_special_ids  # as a rendered chat does
-        asked = going_on(self.tokenizer, text, list(self.tokens[: self.first]) if begins else [])
+        asked = going_on(self.tokenizer, text, list(self.lead) if begins else [])
         if not asked:
             raise BadInput(f"the query {text!r} has no tokens in this vocabulary")
         target = (*self.tokens, *asked)
         self.refuse_too_long(text, len(target), more)
-        return Sample(text, (*self.tokens[: self.first], *asked), target, self.first, weight)
+        return Sample(text, (*self.lead, *asked), target, len(self.lead), weight)
 
     def of_query(self, query: Query, more: int = 0) -> Sample:
         """The two runs of a query with its weight, its answer not yet behind it.
@@ -187,6 +192,11 @@ def padded(samples: Sequence[Sample], side: Side, pad: int = 0, device: Any = No
         mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
         inputs["attention_mask"] = torch.tensor(mask, device=device)
     return inputs
+
+
+def begin_alike(samples: Iterable[Sample]) -> bool:
+    """Whether what stands before the queries is what the context begins with."""
+    return all(sample.source[: sample.first] == sample.target[: sample.first] for sample in samples)
 
 
 def positions(samples: Sequence[Sample], pinned: bool = True) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from controllability.arrays.one_line import OneLine
 from controllability.compiling.token_sets import Prefix, Sample, Side, batches, padded
 from controllability.errors import BadInput, NotVerified
 from controllability.models.reading.inputs import without_cache
-from controllability.models.reading.logits import compare_logits, joined, result_of
+from controllability.models.reading.logits import LogitComparison, compare_logits, joined, result_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,12 @@ def agreement(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> Agreement:
     >>> agreement(wanted, wanted).top1_agreement, agreement([torch.tensor([[2.0, 0.0], [3.0, 1.0]])], wanted).top1_agreement
     (1.0, 0.5)
     """
-    texts = [compare_logits(x, y) for x, y in zip(found, wanted, strict=True) if len(y)]
+    return together(compare_logits(x, y) for x, y in zip(found, wanted, strict=True) if len(y))
+
+
+def together(compared: Iterable[LogitComparison]) -> Agreement:
+    """Over all texts.  Raises ``NotVerified`` where a number is not finite."""
+    texts = [one for one in compared if len(one.kl)]
     if not texts:
         raise BadInput("there is no position to compare")
     seen = joined(texts)
@@ -101,10 +107,15 @@ class Yardstick(OneLine):
         """How far the model as it is now is from what is wanted."""
         return agreement(self.found(model, alone), self.wanted)
 
-    @property
+    @cached_property
+    def gaps(self) -> list[LogitComparison]:
+        """What the unpatched model lacks at every position, a text each."""
+        return [compare_logits(x, y) for x, y in zip(self.without, self.wanted, strict=True)]
+
+    @cached_property
     def unpatched(self) -> Agreement:
         """How the unpatched model does on it."""
-        return agreement(self.without, self.wanted)
+        return together(self.gaps)
 
     def apart(self, position: int, logits: Sequence[Tensor]) -> dict[str, Agreement]:
         """The agreement at one position of every text, and at all others: the first ones weigh much in a short text's mean."""
