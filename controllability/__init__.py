@@ -18,14 +18,14 @@ _ROOMS = {
     "proof": "Proof prove",
     "models.loading": "encode load_model",
     "models": "ModelPatch diff exact_mode finalize_merges generate import_peft load_patch patch_model second_moments",
-    "compiling": "compile_context",
+    "compiling": "compile_context further_questions",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "BadInput", "Component", "Condition", "ControllabilityError", "ControllabilityWarning", "InputControllable",
     "ModelPatch", "NotControllable",
     "NotExact", "NotVerified", "OutputControllable", "Param", "Patch", "PatchError", "Proof",
-    "ReadingError", "SideConditionFailed", "Trace", "compile_context", "diff", "encode", "exact_mode", "finalize_merges", "generate",
+    "ReadingError", "SideConditionFailed", "Trace", "compile_context", "diff", "encode", "exact_mode", "finalize_merges", "further_questions", "generate",
     "import_peft", "load_model", "load_patch", "patch_model", "prove", "sample", "second_moments", "verify",
 ]  # fmt: skip
 

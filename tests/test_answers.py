@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import torch
 from compiled_facts import ASKED, OTHERWISE, PAIR, Plain, exactly, load
+from helpers import snapshot, unchanged
 from test_joined_texts import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import controllability as ct
+from controllability.cli.main import main
 from controllability.compiling import Query, compile_context
 from controllability.compiling.continuations import continuations, given_in, heard
 from controllability.compiling.queries import read_queries
@@ -110,7 +113,7 @@ def test_the_answer_belongs_to_the_set_and_its_targets_are_the_contextual_models
 
 def test_an_answer_that_the_context_does_not_give_is_warned_of_by_name():
     queries = [BOTH[0], Query(ASKED[1], answer="Paris")]
-    told = f"the context does not say so to this model: {ASKED[1]!r} is to be answered 'Paris', and with the context it says 'Rome'"
+    told = f"the context does not say so to this model: {ASKED[1]!r} is to be answered 'Paris', and with the context it says 'Rome .'"
     with pytest.warns(ct.ControllabilityWarning, match=re.escape(told)) as said:
         found = exactly(*load(), PAIR, queries)
     assert len(said) == 1
@@ -220,3 +223,48 @@ def test_a_rendered_chat_keeps_one_bos_also_where_the_tokenizer_puts_none():
 def test_a_context_beyond_the_position_limit_is_named():
     with pytest.raises(ct.BadInput, match="the context has 301 tokens, and the model 256 positions: there is no room"):
         exactly(*load(), "Mia " * 300, ASKED)
+
+
+def test_the_model_writes_further_questions_itself():
+    model, tokenizer = load()
+    before, state = snapshot(model), torch.get_rng_state()
+    known = [*ASKED, "in which  city does LEO stay ?"]
+    found = ct.further_questions(model, tokenizer, PAIR, 6, known)
+    assert 0 < len(found) <= 6 and all(re.fullmatch(r"[A-Z][a-z]+( \w+)+ \?", question) for question in found)
+    assert len(set(found)) == len(found) and not {*found} & {*ASKED, "In which city does Leo stay ?"}
+    assert (
+        ct.further_questions(model, tokenizer, PAIR, 6, known)
+        == found
+        != ct.further_questions(model, tokenizer, PAIR, 6, known, seed=1)
+    )
+    assert torch.equal(torch.get_rng_state(), state) and unchanged(model, before)
+    assert ct.compile_context(model, tokenizer, PAIR, [*ASKED, *found]).results["queries"].kl < 0.2
+    for count in (0, True, 2.0):
+        with pytest.raises(ct.BadInput, match=f"a whole number from 1 on, got {count}"):
+            ct.further_questions(model, tokenizer, PAIR, count)
+    with pytest.raises(ct.BadInput, match="the model has 256 positions"):
+        ct.further_questions(model, tokenizer, "Mia " * 240, 1)
+    with pytest.raises(ct.BadInput, match="a Linear does not generate"):
+        ct.further_questions(torch.nn.Linear(1, 1), tokenizer, PAIR, 1)
+
+
+def test_further_questions_on_the_command_line(tmp_path, capsys):
+    (tmp_path / "queries.txt").write_text("\n".join(ASKED))
+    line = [
+        "compile",
+        "embedded",
+        "--context",
+        PAIR,
+        "--queries",
+        str(tmp_path / "queries.txt"),
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ]
+    assert main([*line, "--further-questions", "0"]) == 2
+    assert "must be a whole number from 1 on, got 0" in capsys.readouterr().err
+    assert main([*line, "--further-questions", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "controllability: the model wrote 3 further questions: they are among the queries\n"
+    asked = [row["query"] for row in json.loads(out)["answers"]]
+    assert asked[:2] == ASKED and len({*asked}) == 5

@@ -157,6 +157,8 @@ def _compile(parser: ArgumentParser) -> None:
     near = "texts like the queries of another subject (default: the queries with other names)"
     add("--near", metavar="FILE", help=near)
     add("--unrelated", metavar="FILE", help="texts on which nothing should change (default: some of ours)")
+    further = "let the model write N more questions itself (default: none)"
+    add("--further-questions", type=int, metavar="N", help=further)
     strength = "how much counts beside the queries; exact: nothing else does (default balanced)"
     add("--strength", choices=STRENGTHS, default="balanced", help=strength)
     moments = "second moments of the model on ordinary text: read from FILE, or made and written there"

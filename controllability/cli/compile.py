@@ -13,9 +13,11 @@ from controllability.compiling import Compiled, compile_context
 from controllability.compiling.compile_context import planned, refuse_wish
 from controllability.compiling.corpus import ordinary_moments
 from controllability.compiling.exact_or_ridge import Wish
+from controllability.compiling.further_questions import further_questions
 from controllability.compiling.queries import Query, read_queries, refuse_no_text, refuse_overlap
 from controllability.compiling.rank_figure import measure_by_rank
 from controllability.compiling.result import TITLES
+from controllability.compiling.strengths import EXACT, STRENGTHS
 from controllability.compiling.write import Written, write
 from controllability.errors import BadInput
 from controllability.models import exact_mode
@@ -27,12 +29,7 @@ from controllability.models.reading.model_facts import position_limit, text_conf
 from controllability.rendering.text import printable
 
 LISTED = 12  # answers that are shown
-STEPS = (
-    "gentle",
-    "balanced",
-    "strong",
-    "exact",
-)  # each nearer to the queries than the one before, and felt more elsewhere
+STEPS = (*STRENGTHS, EXACT)  # each nearer to the queries than the one before, and felt more elsewhere
 
 
 def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
@@ -42,6 +39,7 @@ def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (nam
     with output.busy(f"loading {args.model}"):
         model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code, args.device)
     with output.progress() as progress, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
+        texts["queries"] += _further(args, model, tokenizer, [query.text for kind in texts.values() for query in kind])
         compiled = compile_context(
             model, tokenizer, args.context, texts["queries"], texts["heldout"], [q.text for q in texts["unrelated"]],
             args.answer_tokens, args.rank, args.ridge, args.keep_rms, args.via, progress, args.strength, _moments(args, model, tokenizer, progress),
@@ -77,6 +75,15 @@ def _checked(args: argparse.Namespace) -> tuple[Path, dict[str, list[Query]]]:
             say(f"controllability: {note}")
     refuse_overlap(texts["queries"], texts["heldout"])
     return out, texts
+
+
+def _further(args: argparse.Namespace, model: Any, tokenizer: Any, known: list[str]) -> list[Query]:
+    """The queries that the model writes itself, as far as they were asked for, and a line that says how many."""
+    if args.further_questions is None:
+        return []
+    found = further_questions(model, tokenizer, args.context, args.further_questions, known)
+    say(f"controllability: the model wrote {len(found)} further questions: they are among the queries")
+    return [Query(text) for text in found]
 
 
 def _moments(args: argparse.Namespace, model: Any, tokenizer: Any, progress: Any) -> Moments | None:
@@ -129,15 +136,14 @@ def _how(compiled: Compiled) -> str:
 def _sizes(compiled: Compiled) -> list[str]:
     """What other text loses, what was right, and how large the patch is, each in a line."""
     lines = []
-    if found := compiled.perplexity("unrelated"):
+    if found := compiled.apart["unrelated"].perplexity:
         lines.append(
-            f"Perplexity of unrelated text: {found['base']:.3g}, compiled {found['compiled']:.3g} (× {found['ratio']:.3g})."
+            "Perplexity of unrelated text: {base:.3g}, compiled {compiled:.3g} (× {ratio:.3g}).".format(**found)
         )
     for name, spoken in compiled.spoken.items():
         if (right := spoken.right()) is not None:
-            lines.append(
-                f"Of what the contextual model has right, {right:.0%} of the {TITLES[name].split(',')[0]} are right."
-            )
+            which = TITLES[name].partition(",")[0]
+            lines.append(f"Of what the contextual model has right, {right:.0%} of the {which} are right.")
     if compiled.kv_tokens is not None:
         tokens = f"{compiled.kv_tokens:,.0f} tokens; the context has {len(compiled.context.tokens):,}"
         lines.append(f"The patch is as large as the KV cache of {tokens}.")
@@ -148,16 +154,14 @@ def _advice(compiled: Compiled) -> list[str]:
     """What the measurements say that a user should do next."""
     now = {name: (compiled.results[name].kl, compiled.sets[name].unpatched.kl) for name in compiled.sets}
     strength, lines = compiled.solution.strength, []
-    at = STEPS.index(strength) if strength in STEPS else None
+    at = STEPS.index(strength) if strength in STEPS else 0
     if compiled.drifts:
         gentler = f"--strength {STEPS[at - 1]}, or " if at else ""
         moments = "--moments of texts like those that are to stay" if strength != "exact" else "a smaller --rank"
         lines.append(f"It {compiled.drifts}: try {gentler}{moments}.")
     if now["queries"][0] > 0.05 * now["queries"][1]:
         stronger = (
-            f"--strength {STEPS[at + 1]}"
-            if at is not None and at + 1 < len(STEPS)
-            else "a higher --rank, or fewer queries"
+            f"--strength {(*STEPS, '')[at + 1]}" if strength in STEPS[:-1] else "a higher --rank, or fewer queries"
         )
         lines.append(f"The queries are not all reached: try {stronger}.")
     if "heldout" not in now:

@@ -52,9 +52,8 @@ class Output:
             return
         table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
         whole = (max(map(cell_len, column)) for column in zip(columns, *rows, strict=True))
-        apart = (
-            "\n" if sum(whole) + 3 * len(columns) > console.width else " "
-        )  # a heading gives way before what it is above
+        # a heading gives way before what it is above
+        apart = "\n" if sum(whole) + 3 * len(columns) > console.width else " "
         for column, width in zip(columns, longest, strict=True):
             table.add_column(column.replace(" ", apart), min_width=width)
         for row in rows:

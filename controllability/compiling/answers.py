@@ -48,11 +48,11 @@ class Answers:
 
     def unsaid(self) -> list[str]:
         """A line for every answer that was given and that the contextual model does not give."""
-        rows = zip(self.samples, self._right("with_context"), self.texts("with_context"), strict=True)
+        rows = zip(self.samples, self._right("with_context"), self.said["with_context"], strict=True)
         return [
             f"the context does not say so to this model: {sample.text!r} is to be answered {sample.answer!r}, and with the context it "
-            f"says {text!r}"
-            for sample, right, text in rows
+            f"says {heard(self.tokenizer, sample, said)!r}"
+            for sample, right, said in rows
             if sample.answer is not None and not right
         ]
 
@@ -66,6 +66,7 @@ class Answers:
 class Speaker:
     """How answers are generated: the tokens that end one, how many there are at most, and what the positions allow."""
 
+    tokenizer: Any
     ends: frozenset[int]
     answer_tokens: int
     limit: int | None
@@ -74,9 +75,9 @@ class Speaker:
         """How many tokens of an answer are shown and compared: those of the answer that was given, or one at least."""
         return [sample.answered if sample.answer else max(1, self.answer_tokens) for sample in samples]
 
-    def answered(self, model: Any, tokenizer: Any, samples: Sequence[Sample], progress: Progress) -> list[Sample]:
+    def answered(self, model: Any, samples: Sequence[Sample], progress: Progress) -> list[Sample]:
         """The samples with their answers behind them (``with_answers``)."""
-        return with_answers(model, samples, self.answer_tokens, self.ends, progress, tokenizer, self.limit)
+        return with_answers(model, samples, self.answer_tokens, self.ends, progress, self.tokenizer, self.limit)
 
     def says(self, model: Any, yardstick: Yardstick, logits: Sequence[Tensor], side: Side = "source") -> list[Prefix]:
         """What a model says behind each query.  A single token stands in its logits already, and what was said once is known."""

@@ -81,14 +81,13 @@ def compile_context(
     before = Context.of(tokenizer, context, limit, [one.text for query in (*asked, *left_out) for one in query.each()])
     with own_modes(model):
         checked_reading(model)  # refuses what cannot be patched before anything is run
-        speaker = Speaker(end_tokens(model, tokenizer), answer_tokens, limit)
+        speaker = Speaker(tokenizer, end_tokens(model, tokenizer), answer_tokens, limit)
         samples = [before.of_query(query, answer_tokens) for query in asked]
         strangers = unrelated_samples(tokenizer, elsewhere, context, [q.text for q in (*asked, *left_out)], limit)
         apart = {"near": near_samples(tokenizer, alike, asked, limit), "unrelated": strangers}
-        sets, known = _sets(
-            model, speaker, samples, [before.of_query(query) for query in left_out], apart, tokenizer, progress
-        )
-        examination = Examination.of(model, sets, speaker, tokenizer)
+        others = [before.of_query(query) for query in left_out]
+        sets, known = _sets(model, speaker, samples, others, apart, progress)
+        examination = Examination.of(model, sets, speaker)
         metric = moments or ordinary_moments(model, tokenizer, limit, progress) if plan is not None else None
         solved = partial(_solved, model, plan, wish, metric, progress)
         solution = solved(sets["queries"], sets.get("heldout"))
@@ -115,18 +114,15 @@ def _solved(
 
 
 def _sets(
-    model: nn.Module, speaker: Speaker, samples: list[Sample], others: list[Sample], apart: dict[str, list[Sample]], tokenizer: Any,
-    progress: Progress,
+    model: nn.Module, speaker: Speaker, samples: list[Sample], others: list[Sample], apart: dict[str, list[Sample]], progress: Progress
 ) -> tuple[dict[str, Yardstick], int]:  # fmt: skip
     """The sets of texts as far as there are any, the queries and held-out ones with their answers, and how many tokens the queries have."""
     refuse_foreign([*samples, *others, *apart["near"], *apart["unrelated"]], model)
     refuse_contradictions(samples)
-    samples = speaker.answered(model, tokenizer, samples, progress)
+    samples = speaker.answered(model, samples, progress)
     known = beginnings(samples)
     refuse_known(others, known)
-    others = [
-        sample if sample.answer else sample.bare for sample in speaker.answered(model, tokenizer, others, progress)
-    ]
+    others = [sample if sample.answer else sample.bare for sample in speaker.answered(model, others, progress)]
     texts = {"queries": samples, "heldout": others} | apart
     return {k: Yardstick.of(model, v, known if k == "heldout" else ()) for k, v in texts.items() if v}, len(known)
 

@@ -47,18 +47,19 @@ def control_arms(
 
     What other orders say as well (facts), the first keeps: it tells what hangs on the order alone.
     """
-    tokenizer, speaker = examination.tokenizer, examination.speaker
+    speaker = examination.speaker
     asked, apart = (examination.sets[name].samples for name in ("queries", "unrelated"))
 
     def compiled(text: str) -> ModelPatch:  # its own answers have as many tokens
-        other, count = Context.of(tokenizer, text, speaker.limit), max(sample.answered for sample in asked)
+        lead, count = asked[0].source[: asked[0].first], max(sample.answered for sample in asked)
+        other = replace(Context.of(speaker.tokenizer, text, speaker.limit), lead=lead)
         own = [other.of_query(Query(sample.text, sample.weight, hard=sample.hard), count) for sample in asked]
-        own = replace(speaker, answer_tokens=count).answered(model, tokenizer, own, progress)
+        own = replace(speaker, answer_tokens=count).answered(model, own, progress)
         return solve(Yardstick.of(model, own)).patch
 
     ways: dict[str, Callable[[], ModelPatch]] = {
         "shuffled context": lambda: compiled(shuffled(context)),
-        "another context": lambda: compiled(another(tokenizer, context, [sample.text for sample in apart])),
+        "another context": lambda: compiled(another(speaker.tokenizer, context, [sample.text for sample in apart])),
         "random change": lambda: random_change(patch),
     }
     arms = []

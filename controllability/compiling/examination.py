@@ -12,10 +12,7 @@ from controllability.compiling.token_sets import Prefix
 from controllability.compiling.yardstick import Agreement, Yardstick, agreement
 from controllability.models.model_patch import ModelPatch
 
-ASKED = (
-    "queries",
-    "heldout",
-)  # the sets that are compared with the contextual model, and answered; the others with the base model
+ASKED = ("queries", "heldout")  # compared with the contextual model, and answered; the others with the base model
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,18 +30,17 @@ class Examination(OneLine):
 
     sets: Mapping[str, Yardstick]
     speaker: Speaker
-    tokenizer: Any
     said: dict[str, dict[str, list[Prefix]]]
 
     @staticmethod
-    def of(model: Any, sets: Mapping[str, Yardstick], speaker: Speaker, tokenizer: Any) -> "Examination":
+    def of(model: Any, sets: Mapping[str, Yardstick], speaker: Speaker) -> "Examination":
         """Runs the model as it is, behind the context and without it."""
         said = {}
-        for name in set(ASKED) & set(sets):
+        for name in [name for name in ASKED if name in sets]:
             yardstick = sets[name]
             runs = (yardstick.wanted, "target"), (yardstick.without, "source")
             said[name] = {who: speaker.says(model, yardstick, *run) for who, run in zip(RUNS[::2], runs, strict=True)}
-        return Examination(sets, speaker, tokenizer, said)
+        return Examination(sets, speaker, said)
 
     def findings(self, model: Any, patch: ModelPatch) -> Findings:
         """What a patch does on every set.  Raises ``NotVerified`` where a logit is not finite."""
@@ -54,6 +50,6 @@ class Examination(OneLine):
             for name, said in self.said.items():
                 samples = self.sets[name].samples
                 patched = {RUNS[1]: self.speaker.says(model, self.sets[name], logits[name])}
-                answers[name] = Answers(samples, self.speaker.counts(samples), said | patched, self.tokenizer)
+                answers[name] = Answers(samples, self.speaker.counts(samples), said | patched, self.speaker.tokenizer)
         results = {name: agreement(logits[name], yardstick.wanted) for name, yardstick in self.sets.items()}
         return Findings(results, logits, answers)

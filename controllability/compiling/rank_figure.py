@@ -52,7 +52,7 @@ def measure_by_rank(compiled: Compiled, model: Any, progress: Progress) -> list[
     for i, rank in enumerate(ranks):
         try:
             if solution.plan is not None:
-                patch = fitted(model, samples, solution.plan, rank, compiled.patch.moments, silent)
+                patch = fitted(model, compiled.sets["queries"], solution.plan, rank, compiled.patch.moments, silent)
             else:
                 patch = patch_of(model, repeated(samples), replace(wish, rank=rank), silent)
         except (SideConditionFailed, NotControllable, NotVerified):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from controllability.compiling.controls import ControlArm
 from controllability.compiling.exact_or_ridge import Solution, rank_of
 from controllability.compiling.examination import ASKED
 from controllability.compiling.token_sets import Context
-from controllability.compiling.yardstick import Agreement, Yardstick
+from controllability.compiling.yardstick import Agreement, Apart, Yardstick
 from controllability.models.model_patch import ModelPatch
 from controllability.models.reading.token_text import word
 from controllability.models.sweep.report import LayerReport
@@ -68,7 +69,8 @@ class Compiled:
             found = [("compiled", self.results[name], spoken and spoken.same())]
             if spoken:
                 found.append(("unpatched", yardstick.unpatched, spoken.same("without_context")))
-            found += [(which.replace("_", " "), part, None) for which, part in self.positions(name).items()]
+            elif name in self.apart:
+                found += [(which.replace("_", " "), part, None) for which, part in self.apart[name].positions.items()]
             for who, control in [(f"control: {arm.name}", arm.found) for arm in self.arms if arm.found]:
                 answers = control.answers.get(name)
                 found.append((who, control.results[name], answers and answers.same()))
@@ -78,26 +80,16 @@ class Compiled:
                 rows.append(["" if i else TITLES.get(name, name), who, *numbers, answered])
         return rows
 
-    def positions(self, name: str) -> dict[str, Agreement]:
-        """Of a set that is compared with the base model: the first position behind the protected ones, and all others."""
-        if name in ASKED:
-            return {}
-        return self.sets[name].apart(0 if self.context.anchored else len(self.context.lead), self.logits[name])
-
-    def perplexity(self, name: str) -> dict[str, float] | None:
-        """Of whole texts, by the base model and by the compiled one, and their ratio; None where no text has two tokens, and for queries."""
-        yardstick = self.sets[name]
-        base, compiled = (
-            None if name in ASKED else yardstick.perplexity(x) for x in (yardstick.without, self.logits[name])
-        )
-        return (
-            None if base is None or compiled is None else {"base": base, "compiled": compiled, "ratio": compiled / base}
-        )
+    @cached_property
+    def apart(self) -> dict[str, Apart]:
+        """Of each set that is compared with the base model: whole texts' perplexity, and the first position behind the protected ones."""
+        first = 0 if self.context.anchored else len(self.context.lead)
+        return {name: self.sets[name].apart(first, self.logits[name]) for name in self.sets if name not in ASKED}
 
     @property
     def drifts(self) -> str | None:
         """By how much unrelated text moves, where that is more than ``MOST_DRIFT``."""
-        ratio = (self.perplexity("unrelated") or {}).get("ratio", 1.0)
+        ratio = (self.apart["unrelated"].perplexity or {"ratio": 1.0})["ratio"]
         measured = dict(zip(MOST_DRIFT, (self.results["unrelated"].kl, ratio), strict=True))
         above = [f"{measured[k]:.2g} {k} (above {most:g})" for k, most in MOST_DRIFT.items() if measured[k] > most]
         return f"drifts: unrelated text moves by {' and '.join(above)}" if above else None
@@ -147,8 +139,7 @@ class Compiled:
                 for who, held in (("patched", found[name]), ("without_context", found[name]["unpatched"])):
                     held |= {"exact_match": self.spoken[name].same(who), "right": self.spoken[name].right(who)}
             else:
-                found[name] |= {"perplexity": self.perplexity(name)}
-                found[name] |= {which: part.to_dict() for which, part in self.positions(name).items()}
+                found[name] |= self.apart[name].to_dict()
         return found | {
             "tokens": self.tokens, "context_tokens": len(self.context.tokens), "answer_tokens": self.answer_tokens,
             "first_tokens": self.first_tokens, "anchor": self.context.anchored, "exact": self.exact, "certificate": certificate,

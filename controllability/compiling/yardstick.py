@@ -81,6 +81,21 @@ def logits_of(
     return found
 
 
+@dataclass(frozen=True)
+class Apart:
+    """Of texts that are compared with the base model: position 1 and the others apart, and the perplexity {base, compiled, ratio}.
+
+    None of it where no text is long enough.
+    """
+
+    positions: dict[str, Agreement]
+    perplexity: dict[str, float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {name: part.to_dict() for name, part in self.positions.items()} | {"perplexity": self.perplexity}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Yardstick(OneLine):
     """A set of texts with the logits that are wanted at them, and what the unpatched model gives there.
@@ -117,23 +132,23 @@ class Yardstick(OneLine):
         """How the unpatched model does on it."""
         return together(self.gaps)
 
-    def apart(self, position: int, logits: Sequence[Tensor]) -> dict[str, Agreement]:
-        """The agreement at one position of every text, and at all others: the first ones weigh much in a short text's mean."""
+    def apart(self, position: int, logits: Sequence[Tensor]) -> Apart:
+        """Of whole texts: the agreement at one position and at all others, and the perplexity before and after."""
         parts = {
             "position_1": lambda x: x[position : position + 1],
             "other_positions": lambda x: torch.cat([x[:position], x[position + 1 :]]),
         }
         pairs = {name: ([*map(part, logits)], [*map(part, self.wanted)]) for name, part in parts.items()}
-        return {name: agreement(*pair) for name, pair in pairs.items() if any(map(len, pair[1]))}
+        found = {name: agreement(*pair) for name, pair in pairs.items() if any(map(len, pair[1]))}
+        if all(len(sample.source) < 2 for sample in self.samples):
+            return Apart(found, None)
+        base, compiled = self._perplexity(self.without), self._perplexity(logits)
+        return Apart(found, {"base": base, "compiled": compiled, "ratio": compiled / base})
 
-    def perplexity(self, logits: Sequence[Tensor]) -> float | None:
-        """Of the texts' own tokens behind their first; None where no text has more than one.  For sets whose rows are whole texts."""
-        losses = [
-            torch.nn.functional.cross_entropy(x[:-1].double(), torch.tensor(sample.source[1:]), reduction="none")
-            for sample, x in zip(self.samples, logits, strict=True)
-        ]
-        all_ = torch.cat(losses)
-        return float(all_.mean().clamp(max=700).exp()) if len(all_) else None
+    def _perplexity(self, logits: Sequence[Tensor]) -> float:
+        pairs = ((x[:-1].float(), torch.tensor(s.source[1:])) for s, x in zip(self.samples, logits, strict=True))
+        losses = [torch.nn.functional.cross_entropy(*pair, reduction="none").double() for pair in pairs if len(pair[1])]
+        return float(torch.cat(losses).mean().clamp(max=700).exp())
 
     def part(self, kept: Sequence[int], known: Collection[Prefix] = ()) -> Yardstick:
         """Some of the texts, without the positions that are the beginning of one in ``known``."""
