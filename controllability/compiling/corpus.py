@@ -13,7 +13,8 @@ from torch import nn
 
 from controllability.compiling.unrelated_texts import known_to, random_texts
 from controllability.embedded.world import draw_worlds
-from controllability.models.moments import Moments, second_moments
+from controllability.models.moments import Moments
+from controllability.models.second_moments import second_moments
 from controllability.models.tokens import with_special
 
 TOKENS, LENGTH, BATCH = 16_384, 96, 8
