@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 import warnings
@@ -142,6 +143,18 @@ def test_an_endless_stream_is_read_text_by_text():
     assert found.tokens == 1200 and most <= 3
 
 
+def test_no_logits_are_computed_where_the_model_can_do_without():
+    model = load_model("embedded")[0]
+    big = torch.arange(3, 60).repeat(1, 4).expand(300, -1)  # 300 × 228 × vocabulary: more than two million logits
+    sizes = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
+    ct.second_moments(model, [big])
+    sizes.clear()
+    ct.second_moments(model, [big])
+    hook.remove()
+    assert sizes == [0]
+
+
 def test_the_callers_generator_may_run_the_model():
     model = llama()
 
@@ -204,7 +217,8 @@ def test_the_condition_number_is_that_of_the_shrunk_moment():
 def test_moments_of_a_larger_model_are_refused():
     """Those of a model with one layer more have all the names that the smaller one asks for."""
     model = llama()
-    config = type(model.config)(**model.config.to_dict() | {"num_hidden_layers": 3})
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 3
     more = ct.second_moments(type(model)(config).eval(), TEXTS)
     ids = TEXTS[0][None]
     with pytest.raises(ct.BadInput, match=r"no matrix model\.layers\.2\..*of another model"):

@@ -47,8 +47,8 @@ def compile_context(
     """One set of weights with which ``model`` answers the queries as if the context stood before them.
 
     ``strength`` says what counts beside the queries: "gentle", "balanced" or "strong" (or a ``Strength`` by hand) carries over to other
-    wordings and disturbs other text little, as ``moments`` measure it (``second_moments``; by default those of some English prose, made anew
-    at each call).  "exact", which ``ridge``, ``keep_rms`` and ``via`` belong to and bring about, reproduces
+    wordings and disturbs other text little, as ``moments`` measure it (``second_moments``; by default those of what the model writes by
+    itself and of some English prose, made anew at each call).  "exact", which ``ridge``, ``keep_rms`` and ``via`` belong to and bring about, reproduces
     every token of the queries where one patch can be (theory 5); where it cannot, least squares, its λ chosen on the
     held-out queries or by leaving queries out in turn, of rank ``rank`` at most.  ``ridge`` 0 refuses what is not exact, "auto" is
     least squares at once, a positive number the λ to take.  ``keep_rms`` refuses to move the RMS before a norm.  ``via`` None tries
@@ -89,7 +89,9 @@ def compile_context(
             model, speaker, samples, [before.of_query(query) for query in left_out], apart, tokenizer, progress
         )
         examination = Examination.of(model, sets, speaker, tokenizer)
-        metric = moments or ordinary_moments(model, tokenizer, limit, progress) if plan is not None else None
+        metric = moments
+        if plan is not None and moments is None:
+            metric = ordinary_moments(model, tokenizer, limit, progress, without=context)
         solved = partial(_solved, model, plan, wish, metric, progress)
         solution = solved(sets["queries"], sets.get("heldout"))
         found = examination.findings(model, solution.patch)

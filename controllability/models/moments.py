@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from architectures.reading import Layer, Reading
+from architectures.reading import Layer, Reading, Tap
 from controllability.deltas import LowRank
 from controllability.errors import BadInput
-from controllability.interfaces import Path, node, updates_of
+from controllability.interfaces import node, updates_of
 from controllability.solvers.metric_fit import NO_MOMENTS, Drift
 
 SHRINK = 0.1  # weight of the identity in Σ: no direction of which the texts say nothing is free
@@ -90,7 +90,7 @@ class Moments:
         """Raise ``BadInput`` unless these are moments of this model's matrices, and of no others."""
         strange = set(self.metrics)
         for layer in reading.layers:
-            for name in (name for tap in layer.taps for path in tap.paths for name in matrices(layer, path)):
+            for name in matrices(layer):
                 strange.discard(name)
                 width = layer.params[name].shape
                 metric = self.metrics.get(name)
@@ -106,7 +106,8 @@ class Moments:
         return f"Moments({len(self.metrics)} matrices, {self.tokens} tokens)"
 
 
-def matrices(layer: Layer, path: Path) -> list[str]:
-    """The full names of the matrices that the leaf at ``path`` can be moved by, experts' own ones left out."""
-    updates = updates_of(node(layer.block, path), "input", "output")
+def matrices(layer: Layer, tap: Tap | None = None) -> list[str]:
+    """The full names of the matrices behind one tap, or all of them, that a patch may move, experts' own ones left out."""
+    paths = [path for each in (layer.taps if tap is None else [tap]) for path in each.paths]
+    updates = [update for path in paths for update in updates_of(node(layer.block, path), "input", "output")]
     return list(dict.fromkeys(update.param.name for update in updates if update.kind == "linear"))

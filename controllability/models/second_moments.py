@@ -25,7 +25,8 @@ from controllability.models.hooks.layer_hooks import LayerHooks, LayerListener
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.moments import Metric, Moments, matrices
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed, without_cache
+from controllability.models.reading.heads import Runs, without_logits
+from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed
 from controllability.models.reading.model_facts import position_limit, text_config
 from controllability.models.sweep.target_run import Progress, silent
 from controllability.models.tokens import with_special
@@ -110,9 +111,10 @@ class _Sums:
             refuse_bad_inputs(self.model, checked, inputs, "second_moments")
             valid = None if mask is None else mask.bool()
             listeners = [_Listener(layer, valid, self.sums) for layer in checked.reading.layers]
-            with LayerHooks(self.model, checked.reading) as hooks:
+            lean = Runs(self.model, without_logits(self.model, [inputs], checked.tried))
+            with lean, LayerHooks(self.model, checked.reading) as hooks:
                 self.whole = False
-                hooks.run(listeners, without_cache(self.model, inputs))
+                hooks.run(listeners, lean.inputs(inputs))
         self.tokens += sum(listener.rows for listener in listeners[:1])
 
     def write(self, pause: float = 0.0, complete: bool = False) -> None:
@@ -222,7 +224,7 @@ class _Listener(LayerListener):
         self._read = None
 
     def computed(self, tap: Tap, x: Tensor, y: Tensor) -> None:
-        names = [name for path in tap.paths for name in matrices(self.layer, path)]
+        names = matrices(self.layer, tap)
         if not names or x.ndim != 3:
             return
         if self._read is None or self._read[0] is not x:
