@@ -147,6 +147,17 @@ def test_streaming_in_the_metric_is_solving_at_once(family, via):
             assert torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), atol=1e-9)
 
 
+def test_queries_of_two_contexts_that_begin_alike_are_refused_and_nothing_is_lost():
+    model, one, two = built("llama"), Talk(2), Talk(3)
+    two.words = torch.cat([one.words[:2], two.words])
+    with ct.exact_mode():
+        patch = one.patch(model, 4)
+        with pytest.raises(ct.SideConditionFailed) as refused:
+            patch.extend(model, two.target(4), two.source(4), positions=two.pairs(4))
+        assert refused.value.certificate is not None
+        assert one.errors(model, patch, 4)[0] < 1e-9 and patch.report.tokens == 5 and not patch.extensions
+
+
 def test_a_context_that_another_begins_with_is_told_from_it():
     """A and A with more behind it: taking the first out leaves the second."""
     model, talk = built("llama"), Talk(1)

@@ -48,8 +48,8 @@ def _texts(
     worlds = [world.context for world in draw_worlds(seed=50_000, count=2_000, facts=(12, 16))]
     known = next((texts for texts in (pages, worlds) if known_to(tokenizer, texts[:20])), [])
     writes = length > 1 and known is not worlds and getattr(model, "can_generate", bool)()
-    share, read = tokens // 2 if writes else tokens, 0
-    for text in (text for text in known if not shares_words(text, without)):
+    share, read, forbidden = tokens // 2 if writes else tokens, 0, shares_words(without)
+    for text in (text for text in known if not forbidden(text)):
         if read >= share:
             break
         yield text

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,9 @@ def second_moments(
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise BadInput(f"second_moments: give a list of texts, got {type(texts).__name__}")
     model = uncompiled(model)
-    sums = _Sums(model, None if save is None else Path(save))
+    sums, length = _Sums(model, None if save is None else Path(save)), position_limit(text_config(model)) or LENGTH
     try:
-        for count, inputs in _runs(
-            texts, tokenizer, min(LENGTH, position_limit(text_config(model)) or LENGTH), without
-        ):
+        for count, inputs in _runs(texts, tokenizer, min(LENGTH, length), without):
             sums.take(inputs)
             progress("second moments", count, max(count, length_hint(texts)))
             sums.write(pause=PAUSE)
@@ -157,14 +155,16 @@ def _runs(texts: Iterable[Any], tokenizer: Any, length: int, without: str) -> It
     """(how many texts have been read, the inputs of the next run): strings end to end, everything else as it is."""
     held: list[int] = []
     lead: list[int] = []
-    count, step = 0, length
+    count, step, forbidden = 0, length, shares_words(without)
     for count, text in enumerate(texts, 1):
-        if not isinstance(text, str):
-            yield count, _inputs(text)
+        if isinstance(text, Tensor | Mapping):
+            yield count, text if isinstance(text, Mapping) else {"input_ids": text if text.ndim > 1 else text[None]}
             continue
+        if not isinstance(text, str):
+            raise BadInput(f"second_moments: give strings, token ids or inputs of the model, got {type(text).__name__}")
         if tokenizer is None:
             raise BadInput("second_moments: texts that are strings need tokenizer=")
-        if shares_words(text, without):
+        if forbidden(text):
             raise BadInput(f"second_moments: text {count} has {WORDS} words in a row of the context: leave it out")
         ids, first = with_special(tokenizer, text) if text else ([], 0)
         lead, held = lead or ids[:first], held + ids[first:]
@@ -184,25 +184,21 @@ def _rows(lead: list[int], tokens: list[int], step: int) -> dict[str, Tensor]:
     return {"input_ids": torch.cat([torch.tensor(lead, dtype=rows.dtype).expand(len(rows), -1), rows], dim=1)}
 
 
-def _inputs(text: Any) -> Mapping[str, Any]:
-    if isinstance(text, Tensor):
-        return {"input_ids": text if text.ndim > 1 else text[None]}
-    if not isinstance(text, Mapping):
-        raise BadInput(f"second_moments: give strings, token ids or inputs of the model, got {type(text).__name__}")
-    return text
+def shares_words(context: str) -> Callable[[str], bool]:
+    """What says of a text whether it has 8 words in a row of a context; all of them, where the context has fewer.
 
-
-def shares_words(text: str, context: str) -> bool:
-    """Whether a text has 8 words in a row of a context; all of them, where the context has fewer.
-
-    >>> shares_words("They say that Mia lives in Oslo .", "Mia lives in Oslo ."), shares_words("Mia", "Mia lives in Oslo .")
+    >>> shares = shares_words("Mia lives in Oslo .")
+    >>> shares("They say that Mia lives in Oslo ."), shares("Mia lives in Rome .")
     (True, False)
     """
     size = min(WORDS, len(context.split()))
-    parts = (
-        {tuple(words[i : i + size]) for i in range(len(words) - size + 1)} for words in (text.split(), context.split())
-    )
-    return size > 0 and not set.isdisjoint(*parts)
+
+    def parts(text: str) -> set[tuple[str, ...]]:
+        words = text.split()
+        return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)} if size else set()
+
+    known = parts(context)
+    return lambda text: not known.isdisjoint(parts(text))
 
 
 class _Listener(LayerListener):
