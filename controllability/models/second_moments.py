@@ -23,6 +23,7 @@ from controllability.models.files.moment_files import NOTHING, Begun, begun, wri
 from controllability.models.hooks.carried_patches import uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks, LayerListener
 from controllability.models.hooks.own_modes import own_modes
+from controllability.models.loading import on_device
 from controllability.models.moments import Metric, Moments, matrices
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.heads import Runs, without_logits
@@ -103,6 +104,7 @@ class _Sums:
             self._refuse_other_texts()
 
     def _add(self, inputs: Mapping[str, Any]) -> None:
+        inputs = on_device(dict(inputs), str(next(self.model.parameters()).device))
         mask = inputs.get("attention_mask")
         with own_modes(self.model):
             checked = checked_reading(self.model, inputs)
@@ -224,7 +226,7 @@ class _Listener(LayerListener):
         if not names or x.ndim != 3:
             return
         if self._read is None or self._read[0] is not x:
-            rows = x[self.valid] if self.valid is not None else x.reshape(-1, x.shape[-1])
+            rows = x[self.valid.to(x.device)] if self.valid is not None else x.reshape(-1, x.shape[-1])
             units = torch.nn.functional.normalize(rows.float(), dim=-1)
             self._read = x, units.mT @ units
         for name in names:
