@@ -17,7 +17,7 @@ _ROOMS = {
     "verification.verify": "verify",
     "proof": "Proof prove",
     "models.loading": "encode load_model",
-    "models": "ModelPatch diff exact_mode finalize_merges generate import_peft load_patch patch_model second_moments",
+    "models": "ModelPatch diff exact_mode finalize_merges generate import_peft load_moments load_patch patch_model save_moments second_moments",
     "compiling": "compile_context further_questions",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
@@ -26,7 +26,8 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "ModelPatch", "NotControllable",
     "NotExact", "NotVerified", "OutputControllable", "Param", "Patch", "PatchError", "Proof",
     "ReadingError", "SideConditionFailed", "Trace", "compile_context", "diff", "encode", "exact_mode", "finalize_merges", "further_questions", "generate",
-    "import_peft", "load_model", "load_patch", "patch_model", "prove", "sample", "second_moments", "verify",
+    "import_peft", "load_model", "load_moments", "load_patch", "patch_model", "prove", "sample", "save_moments", "second_moments",
+    "verify",
 ]  # fmt: skip
 
 
@@ -68,8 +69,10 @@ if TYPE_CHECKING:
         finalize_merges,
         generate,
         import_peft,
+        load_moments,
         load_patch,
         patch_model,
+        save_moments,
         second_moments,
     )  # fmt: skip
     from controllability.models.loading import encode, load_model

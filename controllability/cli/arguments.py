@@ -161,8 +161,8 @@ def _compile(parser: ArgumentParser) -> None:
     add("--further-questions", type=int, metavar="N", help=further)
     strength = "how much counts beside the queries; exact: nothing else does (default balanced)"
     add("--strength", choices=STRENGTHS, default="balanced", help=strength)
-    moments = "second moments of the model on ordinary text: read from FILE, or made and written there"
-    add("--moments", metavar="FILE", help=f"{moments} (default: made each time)")
+    made = "the moments command's file, or one to be made the same way (default: made each time)"
+    add("--moments", metavar="FILE", help=made)
     add("--answer-tokens", type=int, default=0, metavar="N", help="add N tokens of the contextual model's own answers")
     add("--rank", type=int, metavar="R", help="largest rank of a ΔW (default: as many as it takes)")
     ridge = "λ of a least-squares fit, or auto: chosen by cross-validation; 0: exact or refused (default with exact: exact, or else auto)"
@@ -184,6 +184,26 @@ def _ridge(text: str) -> float | str:
 
 
 _ridge.__name__ = "number"  # what argparse calls it
+
+
+@_command(
+    "Second moments of a model on ordinary text, once for all that is compiled.",
+    "controllability moments MODEL_DIR --out moments.safetensors",
+)
+def _moments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    _model(parser)
+    own = "half what the model writes, half pages on Python"
+    add(
+        "--texts",
+        metavar="FILE",
+        help=f"texts like those it will meet, one a line; - is standard input (default: {own})",
+    )
+    without = "a context to be compiled: texts with 8 words in a row of it are refused"
+    add("--context-file", dest="context", type=TextFile, metavar="FILE", help=without)
+    add("--dtype", choices=DTYPES, default="float32", help="that of the compile command (default float32)")
+    out = "write them here, now and then; where an interrupted run has written, go on"
+    add("--out", required=True, metavar="FILE", help=out)
 
 
 @_command(

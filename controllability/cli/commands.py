@@ -161,3 +161,4 @@ patch, verify, export = (_elsewhere("patch", name) for name in ("patch", "verify
 generate, demo = _elsewhere("generate", "generate"), _elsewhere("demo", "demo")
 protocol = _elsewhere("protocol", "protocol")
 compile = _elsewhere("compile", "compile")  # noqa: A001 (named after the command)
+moments = _elsewhere("moments", "moments")

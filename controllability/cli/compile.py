@@ -20,9 +20,7 @@ from controllability.compiling.result import TITLES
 from controllability.compiling.strengths import EXACT, STRENGTHS
 from controllability.compiling.write import Written, write
 from controllability.errors import BadInput
-from controllability.models import exact_mode
-from controllability.models.files.folders import refuse_unusable
-from controllability.models.files.moment_files import load_moments, save_moments
+from controllability.models import exact_mode, load_moments
 from controllability.models.loading import load_model
 from controllability.models.moments import Moments
 from controllability.models.reading.model_facts import position_limit, text_config
@@ -52,6 +50,10 @@ def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (nam
     output.result(done.report | {"model": args.model, "dtype": args.dtype, "seconds": time.perf_counter() - started})
     if not output.as_json:
         _show(output, compiled, done, time.perf_counter() - started)
+        if compiled.solution.plan is not None and args.moments is None:
+            output.text(
+                f"Moments were made for this call alone: controllability moments {args.model} --out FILE makes them once."
+            )
     return 0
 
 
@@ -92,10 +94,8 @@ def _moments(args: argparse.Namespace, model: Any, tokenizer: Any, progress: Any
         return None
     if Path(args.moments).exists():
         return load_moments(args.moments, model)
-    refuse_unusable(Path(args.moments), file=True)
-    made = ordinary_moments(model, tokenizer, position_limit(text_config(model)), progress)
-    save_moments(made, args.moments, model)
-    return made
+    limit = position_limit(text_config(model))
+    return ordinary_moments(model, tokenizer, limit, progress, save=args.moments, without=args.context)
 
 
 def _show(output: Output, compiled: Compiled, done: Written, seconds: float) -> None:

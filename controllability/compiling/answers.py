@@ -10,6 +10,7 @@ from controllability.compiling.continuations import continuations, gives, heard,
 from controllability.compiling.token_sets import Prefix, Sample, Side
 from controllability.compiling.yardstick import Yardstick
 from controllability.models.reading.token_text import word
+from controllability.models.sweep.shared_past import SharedPast
 from controllability.models.sweep.target_run import Progress
 
 RUNS = ("with_context", "patched", "without_context")
@@ -70,6 +71,7 @@ class Speaker:
     ends: frozenset[int]
     answer_tokens: int
     limit: int | None
+    past: SharedPast | None = None
 
     def counts(self, samples: Sequence[Sample]) -> list[int]:
         """How many tokens of an answer are shown and compared: those of the answer that was given, or one at least."""
@@ -77,7 +79,9 @@ class Speaker:
 
     def answered(self, model: Any, samples: Sequence[Sample], progress: Progress) -> list[Sample]:
         """The samples with their answers behind them (``with_answers``)."""
-        return with_answers(model, samples, self.answer_tokens, self.ends, progress, self.tokenizer, self.limit)
+        return with_answers(
+            model, samples, self.answer_tokens, self.ends, progress, self.tokenizer, self.limit, self.past
+        )
 
     def says(self, model: Any, yardstick: Yardstick, logits: Sequence[Tensor], side: Side = "source") -> list[Prefix]:
         """What a model says behind each query.  A single token stands in its logits already, and what was said once is known."""
@@ -86,7 +90,7 @@ class Speaker:
         counts = {i: n + bool(samples[i].answer) for i, n in enumerate(self.counts(samples)) if i not in known}
         longer = [i for i, n in counts.items() if n > 1]
         bare, most = [samples[i].bare for i in longer], [counts[i] for i in longer]
-        more = zip(longer, continuations(model, bare, most, side, self.ends, self.limit), strict=True)
+        more = zip(longer, continuations(model, bare, most, side, self.ends, self.limit, past=self.past), strict=True)
         single = {i: (int(logits[i][-1 - samples[i].answered].argmax()),) for i, n in counts.items() if n == 1}
         found = known | single | dict(more)
         return [found[i] for i in range(len(samples))]

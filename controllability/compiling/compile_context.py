@@ -15,7 +15,7 @@ from controllability.compiling.continuations import end_tokens
 from controllability.compiling.controls import control_arms
 from controllability.compiling.corpus import ordinary_moments
 from controllability.compiling.exact_or_ridge import AUTO, EXACTLY, Solution, Wish, solve, tolerance
-from controllability.compiling.examination import Examination
+from controllability.compiling.examination import ASKED, Examination
 from controllability.compiling.metric_sweep import drifts, fitted, hard_ones
 from controllability.compiling.queries import Query, as_queries, refuse_overlap, without_repeats
 from controllability.compiling.result import Compiled
@@ -35,6 +35,7 @@ from controllability.models.hooks.own_modes import own_modes
 from controllability.models.moments import Moments
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.model_facts import cache_bytes, position_limit, text_config
+from controllability.models.sweep.shared_past import SharedPast
 from controllability.models.sweep.target_run import Progress, silent
 
 
@@ -47,8 +48,8 @@ def compile_context(
     """One set of weights with which ``model`` answers the queries as if the context stood before them.
 
     ``strength`` says what counts beside the queries: "gentle", "balanced" or "strong" (or a ``Strength`` by hand) carries over to other
-    wordings and disturbs other text little, as ``moments`` measure it (``second_moments``; by default those of some English prose, made anew
-    at each call).  "exact", which ``ridge``, ``keep_rms`` and ``via`` belong to and bring about, reproduces
+    wordings and disturbs other text little, as ``moments`` measure it (``second_moments``; by default those of what the model writes by
+    itself and of some English prose, made anew at each call).  "exact", which ``ridge``, ``keep_rms`` and ``via`` belong to and bring about, reproduces
     every token of the queries where one patch can be (theory 5); where it cannot, least squares, its λ chosen on the
     held-out queries or by leaving queries out in turn, of rank ``rank`` at most.  ``ridge`` 0 refuses what is not exact, "auto" is
     least squares at once, a positive number the λ to take.  ``keep_rms`` refuses to move the RMS before a norm.  ``via`` None tries
@@ -86,11 +87,17 @@ def compile_context(
         strangers = unrelated_samples(tokenizer, elsewhere, context, [q.text for q in (*asked, *left_out)], limit)
         apart = {"near": near_samples(tokenizer, alike, asked, limit), "unrelated": strangers}
         others = [before.of_query(query) for query in left_out]
+        refuse_foreign([*samples, *others, *apart["near"], *apart["unrelated"]], model)
+        refuse_contradictions(samples)
+        past = SharedPast.of(model, before.tokens, samples[0].target[len(before.tokens) :])
+        speaker = replace(speaker, past=past)
         sets, known = _sets(model, speaker, samples, others, apart, progress)
         examination = Examination.of(model, sets, speaker)
-        metric = moments or ordinary_moments(model, tokenizer, limit, progress) if plan is not None else None
+        metric = moments
+        if plan is not None and moments is None:
+            metric = ordinary_moments(model, tokenizer, limit, progress, without=context)
         solved = partial(_solved, model, plan, wish, metric, progress)
-        solution = solved(sets["queries"], sets.get("heldout"))
+        solution = solved(sets["queries"], sets.get("heldout"), past)
         found = examination.findings(model, solution.patch)
         if plan is not None and rank is None and all(hard_ones(samples, plan)):
             solution = replace(solution, exact=found.results["queries"].relative_error <= tolerance(model))
@@ -105,11 +112,11 @@ def compile_context(
 
 def _solved(
     model: nn.Module, plan: Strength | None, wish: Wish, metric: Moments | None, progress: Progress, queries: Yardstick,
-    heldout: Yardstick | None = None,
+    heldout: Yardstick | None = None, past: SharedPast | None = None,
 ) -> Solution:  # fmt: skip
     if plan is None:
         return solve(model, queries, heldout, wish, progress)
-    patch = fitted(model, queries, plan, wish.rank, metric, progress)
+    patch = fitted(model, queries, plan, wish.rank, metric, progress, past)
     return Solution(patch, replace(wish, via=patch.report.via), False, plan.ridge, None, (), plan)
 
 
@@ -117,14 +124,13 @@ def _sets(
     model: nn.Module, speaker: Speaker, samples: list[Sample], others: list[Sample], apart: dict[str, list[Sample]], progress: Progress
 ) -> tuple[dict[str, Yardstick], int]:  # fmt: skip
     """The sets of texts as far as there are any, the queries and held-out ones with their answers, and how many tokens the queries have."""
-    refuse_foreign([*samples, *others, *apart["near"], *apart["unrelated"]], model)
-    refuse_contradictions(samples)
     samples = speaker.answered(model, samples, progress)
     known = beginnings(samples)
     refuse_known(others, known)
     others = [sample if sample.answer else sample.bare for sample in speaker.answered(model, others, progress)]
     texts = {"queries": samples, "heldout": others} | apart
-    return {k: Yardstick.of(model, v, known if k == "heldout" else ()) for k, v in texts.items() if v}, len(known)
+    seen, past = {"heldout": known}, dict.fromkeys(ASKED, speaker.past)
+    return {k: Yardstick.of(model, v, seen.get(k, ()), past.get(k)) for k, v in texts.items() if v}, len(known)
 
 
 def _refuse_strange(model: Any, tokenizer: Any, moments: Any) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -9,15 +10,21 @@ import torch
 from controllability.compiling.token_sets import Prefix, Sample, Side, batches
 from controllability.compiling.yardstick import run
 from controllability.models.reading.token_text import text_after
+from controllability.models.sweep.shared_past import SharedPast
 from controllability.models.sweep.target_run import Progress, silent
 
 
 @torch.no_grad()
 def continuations(
     model: Any, samples: Sequence[Sample], counts: Sequence[int], side: Side, ends: frozenset[int], limit: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = silent, past: SharedPast | None = None,
 ) -> list[Prefix]:  # fmt: skip
-    """Up to ``counts[i]`` tokens behind sample i in one of its runs, in batches; each stops before a token of ``ends``, and at the limit."""
+    """Up to ``counts[i]`` tokens behind sample i in one of its runs, in batches; each stops before a token of ``ends``, and at the limit.
+
+    With a ``past``, the target's context run already, no token is run twice.
+    """
+    if past is not None:
+        return _cached(model, samples, counts, side, ends, limit, progress, past)
     found: list[Prefix] = []
     for batch in batches(samples, side):
         open_, start = [*range(len(batch))], len(found)
@@ -37,9 +44,30 @@ def continuations(
     return found
 
 
+def _cached(
+    model: Any, samples: Sequence[Sample], counts: Sequence[int], side: Side, ends: frozenset[int], limit: int | None,
+    progress: Progress, past: SharedPast,
+) -> list[Prefix]:  # fmt: skip
+    behind = past if side == "target" else replace(past, cache=None, length=0)
+    rows = [getattr(sample, side)[behind.length :] for sample in samples]
+    most = [
+        min(n, max(0, (limit or n + len(row)) - len(row) - behind.length + 1))
+        for n, row in zip(counts, rows, strict=True)
+    ]
+    order = sorted((i for i, n in enumerate(most) if n), key=lambda i: len(rows[i]))
+    found: dict[int, Prefix] = {}
+    for alike in (list(group) for _, group in groupby(order, key=lambda i: len(rows[i]))):  # without padding
+        for own in behind.batches([len(rows[i]) + most[i] for i in alike]):
+            kept = [alike[k] for k in own]
+            said = behind.greedy(model, [rows[i] for i in kept], max(most[i] for i in kept), ends)
+            found |= {i: tokens[: most[i]] for i, tokens in zip(kept, said, strict=True)}
+            progress("answers", len(found), len(order))
+    return [found.get(i, ()) for i in range(len(samples))]
+
+
 def with_answers(
     model: Any, samples: Sequence[Sample], count: int, ends: frozenset[int], progress: Progress, tokenizer: Any = None,
-    limit: int | None = None,
+    limit: int | None = None, past: SharedPast | None = None,
 ) -> list[Sample]:  # fmt: skip
     """Every sample with its answer behind it: up to ``count`` tokens of its target's greedy continuation, before a token of ``ends``.
 
@@ -51,7 +79,7 @@ def with_answers(
         return list(samples)
     found = []
     for sample, said in zip(
-        samples, continuations(model, samples, counts, "target", ends, limit, progress), strict=True
+        samples, continuations(model, samples, counts, "target", ends, limit, progress, past), strict=True
     ):
         answer = said
         if sample.answer is not None:

@@ -18,6 +18,7 @@ from controllability.models.model_patch import ModelPatch
 from controllability.models.moments import Moments
 from controllability.models.patches.solve import solve
 from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.sweep.shared_past import SharedPast
 from controllability.models.sweep.target_run import Progress
 
 FIRST = 10.0  # how many tokens' weight the first ones have together
@@ -25,15 +26,16 @@ EVEN = 0.1  # of the mean gap, that a token counts where the context changes not
 
 
 def fitted(
-    model: Any, queries: Yardstick, strength: Strength, rank: int | None, moments: Moments | None, progress: Progress
+    model: Any, queries: Yardstick, strength: Strength, rank: int | None, moments: Moments | None, progress: Progress,
+    past: SharedPast | None = None,
 ) -> ModelPatch:  # fmt: skip
-    """The patch.  ``rank`` bounds the rank of every ΔW."""
+    """The patch.  ``rank`` bounds the rank of every ΔW; ``past`` is the context, run already."""
     samples, device = queries.samples, next(model.parameters()).device
     target, source = (padded(samples, side, device=device) for side in ("target", "source"))
     layers = strength.layers(len(checked_reading(model).reading.layers))
     joint = JointOptions(rank=rank, damping=strength.damping, rows=fit_rows(queries, strength), layers=layers)
     record = solve(
-        model, target, source, "all", "output", "auto", positions(samples), progress, joint, moments,
+        model, target, source, "all", "output", "auto", positions(samples), progress, joint, moments, past,
     )  # fmt: skip
     return ModelPatch.of(record)
 

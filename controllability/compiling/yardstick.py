@@ -15,6 +15,7 @@ from controllability.compiling.token_sets import Prefix, Sample, Side, batches, 
 from controllability.errors import BadInput, NotVerified
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.logits import LogitComparison, compare_logits, joined, result_of
+from controllability.models.sweep.shared_past import SharedPast
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,35 @@ def run(model: Any, batch: Sequence[Sample], side: Side) -> Tensor:
     return result_of(model(**without_cache(model, inputs)))
 
 
+def behind(model: Any, batch: Sequence[Sample], past: SharedPast) -> Tensor:
+    """The same of their target runs (B, L, vocabulary), for the positions behind the context."""
+    inputs = padded(batch, "target", device=next(model.parameters()).device)
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    return result_of(model(**past.inputs(inputs["input_ids"][:, past.length :], mask[:, past.length :])))
+
+
 @torch.no_grad()
 def logits_of(
-    model: Any, samples: Sequence[Sample], side: Side = "source", known: Collection[Prefix] = (), alone: bool = False
+    model: Any,
+    samples: Sequence[Sample],
+    side: Side = "source",
+    known: Collection[Prefix] = (),
+    alone: bool = False,
+    past: SharedPast | None = None,
 ) -> list[Tensor]:
     """The model's logits at the query's positions, (n_i, vocabulary) a sample, in its source or target run.
 
     Positions whose text so far is in ``known`` are left out.  ``alone`` runs every sample by itself: another batch rounds
-    otherwise, and what holds in the batch that a patch was solved in alone is worth little.
+    otherwise, and what holds in the batch that a patch was solved in alone is worth little.  ``past``: the context, which is run already.
     """
     found: list[Tensor] = []
+    if past is not None and side == "target":
+        for own in past.batches([len(sample.target) - past.length for sample in samples]):
+            batch = [samples[i] for i in own]
+            logits = behind(model, batch, past)
+            kept = ([row - past.length for row in sample.rows(side, known)] for sample in batch)
+            found += [logits[i, rows].cpu() for i, rows in enumerate(kept)]
+        return found
     for batch in [[sample] for sample in samples] if alone else batches(samples, side):
         logits = run(model, batch, side)
         found += [logits[i, sample.rows(side, known)].cpu() for i, sample in enumerate(batch)]
@@ -109,10 +129,15 @@ class Yardstick(OneLine):
     known: Collection[Prefix] = ()
 
     @staticmethod
-    def of(model: Any, samples: Sequence[Sample], known: Collection[Prefix] = ()) -> Yardstick:
+    def of(
+        model: Any, samples: Sequence[Sample], known: Collection[Prefix] = (), past: SharedPast | None = None
+    ) -> Yardstick:
         """Runs the unpatched model: on the targets for what is wanted, on the sources beside it."""
-        wanted, without = (logits_of(model, samples, side, known) for side in ("target", "source"))
-        return Yardstick(samples, wanted, without, known)
+        without = logits_of(model, samples, "source", known)
+        same = all(sample.source == sample.target for sample in samples)
+        return Yardstick(
+            samples, without if same else logits_of(model, samples, "target", known, past=past), without, known
+        )
 
     def found(self, model: Any, alone: bool = False) -> list[Tensor]:
         """The logits of the model as it is now, on the sources."""

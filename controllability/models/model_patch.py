@@ -15,7 +15,7 @@ from controllability.models.files.peft_export import Exported, export_peft
 from controllability.models.files.peft_import import patch_of_adapter
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.applied import applied
-from controllability.models.patches.extend import Extension, extend
+from controllability.models.patches.extend import Extension, extend, unlearn
 from controllability.models.patches.merged_error import MergedError, merged_error
 from controllability.models.patches.merging import as_weights as merged_for_a_while, merge, unmerge
 from controllability.models.patches.record import PatchRecord
@@ -85,6 +85,16 @@ class ModelPatch(PatchRecord):
         >>> # mp.extend(model, target={"input_ids": context_and_more}, source={"input_ids": more})
         """
         return extend(self, model, target, source, positions)
+
+    def unlearn(self, model: nn.Module, context: Mapping[str, Any]) -> Extension:
+        """Take a context out of a patch of scope "all": all sequences whose target is these token ids and then their source's own tokens.
+
+        What is left is solved anew, so it is the patch that never knew this context.  Raises ``BadInput`` where no sequence has this
+        context, or all have, ``PatchError`` as ``extend`` does; the patch is changed in place, or left as it was.  Source: theory 5 (new).
+
+        >>> # mp.unlearn(model, {"input_ids": context})
+        """
+        return unlearn(self, model, context)
 
     def merge(self, model: nn.Module, corrected: bool | None = None, measured: bool = True) -> int:
         """Write the patch into the weights (W := W + ΔW, rounded to the model's dtype).

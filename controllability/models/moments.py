@@ -3,23 +3,17 @@
 Source: theory 7; the metric is that of ROME and MEMIT [Meng et al.].
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from architectures.reading import Layer, Reading, Tap
 from controllability.deltas import LowRank
 from controllability.errors import BadInput
-from controllability.interfaces import Path, node, updates_of
-from controllability.models.hooks.layer_hooks import LayerHooks, LayerListener
-from controllability.models.hooks.own_modes import own_modes
-from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed, without_cache
-from controllability.models.tokens import with_special
+from controllability.interfaces import node, updates_of
 from controllability.solvers.metric_fit import NO_MOMENTS, Drift
 
 SHRINK = 0.1  # weight of the identity in Σ: no direction of which the texts say nothing is free
@@ -31,12 +25,26 @@ class Metric:
 
     second: Tensor  # C (n, n)
 
+    @property
+    def sigma(self) -> Tensor:
+        """Σ (n, n), float64."""
+        C = self.second.double()
+        scaled = C * ((1 - SHRINK) * len(C) / C.diagonal().sum())
+        return scaled + SHRINK * torch.eye(len(C), dtype=C.dtype, device=C.device)
+
+    @property
+    def condition(self) -> float:
+        """The largest eigenvalue of Σ beside the smallest, n³ operations each time; Σ is shrunk, so at most n/SHRINK."""
+        sigma = self.sigma
+        sizes = torch.linalg.eigvalsh(sigma) if sigma.isfinite().all() else sigma.new_zeros(1)
+        if not sizes[0] > 0:
+            raise BadInput(NO_MOMENTS)
+        return float(sizes[-1] / sizes[0])
+
     @cached_property
     def factor(self) -> Tensor:
         """L (n, n), lower triangular, float64."""
-        C = self.second.double()
-        scaled = C * ((1 - SHRINK) * len(C) / C.diagonal().sum())
-        factor, failed = torch.linalg.cholesky_ex(scaled + SHRINK * torch.eye(len(C), dtype=C.dtype, device=C.device))
+        factor, failed = torch.linalg.cholesky_ex(self.sigma)
         if failed:
             raise BadInput(NO_MOMENTS)
         return factor
@@ -73,10 +81,17 @@ class Moments:
     metrics: Mapping[str, Metric]
     tokens: int
 
+    @property
+    def condition(self) -> dict[str, float]:
+        """The condition number of Σ of every matrix, by the parameter's name; computed each time it is asked for."""
+        return {name: metric.condition for name, metric in self.metrics.items()}
+
     def refuse_other(self, reading: Reading) -> None:
-        """Raise ``BadInput`` unless these are moments of this model's matrices."""
+        """Raise ``BadInput`` unless these are moments of this model's matrices, and of no others."""
+        strange = set(self.metrics)
         for layer in reading.layers:
-            for name in (name for tap in layer.taps for path in tap.paths for name in matrices(layer, path)):
+            for name in matrices(layer):
+                strange.discard(name)
                 width = layer.params[name].shape
                 metric = self.metrics.get(name)
                 if metric is None or metric.second.shape not in [(n, n) for n in width]:
@@ -84,110 +99,15 @@ class Moments:
                 finite = bool(metric.second.sum().isfinite())
                 if not finite or not float(metric.second.diagonal().sum()) > 0:
                     raise BadInput(f"moments: those of {name} are zero or not finite: make them anew on other texts")
+        if strange:
+            raise BadInput(f"moments: this model has no matrix {min(strange)}: they are of another model")
 
     def __repr__(self) -> str:
         return f"Moments({len(self.metrics)} matrices, {self.tokens} tokens)"
 
 
-def second_moments(
-    model: nn.Module,
-    texts: Iterable[Any],
-    tokenizer: Any = None,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> Moments:
-    """C = E[x xᵀ]/‖x‖² of what the matrices of the feed-forward halves read on ``texts``; for ``patch_model(..., moments=)``.
-
-    ``texts``: strings (then ``tokenizer`` is needed), token ids (T,) or (B, T), or keyword arguments of the model's forward.
-    Some thousand tokens are needed, more than the widest matrix reads numbers.  Raises ``BadInput`` for texts that cannot be read, or none.
-    Source: theory 7.
-
-    >>> import torch
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-    ...     num_attention_heads=2, num_key_value_heads=1)
-    >>> model = LlamaForCausalLM(config).eval()
-    >>> moments = second_moments(model, [torch.arange(40), torch.arange(9, 29)])
-    >>> moments
-    Moments(6 matrices, 60 tokens)
-    >>> ids = torch.arange(5, 17)[None]
-    >>> source = {"input_ids": ids[:, -3:], "position_ids": torch.arange(9, 12)[None]}
-    >>> from controllability import patch_model
-    >>> mp = patch_model(model, {"input_ids": ids}, source, scope="last", moments=moments)
-    """
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise BadInput(f"second_moments: give a list of texts, got {type(texts).__name__}")
-    runs = [_inputs(text, tokenizer) for text in texts]
-    for inputs in runs:
-        refuse_malformed(inputs, "second_moments")
-    if not runs:
-        raise BadInput("second_moments: no texts were given")
-    with own_modes(model):
-        checked = checked_reading(model, runs[0])
-        for inputs in runs:
-            refuse_bad_inputs(model, checked, inputs, "second_moments")
-        layers = checked.reading.layers
-        listeners = [_Listener(layer) for layer in layers]
-        tokens = 0
-        with LayerHooks(model, checked.reading) as hooks, torch.inference_mode():
-            for number, inputs in enumerate(runs):
-                mask = inputs.get("attention_mask")
-                for listener in listeners:
-                    listener.valid = None if mask is None else mask.bool()
-                hooks.run(listeners, without_cache(model, inputs))
-                tokens += sum(int(listener.rows) for listener in listeners[:1])
-                progress("second moments", number + 1, len(runs))
-        metrics = {name: Metric(sums.clone()) for listener in listeners for name, sums in listener.sums.items()}
-    if not tokens:
-        raise BadInput("second_moments: all tokens of the texts are padding")
-    return Moments(metrics, tokens)
-
-
-def _inputs(text: Any, tokenizer: Any) -> Mapping[str, Any]:
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise BadInput("second_moments: texts that are strings need tokenizer=")
-        text = torch.tensor([with_special(tokenizer, text)[0]])
-    if isinstance(text, Tensor):
-        return {"input_ids": text if text.ndim > 1 else text[None]}
-    if not isinstance(text, Mapping):
-        raise BadInput(f"second_moments: give strings, token ids or inputs of the model, got {type(text).__name__}")
-    return text
-
-
-class _Listener(LayerListener):
-    """Adds up, layer by layer, the directions that the matrices read."""
-
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
-        self.sums: dict[str, Tensor] = {}
-        self.valid: Tensor | None = None
-        self.rows = 0  # tokens of the last run
-        # what the last tap read, and its moment: gate and up read the same
-        self._read: tuple[Any, Tensor] | None = None
-
-    def begins(self) -> None:
-        self._read = None
-
-    def entering(self, index: int, value: Tensor) -> None:
-        self.rows = int(self.valid.sum()) if self.valid is not None else value.shape[0] * value.shape[1]
-
-    def leaving(self, value: Tensor) -> None:
-        self._read = None
-
-    def computed(self, tap: Tap, x: Tensor, y: Tensor) -> None:
-        names = [name for path in tap.paths for name in matrices(self.layer, path)]
-        if not names or x.ndim != 3:
-            return
-        if self._read is None or self._read[0] is not x:
-            rows = x[self.valid] if self.valid is not None else x.reshape(-1, x.shape[-1])
-            units = torch.nn.functional.normalize(rows.float(), dim=-1)
-            self._read = x, units.mT @ units
-        for name in names:
-            held = self.sums.get(name)
-            self.sums[name] = self._read[1].clone() if held is None else held.add_(self._read[1])
-
-
-def matrices(layer: Layer, path: Path) -> list[str]:
-    """The full names of the matrices that the leaf at ``path`` can be moved by, experts' own ones left out."""
-    updates = updates_of(node(layer.block, path), "input", "output")
+def matrices(layer: Layer, tap: Tap | None = None) -> list[str]:
+    """The full names of the matrices behind one tap, or all of them, that a patch may move, experts' own ones left out."""
+    paths = [path for each in (layer.taps if tap is None else [tap]) for path in each.paths]
+    updates = [update for path in paths for update in updates_of(node(layer.block, path), "input", "output")]
     return list(dict.fromkeys(update.param.name for update in updates if update.kind == "linear"))

@@ -83,7 +83,8 @@ def continued(known: Known, x: np.ndarray, delta: np.ndarray, raw: np.ndarray) -
     """(the tokens with ``x`` (N, n) and ``delta`` (N, m) among them, what is left over of the new δ).
 
     Each new token brings one direction, orthogonal to the earlier tokens' inputs: what they give does not move.  O(rank · width)
-    a token.  Source: theory 5, streaming (new).
+    a token.  Raises ``NotContinued`` for a direction of rounding alone, as a token brings that is served already (the beginning
+    of another sequence): what it lacks, rounding too, would be divided by it.  Source: theory 5, streaming (new).
     """
     span, left = known.span, known.left
     assert span is not None and left is not None
@@ -93,6 +94,8 @@ def continued(known: Known, x: np.ndarray, delta: np.ndarray, raw: np.ndarray) -
         place = span.coordinates[-1]
         if direction is None:
             rest[i] = wanted - place @ left
+        elif place[-1] <= np.sqrt(span.tolerance) * np.linalg.norm(row):
+            raise NotContinued("a token differs from earlier ones by little more than rounding")
         else:
             left = known.memory.grown("left", left, ((wanted - place[:-1] @ left) / place[-1])[None])
     return Known.joined(known, Known(x, delta, raw, None, span, left)), rest

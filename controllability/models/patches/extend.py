@@ -1,4 +1,4 @@
-"""Adding tokens to a patch of scope "all": the earlier tokens' outputs stay, and nothing of theirs is computed again.
+"""Adding tokens to a patch of scope "all": the earlier tokens' outputs stay, and nothing of theirs is computed again.  And taking some out.
 
 Each steered map keeps an orthonormal basis of what it read; a new token brings the direction that was missing.
 Where a norm's scale serves all tokens it is found anew, and the left factors with it (timed apart); the
@@ -45,7 +45,7 @@ from controllability.solvers.served_tokens import NotContinued
 
 @dataclass(frozen=True)
 class Extension:
-    """What one ``extend`` did: ``tokens`` added, ``seconds`` in all, of which ``scale_seconds`` on joint scales.
+    """What one ``extend`` did: ``tokens`` added (``unlearn``: fewer than 0), ``seconds`` in all, of which ``scale_seconds`` on joint scales.
 
     ``grown`` says that a known sequence went on, whose caches were kept; ``anew`` that everything was solved again.
     """
@@ -87,6 +87,29 @@ def extend(
     return found
 
 
+def unlearn(patch: PatchRecord, model: nn.Module, context: Mapping[str, Any]) -> Extension:
+    """Take the sequences behind ``context`` out of ``patch``.  See ``ModelPatch.unlearn``."""
+    started = time.perf_counter()
+    model = uncompiled(model)
+    _refuse_inputs(context, "context")
+    with own_modes(model), patch._lock:
+        sequences = _refuse_unfit(patch, model).sequences
+        patch.refuse_misuse(model)
+        kept = [s for s in sequences if not s.stands_behind(context["input_ids"][0].cpu())]
+        if len(kept) in (0, len(sequences)):
+            why = (
+                "it stands for nothing else: let the patch go"
+                if not kept
+                else "no sequence of this patch has it as its context"
+            )
+            raise BadInput(f"unlearn: {why}")
+        before = patch.report.tokens
+        changed = _anew(patch, model, batch_of(kept)[0])
+        found = Extension(changed["report"].tokens - before, time.perf_counter() - started, 0.0, False, True)
+        vars(patch).update(changed, extensions=[*patch.extensions, found])
+    return found
+
+
 def _gone_on(
     patch: PatchRecord, model: nn.Module, checked: Checked, stream: Stream, step: _Step
 ) -> tuple[list[LayerSweep], Any] | None:
@@ -102,10 +125,12 @@ def _gone_on(
 
 def _refuse_unfit(patch: PatchRecord, model: nn.Module) -> Stream:
     if patch.scope != "all" or patch.joint is None or not patch.joint.exact:
-        raise PatchError(f"only an exact patch of scope 'all' can be extended, and this one is of scope '{patch.scope}'"
+        raise PatchError(f"only an exact patch of scope 'all' can be extended or unlearn a context, and this one is of scope '{patch.scope}'"
                          + ("" if patch.scope != "all" else ", a fit (ridge or rank)"))  # fmt: skip
     if patch._merged_into is not None or patch.id in carried(model):
-        raise PatchError("this patch is on the model at the moment: leave applied() or unmerge before extending it")
+        raise PatchError(
+            "this patch is on the model at the moment: leave applied() or unmerge before extending or unlearning"
+        )
     if patch.stream is None:
         raise PatchError(
             "this patch does not remember its tokens (it was loaded, or made from inputs other than token ids): make it again"

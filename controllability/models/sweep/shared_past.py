@@ -1,0 +1,140 @@
+"""One context before many sequences: it is run once, and each of them goes on from its cache.  (new)
+
+Sequences are run in batches whose copies of the cache stay below ``ROOM`` bytes.
+"""
+
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controllability.arrays import relative_error
+from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.reading.heads import KEEP, Result, Runs
+from controllability.models.reading.inputs import without_cache
+from controllability.models.reading.logits import result_of
+from controllability.models.reading.model_facts import cache_bytes, forward_arguments
+from controllability.models.reading.positions import Positions
+from controllability.models.reading.tolerances import CACHED
+from controllability.models.sweep.cached_pass import ASKED
+from controllability.models.sweep.one_pass import plain_layers
+from controllability.models.sweep.target_run import LayerTarget, Progress, observe_target
+
+ROOM = 2**29
+
+
+@dataclass(eq=False)
+class SharedPast:
+    """The cache of a run over ``length`` tokens, of one row, None for an empty one; ``bytes`` that a token takes in it."""
+
+    cache: Any
+    length: int
+    bytes: int
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: nn.Module, tokens: Sequence[int], then: Sequence[int]) -> "SharedPast | None":
+        """None where the model keeps no plain cache, or does not give what a run over everything gives: tried on ``then``."""
+        size = cache_bytes(model) if set(forward_arguments(model)) >= ASKED else None
+        if size is None:
+            return None
+        device = next(model.parameters()).device
+        ids = torch.tensor([[*tokens, *then]], device=device)
+        output = model(input_ids=ids[:, : len(tokens)], use_cache=True)
+        cache = output.past_key_values
+        if type(cache).__name__ != "DynamicCache" or not plain_layers(cache):
+            return None
+        found, count = SharedPast(cache, len(tokens), size), len(then)
+        own = result_of(model(**found.inputs(ids[:, -count:].expand(2, -1), torch.ones(2, count, device=device))))
+        wanted = result_of(model(**without_cache(model, {"input_ids": ids})))[:, -count:]
+        return found if relative_error(own, wanted.expand_as(own)) <= CACHED[wanted.dtype] else None
+
+    def batches(self, lengths: Sequence[int]) -> Iterator[range]:
+        """The numbers of the sequences that are run together."""
+        start = 0
+        while start < len(lengths):
+            stop = start + 1
+            while stop < len(lengths) and self._room(lengths[start : stop + 1]) <= ROOM:
+                stop += 1
+            yield range(start, stop)
+            start = stop
+
+    def _room(self, lengths: Sequence[int]) -> int:
+        return self.bytes * len(lengths) * (self.length + max(lengths))
+
+    @torch.no_grad()
+    def greedy(
+        self, model: nn.Module, rows: Sequence[Sequence[int]], count: int, ends: Collection[int]
+    ) -> list[tuple[int, ...]]:
+        """Up to ``count`` likeliest tokens behind each row, all as long; each stops before a token of ``ends``."""
+        ids = torch.tensor(rows, device=next(model.parameters()).device)
+        lean = {KEEP: 1} if KEEP in forward_arguments(model) else {}
+        inputs = self.inputs(ids, torch.ones_like(ids))
+        said: list[Tensor] = []
+        for _ in range(count):
+            output = model(**inputs, **lean)
+            said.append(result_of(output)[:, -1].argmax(-1))
+            mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(len(ids), 1)], 1)
+            inputs |= {
+                "input_ids": said[-1][:, None],
+                "attention_mask": mask,
+                "past_key_values": output.past_key_values,
+            }
+        tokens = torch.stack(said, 1).tolist()
+        stops = [next((i for i, token in enumerate(row) if token in ends), count) for row in tokens]
+        return [tuple(row[:stop]) for row, stop in zip(tokens, stops, strict=True)]
+
+    def inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        """Of a run over ``ids`` (B, L), padded on the right as ``mask`` (B, L) says."""
+        if self.cache is None:
+            return {"input_ids": ids, "attention_mask": mask.long(), "use_cache": True}
+        cache: Any = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in cache.layers:  # what it reads next is put behind these in a new tensor
+            layer.keys, layer.values = (x.expand(len(ids), -1, -1, -1) for x in (layer.keys, layer.values))
+        whole = torch.cat([mask.new_ones(len(ids), self.length), mask], 1).long()
+        return {"input_ids": ids, "attention_mask": whole, "past_key_values": cache, "use_cache": True}
+
+    def observed(
+        self, hooks: LayerHooks, lean: Runs, target: Mapping[str, Any], rows: Positions, progress: Progress
+    ) -> tuple[list[list[LayerTarget]], Result]:
+        """What ``observe_target`` sees at the rows, and the model's result there, of ids (B, T) that begin with the context.
+
+        A row inside the context is given the state behind it: it must be one that is not read.
+        """
+        ids = target["input_ids"][:, self.length :]
+        mask = target.get("attention_mask", torch.ones_like(target["input_ids"]))[:, self.length :]
+        parts, results = [], []
+        for batch in self.batches(mask.sum(1).tolist()):
+            own = slice(batch.start, batch.stop)
+            kept = (rows.sample >= batch.start) & (rows.sample < batch.stop)
+            here = Positions(
+                rows.sample[kept] - batch.start, (rows.position[kept] - self.length).clamp_min(0), (len(batch), ids.shape[1])
+            )  # fmt: skip
+            inputs = self.inputs(ids[own], mask[own])
+            asked = lean.inputs({name: inputs[name] for name in ("input_ids", "attention_mask")})
+            targets, output = observe_target(hooks, asked | inputs, here, progress)
+            parts.append(targets)
+            results.append(lean.of(output).at(here))
+        return _joined(parts), replace(results[0], held=torch.cat([result.held for result in results]))
+
+
+def _joined(parts: Sequence[list[list[LayerTarget]]]) -> list[list[LayerTarget]]:
+    """The rows of all parts, layer by layer and call by call."""
+    return [[_one(calls) for calls in zip(*layers, strict=True)] for layers in zip(*parts, strict=True)]
+
+
+def _one(calls: Sequence[LayerTarget]) -> LayerTarget:
+    first = calls[0]
+    return LayerTarget(
+        first.layer,
+        [torch.cat(states) if states[0] is not None else None for states in zip(*(c.states for c in calls), strict=True)],
+        {path: torch.cat([c.outputs[path] for c in calls]) for path in first.outputs},
+        {
+            path: {name: torch.cat([c.bound[path][name] for c in calls]) for name in held}
+            for path, held in first.bound.items()
+        },
+    )  # fmt: skip
