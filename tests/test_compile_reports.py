@@ -19,7 +19,7 @@ from controllability.compiling.rank_figure import measure_by_rank
 from controllability.compiling.yardstick import agreement
 from controllability.deltas import LowRank, Shift
 from controllability.models.hooks.carried_patches import carried
-from controllability.models.moments import second_moments
+from controllability.models.second_moments import second_moments
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,7 @@ class Speaker:
         """What a model says behind each query.  A single token stands in its logits already, and what was said once is known."""
         samples = yardstick.samples
         known = {i: sample.said for i, sample in enumerate(samples) if side == "target" and sample.said}
+        known |= {i: said for i, x in enumerate(logits) if i not in known and (said := follows(samples[i], x))}
         counts = {i: n + bool(samples[i].answer) for i, n in enumerate(self.counts(samples)) if i not in known}
         longer = [i for i, n in counts.items() if n > 1]
         bare, most = [samples[i].bare for i in longer], [counts[i] for i in longer]
@@ -94,3 +95,12 @@ class Speaker:
         single = {i: (int(logits[i][-1 - samples[i].answered].argmax()),) for i, n in counts.items() if n == 1}
         found = known | single | dict(more)
         return [found[i] for i in range(len(samples))]
+
+
+def follows(sample: Sample, logits: Tensor) -> Prefix | None:
+    """What the contextual model says, where these logits along its answer say the same token by token, and so would a run by itself."""
+    n = sample.answered
+    same = (
+        n and sample.said[:n] == sample.source[-n:] and logits[-n - 1 : -1].argmax(-1).tolist() == list(sample.said[:n])
+    )
+    return sample.said[:n] if same and len(sample.said) == n else None

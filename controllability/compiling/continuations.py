@@ -56,7 +56,8 @@ def _cached(
     ]
     order = sorted((i for i, n in enumerate(most) if n), key=lambda i: len(rows[i]))
     found: dict[int, Prefix] = {}
-    for alike in (list(group) for _, group in groupby(order, key=lambda i: len(rows[i]))):  # without padding
+    alike_ones = [order] if past.ragged else [list(group) for _, group in groupby(order, key=lambda i: len(rows[i]))]
+    for alike in alike_ones:
         for own in behind.batches([len(rows[i]) + most[i] for i in alike]):
             kept = [alike[k] for k in own]
             said = behind.greedy(model, [rows[i] for i in kept], max(most[i] for i in kept), ends)

@@ -47,10 +47,11 @@ def drifts(model: Any, patch: ModelPatch) -> dict[str, float]:
         metric, delta = patch.metrics.get(entry.param.name), entry.delta
         if metric is None or type(delta) is not LowRank or entry.param.index:
             continue
-        W = model.get_parameter(entry.param.name).detach().double()
+        W = model.get_parameter(entry.param.name).detach().float()
         W = W.mT if delta.transposed else W
         C, left, right = metric.second.to(W), delta.left.to(W), delta.right.to(W)
-        change, whole = ((left @ left.mT) * (right @ C @ right.mT)).sum(), (W @ C * W).sum()
+        change = ((left @ left.mT).double() * (right @ C @ right.mT).double()).sum()
+        whole = (W @ C * W).sum(dtype=torch.float64)
         found[entry.param.name] = float((change.clamp_min(0) / whole).sqrt())
     return found
 

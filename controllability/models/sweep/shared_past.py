@@ -4,7 +4,7 @@ Sequences are run in batches whose copies of the cache stay below ``ROOM`` bytes
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ class SharedPast:
     cache: Any
     length: int
     bytes: int
+    ragged: bool | None = None  # whether rows of different lengths may go on side by side; None: not tried yet
 
     @staticmethod
     @torch.no_grad()
@@ -41,16 +42,26 @@ class SharedPast:
         size = cache_bytes(model) if set(forward_arguments(model)) >= ASKED else None
         if size is None:
             return None
-        device = next(model.parameters()).device
+        count, device = len(then), next(model.parameters()).device
         ids = torch.tensor([[*tokens, *then]], device=device)
-        output = model(input_ids=ids[:, : len(tokens)], use_cache=True)
-        cache = output.past_key_values
+        cache = model(input_ids=ids[:, : len(tokens)], use_cache=True, **_few(model, 1)).past_key_values
         if type(cache).__name__ != "DynamicCache" or not plain_layers(cache):
             return None
-        found, count = SharedPast(cache, len(tokens), size), len(then)
+        found = SharedPast(cache, len(tokens), size)
+        wanted = result_of(model(**without_cache(model, {"input_ids": ids}), **_few(model, count)))[:, -count:]
         own = result_of(model(**found.inputs(ids[:, -count:].expand(2, -1), torch.ones(2, count, device=device))))
-        wanted = result_of(model(**without_cache(model, {"input_ids": ids})))[:, -count:]
-        return found if relative_error(own, wanted.expand_as(own)) <= CACHED[wanted.dtype] else None
+        if relative_error(own, wanted.expand_as(own)) > CACHED[wanted.dtype]:
+            return None
+        found.ragged = count > 1 and found._goes_on_behind_padding(model, then, wanted)
+        return found
+
+    def _goes_on_behind_padding(self, model: nn.Module, then: Sequence[int], wanted: Tensor) -> bool:
+        """Whether a row that is padded goes on as it does alone: a window of attention may count the padding."""
+        *before, last = then
+        steps = self._steps(model, [before, [*before, last]])
+        next(steps)
+        own = steps.send(torch.tensor([last, last], device=wanted.device))[:1]
+        return relative_error(own, wanted[:, -1]) <= CACHED[wanted.dtype]
 
     def batches(self, lengths: Sequence[int]) -> Iterator[range]:
         """The numbers of the sequences that are run together."""
@@ -69,23 +80,31 @@ class SharedPast:
     def greedy(
         self, model: nn.Module, rows: Sequence[Sequence[int]], count: int, ends: Collection[int]
     ) -> list[tuple[int, ...]]:
-        """Up to ``count`` likeliest tokens behind each row, all as long; each stops before a token of ``ends``."""
-        ids = torch.tensor(rows, device=next(model.parameters()).device)
-        lean = {KEEP: 1} if KEEP in forward_arguments(model) else {}
-        inputs = self.inputs(ids, torch.ones_like(ids))
-        said: list[Tensor] = []
-        for _ in range(count):
-            output = model(**inputs, **lean)
-            said.append(result_of(output)[:, -1].argmax(-1))
-            mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(len(ids), 1)], 1)
-            inputs |= {
-                "input_ids": said[-1][:, None],
-                "attention_mask": mask,
-                "past_key_values": output.past_key_values,
-            }
+        """Up to ``count`` likeliest tokens behind each row; each stops before a token of ``ends``.  Rows of other lengths: if ``ragged``."""
+        steps, said = self._steps(model, rows), []
+        logits = next(steps)
+        while len(said) < count:
+            said.append(logits.argmax(-1))
+            if len(said) < count:
+                logits = steps.send(said[-1])
         tokens = torch.stack(said, 1).tolist()
         stops = [next((i for i, token in enumerate(row) if token in ends), count) for row in tokens]
         return [tuple(row[:stop]) for row, stop in zip(tokens, stops, strict=True)]
+
+    def _steps(self, model: nn.Module, rows: Sequence[Sequence[int]]) -> Generator[Tensor, Tensor]:
+        """Logits (B, vocabulary) behind the rows, and then behind each token (B,) that is sent."""
+        device = next(model.parameters()).device
+        lengths, longest = torch.tensor([len(row) for row in rows], device=device), max(map(len, rows))
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+        inputs = self.inputs(ids, torch.arange(longest, device=device) < lengths[:, None])
+        logits = result_of(output := model(**inputs))[torch.arange(len(rows), device=device), lengths - 1]
+        while True:
+            tokens = yield logits
+            mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(len(ids), 1)], 1)
+            places = {} if self.ragged is False else {"position_ids": (self.length + lengths)[:, None]}
+            inputs |= {"input_ids": tokens[:, None], "attention_mask": mask, "past_key_values": output.past_key_values}
+            output, lengths = model(**inputs, **places), lengths + 1
+            logits = result_of(output)[:, -1]
 
     def inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """Of a run over ``ids`` (B, L), padded on the right as ``mask`` (B, L) says."""
@@ -138,3 +157,8 @@ def _one(calls: Sequence[LayerTarget]) -> LayerTarget:
             for path, held in first.bound.items()
         },
     )  # fmt: skip
+
+
+def _few(model: nn.Module, count: int) -> dict[str, int]:
+    """Asks for the last ``count`` logits alone, where the model can be asked."""
+    return {KEEP: count} if KEEP in forward_arguments(model) else {}
