@@ -150,7 +150,7 @@ def stages(**options):
     return [*seen]
 
 
-@pytest.mark.parametrize("options", [{"answer_tokens": 2, "controls": True}, {"strength": "exact"}, {"ridge": "auto"}])
+@pytest.mark.parametrize("options", [{"answer_tokens": 2, "controls": True}, {"strength": "exact"}, {"ridge": 0.1}])
 def test_ctrl_c_in_any_phase_leaves_the_model_and_the_files_as_they_were(tmp_path, monkeypatch, capsys, options):
     from controllability.cli import compile as compiling
 
@@ -161,7 +161,7 @@ def test_ctrl_c_in_any_phase_leaves_the_model_and_the_files_as_they_were(tmp_pat
     words = {
         "answer_tokens": ["--answer-tokens", "2"],
         "controls": ["--controls"],
-        "ridge": ["--ridge", "auto"],
+        "ridge": ["--ridge", "0.1"],
         "strength": [],
     }
     given = [word for name in options for word in words[name]]

@@ -9,12 +9,12 @@ import torch
 from compiled_facts import ASKED, OTHERWISE, PAIR, Plain, eight, exactly, facts, load
 
 import controllability as ct
-from controllability.compiling import Query, rank_figure as picture, ridge, unrelated_texts as unrelated
+from controllability.compiling import Query, rank_figure as picture, unrelated_texts as unrelated
 from controllability.compiling.continuations import end_tokens, with_answers
 from controllability.compiling.exact_or_ridge import rank_of
 from controllability.compiling.queries import read_queries
 from controllability.compiling.token_sets import Context, Sample, batches, beginnings, padded, positions
-from controllability.compiling.yardstick import Yardstick, agreement, logits_of
+from controllability.compiling.yardstick import agreement, logits_of
 from controllability.models.loading import load_model
 from controllability.models.reading.positions import pair_positions
 
@@ -108,37 +108,16 @@ def test_in_float64():
 
 def test_a_positive_ridge_is_a_fit_and_says_so():
     found = exactly(*load(), PAIR, ASKED, ridge=0.1)
-    assert (found.exact, found.solution.ridge, found.solution.choice) == (False, 0.1, None)
+    assert (found.exact, found.solution.ridge, found.solution.plan) == (False, 0.1, None)
     assert found.results["queries"].max_logit_error > 1e-3
     assert found.to_dict()["certificate"] is None
 
 
-@pytest.mark.parametrize("heldout, judge", [(OTHERWISE, "held-out queries"), ((), "queries left out in turn, 2 folds")])
-def test_the_ridge_is_chosen_by_texts_that_were_not_fitted(monkeypatch, heldout, judge):
-    monkeypatch.setattr(ridge, "GRID", (1e-4, 1.0, 1e3))
-    monkeypatch.setattr(ridge.choose_ridge, "__defaults__", (ridge.GRID,))
-    found = exactly(*load(), PAIR, ASKED, heldout, ridge="auto")
-    choice = found.solution.choice
-    assert choice.judged_on == judge
-    assert [row["ridge"] for row in choice.tried] == [1e-4, 1.0, 1e3]
-    assert len({row["kl"] for row in choice.tried}) == 3
-    assert found.solution.ridge == choice.ridge == min(choice.tried, key=lambda row: row["kl"])["ridge"]
-    if heldout:  # what was judged is what comes out
-        assert found.results["heldout"].kl == pytest.approx(min(row["kl"] for row in choice.tried), rel=1e-3)
-
-
-def test_a_single_query_cannot_be_split():
-    found = exactly(*load(), PAIR, ASKED[:1], ridge="auto")
-    assert found.solution.ridge == min(ridge.GRID)
-    assert found.solution.choice.tried == []
-
-
-def test_a_rank_that_is_too_small_for_the_set_makes_it_a_fit(monkeypatch):
-    monkeypatch.setattr(ridge.choose_ridge, "__defaults__", ((1e-2,),))
+def test_a_rank_that_is_too_small_for_the_set_makes_it_a_fit():
     full = rank_of(exactly(*load(), PAIR, ASKED, rank=96).patch)
     found = exactly(*load(), PAIR, ASKED, OTHERWISE, rank=3)
     assert full > rank_of(found.patch) == 3
-    assert not found.exact
+    assert (found.exact, found.solution.strength) == (False, "strong")
     reasons = [attempt["reason"] for attempt in found.to_dict()["tried"]]
     assert len(reasons) == 2
     assert all(f"the exact patch has rank {full}, more than 3" in reason for reason in reasons)
@@ -265,13 +244,3 @@ def test_texts_that_have_nothing_to_do_with_the_context():
             return {"input_ids": [5, 6, 7]}
 
     assert [s.text for s in unrelated.unrelated_samples(English(), [], PAIR, ASKED, 256)] == [*unrelated.SENTENCES]
-
-
-def test_the_yardstick_of_some_texts_leaves_known_tokens_out():
-    model, tokenizer = load()
-    samples = [Context.of(tokenizer, PAIR).sample(text) for text in ASKED]
-    whole = Yardstick.of(model, samples)
-    part = whole.part([1], beginnings(samples[:1]))
-    assert len(whole.wanted[1]) == 5
-    assert torch.equal(part.wanted[0], whole.wanted[1][2:])  # "Where does" begins both
-    assert part.unpatched.positions == 3

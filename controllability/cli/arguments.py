@@ -165,8 +165,8 @@ def _compile(parser: ArgumentParser) -> None:
     add("--moments", metavar="FILE", help=made)
     add("--answer-tokens", type=int, default=0, metavar="N", help="add N tokens of the contextual model's own answers")
     add("--rank", type=int, metavar="R", help="largest rank of a ΔW (default: as many as it takes)")
-    ridge = "λ of a least-squares fit, or auto: chosen by cross-validation; 0: exact or refused (default with exact: exact, or else auto)"
-    add("--ridge", type=_ridge, metavar="L", help=ridge)
+    ridge = "λ of a least-squares fit; 0: exact or refused (default with exact: exact, or else strong)"
+    add("--ridge", type=float, metavar="L", help=ridge)
     add("--keep-rms", action="store_true", help="exact, without moving the RMS before a norm, or refused")
     add("--via", choices=VIA, help="default: output, or input-output where that is not exact, and for least squares")
     add("--dtype", choices=DTYPES, default="float32", help="default float32; float64 computes exactly")
@@ -177,13 +177,6 @@ def _compile(parser: ArgumentParser) -> None:
     add("--controls", action="store_true", help=controls)
     add("--picture", action="store_true", help="also draw agreement and drift against rank")
     _out(parser, "DIR", "write it here", required=True)
-
-
-def _ridge(text: str) -> float | str:
-    return text if text == "auto" else float(text)
-
-
-_ridge.__name__ = "number"  # what argparse calls it
 
 
 @_command(

@@ -127,8 +127,6 @@ def _how(compiled: Compiled) -> str:
     rounded = compiled.solution.rounded
     fit = "solved exactly, but rounding shows" if rounded else f"least squares with λ {data['ridge']:g}"
     lines = [f"not exact ({fit}): {size}."]
-    if compiled.solution.choice is not None:
-        lines.append(f"λ was chosen on {compiled.solution.choice.judged_on}.")
     lines += [f"no exact patch via {attempt.wish.via}: {attempt.reason}" for attempt in compiled.solution.attempts]
     return "\n".join([*lines, "The held-out queries tell what generalises; nothing else does."])
 

@@ -3,9 +3,9 @@
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache as cache_of, partial
 from typing import Any
 
 from torch import nn
@@ -14,12 +14,12 @@ from controllability.compiling.answers import Speaker
 from controllability.compiling.continuations import end_tokens
 from controllability.compiling.controls import control_arms
 from controllability.compiling.corpus import ordinary_moments
-from controllability.compiling.exact_or_ridge import AUTO, EXACTLY, Solution, Wish, solve, tolerance
+from controllability.compiling.exact_or_ridge import EXACTLY, ExactAttempt, Solution, Wish, solve, tolerance
 from controllability.compiling.examination import ASKED, Examination
 from controllability.compiling.metric_sweep import drifts, fitted, hard_ones
 from controllability.compiling.queries import Query, as_queries, refuse_overlap, without_repeats
 from controllability.compiling.result import Compiled
-from controllability.compiling.strengths import Strength, strength_of
+from controllability.compiling.strengths import STRENGTHS, Strength, strength_of
 from controllability.compiling.token_sets import (
     Context,
     Sample,
@@ -42,7 +42,7 @@ from controllability.models.sweep.target_run import Progress, silent
 def compile_context(
     model: nn.Module, tokenizer: Any, context: str, queries: Sequence[str | Query],
     heldout: Sequence[str | Query] = (), unrelated: Sequence[str] = (), answer_tokens: int = 0, rank: int | None = None,
-    ridge: float | str | None = None, keep_rms: bool = False, via: str | None = None, progress: Progress = silent,
+    ridge: float | None = None, keep_rms: bool = False, via: str | None = None, progress: Progress = silent,
     strength: str | Strength = "balanced", moments: Moments | None = None, near: Sequence[str] = (), controls: bool = False,
 ) -> Compiled:  # fmt: skip
     """One set of weights with which ``model`` answers the queries as if the context stood before them.
@@ -50,9 +50,8 @@ def compile_context(
     ``strength`` says what counts beside the queries: "gentle", "balanced" or "strong" (or a ``Strength`` by hand) carries over to other
     wordings and disturbs other text little, as ``moments`` measure it (``second_moments``; by default those of what the model writes by
     itself and of some English prose, made anew at each call).  "exact", which ``ridge``, ``keep_rms`` and ``via`` belong to and bring about, reproduces
-    every token of the queries where one patch can be (theory 5); where it cannot, least squares, its λ chosen on the
-    held-out queries or by leaving queries out in turn, of rank ``rank`` at most.  ``ridge`` 0 refuses what is not exact, "auto" is
-    least squares at once, a positive number the λ to take.  ``keep_rms`` refuses to move the RMS before a norm.  ``via`` None tries
+    every token of the queries where one patch can be (theory 5); where it cannot, or not of rank ``rank``, it is "strong".
+    ``ridge`` 0 refuses what is not exact, a positive number is the λ of plain least squares.  ``keep_rms`` refuses to move the RMS before a norm.  ``via`` None tries
     Theorem 1b, then 1.
     ``answer_tokens`` of the contextual model's own continuation of each query belong to the set, or the answer that a ``Query`` gives; a
     warning names an answer that the contextual model does not give.  ``controls`` compiles control arms too.  The model is left as it was.
@@ -93,11 +92,9 @@ def compile_context(
         speaker = replace(speaker, past=past)
         sets, known = _sets(model, speaker, samples, others, apart, progress)
         examination = Examination.of(model, sets, speaker)
-        metric = moments
-        if plan is not None and moments is None:
-            metric = ordinary_moments(model, tokenizer, limit, progress, without=context)
-        solved = partial(_solved, model, plan, wish, metric, progress)
-        solution = solved(sets["queries"], sets.get("heldout"), past)
+        made = cache_of(lambda: moments or ordinary_moments(model, tokenizer, limit, progress, without=context))
+        solved = partial(_solved, model, plan, wish, made, progress)
+        solution = solved(sets["queries"], past)
         found = examination.findings(model, solution.patch)
         if plan is not None and rank is None and all(hard_ones(samples, plan)):
             solution = replace(solution, exact=found.results["queries"].relative_error <= tolerance(model))
@@ -110,14 +107,21 @@ def compile_context(
     )  # fmt: skip
 
 
+NEXT = "strong"  # what "exact" becomes where nothing is
+
+
 def _solved(
-    model: nn.Module, plan: Strength | None, wish: Wish, metric: Moments | None, progress: Progress, queries: Yardstick,
-    heldout: Yardstick | None = None, past: SharedPast | None = None,
+    model: nn.Module, plan: Strength | None, wish: Wish, moments: Callable[[], Moments], progress: Progress,
+    queries: Yardstick, past: SharedPast | None = None,
 ) -> Solution:  # fmt: skip
+    attempts: tuple[ExactAttempt, ...] = ()
     if plan is None:
-        return solve(model, queries, heldout, wish, progress)
-    patch = fitted(model, queries, plan, wish.rank, metric, progress, past)
-    return Solution(patch, replace(wish, via=patch.report.via), False, plan.ridge, None, (), plan)
+        found = solve(model, queries, wish, progress)
+        if isinstance(found, Solution):
+            return found
+        attempts, plan = found, STRENGTHS[NEXT]
+    patch = fitted(model, queries, plan, wish.rank, moments(), progress, past)
+    return Solution(patch, replace(wish, via=patch.report.via), False, plan.ridge, attempts, plan)
 
 
 def _sets(
@@ -162,9 +166,9 @@ def refuse_wish(wish: Wish, answer_tokens: int, width: int | None = None) -> Non
     if isinstance(wish.ridge, int | float) and not isinstance(wish.ridge, bool):
         usable = 0 <= wish.ridge <= sys.float_info.max
     else:
-        usable = wish.ridge is None or (isinstance(wish.ridge, str) and wish.ridge == AUTO)
+        usable = wish.ridge is None
     if not usable:
-        raise BadInput(f"the ridge λ must be 0 or more (or {AUTO}), got {wish.ridge!r:.80}")
+        raise BadInput(f"the ridge λ must be a number from 0 on, got {wish.ridge!r:.80}")
     if wish.keep_rms and wish.ridge:
         raise BadInput("keep_rms asks for an exact patch and ridge for a fit: leave one of them out")
     if wish.rank is None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from controllability.arrays.one_line import OneLine
-from controllability.compiling.ridge import RidgeChoice, choose_ridge
 from controllability.compiling.strengths import EXACT, Strength, name_of
 from controllability.compiling.token_sets import Sample, begin_alike, padded, positions, repeated
 from controllability.compiling.yardstick import Yardstick
@@ -14,11 +13,10 @@ from controllability.errors import ControllabilityError, NotControllable, NotVer
 from controllability.models.model_patch import ModelPatch
 from controllability.models.patch_model import patch_model
 from controllability.models.reading.tolerances import VERIFIED
-from controllability.models.sweep.target_run import Progress, silent
+from controllability.models.sweep.target_run import Progress
 
 EXACTLY = ("output", "input-output")  # Theorem 1b holds more tokens, and moves less of the model elsewhere
 FITTED = "output"  # with the first maps as well, texts outside the set were further off (docs/compiling.md)
-AUTO = "auto"
 NEARLY = 100.0  # tolerances within which an exact solution that rounding spoils is still worth more than a fit
 
 
@@ -27,13 +25,13 @@ class Wish:
     """What was asked of the patch.
 
     ``via`` None: the first of ``EXACTLY`` that is exact, or else ``FITTED``.  ``ridge`` None: exact, or else a λ that is chosen;
-    "auto": such a λ at once; 0: exact or refused; more: this λ.  ``pinned``: the first token keeps its state, and with it what
+    0: exact or refused; more: this λ.  ``pinned``: the first token keeps its state, and with it what
     attention parks there.
     """
 
     via: str | None = None
     rank: int | None = None
-    ridge: float | str | None = None
+    ridge: float | None = None
     keep_rms: bool = False
     pinned: bool = True
 
@@ -77,8 +75,7 @@ class Solution(OneLine):
     wish: Wish
     exact: bool
     ridge: float
-    choice: RidgeChoice | None
-    attempts: tuple[ExactAttempt, ...]
+    attempts: tuple[ExactAttempt, ...] = ()
     plan: Strength | None = None
 
     @property
@@ -92,39 +89,31 @@ class Solution(OneLine):
         return any(attempt.patch is self.patch for attempt in self.attempts)
 
 
-def solve(model: Any, queries: Yardstick, heldout: Yardstick | None, wish: Wish, progress: Progress) -> Solution:
-    """The exact patch of the queries if there is one, else the least squares with the λ that was asked for or chosen.
+def solve(model: Any, queries: Yardstick, wish: Wish, progress: Progress) -> Solution | tuple[ExactAttempt, ...]:
+    """The exact patch of the queries, or the least squares with the λ that was asked for; what was tried where there is no exact one.
 
     Raises ``SideConditionFailed``, ``NotControllable`` or ``NotVerified`` where nothing less than exact was wanted.
     """
-    attempts: list[ExactAttempt] = []
     wish = replace(wish, pinned=begin_alike(queries.samples))
-    if not wish.ridge:
-        for via in (wish.via,) if wish.via else EXACTLY:
-            for pinned in dict.fromkeys((wish.pinned, False)):
-                now = replace(wish, via=via, pinned=pinned)
-                found = exactly(model, queries, now, progress)
-                if isinstance(found, ModelPatch):
-                    return Solution(found, now, True, 0.0, None, tuple(attempts))
-                attempts.append(found)
-                if not found.one_less:
-                    break
-        if wish.exact_only:
-            raise attempts[0].error
-        nearest = min(attempts, key=lambda attempt: attempt.missed)
-        if nearest.patch is not None:
-            return Solution(nearest.patch, nearest.wish, False, 0.0, None, tuple(attempts))
-
-    wish = replace(wish, via=wish.via or FITTED)
-
-    def fit(samples: Sequence[Sample], ridge: float, progress: Progress = silent) -> ModelPatch:
-        return patch_of(model, repeated(samples), replace(wish, ridge=ridge), progress)
-
-    given = wish.ridge if isinstance(wish.ridge, int | float) and wish.ridge else None
-    choice = None if given else choose_ridge(model, fit, queries, heldout, progress)
-    ridge = choice.ridge if choice else float(given or 0)
-    patch = fit(queries.samples, ridge, progress)
-    return Solution(patch, wish, False, ridge, choice, tuple(attempts))
+    if wish.ridge:
+        wish = replace(wish, via=wish.via or FITTED)
+        return Solution(patch_of(model, repeated(queries.samples), wish, progress), wish, False, float(wish.ridge))
+    attempts: list[ExactAttempt] = []
+    for via in (wish.via,) if wish.via else EXACTLY:
+        for pinned in dict.fromkeys((wish.pinned, False)):
+            now = replace(wish, via=via, pinned=pinned)
+            found = exactly(model, queries, now, progress)
+            if isinstance(found, ModelPatch):
+                return Solution(found, now, True, 0.0, tuple(attempts))
+            attempts.append(found)
+            if not found.one_less:
+                break
+    if wish.exact_only:
+        raise attempts[0].error
+    nearest = min(attempts, key=lambda attempt: attempt.missed)
+    if nearest.patch is not None:
+        return Solution(nearest.patch, nearest.wish, False, 0.0, tuple(attempts))
+    return tuple(attempts)
 
 
 def exactly(model: Any, queries: Yardstick, wish: Wish, progress: Progress) -> ModelPatch | ExactAttempt:

@@ -145,7 +145,6 @@ class Compiled:
             "first_tokens": self.first_tokens, "anchor": self.context.anchored, "exact": self.exact, "certificate": certificate,
             "tried": [attempt.to_dict() for attempt in solution.attempts], "first_token_kept": solution.wish.pinned,
             "via": patch.report.via, "rank": rank_of(patch), "ridge": solution.ridge,
-            "ridge_choice": solution.choice.to_dict() if solution.choice else None,
             "numbers": patch.numbers, "dense_numbers": patch.dense_numbers, "layers": _layers(patch), "answers": self.answers(),
             "seconds": self.seconds, "strength": solution.strength, "drift": self.drift,
             "drifts": self.drifts, "kv_tokens": self.kv_tokens, "controls": [arm.to_dict() for arm in self.arms],

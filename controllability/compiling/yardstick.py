@@ -174,10 +174,3 @@ class Yardstick(OneLine):
         pairs = ((x[:-1].float(), torch.tensor(s.source[1:])) for s, x in zip(self.samples, logits, strict=True))
         losses = [torch.nn.functional.cross_entropy(*pair, reduction="none").double() for pair in pairs if len(pair[1])]
         return float(torch.cat(losses).mean().clamp(max=700).exp())
-
-    def part(self, kept: Sequence[int], known: Collection[Prefix] = ()) -> Yardstick:
-        """Some of the texts, without the positions that are the beginning of one in ``known``."""
-        samples = [self.samples[i] for i in kept]
-        rows = [[sample.rows("source").index(i) for i in sample.rows("source", known)] for sample in samples]
-        wanted, without = ([x[i][r] for i, r in zip(kept, rows, strict=True)] for x in (self.wanted, self.without))
-        return Yardstick(samples, wanted, without, known)

@@ -39,9 +39,9 @@ from controllability.models.sweep.refuse_misses import (
     refuse_unreached,
 )
 from controllability.models.sweep.report import Layers, Report
-from controllability.models.sweep.shared_past import SharedPast
+from controllability.models.sweep.shared_past import SharedPast, seen_in_target
 from controllability.models.sweep.source_run import sweep
-from controllability.models.sweep.target_run import Progress, check_finite, observe_target
+from controllability.models.sweep.target_run import Progress, check_finite
 
 
 def solve(
@@ -49,10 +49,7 @@ def solve(
     positions: tuple[Any, Any] | None, progress: Progress, joint: JointOptions,
     moments: Moments | None = None, past: SharedPast | None = None,
 ) -> PatchRecord:  # fmt: skip
-    """The solved patch.  See ``controllability.patch_model``, which documents the options and errors.
-
-    ``past``: what all samples of the target begin with, which is then not run for each of them; rows inside it must not be read.
-    """
+    """The solved patch.  See ``controllability.patch_model``, which documents the options and errors; ``past``: ``seen_in_target``."""
     started = time.perf_counter()
     for role, given in (("target", target), ("source", source)):
         refuse_malformed(given, role)
@@ -81,11 +78,7 @@ def solve(
     lean = Runs(model, without_logits(model, [target, source], checked.tried))
     with lean, LayerHooks(model, reading) as hooks, torch.inference_mode():  # small operations cost less there
         standing = with_reader_of_last_layer(joint, model, checked, target) if scope == "all" else joint
-        if past is None:
-            targets, output = observe_target(hooks, lean.inputs(target), target_rows, progress)
-            wanted = lean.of(output).at(shown[1])
-        else:
-            targets, wanted = past.observed(hooks, lean, target, target_rows, progress)
+        targets, wanted = seen_in_target(hooks, lean, target, (target_rows, shown[1]), progress, past)
         plan = Plan(proofs, scope, standing, metrics=moments.metrics if moments is not None else None)
         kept: dict[LayerSweep, LayerRecord] = {}
         solvers, output = sweep(hooks, plan, targets, lean.inputs(source), source_rows, progress, kept)

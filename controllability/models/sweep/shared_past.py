@@ -141,6 +141,20 @@ class SharedPast:
         return _joined(parts), replace(results[0], held=torch.cat([result.held for result in results]))
 
 
+def seen_in_target(
+    hooks: LayerHooks, lean: Runs, target: Mapping[str, Any], rows: tuple[Positions, Positions], progress: Progress,
+    past: SharedPast | None = None,
+) -> tuple[list[list[LayerTarget]], Result]:  # fmt: skip
+    """What ``observe_target`` sees at the first of ``rows``, and the result at the second.
+
+    ``past`` is what all samples begin with, which is then not run for each of them; no row inside it may be read.
+    """
+    if past is not None:
+        return past.observed(hooks, lean, target, rows[0], progress)
+    targets, output = observe_target(hooks, lean.inputs(target), rows[0], progress)
+    return targets, lean.of(output).at(rows[1])
+
+
 def _joined(parts: Sequence[list[list[LayerTarget]]]) -> list[list[LayerTarget]]:
     """The rows of all parts, layer by layer and call by call."""
     return [[_one(calls) for calls in zip(*layers, strict=True)] for layers in zip(*parts, strict=True)]
