@@ -11,6 +11,7 @@ import pytest
 import torch
 from family_models import build
 from helpers import snapshot, unchanged
+from plain_tokenizer import Plain, words
 
 import controllability as ct
 from controllability.cli.main import main
@@ -281,26 +282,9 @@ def test_families_without_a_norm_behind_the_map_with_one_and_with_experts(family
     ids = torch.randint(5, 40, (1, 30))
     second = ct.second_moments(model, [torch.randint(5, 40, (8, 40))])
 
-    class Plain:
-        """A tokenizer of numbers."""
-
-        all_special_ids, unk_token_id, eos_token_id = (), 0, None
-
-        def __call__(self, text, add_special_tokens=True, **_):
-            return {"input_ids": [int(word) if word.isdigit() else 0 for word in text.split()]}
-
-        def __len__(self):
-            return 40
-
-        def decode(self, tokens, **_):
-            return " ".join(map(str, [tokens] if isinstance(tokens, int) else list(tokens)))
-
-        convert_ids_to_tokens = decode
-
-    words = lambda row: " ".join(map(str, row.tolist()))  # noqa: E731
-    texts = [words(torch.randint(5, 40, (5,))) for _ in range(3)]
+    texts = [words(torch.randint(5, 40, (5,)).tolist()) for _ in range(3)]
     strength = Strength(0.1, 0.01, first=0.0, last=1.0)
-    found = compile_context(model, Plain(), words(ids[0]), texts, strength=strength, moments=second)
+    found = compile_context(model, Plain(), words(ids[0].tolist()), texts, strength=strength, moments=second)
     assert found.results["queries"].kl < 0.8 * found.sets["queries"].unpatched.kl
 
 

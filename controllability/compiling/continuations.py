@@ -50,10 +50,8 @@ def _cached(
 ) -> list[Prefix]:  # fmt: skip
     behind = past if side == "target" else replace(past, cache=None, length=0)
     rows = [getattr(sample, side)[behind.length :] for sample in samples]
-    most = [
-        min(n, max(0, (limit or n + len(row)) - len(row) - behind.length + 1))
-        for n, row in zip(counts, rows, strict=True)
-    ]
+    room = [limit + 1 - len(getattr(sample, side)) if limit else n for n, sample in zip(counts, samples, strict=True)]
+    most = [max(0, min(pair)) for pair in zip(counts, room, strict=True)]
     order = sorted((i for i, n in enumerate(most) if n), key=lambda i: len(rows[i]))
     found: dict[int, Prefix] = {}
     alike_ones = [order] if past.ragged else [list(group) for _, group in groupby(order, key=lambda i: len(rows[i]))]
