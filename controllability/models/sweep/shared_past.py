@@ -97,7 +97,11 @@ class SharedPast:
         lengths, longest = torch.tensor([len(row) for row in rows], device=device), max(map(len, rows))
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
         inputs = self.inputs(ids, torch.arange(longest, device=device) < lengths[:, None])
-        logits = result_of(output := model(**inputs))[torch.arange(len(rows), device=device), lengths - 1]
+        ends = torch.unique(lengths - 1)
+        some = {KEEP: ends} if KEEP in forward_arguments(model) else {}
+        logits = result_of(output := model(**inputs, **some))
+        last = torch.searchsorted(ends, lengths - 1) if logits.shape[1] == len(ends) else lengths - 1
+        logits = logits[torch.arange(len(rows), device=device), last]
         while True:
             tokens = yield logits
             mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(len(ids), 1)], 1)
