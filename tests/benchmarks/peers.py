@@ -1,0 +1,265 @@
+"""Compiled contexts beside other methods on the same texts: ``python tests/benchmarks/peers.py MODEL --out results.json``.
+
+MODEL is a Gemma 3.  Every method has one knob, and walks it: a line of held-out KL against drift for each context (``peer_texts.py``
+says what is measured, ``peer_methods.py`` and ``peer_distillation.py`` what the methods are).  All have the same second moments: of
+``--rows``, a JSON list of rows of token ids (what the model writes by itself), or read from ``--moments``, one file or more.
+``--out`` is written after every point, and what stands there is not made again; ``--read`` only shows files.
+
+Drift along a line is of half of the unrelated texts.  The point of a method that is next to ours at ``balanced`` is measured on
+all of them, and is its row in the table; *at equal drift* is the held-out KL on the line there, drawn straight in log(drift).
+Seconds are of the processor (set OMP_NUM_THREADS=1), C and the answers given, the run over the context counted for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import markdown
+from peer_distillation import RATES, Rows, chosen_rate, trajectory
+from peer_methods import CLOSED, Metrics, Point, applied
+from peer_texts import Task, Texts, draw_elsewhere, draw_task, self_sampled, together
+
+import controllability as ct
+from controllability.models.files.moment_files import load_moments
+from controllability.models.loading import load_model
+from controllability.models.moments import Metric, Moments
+
+TEXTS = Path(__file__).parents[1] / "data" / "peer_texts.json"
+DISTILLED = {f"lora-{rank}{kept}": (rank, not kept) for rank in (8, 16) for kept in ("", "-free")}
+METHODS = (*CLOSED, *DISTILLED)
+OURS, BALANCED = "ours", "balanced"
+Row = dict[str, Any]
+
+
+def moments_of(model: Any, files: Sequence[str], rows: Rows) -> Moments:
+    """Those of the files together; without any, of the rows."""
+    if not files:
+        return ct.second_moments(model, [torch.tensor(rows[i : i + 8]) for i in range(0, len(rows), 8)])
+    parts = [load_moments(path, model) for path in files]
+    metrics = {name: Metric(sum(part.metrics[name].second for part in parts)) for name in parts[0].metrics}
+    return Moments(metrics, sum(part.tokens for part in parts))
+
+
+def points_of(
+    method: str, model: Any, task: Task, metrics: Metrics, rows: Rows, marks: Sequence[int], rate: float | None
+) -> Iterator[Point]:  # fmt: skip
+    """A method's line on a context."""
+    if method in CLOSED:
+        return CLOSED[method](model, task, metrics)
+    rank, preserves = DISTILLED[method]
+    assert rate is not None
+    return (point for point, _ in trajectory(model, task, rank, rate, marks, rows if preserves else ()))
+
+
+def measured(model: Any, task: Task, point: Point) -> Row:
+    """A point on the sets of a task."""
+    with applied(model, point.change):
+        found = task.measure(model)
+    return {"knob": point.knob, "seconds": point.seconds, "passes": point.passes, "sets": found}
+
+
+def walk(method: str, model: Any, task: Task, points: Iterator[Point], known: Sequence[Row], keep: Any) -> None:
+    """Measure a line point by point (``keep`` is given each row), and its point next to ours on all unrelated texts."""
+    rows: list[Row] = []
+    for point in points:
+        rows.append(measured(model, task, point) | {"method": method})
+        keep(rows[-1])
+        rows[-1]["change"] = point.change
+    nearest = next_to(rows, balanced(known) or (rows[len(rows) // 2] if method != OURS else balanced(rows)))
+    with applied(model, nearest["change"]):
+        rest = task.rest.measure(model)
+    for row in rows:
+        del row["change"]
+    nearest["all"] = together(nearest["sets"]["unrelated"], rest)
+    keep(None)
+
+
+def balanced(rows: Sequence[Row]) -> Row | None:
+    """Ours at its default strength."""
+    return next((row for row in rows if (row["method"], row["knob"]) == (OURS, BALANCED)), None)
+
+
+def drift(row: Row) -> float:
+    """On half of the unrelated texts."""
+    return max(row["sets"]["unrelated"]["kl"], 1e-9)
+
+
+def next_to(rows: Sequence[Row], other: Row | None) -> Row:
+    """The one whose drift is nearest, as a ratio."""
+    return min(rows, key=lambda row: abs(math.log(drift(row) / drift(other or rows[0]))))
+
+
+def at_drift(rows: Sequence[Row], wanted: float) -> float | None:
+    """The relative held-out KL of a line at a drift, straight in log(drift); the best of what is left of it beyond its end.
+
+    None where the whole line drifts more.
+    """
+    line = sorted((math.log(drift(row)), row["sets"]["heldout"]["relative"]) for row in rows)
+    x = math.log(wanted)
+    best = [y for at, y in line if at <= x + 1e-12]
+    for (left, y), (right, z) in zip(line, line[1:], strict=False):
+        if left <= x < right:
+            best.append(y + (z - y) * (x - left) / (right - left))
+    return min(best, default=None)
+
+
+def cheapest(rows: Sequence[Row], wanted: float) -> tuple[float, bool]:
+    """(seconds, reached): of the first point of the lines whose held-out KL is ``wanted`` or less; else the most that was spent."""
+    enough = [row["seconds"] for row in rows if row["sets"]["heldout"]["relative"] <= wanted]
+    return (min(enough), True) if enough else (max(row["seconds"] for row in rows), False)
+
+
+def table(found: Sequence[Row]) -> str:
+    """A row for each method and context."""
+    columns = ["context", "method", "knob", "queries", "held out", "near", "unrelated", "same token", "held out at equal drift", "seconds", "passes"]  # fmt: skip
+    lines = []
+    for context in dict.fromkeys(row["context"] for row in found):
+        here = [row for row in found if row["context"] == context]
+        ours = balanced(here)
+        for method in dict.fromkeys(row["method"] for row in here):
+            line = [row for row in here if row["method"] == method]
+            row = next((row for row in line if "all" in row), None)
+            if row is None:
+                continue
+            sets, equal = row["sets"], at_drift(line, drift(ours)) if ours else None
+            relative = [sets[name]["relative"] for name in ("queries", "heldout")]
+            lines.append([context, method, row["knob"], *relative, sets["near"]["kl"], row["all"]["kl"], row["all"]["same"], equal if equal is not None else "–", row["seconds"], row["passes"]])  # fmt: skip
+    return markdown(columns, lines)
+
+
+def ratios(found: Sequence[Row]) -> str:
+    """Ours at ``balanced`` against the distillation that reaches its held-out KL in the least time."""
+    lines = []
+    for context in dict.fromkeys(row["context"] for row in found):
+        here = [row for row in found if row["context"] == context]
+        trained, ours = [row for row in here if row["method"] in DISTILLED], balanced(here)
+        if trained and ours:
+            seconds, reached = cheapest(trained, ours["sets"]["heldout"]["relative"])
+            lines.append([context, ours["seconds"], seconds, "yes" if reached else "never", f"1/{seconds / ours['seconds']:.0f}"])
+    return markdown(["context", "ours, seconds", "distillation, seconds", "reached", "ratio"], lines)
+
+
+def plot(found: Sequence[Row], path: Path) -> Path:
+    """Held-out KL against drift, a panel a context and a line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from controllability.rendering.figure import drawn
+
+    contexts = list(dict.fromkeys(row["context"] for row in found))
+    figure, panels = pyplot.subplots(1, len(contexts), figsize=(3.6 * len(contexts), 3.6), layout="constrained", squeeze=False)
+    colours = dict(zip(METHODS, pyplot.get_cmap("tab10").colors, strict=False))
+    for panel, context in zip(panels[0], contexts, strict=True):
+        for method in METHODS:
+            line = [row for row in found if (row["context"], row["method"]) == (context, method)]
+            line.sort(key=lambda row: drift(row) if method in CLOSED else row["seconds"])
+            xy = [(drift(row), row["sets"]["heldout"]["relative"]) for row in line]
+            if xy:
+                width = 2.4 if method == OURS else 1.2
+                panel.plot(*zip(*xy, strict=True), "o-", ms=3, lw=width, label=method, color=colours[method])
+        panel.set(title=context, xlabel="drift (nats)", xscale="log", ylim=(0, 1.05))
+    panels[0][0].set_ylabel("held-out KL ÷ unpatched")
+    named = {label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    order = [method for method in METHODS if method in named]
+    figure.legend([named[m] for m in order], order, loc="outside lower center", ncols=len(order), fontsize="small", frameon=False)
+    return drawn(figure, path)
+
+
+def read(paths: Sequence[str]) -> list[Row]:
+    """The points of result files, one after the other."""
+    return [row for path in paths if Path(path).exists() for row in json.loads(Path(path).read_text())["points"]]
+
+
+def write(path: Path, points: Sequence[Row], **more: Any) -> None:
+    """Atomically."""
+    temporary = path.with_name(f".{path.name}.part")
+    kept = [{name: value for name, value in row.items() if name != "change"} for row in points]
+    temporary.write_text(json.dumps(more | {"points": kept}, indent=1))
+    os.replace(temporary, path)
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Every method that is asked for on every context, as far as ``--out`` does not have it."""
+    model, tokenizer = load_model(args.model)
+    texts = json.loads(Path(args.texts).read_text())
+    elsewhere = draw_elsewhere(model, tokenizer, texts["near"], texts["unrelated"])
+    first = elsewhere["near"].samples[0].source[0]
+    rows = json.loads(Path(args.rows).read_text()) if args.rows else self_sampled(model, first)
+    metrics = Metrics(moments_of(model, args.moments, rows))
+    drawn: dict[str, Task] = {}
+
+    def task(name: str) -> Task:
+        if name not in drawn:
+            drawn.clear()  # log-probabilities are large
+            drawn[name] = draw_task(model, tokenizer, name, texts["contexts"][name], elsewhere)
+        return drawn[name]
+
+    found = read([args.out])
+    rates = dict(json.loads(Path(args.out).read_text()).get("rates", {})) if Path(args.out).exists() else {}
+    for method in args.methods:
+        if method in DISTILLED and method not in rates:
+            rates[method] = args.rate or rate_for(method, model, task(args.tune), args.tune_steps, rows)
+        for context in args.contexts:
+            if any((row["method"], row["context"]) == (method, context) and "all" in row for row in found):
+                continue
+            found = [row for row in found if (row["method"], row["context"]) != (method, context)]
+
+            def keep(row: Row | None, context: str = context, method: str = method) -> None:
+                if row is not None:
+                    row |= {"context": context}
+                    found.append(row)
+                    sets = row["sets"]
+                    print(f"{context:6s} {method:12s} {row['knob']:14s} q {sets['queries']['relative']:.4f} h {sets['heldout']['relative']:.3f} un {sets['unrelated']['kl']:.4f} ({sets['unrelated']['same']:.2f}) near {sets['near']['kl']:.3f} {row['seconds']:.1f} s", flush=True)  # fmt: skip
+                write(Path(args.out), found, model=str(args.model), moments_tokens=metrics.moments.tokens, rates=rates)
+
+            here = [row for row in found if row["context"] == context]
+            points = points_of(method, model, task(context), metrics, rows, args.marks, rates.get(method))
+            walk(method, model, task(context), points, here + [row for row in read(args.beside) if row["context"] == context], keep)
+    return found
+
+
+def rate_for(method: str, model: Any, task: Task, steps: int, rows: Rows) -> float:
+    """The learning rate of a distillation, chosen on another context."""
+    rank, preserves = DISTILLED[method]
+    return chosen_rate(model, task, rank, steps, rows if preserves else ())
+
+
+def main() -> None:
+    """Measure or read, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--texts", default=str(TEXTS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--contexts", nargs="+", default=["facts", "story", "style"])
+    parser.add_argument("--rows")
+    parser.add_argument("--moments", nargs="+", default=[])
+    parser.add_argument("--marks", nargs="+", type=int, default=[10, 20, 40, 80, 160, 320, 500], help="steps of distillation")
+    parser.add_argument("--tune", default="style", help="the context that the learning rate is chosen on")
+    parser.add_argument("--tune-steps", type=int, default=20)
+    parser.add_argument("--rate", type=float, help=f"the learning rate, instead of the best of {RATES}")
+    parser.add_argument("--out", default="peers.json")
+    parser.add_argument("--beside", nargs="+", default=[], help="files with our own points, where --out has none")
+    parser.add_argument("--read", nargs="+", default=[])
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    if not args.read and not args.model:
+        parser.error("give a model, or files to --read")
+    found = read(args.read) if args.read else measure(args)
+    print(f"\n{table(found)}\n\n{ratios(found)}")
+    if args.plot:
+        plot(found, args.plot)
+
+
+if __name__ == "__main__":
+    main()
