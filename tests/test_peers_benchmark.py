@@ -53,7 +53,10 @@ def metrics(embedded, rows):
 def instance():
     """Keys (T, n), residuals (T, d), and the second moment of other inputs, C (n, n), of very different eigenvalues."""
     draw = torch.Generator().manual_seed(3)
-    normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.double)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.double)
+
     others = normal(400, 24) * torch.logspace(0, -3, 24, dtype=torch.double) @ torch.linalg.qr(normal(24, 24))[0]
     return normal(6, 24), normal(6, 5), others.T @ others / 400
 
@@ -109,7 +112,9 @@ def test_the_null_space_projection_leaves_heavy_directions_alone(instance):
     theirs = torch.linalg.solve(P @ K.T @ K + 0.5 * eye(24), P @ K.T @ R).T  # as AlphaEdit's code has it
     assert torch.allclose(found, theirs)
     assert (found @ basis[:, ~kept]).norm() < 1e-12 * found.norm()
-    assert torch.allclose(dense(projected(K, R, basis[:, kept], 0.0)) @ K.T, R.T), "what is left still reaches the values"
+    assert torch.allclose(dense(projected(K, R, basis[:, kept], 0.0)) @ K.T, R.T), (
+        "what is left still reaches the values"
+    )
 
 
 def test_the_basis_carries_its_share_of_the_moment(metrics):
@@ -123,12 +128,14 @@ def test_the_basis_carries_its_share_of_the_moment(metrics):
 
 @torch.no_grad()
 def test_the_sets_hold_what_the_contextual_model_says(embedded, task):
-    model, tokenizer = embedded
+    model, _ = embedded
     for name in ("queries", "heldout"):
         texts, wanted, plain, at = task.sets[name], [], [], 0
         known = {s.source[: i + 1] for s in task.queries for i in range(len(s.source))} if name == "heldout" else set()
         for sample in texts.samples:
-            with_context, without = (model(torch.tensor([ids])).logits[0].double() for ids in (sample.target, sample.source))
+            with_context, without = (
+                model(torch.tensor([ids])).logits[0].double() for ids in (sample.target, sample.source)
+            )
             shift = len(sample.target) - len(sample.source)
             there = [j for j in range(1, len(sample.source)) if sample.source[: j + 1] not in known]
             wanted.append(with_context[[j + shift for j in there]].log_softmax(-1))
@@ -149,10 +156,9 @@ def test_the_sets_hold_what_the_contextual_model_says(embedded, task):
 def test_a_projection_is_asked_for_what_its_layer_lacks(embedded, task):
     model, _ = embedded
     before, tokens = snapshot(model), Tokens(model, task)
-    exactly = lambda K, R, _: ridge(K, R, 0.0)
     layers = range(len(model.model.layers))
     for way in (tokens.block_by_block, tokens.spread):
-        change, _ = way(model, exactly, layers)
+        change, _ = way(model, lambda K, R, _: ridge(K, R, 0.0), layers)
         assert set(change) == {name_of(i) for i in layers}
         with applied(model, change):
             assert not unchanged(model, before)
@@ -232,7 +238,20 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, 
     out, picture = tmp_path / "out.json", tmp_path / "line.png"
 
     def run(*more):
-        options = ["--texts", tmp_path / "texts.json", "--tune", "two", "--tune-steps", 2, "--marks", 2, 4, "--out", out, *more]
+        options = [
+            "--texts",
+            tmp_path / "texts.json",
+            "--tune",
+            "two",
+            "--tune-steps",
+            2,
+            "--marks",
+            2,
+            4,
+            "--out",
+            out,
+            *more,
+        ]
         monkeypatch.setattr(sys, "argv", ["peers.py", "embedded", *map(str, options)])
         peers.main()
         return capsys.readouterr().out
@@ -243,7 +262,9 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, 
     shown = run("--methods", *peers.METHODS, "--contexts", "one", "two", "--plot", picture)
     found = json.loads(out.read_text())
     assert found["points"][: len(first["points"])] == first["points"], "nothing is made again"
-    assert {(row["context"], row["method"]) for row in found["points"]} == {(c, m) for c in ("one", "two") for m in peers.METHODS}
+    assert {(row["context"], row["method"]) for row in found["points"]} == {
+        (c, m) for c in ("one", "two") for m in peers.METHODS
+    }
     for context in ("one", "two"):
         for method in peers.METHODS:
             line = [row for row in found["points"] if (row["context"], row["method"]) == (context, method)]

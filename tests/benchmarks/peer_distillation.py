@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peer_methods import Change, Point
-from peer_texts import Task, Texts, divergence, hidden_states, log_probabilities
+from peer_texts import Task, Texts, hidden_states
 from torch import Tensor
 
 from controllability.compiling.token_sets import Sample
@@ -28,7 +28,11 @@ class Adapter:
     """Low-rank changes of the feed-forward maps while it is attached: ΔW = BA, with B zero at first."""
 
     def __init__(self, model: Any, rank: int) -> None:
-        self.maps = {f"model.layers.{i}.mlp.{name}.weight": layer.mlp.get_submodule(name) for i, layer in enumerate(model.model.layers) for name in MAPS}
+        self.maps = {
+            f"model.layers.{i}.mlp.{name}.weight": layer.mlp.get_submodule(name)
+            for i, layer in enumerate(model.model.layers)
+            for name in MAPS
+        }
         draw = torch.Generator().manual_seed(0)
         self.factors: Change = {}
         for name, linear in self.maps.items():
@@ -64,7 +68,7 @@ def trajectory(
     model: Any, task: Task, rank: int, rate: float, marks: Sequence[int], preserved: Rows = ()
 ) -> Iterator[tuple[Point, float]]:  # fmt: skip
     """(point, loss of that step) after each of ``marks`` steps, the last of which ends it.  The base model is left as it was."""
-    adapter, wanted, texts = Adapter(model, rank), None, []
+    adapter, queries, parts = Adapter(model, rank), None, []
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(adapter.parameters, lr=rate)
     order = torch.randperm(len(preserved), generator=torch.Generator().manual_seed(0)).tolist()
@@ -73,28 +77,38 @@ def trajectory(
         started = time.process_time()
         model.requires_grad_(False)
         try:
-            if wanted is None:
-                wanted, passes = Texts.of(model, task.queries).wanted, 1
+            if queries is None:
+                queries, passes = _Goal(model, task.queries), 1
             if preserved:
                 ids = tuple(preserved[order[step % len(order)]])
-                texts = [Texts.of(model, [Sample("", ids, ids, 0)])]
+                parts = [_Goal(model, [Sample("", ids, ids, 0)])]
             with adapter.attached():
-                loss = sum(_mean_kl(model, part) for part in (Texts(task.queries, wanted), *texts))
+                loss = sum((goal.mean_kl(model) for goal in parts), queries.mean_kl(model))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
         finally:
             for parameter in trained:
                 parameter.requires_grad_()
-        passes += 2 + 3 * len(texts)  # forward and back; with preservation also without the adapter
+        passes += 2 + 3 * len(parts)  # forward and back; with preservation also without the adapter
         spent += time.process_time() - started
         if step in marks:
-            yield Point(str(step), spent, passes, adapter.change()), float(loss)
+            yield Point(str(step), spent, passes, adapter.change()), float(loss.detach())
 
 
-def _mean_kl(model: Any, texts: Texts) -> Tensor:
-    found = log_probabilities(model, hidden_states(model, texts.samples, "source"))
-    return divergence(texts.wanted, found).mean()
+class _Goal:
+    """Texts and the distributions that are wanted at their positions, as the KL needs them at each step."""
+
+    @torch.no_grad()
+    def __init__(self, model: Any, samples: Sequence[Sample]) -> None:
+        self.samples, wanted = samples, Texts.of(model, samples).wanted
+        self.chances = wanted.exp()
+        self.entropy = -(self.chances * wanted).sum(-1)
+
+    def mean_kl(self, model: Any) -> Tensor:
+        """From the model as it is now, over the positions."""
+        logits = model.get_output_embeddings()(hidden_states(model, self.samples, "source"))
+        return (logits.logsumexp(-1) - (self.chances * logits).sum(-1) - self.entropy).mean()
 
 
 def chosen_rate(model: Any, task: Task, rank: int, steps: int, preserved: Rows = ()) -> float:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -136,7 +135,10 @@ class Tokens:
         places = [(i, j) for i, sample in enumerate(task.queries) for j in range(len(sample.source))]
         counted = [(*place, w) for place, w in zip(places, weights(task.queries), strict=True) if w]
         row, at, weight = zip(*counted, strict=True)
-        shift = [len(s.target) - len(s.source) if j >= s.first else 0 for s, j in ((self.samples[i], j) for i, j in zip(row, at, strict=True))]
+        shift = [
+            len(s.target) - len(s.source) if j >= s.first else 0
+            for s, j in ((self.samples[i], j) for i, j in zip(row, at, strict=True))
+        ]
         self.row, self.at, self.shift, self.weight = (torch.tensor(x) for x in (row, at, shift, weight))
         self.wanted = self.states(model, "target", range(len(self.layers)))
 
@@ -164,8 +166,8 @@ class Tokens:
         entering: dict[int, Tensor] = {}
 
         def changed(i: int, x: Tensor, y: Tensor) -> Tensor:
-            lacks = lambda given: self.wanted[i].double() - entering[i][self.row, self.at].double() - given
-            left, right = change[name_of(i)] = solve(*self.rows(self.layers[i], x, y, lacks), i)
+            due = self.wanted[i].double() - entering[i][self.row, self.at].double()
+            left, right = change[name_of(i)] = solve(*self.rows(self.layers[i], x, y, lambda given: due - given), i)
             return y + (x @ right.T.to(x)) @ left.T.to(x)
 
         with listening() as listen:
@@ -242,18 +244,26 @@ def ours(model: Any, task: Task, metrics: Metrics, points: Mapping[str, Strength
 def patchkv(model: Any, task: Task, metrics: Metrics) -> Iterator[Point]:
     """Every down projection.  The paper's λ is 1e-3."""
     layers = range(len(model.model.layers))
-    return closed_form(model, task, lambda s: lambda K, R, _: ridge(K, R, s), (1e-3, 1e-2, 0.1, 1.0, 10.0), layers, False)
+    return closed_form(
+        model, task, lambda s: lambda K, R, _: ridge(K, R, s), (1e-3, 1e-2, 0.1, 1.0, 10.0), layers, False
+    )
 
 
 def memit(model: Any, task: Task, metrics: Metrics) -> Iterator[Point]:
     """In the layers that ours moves.  λ counts tokens of ordinary text; the paper's is 15,000 beside thousands of facts."""
-    solver = lambda s: lambda K, R, i: kept_keys(K, R, metrics.factor(i), s)
+
+    def solver(strength: float) -> Solve:
+        return lambda K, R, i: kept_keys(K, R, metrics.factor(i), strength)
+
     return closed_form(model, task, solver, (30.0, 100.0, 300.0, 1000.0, 3000.0), middle(model), True)
 
 
 def null_space(model: Any, task: Task, metrics: Metrics) -> Iterator[Point]:
     """The knob is the share of ordinary text's second moment that may be felt; the paper's thresholds come to about 2 %."""
-    solver = lambda s: lambda K, R, i: projected(K, R, metrics.null_space(i, s), L2)
+
+    def solver(share: float) -> Solve:
+        return lambda K, R, i: projected(K, R, metrics.null_space(i, share), L2)
+
     return closed_form(model, task, solver, (0.02, 0.05, 0.1, 0.2, 0.4), middle(model), True)
 
 

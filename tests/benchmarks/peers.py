@@ -16,17 +16,16 @@ import argparse
 import json
 import math
 import os
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import markdown
 from peer_distillation import RATES, Rows, chosen_rate, trajectory
-from peer_methods import CLOSED, Metrics, Point, applied
-from peer_texts import Task, Texts, draw_elsewhere, draw_task, self_sampled, together
+from peer_methods import CLOSED, Change, Metrics, Point, applied
+from peer_texts import Task, draw_elsewhere, draw_task, self_sampled, together
 
 import controllability as ct
 from controllability.models.files.moment_files import load_moments
@@ -67,20 +66,21 @@ def measured(model: Any, task: Task, point: Point) -> Row:
     return {"knob": point.knob, "seconds": point.seconds, "passes": point.passes, "sets": found}
 
 
-def walk(method: str, model: Any, task: Task, points: Iterator[Point], known: Sequence[Row], keep: Any) -> None:
+def walk(
+    method: str, model: Any, task: Task, points: Iterator[Point], known: Sequence[Row], keep: Callable[..., None]
+) -> None:
     """Measure a line point by point (``keep`` is given each row), and its point next to ours on all unrelated texts."""
     rows: list[Row] = []
+    changes: list[Change] = []
     for point in points:
-        rows.append(measured(model, task, point) | {"method": method})
+        rows.append({"context": task.name, "method": method} | measured(model, task, point))
+        changes.append(point.change)
         keep(rows[-1])
-        rows[-1]["change"] = point.change
     nearest = next_to(rows, balanced(known) or (rows[len(rows) // 2] if method != OURS else balanced(rows)))
-    with applied(model, nearest["change"]):
+    with applied(model, changes[rows.index(nearest)]):
         rest = task.rest.measure(model)
-    for row in rows:
-        del row["change"]
     nearest["all"] = together(nearest["sets"]["unrelated"], rest)
-    keep(None)
+    keep()
 
 
 def balanced(rows: Sequence[Row]) -> Row | None:
@@ -106,7 +106,7 @@ def at_drift(rows: Sequence[Row], wanted: float) -> float | None:
     line = sorted((math.log(drift(row)), row["sets"]["heldout"]["relative"]) for row in rows)
     x = math.log(wanted)
     best = [y for at, y in line if at <= x + 1e-12]
-    for (left, y), (right, z) in zip(line, line[1:], strict=False):
+    for (left, y), (right, z) in pairwise(line):
         if left <= x < right:
             best.append(y + (z - y) * (x - left) / (right - left))
     return min(best, default=None)
@@ -144,7 +144,9 @@ def ratios(found: Sequence[Row]) -> str:
         trained, ours = [row for row in here if row["method"] in DISTILLED], balanced(here)
         if trained and ours:
             seconds, reached = cheapest(trained, ours["sets"]["heldout"]["relative"])
-            lines.append([context, ours["seconds"], seconds, "yes" if reached else "never", f"1/{seconds / ours['seconds']:.0f}"])
+            lines.append(
+                [context, ours["seconds"], seconds, "yes" if reached else "never", f"1/{seconds / ours['seconds']:.0f}"]
+            )
     return markdown(["context", "ours, seconds", "distillation, seconds", "reached", "ratio"], lines)
 
 
@@ -158,7 +160,9 @@ def plot(found: Sequence[Row], path: Path) -> Path:
     from controllability.rendering.figure import drawn
 
     contexts = list(dict.fromkeys(row["context"] for row in found))
-    figure, panels = pyplot.subplots(1, len(contexts), figsize=(3.6 * len(contexts), 3.6), layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(
+        1, len(contexts), figsize=(3.6 * len(contexts), 3.6), layout="constrained", squeeze=False
+    )
     colours = dict(zip(METHODS, pyplot.get_cmap("tab10").colors, strict=False))
     for panel, context in zip(panels[0], contexts, strict=True):
         for method in METHODS:
@@ -172,7 +176,9 @@ def plot(found: Sequence[Row], path: Path) -> Path:
     panels[0][0].set_ylabel("held-out KL ÷ unpatched")
     named = {label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     order = [method for method in METHODS if method in named]
-    figure.legend([named[m] for m in order], order, loc="outside lower center", ncols=len(order), fontsize="small", frameon=False)
+    figure.legend(
+        [named[m] for m in order], order, loc="outside lower center", ncols=len(order), fontsize="small", frameon=False
+    )
     return drawn(figure, path)
 
 
@@ -184,8 +190,7 @@ def read(paths: Sequence[str]) -> list[Row]:
 def write(path: Path, points: Sequence[Row], **more: Any) -> None:
     """Atomically."""
     temporary = path.with_name(f".{path.name}.part")
-    kept = [{name: value for name, value in row.items() if name != "change"} for row in points]
-    temporary.write_text(json.dumps(more | {"points": kept}, indent=1))
+    temporary.write_text(json.dumps(more | {"points": points}, indent=1))
     os.replace(temporary, path)
 
 
@@ -205,28 +210,55 @@ def measure(args: argparse.Namespace) -> list[Row]:
             drawn[name] = draw_task(model, tokenizer, name, texts["contexts"][name], elsewhere)
         return drawn[name]
 
-    found = read([args.out])
-    rates = dict(json.loads(Path(args.out).read_text()).get("rates", {})) if Path(args.out).exists() else {}
+    out = Path(args.out)
+    rates = dict(json.loads(out.read_text())["rates"]) if out.exists() else {}
+    found = _Found(read([args.out]), out, rates)
     for method in args.methods:
         if method in DISTILLED and method not in rates:
             rates[method] = args.rate or rate_for(method, model, task(args.tune), args.tune_steps, rows)
         for context in args.contexts:
-            if any((row["method"], row["context"]) == (method, context) and "all" in row for row in found):
-                continue
-            found = [row for row in found if (row["method"], row["context"]) != (method, context)]
+            if found.opens(method, context):
+                points = points_of(method, model, task(context), metrics, rows, args.marks, rates.get(method))
+                walk(
+                    method,
+                    model,
+                    task(context),
+                    points,
+                    [*found.of(context), *_Found(read(args.beside)).of(context)],
+                    found.keep,
+                )
+    return found.rows
 
-            def keep(row: Row | None, context: str = context, method: str = method) -> None:
-                if row is not None:
-                    row |= {"context": context}
-                    found.append(row)
-                    sets = row["sets"]
-                    print(f"{context:6s} {method:12s} {row['knob']:14s} q {sets['queries']['relative']:.4f} h {sets['heldout']['relative']:.3f} un {sets['unrelated']['kl']:.4f} ({sets['unrelated']['same']:.2f}) near {sets['near']['kl']:.3f} {row['seconds']:.1f} s", flush=True)  # fmt: skip
-                write(Path(args.out), found, model=str(args.model), moments_tokens=metrics.moments.tokens, rates=rates)
 
-            here = [row for row in found if row["context"] == context]
-            points = points_of(method, model, task(context), metrics, rows, args.marks, rates.get(method))
-            walk(method, model, task(context), points, here + [row for row in read(args.beside) if row["context"] == context], keep)
-    return found
+class _Found:
+    """The points so far, written after each."""
+
+    def __init__(self, rows: list[Row], out: Path | None = None, rates: Any = None) -> None:
+        self.rows, self.out, self.rates = rows, out, rates
+
+    def of(self, context: str) -> list[Row]:
+        return [row for row in self.rows if row["context"] == context]
+
+    def opens(self, method: str, context: str) -> bool:
+        """Whether a line is still to be walked; one that was left in the middle is begun anew."""
+        line = [row for row in self.of(context) if row["method"] == method]
+        if any("all" in row for row in line):
+            return False
+        self.rows = [row for row in self.rows if row not in line]
+        return True
+
+    def keep(self, row: Row | None = None) -> None:
+        """A further point, or a change of one."""
+        if row is not None:
+            self.rows.append(row)
+            sets = row["sets"]
+            print(
+                f"{row['context']:6s} {row['method']:12s} {row['knob']:14s} queries {sets['queries']['relative']:.4f} "
+                f"held out {sets['heldout']['relative']:.3f} unrelated {sets['unrelated']['kl']:.4f} near {sets['near']['kl']:.3f} "
+                f"{row['seconds']:.1f} s", flush=True,
+            )  # fmt: skip
+        if self.out is not None:
+            write(self.out, self.rows, rates=self.rates)
 
 
 def rate_for(method: str, model: Any, task: Task, steps: int, rows: Rows) -> float:
@@ -244,7 +276,9 @@ def main() -> None:
     parser.add_argument("--contexts", nargs="+", default=["facts", "story", "style"])
     parser.add_argument("--rows")
     parser.add_argument("--moments", nargs="+", default=[])
-    parser.add_argument("--marks", nargs="+", type=int, default=[10, 20, 40, 80, 160, 320, 500], help="steps of distillation")
+    parser.add_argument(
+        "--marks", nargs="+", type=int, default=[10, 20, 40, 80, 160, 320, 500], help="steps of distillation"
+    )
     parser.add_argument("--tune", default="style", help="the context that the learning rate is chosen on")
     parser.add_argument("--tune-steps", type=int, default=20)
     parser.add_argument("--rate", type=float, help=f"the learning rate, instead of the best of {RATES}")
