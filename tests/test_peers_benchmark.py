@@ -230,6 +230,8 @@ def test_lines_are_compared_at_equal_drift_and_equal_held_out_quality():
     assert peers.cheapest(trained, 0.3) == (100.0, False)
     ours = point("ours", "balanced", 0.1, 0.5, 2.0, all={"kl": 0.11, "same": 0.9})
     assert "| c | 2 | 100 | yes | 1/50 |" in peers.ratios([ours, *trained])
+    better = peers.better_peers([ours, *trained, *line]).splitlines()[2:]
+    assert [row.split(" | ")[1:3] for row in better] == [["lora-8", "20"], ["memit", "0"], ["memit", "2"]]
     assert "| c | ours | balanced | 0.5 | 0.5 | 0.1 | 0.11 | 0.9 | 0.5 | 2 | 2 |" in peers.table([ours, *trained])
 
 

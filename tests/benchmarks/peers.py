@@ -44,7 +44,9 @@ def moments_of(model: Any, files: Sequence[str], rows: Rows) -> Moments:
     if not files:
         return ct.second_moments(model, [torch.tensor(rows[i : i + 8]) for i in range(0, len(rows), 8)])
     parts = [load_moments(path, model) for path in files]
-    metrics = {name: Metric(sum(part.metrics[name].second for part in parts)) for name in parts[0].metrics}
+    metrics = {
+        name: Metric(torch.stack([part.metrics[name].second for part in parts]).sum(0)) for name in parts[0].metrics
+    }
     return Moments(metrics, sum(part.tokens for part in parts))
 
 
@@ -76,7 +78,7 @@ def walk(
         rows.append({"context": task.name, "method": method} | measured(model, task, point))
         changes.append(point.change)
         keep(rows[-1])
-    nearest = next_to(rows, balanced(known) or (rows[len(rows) // 2] if method != OURS else balanced(rows)))
+    nearest = next_to(rows, balanced([*known, *rows]) or rows[len(rows) // 2])
     with applied(model, changes[rows.index(nearest)]):
         rest = task.rest.measure(model)
     nearest["all"] = together(nearest["sets"]["unrelated"], rest)
@@ -93,9 +95,9 @@ def drift(row: Row) -> float:
     return max(row["sets"]["unrelated"]["kl"], 1e-9)
 
 
-def next_to(rows: Sequence[Row], other: Row | None) -> Row:
+def next_to(rows: Sequence[Row], other: Row) -> Row:
     """The one whose drift is nearest, as a ratio."""
-    return min(rows, key=lambda row: abs(math.log(drift(row) / drift(other or rows[0]))))
+    return min(rows, key=lambda row: abs(math.log(drift(row) / drift(other))))
 
 
 def at_drift(rows: Sequence[Row], wanted: float) -> float | None:
@@ -150,6 +152,17 @@ def ratios(found: Sequence[Row]) -> str:
     return markdown(["context", "ours, seconds", "distillation, seconds", "reached", "ratio"], lines)
 
 
+def better_peers(found: Sequence[Row]) -> str:
+    """Every point of another method with less held-out KL than our line has at its drift."""
+    lines = []
+    for row in found:
+        ours = [other for other in found if (other["context"], other["method"]) == (row["context"], OURS)]
+        held, here = row["sets"]["heldout"]["relative"], at_drift(ours, drift(row)) if ours else None
+        if row["method"] != OURS and (here is None or held < here):
+            lines.append([row["context"], row["method"], row["knob"], drift(row), held, "–" if here is None else here])
+    return markdown(["better: context", "method", "knob", "drift", "held out", "ours there"], lines)
+
+
 def plot(found: Sequence[Row], path: Path) -> Path:
     """Held-out KL against drift, a panel a context and a line a method."""
     import matplotlib
@@ -163,7 +176,7 @@ def plot(found: Sequence[Row], path: Path) -> Path:
     figure, panels = pyplot.subplots(
         1, len(contexts), figsize=(3.6 * len(contexts), 3.6), layout="constrained", squeeze=False
     )
-    colours = dict(zip(METHODS, pyplot.get_cmap("tab10").colors, strict=False))
+    colours = {method: pyplot.get_cmap("tab10")(i) for i, method in enumerate(METHODS)}
     for panel, context in zip(panels[0], contexts, strict=True):
         for method in METHODS:
             line = [row for row in found if (row["context"], row["method"]) == (context, method)]
@@ -219,14 +232,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
         for context in args.contexts:
             if found.opens(method, context):
                 points = points_of(method, model, task(context), metrics, rows, args.marks, rates.get(method))
-                walk(
-                    method,
-                    model,
-                    task(context),
-                    points,
-                    [*found.of(context), *_Found(read(args.beside)).of(context)],
-                    found.keep,
-                )
+                beside = [*found.of(context), *_Found(read(args.beside)).of(context)]
+                walk(method, model, task(context), points, beside, found.keep)
     return found.rows
 
 
@@ -290,7 +297,7 @@ def main() -> None:
     if not args.read and not args.model:
         parser.error("give a model, or files to --read")
     found = read(args.read) if args.read else measure(args)
-    print(f"\n{table(found)}\n\n{ratios(found)}")
+    print(f"\n{table(found)}\n\n{ratios(found)}\n\n{better_peers(found)}")
     if args.plot:
         plot(found, args.plot)
 
