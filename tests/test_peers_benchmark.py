@@ -235,8 +235,10 @@ def test_lines_are_compared_at_equal_drift_and_equal_held_out_quality():
     assert "| c | ours | balanced | 0.5 | 0.5 | 0.1 | 0.11 | 0.9 | 0.5 | 2 | 2 |" in peers.table([ours, *trained])
 
 
-def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, rows):
+    monkeypatch.setattr(peer_distillation, "RATES", (1e-2,))
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
     out, picture = tmp_path / "out.json", tmp_path / "line.png"
 
     def run(*more):
@@ -272,8 +274,8 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, 
             line = [row for row in found["points"] if (row["context"], row["method"]) == (context, method)]
             assert len([row for row in line if "all" in row]) == 1
     assert set(found["rates"]) == set(peers.DISTILLED)
-    lines = [line for line in shown.splitlines() if line.startswith("| one |") or line.startswith("| two |")]
-    assert len(lines) == 2 * len(peers.METHODS) + 2
+    table, ratios, _ = shown.split("\n\n")[-3:]
+    assert [len(part.splitlines()) for part in (table, ratios)] == [2 + 2 * len(peers.METHODS), 2 + 2]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
