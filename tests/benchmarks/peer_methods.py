@@ -37,6 +37,7 @@ DAMPING, SHRINK, RANK = 0.1, 0.1, 32
 OURS = {
     "λ 100": Strength(100.0, 0.3, last=1.0), "gentle": STRENGTHS["gentle"], "balanced": STRENGTHS["balanced"],
     "λ 3, closing": Strength(3.0, 0.1, closing=2), "strong": STRENGTHS["strong"],
+    "λ 20, early": Strength(20.0, 0.1, first=0.2, closing=2),
     "λ 0.1, early": Strength(0.1, 0.01, first=0.2, closing=2, closing_ridge=0.003, closing_damping=0.0003),
 }  # fmt: skip
 
