@@ -229,10 +229,19 @@ def test_lines_are_compared_at_equal_drift_and_equal_held_out_quality():
     assert peers.cheapest(trained, 0.5) == (100.0, True)
     assert peers.cheapest(trained, 0.3) == (100.0, False)
     ours = point("ours", "balanced", 0.1, 0.5, 2.0, all={"kl": 0.11, "same": 0.9})
-    assert "| c | 2 | 100 | yes | 1/50 |" in peers.ratios([ours, *trained])
+    assert peers.cheapest(trained, 0.5, 0.9) == (100.0, False), "they drift by 1"
+    told = peers.ratios([ours, *trained])
+    assert "| c | any | 2 | 100 | 1/50 |" in told
+    assert "| c | ours or less | 2 | not in 100 | below 1/50 |" in told
     better = peers.better_peers([ours, *trained, *line]).splitlines()[2:]
     assert [row.split(" | ")[1:3] for row in better] == [["lora-8", "20"], ["memit", "0"], ["memit", "2"]]
-    assert "| c | ours | balanced | 0.5 | 0.5 | 0.1 | 0.11 | 0.9 | 0.5 | 2 | 2 |" in peers.table([ours, *trained])
+    other = trained[1] | {"context": "d", "all": {"kl": 0.8, "same": 0.7}}
+    table = peers.table([ours, *trained, other])
+    assert table.startswith("c / d\n")
+    assert (
+        "| ours | balanced / – | 0.5 / – | 0.5 / – | 0.1 / – | 0.11 / – | 0.9 / – | 0.5 / – | 2 / – | 2 / – |" in table
+    )
+    assert "| lora-8 | – / 20 | – / 0.45 | – / 0.45 | – / 1 | – / 0.8 | – / 0.7 | – / – | – / 100 | – / 2 |" in table
 
 
 def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, rows):
@@ -275,7 +284,7 @@ def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, 
             assert len([row for row in line if "all" in row]) == 1
     assert set(found["rates"]) == set(peers.DISTILLED)
     table, ratios, _ = shown.split("\n\n")[-3:]
-    assert [len(part.splitlines()) for part in (table, ratios)] == [2 + 2 * len(peers.METHODS), 2 + 2]
+    assert [len(part.splitlines()) for part in (table, ratios)] == [2 + len(peers.METHODS), 2 + 4]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -114,42 +114,64 @@ def at_drift(rows: Sequence[Row], wanted: float) -> float | None:
     return min(best, default=None)
 
 
-def cheapest(rows: Sequence[Row], wanted: float) -> tuple[float, bool]:
-    """(seconds, reached): of the first point of the lines whose held-out KL is ``wanted`` or less; else the most that was spent."""
-    enough = [row["seconds"] for row in rows if row["sets"]["heldout"]["relative"] <= wanted]
-    return (min(enough), True) if enough else (max(row["seconds"] for row in rows), False)
+def cheapest(rows: Sequence[Row], heldout: float, drifts: float = math.inf) -> tuple[float, bool]:
+    """(seconds, reached): of the first point with at most this held-out KL and this drift; else the most that was spent."""
+    enough = [row for row in rows if row["sets"]["heldout"]["relative"] <= heldout and drift(row) <= drifts]
+    return min(row["seconds"] for row in enough) if enough else max(row["seconds"] for row in rows), bool(enough)
+
+
+COLUMNS: dict[str, Callable[[Row], Any]] = {
+    "knob": lambda row: row["knob"],
+    "queries": lambda row: row["sets"]["queries"]["relative"],
+    "held out": lambda row: row["sets"]["heldout"]["relative"],
+    "near": lambda row: row["sets"]["near"]["kl"],
+    "unrelated": lambda row: row["all"]["kl"],
+    "same token": lambda row: row["all"]["same"],
+    "held out at equal drift": lambda row: row["equal"],
+    "seconds": lambda row: row["seconds"],
+    "passes": lambda row: row["passes"],
+}
 
 
 def table(found: Sequence[Row]) -> str:
-    """A row for each method and context."""
-    columns = ["context", "method", "knob", "queries", "held out", "near", "unrelated", "same token", "held out at equal drift", "seconds", "passes"]  # fmt: skip
-    lines = []
-    for context in dict.fromkeys(row["context"] for row in found):
-        here = [row for row in found if row["context"] == context]
-        ours = balanced(here)
-        for method in dict.fromkeys(row["method"] for row in here):
-            line = [row for row in here if row["method"] == method]
-            row = next((row for row in line if "all" in row), None)
-            if row is None:
-                continue
-            sets, equal = row["sets"], at_drift(line, drift(ours)) if ours else None
-            relative = [sets[name]["relative"] for name in ("queries", "heldout")]
-            lines.append([context, method, row["knob"], *relative, sets["near"]["kl"], row["all"]["kl"], row["all"]["same"], equal if equal is not None else "–", row["seconds"], row["passes"]])  # fmt: skip
-    return markdown(columns, lines)
+    """A row for each method, of its point next to ours; in a cell one number for each context."""
+    lines, contexts = [], list(dict.fromkeys(row["context"] for row in found))
+    for method in sorted({row["method"] for row in found}, key=METHODS.index):
+        rows = []
+        for context in contexts:
+            here = [row for row in found if row["context"] == context]
+            line, ours = [row for row in here if row["method"] == method], balanced(here)
+            nearest = next((row for row in line if "all" in row), None)
+            rows.append(nearest and nearest | {"equal": at_drift(line, drift(ours)) if ours else None})
+        lines.append([method, *(" / ".join(shown(row and value(row)) for row in rows) for value in COLUMNS.values())])
+    return f"{' / '.join(contexts)}\n\n{markdown(['method', *COLUMNS], lines)}"
+
+
+def shown(value: Any) -> str:
+    """A number with two digits; a dash for none."""
+    return (
+        "–"
+        if value is None
+        else f"{value:.2g}"
+        if isinstance(value, float) and value < 10
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def ratios(found: Sequence[Row]) -> str:
-    """Ours at ``balanced`` against the distillation that reaches its held-out KL in the least time."""
+    """Ours at ``balanced`` against the distillation that reaches its held-out KL in the least time, whatever it drifts and with no more drift."""
     lines = []
     for context in dict.fromkeys(row["context"] for row in found):
         here = [row for row in found if row["context"] == context]
         trained, ours = [row for row in here if row["method"] in DISTILLED], balanced(here)
         if trained and ours:
-            seconds, reached = cheapest(trained, ours["sets"]["heldout"]["relative"])
-            lines.append(
-                [context, ours["seconds"], seconds, "yes" if reached else "never", f"1/{seconds / ours['seconds']:.0f}"]
-            )
-    return markdown(["context", "ours, seconds", "distillation, seconds", "reached", "ratio"], lines)
+            for what, most in (("any", math.inf), ("ours or less", drift(ours))):
+                seconds, reached = cheapest(trained, ours["sets"]["heldout"]["relative"], most)
+                ratio = f"{'' if reached else 'below '}1/{seconds / ours['seconds']:.0f}"
+                lines.append([context, what, ours["seconds"], seconds if reached else f"not in {seconds:.0f}", ratio])
+    return markdown(["context", "drift", "ours, seconds", "distillation of equal held-out KL, seconds", "ratio"], lines)
 
 
 def better_peers(found: Sequence[Row]) -> str:
