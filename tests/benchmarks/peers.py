@@ -208,6 +208,12 @@ def plot(found: Sequence[Row], path: Path) -> Path:
                 width = 2.4 if method == OURS else 1.2
                 panel.plot(*zip(*xy, strict=True), "o-", ms=3, lw=width, label=method, color=colours[method])
         panel.set(title=context, xlabel="drift (nats)", xscale="log", ylim=(0, 1.05))
+        left, right = panel.get_xlim()
+        ticks = [
+            tick for tick in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if left < tick < right
+        ]
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.minorticks_off()
     panels[0][0].set_ylabel("held-out KL ÷ unpatched")
     named = {label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     order = [method for method in METHODS if method in named]
