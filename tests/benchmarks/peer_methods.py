@@ -23,11 +23,13 @@ import torch
 from peer_texts import Task
 from torch import Tensor
 
-from controllability.compiling.metric_sweep import fitted, weights
+from controllability.compiling.metric_sweep import FIRST, fitted
 from controllability.compiling.strengths import STRENGTHS, Strength
-from controllability.compiling.token_sets import padded
+from controllability.compiling.token_sets import Prefix, Sample, padded
+from controllability.compiling.yardstick import Yardstick
 from controllability.deltas import LowRank
 from controllability.models.moments import Moments
+from controllability.models.sweep.shared_past import SharedPast
 from controllability.models.sweep.target_run import silent
 
 Change = dict[str, tuple[Tensor, Tensor]]  # of a parameter by name: ΔW = left @ right
@@ -35,9 +37,7 @@ Solve = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]  # keys (T, n), r
 
 DAMPING, SHRINK, RANK = 0.1, 0.1, 32
 OURS = {
-    "λ 100": Strength(100.0, 0.3, last=1.0), "gentle": STRENGTHS["gentle"], "balanced": STRENGTHS["balanced"],
-    "λ 3, closing": Strength(3.0, 0.1, closing=2), "strong": STRENGTHS["strong"],
-    "λ 20, early": Strength(20.0, 0.1, first=0.2, closing=2),
+    "gentle": STRENGTHS["gentle"], "balanced": STRENGTHS["balanced"], "strong": STRENGTHS["strong"],
     "λ 0.1, early": Strength(0.1, 0.01, first=0.2, closing=2, closing_ridge=0.003, closing_damping=0.0003),
 }  # fmt: skip
 
@@ -193,6 +193,18 @@ class Tokens:
         return change, len(layers)
 
 
+def weights(samples: Sequence[Sample]) -> list[float]:
+    """Of every token of every sample: one, where it comes first; the first ones have ``FIRST`` in all."""
+    firsts = {prefix for sample in samples for prefix in sample.prefixes() if len(prefix) <= sample.first}
+    seen: set[Prefix] = set()
+    found = []
+    for prefix in (prefix for sample in samples for prefix in sample.prefixes()):
+        weight = FIRST / len(firsts) if prefix in firsts else 1.0
+        found.append(0.0 if prefix in seen else weight)
+        seen.add(prefix)
+    return found
+
+
 def name_of(layer: int) -> str:
     """The parameter's name."""
     return f"model.layers.{layer}.mlp.down_proj.weight"
@@ -233,14 +245,19 @@ def depths(model: Any, shares: Sequence[float]) -> list[int]:
 
 
 def ours(model: Any, task: Task, metrics: Metrics, points: Mapping[str, Strength] = OURS) -> Iterator[Point]:
-    """``compile_context``'s own sweep."""
+    """``compile_context``'s own sweep, with what it knows of the queries and the cache of the context that it makes first."""
+    started, sample = time.process_time(), task.queries[0]
+    context = sample.target[: len(sample.target) - len(sample.source) + sample.first]
+    past = SharedPast.of(model, context, sample.target[len(context) :])
+    queries = Yardstick.of(model, task.queries, past=past)
+    before = time.process_time() - started
     for name, strength in points.items():
         started = time.process_time()
-        patch = fitted(model, task.queries, strength, None, metrics.moments, silent)
-        seconds = time.process_time() - started
+        patch = fitted(model, queries, strength, None, metrics.moments, silent, past)
+        seconds = before + time.process_time() - started
         change = {e.param.name: (e.delta.left.mT, e.delta.right) for e in patch.entries if type(e.delta) is LowRank}
         assert len(change) == len(patch.entries), "a scale was moved"
-        yield Point(name, seconds, 2, change)
+        yield Point(name, seconds, 3, change)
 
 
 def patchkv(model: Any, task: Task, metrics: Metrics) -> Iterator[Point]:
@@ -252,7 +269,7 @@ def patchkv(model: Any, task: Task, metrics: Metrics) -> Iterator[Point]:
 
 
 def memit(model: Any, task: Task, metrics: Metrics) -> Iterator[Point]:
-    """In the layers that ours moves.  λ counts tokens of ordinary text; the paper's is 15,000 beside thousands of facts."""
+    """In the middle layers.  λ counts tokens of ordinary text; the paper's is 15,000 beside thousands of facts."""
 
     def solver(strength: float) -> Solve:
         return lambda K, R, i: kept_keys(K, R, metrics.factor(i), strength)
@@ -261,7 +278,7 @@ def memit(model: Any, task: Task, metrics: Metrics) -> Iterator[Point]:
 
 
 def null_space(model: Any, task: Task, metrics: Metrics) -> Iterator[Point]:
-    """In the layers that ours moves.  The paper's λ is 10 beside keys that are not of length one."""
+    """In the middle layers.  The paper's λ is 10 beside keys that are not of length one."""
 
     def solver(strength: float) -> Solve:
         return lambda K, R, i: projected(K, R, metrics.null_space(i, SHARE), strength)
@@ -284,8 +301,9 @@ def ctw(model: Any, task: Task, metrics: Metrics) -> Iterator[Point]:
 
 
 def middle(model: Any) -> list[int]:
-    """The layers of the strength "balanced" without the closing ones."""
-    return [i for i, *_ in Strength(1.0, DAMPING).layers(len(model.model.layers))]
+    """The layers from 0.45 to 0.83 of the depth."""
+    count = len(model.model.layers)
+    return [*range(round(0.45 * count), round(0.83 * count))]
 
 
 SHARE = (

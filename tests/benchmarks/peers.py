@@ -28,7 +28,6 @@ from peer_methods import CLOSED, Change, Metrics, Point, applied
 from peer_texts import Task, draw_elsewhere, draw_task, self_sampled, together
 
 import controllability as ct
-from controllability.models.files.moment_files import load_moments
 from controllability.models.loading import load_model
 from controllability.models.moments import Metric, Moments
 
@@ -43,7 +42,7 @@ def moments_of(model: Any, files: Sequence[str], rows: Rows) -> Moments:
     """Those of the files together; without any, of the rows."""
     if not files:
         return ct.second_moments(model, [torch.tensor(rows[i : i + 8]) for i in range(0, len(rows), 8)])
-    parts = [load_moments(path, model) for path in files]
+    parts = [ct.load_moments(path, model) for path in files]
     metrics = {
         name: Metric(torch.stack([part.metrics[name].second for part in parts]).sum(0)) for name in parts[0].metrics
     }
