@@ -57,7 +57,7 @@ class Metrics:
     """C = E[kkᵀ] of every layer's down projection, tr C = 1; what is made of it is made once a model and not counted."""
 
     moments: Moments
-    _kept: dict[tuple[str, int, float], Tensor] = field(default_factory=dict)
+    _kept: dict[tuple[str, int, float], Any] = field(default_factory=dict)
 
     def second(self, layer: int) -> Tensor:
         """C (n, n), float64."""
@@ -69,10 +69,10 @@ class Metrics:
 
     def null_space(self, layer: int, share: float) -> Tensor:
         """A basis (n, k) of the directions of the smallest eigenvalues, which carry ``share`` of tr C at most."""
-        spread, basis = (self._made("eigen", layer, i, lambda C, i=i: torch.linalg.eigh(C)[i]) for i in (0, 1))
+        spread, basis = self._made("eigen", layer, 0.0, torch.linalg.eigh)
         return basis[:, spread.clamp_min(0).cumsum(0) <= share * spread.sum()]
 
-    def _made(self, what: str, layer: int, how: float, make: Callable[[Tensor], Tensor]) -> Tensor:
+    def _made(self, what: str, layer: int, how: float, make: Callable[[Tensor], Any]) -> Any:
         if (what, layer, how) not in self._kept:
             self._kept[what, layer, how] = make(self.second(layer))
         return self._kept[what, layer, how]
