@@ -1,7 +1,5 @@
 """The face of a proof: find it, check it, print it, save it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ class Proof(Derivation):
     """
 
     @classmethod
-    def of(cls, found: Derivation) -> Proof:
+    def of(cls, found: Derivation) -> "Proof":
         """The face of a derivation."""
         return cls(**{f.name: getattr(found, f.name) for f in fields(Derivation)})
 
@@ -43,7 +41,7 @@ class Proof(Derivation):
 
         return formula(self, expand, **sizes)
 
-    def closed_form(self) -> ClosedForm:
+    def closed_form(self) -> "ClosedForm":
         """The patch in index notation, every size a symbol.  See ``controllability.rendering.closed_form.closed_form``."""
         from controllability.rendering.closed_form import closed_form
 
@@ -62,7 +60,7 @@ class Proof(Derivation):
         return proof_dict(self)
 
     @classmethod
-    def from_dict(cls, data: Any, components: Iterable[type] = ()) -> Proof:
+    def from_dict(cls, data: Any, components: Iterable[type] = ()) -> "Proof":
         """The proof that ``to_dict`` wrote, each node checked again without search; data is never executed.
 
         ``components`` are the block's classes that are not of this package.  Raises ``BadInput`` with the JSON path

@@ -1,7 +1,5 @@
 """What each command does.  Heavy imports happen inside, so that ``--help`` is instant."""
 
-from __future__ import annotations
-
 import argparse
 import codecs
 import os
@@ -130,7 +128,7 @@ def _print_page(page: str) -> None:
     print(page)
 
 
-def _levels(proof: Proof, level: str, checks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _levels(proof: "Proof", level: str, checks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What was run and what it showed, and what the proof cites."""
     from controllability.checks import reached, summary
     from controllability.rendering.text import cited
@@ -139,7 +137,7 @@ def _levels(proof: Proof, level: str, checks: Sequence[dict[str, Any]]) -> dict[
     return shown | {"checks": checks, "references": cited(proof)}
 
 
-def _show_proof(proof: Proof, level: str, checks: Sequence[dict[str, Any]], output: Output) -> None:
+def _show_proof(proof: "Proof", level: str, checks: Sequence[dict[str, Any]], output: Output) -> None:
     from controllability.rendering.text import proof_text, terminal_width, wrapped
 
     found = _levels(proof, level, checks)

@@ -1,7 +1,5 @@
 """A component: a map of the last axis with named parameters, and the three ways to put components together."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -35,7 +33,7 @@ class Component(ABC):
     def describe(self) -> str:
         """A short name in the user's own terms (one line, no tree)."""
 
-    def children(self) -> tuple[Component, ...]:
+    def children(self) -> "tuple[Component, ...]":
         """The parts; empty for a leaf."""
         return ()
 
@@ -140,7 +138,7 @@ class Component(ABC):
 
     # the expression as data
 
-    def map_children(self, change: Callable[[int, Component], Component]) -> Component:
+    def map_children(self, change: "Callable[[int, Component], Component]") -> "Component":
         """This component with ``change(i, part)`` in place of each part.
 
         A dataclass that keeps its parts in its fields, in their order, need not override it.  Raises ``BadInput`` where the parts
@@ -168,11 +166,11 @@ class Component(ABC):
         except TypeError as error:  # it takes other arguments than its fields
             raise BadInput(f"{type(self).__name__} cannot be made anew from its fields: {error}") from None
 
-    def map_held(self, change: Callable[[Any], Any]) -> Component:
+    def map_held(self, change: Callable[[Any], Any]) -> "Component":
         """This component with ``change(x)`` in place of what it computes with itself and is no part: a routing, a gate's activation."""
         return self
 
-    def with_bias(self, bias: Param) -> Component | None:
+    def with_bias(self, bias: Param) -> "Component | None":
         """This component with a bias of its own; None where it has one, or takes none."""
         return None
 
@@ -180,15 +178,15 @@ class Component(ABC):
         """Every parameter that the component or one of its parts reads."""
         return frozenset(self.own_parameters()).union(*(c.parameters() for c in self.children()))
 
-    def __rshift__(self, other: Component) -> Sequence:
+    def __rshift__(self, other: "Component") -> "Sequence":
         """``f >> g`` computes g(f(x))."""
         return Sequence.of(self, other)
 
-    def __add__(self, other: Component) -> Sum:
+    def __add__(self, other: "Component") -> "Sum":
         """``f + g`` computes f(x) + g(x)."""
         return Sum((self, other))
 
-    def __mul__(self, other: Component) -> Product:
+    def __mul__(self, other: "Component") -> "Product":
         """``f * g`` computes f(x) ∘ g(x)."""
         return Product((self, other))
 
@@ -240,7 +238,7 @@ class Sequence(Combinator):
         object.__setattr__(self, "parts", flat)
 
     @staticmethod
-    def of(*parts: Component) -> Sequence:
+    def of(*parts: Component) -> "Sequence":
         """A flat sequence of ``parts``."""
         return Sequence(parts)
 

@@ -4,8 +4,6 @@ A rule turns sub-derivations into a derivation (``derive``) and, when a proof is
 the wanted output of its place on to its premises (``construct``).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -29,7 +27,7 @@ class Search(Protocol):
     normalised: frozenset[Path]
     per_expert_rows: frozenset[Path]
 
-    def attempt(self, place: Place, side: Side) -> Attempt:
+    def attempt(self, place: Place, side: Side) -> "Attempt":
         """The derivations of one side at a place."""
         ...
 
@@ -46,9 +44,9 @@ class Step:
     normalised output chooses its scale; ``note`` is for a reader only.
     """
 
-    rule: Rule
+    rule: "Rule"
     place: Place
-    premises: tuple[Step, ...] = ()
+    premises: "tuple[Step, ...]" = ()
     moved: frozenset[Param] = frozenset()
     conditions: tuple[Condition, ...] = ()
     cost: int = 0
@@ -62,7 +60,7 @@ class Step:
         """What a proof prints beside the step: its route, or its note."""
         return f"route {self.route}" if self.route else self.note
 
-    def walk(self) -> Iterator[Step]:
+    def walk(self) -> "Iterator[Step]":
         """This step and every step below it."""
         yield self
         for premise in self.premises:
@@ -77,7 +75,7 @@ class Failure:
     rule: str
     reason: str
     hint: str
-    because: tuple[Failure, ...] = ()
+    because: "tuple[Failure, ...]" = ()
     weight: int = 0
     side: Side | None = None  # what was asked of the place; the prover fills it in
 
@@ -90,7 +88,7 @@ class Attempt:
     failures: list[Failure] = field(default_factory=list)
 
     def add(
-        self, rule: Rule, place: Place, premises: tuple[Step, ...], twice: tuple[Param, ...], own: Iterable[Param] = (),
+        self, rule: "Rule", place: Place, premises: tuple[Step, ...], twice: tuple[Param, ...], own: Iterable[Param] = (),
         **more: Any,
     ) -> None:  # fmt: skip
         """Add the conclusion from ``premises``, which moves what they move and its ``own``; a failure where a parameter is used ``twice``.
@@ -125,7 +123,7 @@ class Rule(ABC):
         """Every way in which this rule concludes its side at ``place``."""
 
     @abstractmethod
-    def schema(self, step: Step) -> Schema:
+    def schema(self, step: Step) -> "Schema":
         """The rule's own shape at ``step``, its parts undefined functions: what its check executes."""
 
     def variants(self, step: Step) -> dict[str, Step]:

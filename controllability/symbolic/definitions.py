@@ -1,7 +1,5 @@
 """Names for intermediate values of SymPy arithmetic: equal normal forms get the same name, once."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +8,7 @@ from typing import Any
 
 from controllability.symbolic.normal_form import _settled, normal_form
 
-_ACTIVE: ContextVar[Definitions | None] = ContextVar("definitions", default=None)
+_ACTIVE: "ContextVar[Definitions | None]" = ContextVar("definitions", default=None)
 
 
 class Definitions:

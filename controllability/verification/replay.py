@@ -1,7 +1,5 @@
 """The source run with somebody else's patch: what a derivation demands of it, what it gives, and its rounding."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -62,7 +60,7 @@ class Instance:
         outputs = [self.block(self.params, self.target)]
         return max(self.coarse, *(arithmetic(x).machine_epsilon(x) for x in states + outputs))
 
-    def shaken(self, epsilon: float, seed: int) -> Instance:
+    def shaken(self, epsilon: float, seed: int) -> "Instance":
         """This instance with every stored number, state and delta changed by one ``epsilon``, up or down."""
         rng = np.random.default_rng(seed)
 

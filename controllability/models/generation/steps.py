@@ -1,7 +1,5 @@
 """What patched generation found out, token by token."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -144,7 +142,7 @@ class Sampler:
     do_sample: bool
 
     @staticmethod
-    def of(processors: Any, do_sample: bool, runs: int, model: Any) -> Sampler:
+    def of(processors: Any, do_sample: bool, runs: int, model: Any) -> "Sampler":
         """The caller's own processors for the first run, copies (but of the model) for the others; ``BadInput`` where that cannot be."""
         try:
             copies = [copy.deepcopy(processors, {id(model): model}) for _ in range(runs - 1)]

@@ -5,8 +5,6 @@ Where a norm's scale serves all tokens it is found anew, and the left factors wi
 bases are not.  The source is the growing sequence without the context.  (theory 5, streaming; new)
 """
 
-from __future__ import annotations
-
 import time
 import weakref
 from collections.abc import Mapping
@@ -111,7 +109,7 @@ def unlearn(patch: PatchRecord, model: nn.Module, context: Mapping[str, Any]) ->
 
 
 def _gone_on(
-    patch: PatchRecord, model: nn.Module, checked: Checked, stream: Stream, step: _Step
+    patch: PatchRecord, model: nn.Module, checked: Checked, stream: Stream, step: "_Step"
 ) -> tuple[list[LayerSweep], Any] | None:
     """The new tokens solved for, with what the earlier ones give as it is; None where everything has to be solved anew."""
     if not (stream.goes_on and complete(step.after) and is_causal(model, checked)):
@@ -182,7 +180,7 @@ class _Step:
         return [*sequences, self.after]
 
     @staticmethod
-    def of(stream: Stream, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any) -> _Step:
+    def of(stream: Stream, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any) -> "_Step":
         there, here = (inputs["input_ids"][0].cpu().clone() for inputs in (target, source))
         if positions is None:
             for known in stream.sequences:

@@ -1,7 +1,5 @@
 """What a patch of a whole model is: its entries, what it was made from, and the refusals that protect it."""
 
-from __future__ import annotations
-
 import threading
 import uuid
 import weakref
@@ -49,7 +47,7 @@ class Form:
         return asdict(self)
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Form:
+    def from_dict(data: dict[str, Any]) -> "Form":
         """What ``to_dict`` gave."""
         fields: dict[str, Any] = data | {"shape": tuple(data["shape"])}
         return Form(**fields)

@@ -1,7 +1,5 @@
 """The token sequences that a patch of scope all serves, and what is known of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +61,7 @@ class Stream:
     goes_on: bool = True
 
     @staticmethod
-    def of(solvers: list[LayerSweep], inputs: Mapping[str, Any], pairs: list[Any]) -> Stream:
+    def of(solvers: list[LayerSweep], inputs: Mapping[str, Any], pairs: list[Any]) -> "Stream":
         """From a solved patch; ``pairs`` are its (source rows, target rows)."""
         sequences = _sequences(inputs, *pairs)
         masks = [mask for role in ("target", "source") if (mask := inputs[role].get("attention_mask")) is not None]

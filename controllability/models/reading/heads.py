@@ -4,8 +4,6 @@ A run keeps its last hidden states and computes no logits.  Who wants some has t
 of what its base model gives: whatever the forward does behind it (head, soft-cap, scaling) is done by the model itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +80,7 @@ class Result(OneLine):
     head: Head | None = None
 
     @staticmethod
-    def of(logits: Tensor) -> Result:
+    def of(logits: Tensor) -> "Result":
         """Logits as they are."""
         return Result(logits, logits.dtype)
 
@@ -92,13 +90,13 @@ class Result(OneLine):
             return self.held.clone()
         return self.head(self.held) if self.held.ndim == 3 else self.head(self.held[None])[0]
 
-    def at(self, rows: Positions) -> Result:
+    def at(self, rows: Positions) -> "Result":
         """The paired positions, (N, ·); all there is, where the run kept fewer positions or has one output a sample."""
         if self.held.ndim != 3 or self.held.shape[1] != rows.shape[1]:
             return self
         return replace(self, held=rows.of(self.held))
 
-    def kept(self) -> Result:
+    def kept(self) -> "Result":
         """The same in tensors of its own."""
         return replace(self, held=self.held.clone())
 
@@ -135,7 +133,7 @@ class Runs:
         self._caught: list[Any] = []
         self._installation = HookStack()
 
-    def __enter__(self) -> Runs:
+    def __enter__(self) -> "Runs":
         if self.base is not None:
             self._installation.after(self.base, lambda _, output: self._caught.append(output))
         return self

@@ -1,7 +1,5 @@
 """What a sweep found out, layer by layer and token by token: plain data, ready for JSON and tables."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,7 +52,7 @@ class LayerReport(OneLine):
     tokens: Tokens
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LayerReport:
+    def from_dict(cls, data: dict[str, Any]) -> "LayerReport":
         """What ``dataclasses.asdict`` made of one."""
         return cls(**{**data, "tokens": Tokens(**data["tokens"])})
 
@@ -106,7 +104,7 @@ class Report(OneLine):
     seconds: float
     layers: Sequence[LayerReport]
     pairs: list[list[int]] = field(default_factory=list)
-    rounding: list[Rounding] = field(default_factory=list)
+    rounding: "list[Rounding]" = field(default_factory=list)
     fit: dict[str, Any] | None = None
     probe: Callable[[], Sensitivity] | None = field(default=None, repr=False, compare=False)
 
@@ -129,7 +127,7 @@ class Report(OneLine):
         return plain | found
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Report:
+    def from_dict(cls, data: dict[str, Any]) -> "Report":
         """What ``to_dict`` made of one; raises ``KeyError`` or ``TypeError`` for anything else."""
         known = {f.name: data[f.name] for f in fields(cls) if f.name != "probe"}
         known["layers"] = [LayerReport.from_dict(layer) for layer in data["layers"]]
