@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import ARITHMETICS, FLOAT_CONSTANT, Array, arithmetic
+from controllability.arrays.lazy import mpmath, sympy
 from controllability.checks.rebuilt_blocks import (
     MANY,
     Named,
@@ -165,8 +166,6 @@ def _admissible(proof: Derivation, sizes: dict[str, Any], seed: int) -> int:
 
     Raises ``SideConditionFailed`` if none does.
     """
-    import mpmath
-
     failure: Exception = NotExact("the block has no value on the instances that were tried: it divides by zero")
     for tried in range(seed, seed + INSTANCES):
         with mpmath.workdps(50):
@@ -218,8 +217,6 @@ class _Recognised(PatchedRun):
 
     def stored(self) -> list[Array]:
         """What each leaf that reads a moved parameter gives with it as stored, less what it gave here: at a random point."""
-        import mpmath
-
         deltas = self.deltas()
         readers = [(path, leaf) for path, leaf in leaves(self.block) if deltas.keys() & {*leaf.own_parameters()}]
         with mpmath.workdps(Point.DIGITS):
@@ -254,16 +251,11 @@ class Point:
         return self._names.get(self._shown(e))
 
     def _shown(self, e: Any) -> str:
-        import mpmath
-
         with mpmath.workdps(self.DIGITS):
             return str(mpmath.nstr(self._value(e), self.DIGITS // 2))
 
     def values(self, x: Array) -> Array:
         """Every entry's value, as many-digit numbers."""
-        import mpmath
-        import sympy
-
         if x.dtype != object:  # places of experts
             return x
         with mpmath.workdps(self.DIGITS):
@@ -277,9 +269,6 @@ class Point:
         return self._known[e]
 
     def _computed(self, e: Any) -> Any:
-        import mpmath
-        import sympy
-
         if e.is_Symbol:
             meaning = self.table.meaning.get(e)
             return mpmath.mpf(random.Random(str(e)).uniform(0.5, 1.5)) if meaning is None else self._value(meaning)
@@ -303,8 +292,6 @@ class Point:
 
 def _real(value: Any) -> Any:
     """A value without the imaginary part that rounding left; raises ``NotExact`` where it has another."""
-    import mpmath
-
     if abs(mpmath.im(value)) > WRONG * max(1, abs(value)):
         raise NotExact("a value of the instance that was tried is not real")
     return mpmath.re(value)

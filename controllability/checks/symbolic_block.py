@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from controllability.arrays import ARITHMETICS, Array
+from controllability.arrays.lazy import sympy
 from controllability.checks.cache import Cache
 from controllability.checks.rebuilt_blocks import mixtures, rebuilt, renamed, replace_block, transcendental
 from controllability.checks.undefined_parts import GivenRouting
@@ -72,8 +73,6 @@ def any_norm(name: str) -> Component:
 
 def generic(proof: Derivation, norm: Callable[[str], Component] | None = any_norm) -> Callable[[Component], Component]:
     """Leaves with ε a symbol, and undefined functions for activations; and ``norm`` for norms that nothing is steered through."""
-    import sympy
-
     steered, name_of = norms_steered_through(*proof.root.walk()), Names()
 
     def change(leaf: Component) -> Component:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array
+from controllability.arrays.lazy import sympy
 from controllability.checks.rebuilt_blocks import MANY
 from controllability.components.routing import Routing
 from controllability.deltas import Shift
@@ -33,8 +34,6 @@ class UndefinedPart(Component):
         return (Param(f"parameters of {self.name}", (MANY, *self.rows, self.out)),) if self.controlled else ()
 
     def __call__(self, params: Params, x: Array) -> Array:
-        import sympy
-
         value = np.empty((MANY, *self.rows, self.out), dtype=object)
         for place in np.ndindex(*value.shape):
             name = "_".join(map(str, (self.name, *place[1:])))
@@ -86,8 +85,6 @@ class AnyNorm(Component):
     name: str
 
     def __call__(self, params: Params, x: Array) -> Array:
-        import sympy
-
         value = np.empty(x.shape, dtype=object)
         for *row, i in np.ndindex(*x.shape):
             seen = x[tuple(row)]
@@ -108,8 +105,6 @@ class GivenRouting(Routing):
     name: str = ""  # what is added to the names of the functions
 
     def __call__(self, params: Params, logits: Array) -> tuple[Array, Array]:
-        import sympy
-
         shares = np.empty((len(self.choice), self.top_k), dtype=object)
         beside = [entry for p in self.read for entry in np.asarray(p.value(params)).reshape(-1)]
         for t, j in np.ndindex(*shares.shape):

@@ -9,8 +9,7 @@ from controllability.interfaces import Component, Layout, Param, Params, Path
 class Trace:
     """One run of ``block``: state (..., d) in, node values on demand.
 
-    ``observed`` maps paths to outputs that the real run already computed; they are not computed
-    again.
+    ``observed`` maps paths to outputs that the real run already computed; they are not computed again.
 
     >>> import numpy as np
     >>> from controllability.components import Times

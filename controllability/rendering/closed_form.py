@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 from controllability.arrays import Array
+from controllability.arrays.lazy import sympy
 from controllability.checks.rebuilt_blocks import rebuilt, renamed, replace_block, small_sizes
 from controllability.checks.symbolic_block import INDEXED, GivenArrays, RecognisedArrays, any_routings, generic
 from controllability.deltas import Delta
@@ -142,8 +143,6 @@ def formula(proof: Derivation, expand: bool = True, **sizes: int) -> dict[str, A
     >>> formula(prove(residual(Linear(Param("W", ("d", "d")))), via="output"), d=1)["W"]
     Matrix([[(W_11*v'_1 - W_11*v_1 + v'_1 - v_1)/v_1]])
     """
-    import sympy
-
     _for_each(proof)
     known: dict[str, Any] = small_sizes(proof.block)
     if unknown := sorted(set(sizes) - set(known)):
@@ -175,10 +174,10 @@ def formula(proof: Derivation, expand: bool = True, **sizes: int) -> dict[str, A
             "or choose smaller sizes"
         )
     written = table.expand if table is not None else (lambda entry: entry)
-    return {n: _shaped(sympy, [written(e) for e in dense.reshape(-1)], dense.shape) for n, dense in found.items()}
+    return {n: _shaped([written(e) for e in dense.reshape(-1)], dense.shape) for n, dense in found.items()}
 
 
-def _shaped(sympy: Any, entries: list[Any], shape: Any) -> Any:
+def _shaped(entries: list[Any], shape: Any) -> Any:
     if len(shape) <= 2:
         return sympy.Matrix(shape[0], shape[1] if len(shape) == 2 else 1, entries)
     return sympy.ImmutableDenseNDimArray(entries, shape)

@@ -1,6 +1,7 @@
 """The centred and normalised output m∘n(g) without a bias behind it: a new scale whose target has mean 0, too."""
 
 from controllability.arrays import Array, arithmetic
+from controllability.arrays.lazy import sympy
 from controllability.components.normalisation import Normalize
 from controllability.execution.journal import Margin
 from controllability.interfaces import Component, Condition, OutputControllable, Param, Place, Sequence
@@ -68,8 +69,6 @@ class OutputCentred(OutputNormalised):
         return found
 
     def schema(self, step: Step) -> Schema:
-        import sympy
-
         norm = Normalize("layer", sympy.Symbol("epsilon", positive=True))
         return schema(Sequence.of(Assumed("g", side=self.side), norm, step.place.component.children()[-1]), (0,))
 

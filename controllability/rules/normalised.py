@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from controllability.arrays import Array, arithmetic
+from controllability.arrays.lazy import sympy
 from controllability.components.normalisation import Normalize
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, Shift
@@ -146,8 +147,6 @@ class OutputNormalised(Rule):
         return found
 
     def schema(self, step: Step) -> Schema:
-        import sympy
-
         parts = step.place.component.children()
         scaled = isinstance(parts[-1], Scale)
         norm = Normalize("rms", sympy.Symbol("epsilon", positive=True))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays.base import Array
+from controllability.arrays.lazy import sympy
 from controllability.errors import BadInput, NotExact
 from controllability.symbolic.sums import axis_index, summed
 
@@ -40,8 +41,6 @@ class IndexedArray:
     @staticmethod
     def named(name: str, shape: tuple[Any, ...]) -> "IndexedArray":
         """The array whose entries are called ``name(…, i_1, i_0)``."""
-        import sympy
-
         places = IndexedArray(shape, None).indices
         entry = sympy.Function(name, real=True)(*places) if places else sympy.Symbol(name, real=True)
         return IndexedArray(shape, entry)
@@ -65,8 +64,6 @@ class IndexedArray:
     __hash__ = None  # type: ignore[assignment]
 
     def _with(self, other: Any, operation: Any) -> "IndexedArray":
-        import sympy
-
         if isinstance(other, np.ndarray):
             if other.size != 1:
                 return NotImplemented
@@ -160,7 +157,7 @@ class IndexedArray:
             place, size = self.ndim - 1 - axis, self.shape[axis]
             axis += 1
             if isinstance(part, int):
-                entry = entry.xreplace({axis_index(place): _integer(part)})
+                entry = entry.xreplace({axis_index(place): sympy.Integer(part)})
                 continue
             index, length = _sliced(part, axis_index(place), size)
             entry = entry.xreplace({axis_index(place): index})
@@ -184,8 +181,6 @@ class IndexedArray:
 
 def concatenated(parts: Sequence[Any], axis: int = 0) -> IndexedArray:
     """Arrays one after the other: which part an entry is of hangs on its index."""
-    import sympy
-
     axis = axis if axis < 0 else axis - parts[0].ndim
     index, start, cases = axis_index(-1 - axis), sympy.Integer(0), []
     for part in parts:
@@ -197,17 +192,9 @@ def concatenated(parts: Sequence[Any], axis: int = 0) -> IndexedArray:
     return IndexedArray(tuple(shape), sympy.Piecewise(*cases[:-1], (cases[-1][0], True)))
 
 
-def _integer(value: int) -> Any:
-    import sympy
-
-    return sympy.Integer(value)
-
-
 def _exact(value: Any) -> Any:
     """Python and NumPy numbers as exact ones."""
     if isinstance(value, float):
-        import sympy
-
         return sympy.Rational(repr(value))
     return value.item() if isinstance(value, np.generic) else value
 
@@ -217,8 +204,6 @@ def _known(truth: bool, ndim: int) -> Array:
 
 
 def _delta(a: Any, b: Any) -> Any:
-    import sympy
-
     if a.func == b.func and getattr(a.func, "distinct", False) and a.args[:-1] == b.args[:-1]:
         a, b = a.args[-1], b.args[-1]  # equal values stand in one place
     return sympy.KroneckerDelta(a, b)
@@ -233,7 +218,7 @@ def _sliced(part: Any, index: Any, size: Any) -> tuple[Any, Any]:
     stop = size if part.stop is None else part.stop
     length = (stop - start) if step == 1 else size / step
     if length == 1:  # an axis of size 1 has no index
-        return _integer(start), 1
+        return sympy.Integer(start), 1
     return (index if (start, step) == (0, 1) else start + step * index), length
 
 
