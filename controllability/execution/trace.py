@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from controllability.arrays import Array, tidy
-from controllability.interfaces import Component, Layout, Param, Params, Path
+from controllability.interfaces import Component, Layout, Params, Path
 
 
 class Trace:
@@ -82,10 +82,6 @@ class Trace:
         """The parameters as the parts of the component at ``path`` see them: with what it binds."""
         known = self.params_at(path)
         return {**known, **self.bound(path)} if any(at == path for at, _ in self.layout.binding) else known
-
-    def params_of(self, param: Param) -> Array:
-        """The stored value of a parameter."""
-        return param.value(self.params)
 
     def params_at(self, path: Path) -> Params:
         """The parameters as the component at ``path`` sees them: with what those around it name for it."""

@@ -1,5 +1,6 @@
 """A component: a map of the last axis with named parameters, and the three ways to put components together."""
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -151,11 +152,8 @@ class Component(ABC):
         for name in (f.name for f in fields(self)) if is_dataclass(self) else ():
             value = getattr(self, name)
             held = value if isinstance(value, tuple) else (value,)
-            if (
-                held
-                and all(isinstance(part, Component) for part in held)
-                and held == children[count : count + len(held)]
-            ):
+            parts = bool(held) and all(isinstance(part, Component) for part in held)
+            if parts and held == children[count : count + len(held)]:
                 new = tuple(change(count + i, part) for i, part in enumerate(held))
                 changes[name] = new if isinstance(value, tuple) else new[0]
                 count += len(held)
@@ -256,45 +254,42 @@ class Sequence(Combinator):
         return self.parts
 
 
-@dataclass(frozen=True)
-class Sum(Combinator):
-    """f₁(x) + … + f_k(x).  A residual block is the sum of its skip and its branch."""
+class _Elementwise(Combinator):
+    """Parts that read the same, their outputs put together entry by entry."""
 
-    terms: tuple[Component, ...]
-    joined_by = "sum"
+    sign: ClassVar[str]
+    operation: ClassVar[Callable[[Array, Array], Array]]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.terms) < 2:
-            raise BadInput(f"a sum needs at least two terms, got {len(self.terms)}")
+        if len(parts := self.children()) < 2:
+            kept = next(name for name, value in vars(self).items() if value is parts)
+            raise BadInput(f"a {self.joined_by} needs at least two {kept}, got {len(parts)}")
 
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
-        return reduce(lambda a, b: a + b, map(output, range(len(self.terms))))
+        return reduce(type(self).operation, map(output, range(len(self.children()))))
 
     def describe(self) -> str:
-        return " + ".join(f"({t.describe()})" if t.children() else t.describe() for t in self.terms)
+        return f" {self.sign} ".join(f"({p.describe()})" if p.children() else p.describe() for p in self.children())
+
+
+@dataclass(frozen=True)
+class Sum(_Elementwise):
+    """f₁(x) + … + f_k(x).  A residual block is the sum of its skip and its branch."""
+
+    terms: tuple[Component, ...]
+    joined_by, sign, operation = "sum", "+", operator.add
 
     def children(self) -> tuple[Component, ...]:
         return self.terms
 
 
 @dataclass(frozen=True)
-class Product(Combinator):
+class Product(_Elementwise):
     """f₁(x) ∘ … ∘ f_k(x), elementwise: the gated product."""
 
     factors: tuple[Component, ...]
-    joined_by = "product"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.factors) < 2:
-            raise BadInput(f"a product needs at least two factors, got {len(self.factors)}")
-
-    def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
-        return reduce(lambda a, b: a * b, map(output, range(len(self.factors))))
-
-    def describe(self) -> str:
-        return " * ".join(f"({f.describe()})" if f.children() else f.describe() for f in self.factors)
+    joined_by, sign, operation = "product", "*", operator.mul
 
     def children(self) -> tuple[Component, ...]:
         return self.factors

@@ -1,7 +1,4 @@
-"""The checker of one node: its rule is applied again, with the accepted premises of this node and nothing else.
-
-There is no search.  What is returned is the rule's own conclusion: a file chooses among them and adds nothing.
-"""
+"""The checker of one node: its rule is applied again, with the accepted premises of this node and nothing else."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -14,6 +14,7 @@ from controllability.errors import BadInput, ControllabilityError, within_depth
 from controllability.execution.sampling import sample, sizes_of, symbolic_sizes
 from controllability.interfaces import Component
 from controllability.prover.derivation import Derivation
+from controllability.rendering.tokens_served import matrix_formulas
 from controllability.rules import construct
 from controllability.symbolic.definitions import Definitions, definitions
 from controllability.symbolic.indexed import IndexedArray
@@ -98,8 +99,6 @@ def closed_form(proof: Derivation) -> ClosedForm:
 def _for_each(proof: Derivation) -> None:
     """Raise ``BadInput`` for a joint proof, with its formulas in matrices: a pseudo-inverse has no entry for any number of tokens."""
     if proof.jointly:
-        from controllability.rendering.tokens_served import matrix_formulas
-
         raise BadInput(
             "one patch for many tokens solves a system of all their inputs: no formula in entries, but in matrices whose "
             f"columns are the tokens: {'; '.join(matrix_formulas(proof))}. construct(params, source, target) gives the numbers"
@@ -165,10 +164,8 @@ def formula(proof: Derivation, expand: bool = True, **sizes: int) -> dict[str, A
         raise BadInput(f"the block does not compute on symbols at {chosen or 'its sizes'}: {reason}") from reason
     found = {name: delta.dense() for name, delta in patch.items()}
     table = patch.definitions if expand else None
-    if (
-        table is not None
-        and (parts := table.parts_of(e for dense in found.values() for e in dense.reshape(-1))) > PARTS
-    ):
+    parts = table.parts_of(e for dense in found.values() for e in dense.reshape(-1)) if table is not None else 0
+    if parts > PARTS:
         raise BadInput(
             f"with every name replaced the formulas have {parts:.1g} parts, at most {PARTS:.1g} are written: ask for expand=False, "
             "or choose smaller sizes"

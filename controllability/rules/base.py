@@ -1,8 +1,4 @@
-"""What a rule is: derivations go up, wanted outputs go down.
-
-A rule turns sub-derivations into a derivation (``derive``) and, when a proof is executed, passes
-the wanted output of its place on to its premises (``construct``).
-"""
+"""What a rule is: derivations go up (``derive``), and when a proof is executed wanted outputs go down (``construct``)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -161,15 +157,9 @@ def per_expert_rows(place: Place, rule: str) -> Failure:
 
 
 def lifted(
-    rule: Rule,
-    place: Place,
-    part: Place,
-    fixed: tuple[Place, ...],
-    attempt: Attempt,
-    conditions: tuple[Condition, ...] = (),
-    cost_at_least: int = 0,
-    note: str = "",
-) -> Attempt:
+    rule: Rule, place: Place, part: Place, fixed: tuple[Place, ...], attempt: Attempt,
+    conditions: tuple[Condition, ...] = (), cost_at_least: int = 0, note: str = "",
+) -> Attempt:  # fmt: skip
     """The derivations found at ``part`` as derivations at ``place``, where ``fixed`` must stay as it is."""
     found = Attempt(failures=list(attempt.failures))
     for step in attempt.steps:

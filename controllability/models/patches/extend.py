@@ -73,9 +73,10 @@ def extend(
         inputs, rows = batch_of(step.among(stream.sequences))
         try:
             done = _gone_on(patch, model, checked, stream, step)
-            changed = (
-                _changes(patch, model, checked, step, *done, inputs, rows) if done else _anew(patch, model, inputs)
-            )
+            if done:
+                changed = _changes(patch, model, checked, step, *done, inputs, rows)
+            else:
+                changed = _anew(patch, model, inputs)
             scales = sum(s.run.journal.scale_seconds for s in done[0]) if done else 0.0
             found = Extension(step.count, time.perf_counter() - started, scales, step.grows, done is None)
             vars(patch).update(changed, extensions=[*patch.extensions, found])  # all of it or, interrupted, nothing
@@ -95,12 +96,11 @@ def unlearn(patch: PatchRecord, model: nn.Module, context: Mapping[str, Any]) ->
         patch.refuse_misuse(model)
         kept = [s for s in sequences if not s.stands_behind(context["input_ids"][0].cpu())]
         if len(kept) in (0, len(sequences)):
-            why = (
-                "it stands for nothing else: let the patch go"
-                if not kept
-                else "no sequence of this patch has it as its context"
+            none, all_ = (
+                "no sequence of this patch has it as its context",
+                "it stands for nothing else: let the patch go",
             )
-            raise BadInput(f"unlearn: {why}")
+            raise BadInput(f"unlearn: {none if kept else all_}")
         before = patch.report.tokens
         changed = _anew(patch, model, batch_of(kept)[0])
         found = Extension(changed["report"].tokens - before, time.perf_counter() - started, 0.0, False, True)

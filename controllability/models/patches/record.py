@@ -89,9 +89,8 @@ class PatchRecord:
 
     def __repr__(self) -> str:
         what = f"{len(self.report.layers)} layers, {self.report.tokens} tokens, {self.numbers:,} numbers, {self.report.dtype}"
-        return (
-            f"{type(self).__name__}(scope {self.scope!r}, {what}{', merged' if self._merged_into is not None else ''})"
-        )
+        merged = ", merged" if self._merged_into is not None else ""
+        return f"{type(self).__name__}(scope {self.scope!r}, {what}{merged})"
 
     @property
     def metrics(self) -> Mapping[str, Metric]:

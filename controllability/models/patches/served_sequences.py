@@ -40,12 +40,10 @@ class TokenSequence:
     def stands_behind(self, context: Tensor) -> bool:
         """Whether the target is ``context`` and then the source, but for first tokens that are the context's as well."""
         first = len(self.source) - (len(self.target) - len(context))
-        same = 0 <= first < len(self.source) and first <= len(context)
-        return (
-            same
-            and torch.equal(self.target, torch.cat([context, self.source[first:]]))
-            and torch.equal(self.source[:first], context[:first])
-        )
+        if not 0 <= first < len(self.source) or first > len(context):
+            return False
+        behind = torch.equal(self.target, torch.cat([context, self.source[first:]]))
+        return behind and torch.equal(self.source[:first], context[:first])
 
 
 @dataclass(eq=False)

@@ -75,9 +75,8 @@ class BothPasts:
     def _same_as_apart(self, model: nn.Module, there: Any, here: Any, token: Tensor) -> bool:
         probe = BothPasts(copy.deepcopy(self.cache), self.mask, self.lengths)
         joint = model(**probe.inputs(token)).logits
-        apart = [
-            model(input_ids=token[None], past_key_values=copy.deepcopy(c), use_cache=True).logits for c in (there, here)
-        ]
+        pasts = map(copy.deepcopy, (there, here))
+        apart = [model(input_ids=token[None], past_key_values=past, use_cache=True).logits for past in pasts]
         wanted = torch.cat(apart)
         return relative_error(joint, wanted) <= SAME[wanted.dtype]
 
@@ -93,9 +92,8 @@ class BothPasts:
     def after(self, count: int) -> "BothPasts":
         """The pasts when ``count`` tokens have been run over: the cache has grown by itself."""
         there, here = self.lengths
-        return BothPasts(
-            self.cache, torch.cat([self.mask, self.mask.new_ones(2, count)], 1), (there + count, here + count)
-        )
+        mask = torch.cat([self.mask, self.mask.new_ones(2, count)], 1)
+        return BothPasts(self.cache, mask, (there + count, here + count))
 
 
 def _side_by_side(model: nn.Module, there: Any, here: Any) -> Any:
