@@ -1,7 +1,5 @@
 """Every error of the package.  Each says what was asked, what failed, the culprit, what to do."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -116,7 +114,7 @@ class Certificate(Protocol):
         """Whether it holds in exact arithmetic."""
         ...
 
-    def named(self, names: Sequence[str]) -> Certificate:
+    def named(self, names: Sequence[str]) -> "Certificate":
         """This certificate with a name for each token, which the text and the data then use."""
         ...
 

@@ -1,17 +1,17 @@
 """The face of a proof: find it, check it, print it, save it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from controllability.checks import check
 from controllability.interfaces import Component
+from controllability.proof_files.read import derivation_from_dict
+from controllability.proof_files.write import proof_dict
 from controllability.prover.derivation import Derivation
 from controllability.prover.search import Via, derive
-
-if TYPE_CHECKING:
-    from controllability.rendering.closed_form import ClosedForm
+from controllability.rendering.closed_form import ClosedForm, closed_form, formula
+from controllability.rendering.text import proof_text
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,31 +22,23 @@ class Proof(Derivation):
     """
 
     @classmethod
-    def of(cls, found: Derivation) -> Proof:
+    def of(cls, found: Derivation) -> "Proof":
         """The face of a derivation."""
         return cls(**{f.name: getattr(found, f.name) for f in fields(Derivation)})
 
     def check(self, level: str = "symbolic", seed: int = 0) -> list[dict[str, Any]]:
         """Run the checks of a level: [{rule, status, method}].  See ``controllability.checks``."""
-        from controllability.checks import check
-
         return check(self, level, seed)
 
     def __str__(self) -> str:
-        from controllability.rendering.text import proof_text
-
         return proof_text(self)
 
     def formula(self, expand: bool = True, **sizes: int) -> dict[str, Any]:
         """Each ΔW as a SymPy matrix at small explicit sizes (d=2, h=3 …).  See ``controllability.rendering.closed_form.formula``."""
-        from controllability.rendering.closed_form import formula
-
         return formula(self, expand, **sizes)
 
     def closed_form(self) -> ClosedForm:
         """The patch in index notation, every size a symbol.  See ``controllability.rendering.closed_form.closed_form``."""
-        from controllability.rendering.closed_form import closed_form
-
         return closed_form(self)
 
     def to_latex(self, level: str = "derived", name: str = "") -> str:
@@ -57,19 +49,15 @@ class Proof(Derivation):
 
     def to_dict(self) -> dict[str, Any]:
         """Block, tree and options as JSON-ready data, from which the proof can be rebuilt (docs/proof-format.md)."""
-        from controllability.proof_files.write import proof_dict
-
         return proof_dict(self)
 
     @classmethod
-    def from_dict(cls, data: Any, components: Iterable[type] = ()) -> Proof:
+    def from_dict(cls, data: Any, components: Iterable[type] = ()) -> "Proof":
         """The proof that ``to_dict`` wrote, each node checked again without search; data is never executed.
 
         ``components`` are the block's classes that are not of this package.  Raises ``BadInput`` with the JSON path
         of data that is no proof, and ``NotVerified`` with the node that does not follow from its premises.
         """
-        from controllability.proof_files.read import derivation_from_dict
-
         return cls.of(derivation_from_dict(data, components))
 
 
@@ -80,11 +68,10 @@ def prove(
 
     With ``jointly`` the patch is one for many tokens at once (theory 5), and ``proof.max_tokens`` says for how many in general position.
 
-    ``via`` chooses Theorem 1 ("input-output") or 1b ("output"), ``route`` what a normalised output
-    does (auto, scale, secular, uniform, ball), ``frozen`` names parameters that must not move.
-    Raises ``NotControllable`` with the smallest culprit and the nearest change that has a proof, and ``BadInput``
-    for unknown options.
-    Sound, not complete: a refusal means that no derivation was found.
+    ``via`` chooses Theorem 1 ("input-output") or 1b ("output"), ``route`` what a normalised output does (auto, scale,
+    secular, uniform, ball), ``frozen`` names parameters that must not move.  Raises ``NotControllable`` with the
+    smallest culprit and the nearest change that has a proof, and ``BadInput`` for unknown options.  Sound, not
+    complete: a refusal means that no derivation was found.
 
     >>> from controllability.components import Linear, Activation, residual
     >>> from controllability.interfaces import Param

@@ -1,7 +1,5 @@
 """What an arithmetic provides, and NumPy floats, which provide it plainly."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,7 +11,7 @@ from controllability.errors import NotExact
 Array = Any  # numpy.ndarray (float or object) or torch.Tensor
 
 
-def _of_entries(name: str) -> Callable[[Arithmetic, Array], Array]:
+def _of_entries(name: str) -> "Callable[[Arithmetic, Array], Array]":
     """The method that is ``function`` of that name."""
     return lambda self, x: self.function(name, x)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays.base import Arithmetic, Array
+from controllability.arrays.lazy import mpmath
 from controllability.errors import NotExact
 
 
@@ -79,18 +80,12 @@ class MpmathArithmetic(ObjectArithmetic):
     kind = "mpmath"
 
     def machine_epsilon(self, x: Array) -> float:
-        import mpmath
-
         return float(mpmath.mp.eps)
 
     def number(self, value: Any) -> Any:
-        import mpmath
-
         if isinstance(value, Fraction):
             return mpmath.mpf(value.numerator) / value.denominator
         return mpmath.mpf(value)
 
     def scalar(self, name: str, value: Any) -> Any:
-        import mpmath
-
         return getattr(mpmath, name)(value)

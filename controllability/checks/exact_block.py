@@ -1,21 +1,21 @@
 """Level exact: the whole block on random rational numbers, roots as algebraic numbers."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from controllability.arrays import ARITHMETICS, FLOAT_CONSTANT, Array, arithmetic
+from controllability.arrays.lazy import mpmath, sympy
 from controllability.checks.rebuilt_blocks import (
     MANY,
     Named,
     mixtures,
-    options_of,
     rebuilt,
     replace_block,
     small_sizes,
-    tokens_of,
     transcendental,
 )
 from controllability.checks.symbolic_block import norms_steered_through
@@ -26,7 +26,7 @@ from controllability.execution.patch import Patch
 from controllability.execution.patched_run import PatchedRun
 from controllability.execution.sampling import sample
 from controllability.execution.trace import Trace
-from controllability.interfaces import Component, Params, Path, leaves
+from controllability.interfaces import Component, JointOptions, Params, Path, leaves
 from controllability.prover.derivation import Derivation
 from controllability.rules import construct
 from controllability.symbolic.definitions import Definitions, definitions
@@ -35,6 +35,7 @@ WRONG = 1e-15  # a residual at a random point that rounding does not explain
 MORE = 3  # tokens of one patch, where plain fractions do
 NESTED = 4  # activations, each of the one before: their random cubics have numbers of 3ⁿ times as many digits
 INSTANCES = 20  # that are tried for one that fulfils the side conditions
+T = TypeVar("T")
 
 
 def exact(proof: Derivation, seed: int) -> tuple[str, str]:
@@ -71,13 +72,21 @@ def exact(proof: Derivation, seed: int) -> tuple[str, str]:
         return _told(block, left, method + _scores(block) + served)
     if rootless and "h" in sizes and "h" not in proof.max_tokens.values():
         sizes["h"] = 1
-    tokens = tokens_of(proof)
-    params, v, v_target = sample(block, "rational", _admissible(same, sizes, seed), tokens, **sizes)
+    tokens = (MANY,) if proof.jointly else ()
+
+    def digits(tried: int) -> int:  # SymPy cannot compare sizes
+        same.patched_run(*sample(same.block, "mpmath", tried, tokens, **sizes)).deltas()
+        return tried
+
+    with mpmath.workdps(50):
+        admissible = _first_admissible(seed, digits)
+    params, v, v_target = sample(block, "rational", admissible, tokens, **sizes)
     params = {name: _number(value) for name, value in params.items()}
     left = reduced_residual(same, params, _number(v), _number(v_target))
     method = "residual exactly 0 on a random rational instance, roots as algebraic numbers; as stored to 30 digits"
-    method += "; other norms without their root" if rootless else ""
-    return _told(block, left, method + _scores(block) + _choice(block) + _many(proof))
+    method += ("; other norms without their root" if rootless else "") + _scores(block) + _choice(block)
+    method += f"; one patch for {MANY} tokens" if proof.jointly else ""
+    return _told(block, left, method)
 
 
 def _nested(part: Component) -> int:
@@ -95,10 +104,6 @@ def _told(block: Component, left: list[Any], method: str) -> tuple[str, str]:
 
 def _scores(block: Component) -> str:
     return "; the logits themselves as scores (the theorem holds for any fixed score)" if mixtures(block) else ""
-
-
-def _many(proof: Derivation) -> str:
-    return f"; one patch for {MANY} tokens" if proof.jointly else ""
 
 
 @dataclass(frozen=True)
@@ -122,28 +127,24 @@ def _in_fractions(proof: Derivation, seed: int, sizes: dict[str, Any], many: int
 
     If ``repeated``, the last token has the first one's state and target; and with another target it must be refused.
     """
-    failure: Exception = NotExact("the block has no value on the instances that were tried: it divides by zero")
-    for tried in range(seed, seed + INSTANCES):
-        params, v, v_target = sample(proof.block, "rational", tried, tokens_of(proof, many), **sizes)
-        other = v_target
+
+    def solved(tried: int) -> tuple[Patch, Params, Any, Any, Any]:
+        params, v, v_target = sample(proof.block, "rational", tried, (many,), **sizes)
+        again = _last_as_first if repeated else lambda state: state
+        return proof.construct(params, again(v), again(v_target)), params, again(v), again(v_target), v_target
+
+    try:
+        patch, params, v, v_target, other = _first_admissible(seed, solved)
+    except SideConditionFailed:
         if repeated:
-            v, v_target = _last_as_first(v), _last_as_first(v_target)
-        try:
-            patch = proof.construct(params, v, v_target)
-        except SideConditionFailed as failed:
-            failure = failed
-        except ZeroDivisionError:  # scores that sum to 0, and are divided by their sum
-            continue
-        else:
-            wanted = proof.block(params, v_target)
-            patched = (patch.applied_to(params), patch.merged_into(params))
-            left = [e for params in patched for e in (proof.block(params, v) - wanted).reshape(-1)]
-            if repeated and not _refused(proof, params, v, other):
-                left.append("two targets of one state are not refused")
-            return left
-    if repeated and isinstance(failure, SideConditionFailed):
-        return ["a repeated token with one target is refused"]
-    raise failure
+            return ["a repeated token with one target is refused"]
+        raise
+    wanted = proof.block(params, v_target)
+    patched = (patch.applied_to(params), patch.merged_into(params))
+    left = [e for params in patched for e in (proof.block(params, v) - wanted).reshape(-1)]
+    if repeated and not _refused(proof, params, v, other):
+        left.append("two targets of one state are not refused")
+    return left
 
 
 def _last_as_first(state: Any) -> Any:
@@ -160,24 +161,19 @@ def _refused(proof: Derivation, params: Params, v: Any, v_target: Any) -> bool:
     return False
 
 
-def _admissible(proof: Derivation, sizes: dict[str, Any], seed: int) -> int:
-    """The first seed from ``seed`` on whose instance fulfils the side conditions: SymPy cannot compare sizes.
+def _first_admissible(seed: int, solved: Callable[[int], T]) -> T:
+    """What is ``solved`` by the first seed from ``seed`` on whose instance fulfils the side conditions.
 
     Raises ``SideConditionFailed`` if none does.
     """
-    import mpmath
-
     failure: Exception = NotExact("the block has no value on the instances that were tried: it divides by zero")
     for tried in range(seed, seed + INSTANCES):
-        with mpmath.workdps(50):
-            try:
-                proof.patched_run(*sample(proof.block, "mpmath", tried, tokens_of(proof), **sizes)).deltas()
-            except SideConditionFailed as failed:
-                failure = failed
-            except ZeroDivisionError:  # scores that sum to 0, and are divided by their sum
-                continue
-            else:
-                return tried
+        try:
+            return solved(tried)
+        except SideConditionFailed as failed:
+            failure = failed
+        except ZeroDivisionError:  # scores that sum to 0, and are divided by their sum
+            continue
     raise failure
 
 
@@ -218,8 +214,6 @@ class _Recognised(PatchedRun):
 
     def stored(self) -> list[Array]:
         """What each leaf that reads a moved parameter gives with it as stored, less what it gave here: at a random point."""
-        import mpmath
-
         deltas = self.deltas()
         readers = [(path, leaf) for path, leaf in leaves(self.block) if deltas.keys() & {*leaf.own_parameters()}]
         with mpmath.workdps(Point.DIGITS):
@@ -254,16 +248,11 @@ class Point:
         return self._names.get(self._shown(e))
 
     def _shown(self, e: Any) -> str:
-        import mpmath
-
         with mpmath.workdps(self.DIGITS):
             return str(mpmath.nstr(self._value(e), self.DIGITS // 2))
 
     def values(self, x: Array) -> Array:
         """Every entry's value, as many-digit numbers."""
-        import mpmath
-        import sympy
-
         if x.dtype != object:  # places of experts
             return x
         with mpmath.workdps(self.DIGITS):
@@ -277,9 +266,6 @@ class Point:
         return self._known[e]
 
     def _computed(self, e: Any) -> Any:
-        import mpmath
-        import sympy
-
         if e.is_Symbol:
             meaning = self.table.meaning.get(e)
             return mpmath.mpf(random.Random(str(e)).uniform(0.5, 1.5)) if meaning is None else self._value(meaning)
@@ -303,8 +289,6 @@ class Point:
 
 def _real(value: Any) -> Any:
     """A value without the imaginary part that rounding left; raises ``NotExact`` where it has another."""
-    import mpmath
-
     if abs(mpmath.im(value)) > WRONG * max(1, abs(value)):
         raise NotExact("a value of the instance that was tried is not real")
     return mpmath.re(value)
@@ -315,7 +299,7 @@ def reduced_residual(proof: Derivation, params: dict[str, Array], v: Any, v_targ
     xp = ARITHMETICS["sympy"]
     with definitions() as table:
         target = _Given(proof.block, params, v_target)
-        run = _Recognised(table, proof.block, params, v, target, options_of(proof))
+        run = _Recognised(table, proof.block, params, v, target, JointOptions() if proof.jointly else None)
         construct(proof.root, run, lambda: target.output(()))
         difference = xp.tidy(run.output(()) - target.output(())).reshape(-1)
         size = max([1, *map(abs, run.point.values(target.output(()).reshape(-1)))])

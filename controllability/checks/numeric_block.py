@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array, arithmetic, relative_error
+from controllability.arrays.lazy import mpmath
 from controllability.errors import SideConditionFailed
 from controllability.execution.patch import Patch
 from controllability.execution.sampling import DEFAULT_SIZES, sample
@@ -58,8 +59,6 @@ def falls(residuals: dict[str, float]) -> bool:
 
 def residuals_of(proof: Derivation, seed: int) -> tuple[dict[str, float], dict[str, float], float]:
     """(patched residuals, errors of the plain target run, unpatched error), each against 50 digits."""
-    import mpmath
-
     sizes: dict[str, Any] = {k: 2 * n for k, n in DEFAULT_SIZES.items() if k != "one"}
     residuals: dict[str, float] = {}
     plain: dict[str, float] = {}

@@ -13,7 +13,7 @@ from controllability.components.mixture import ExpertLinear, Mixture
 from controllability.components.routing import Routing
 from controllability.components.scale import Scale
 from controllability.errors import BadInput, NotExact
-from controllability.interfaces import Component, JointOptions, Param, Params, Size
+from controllability.interfaces import Component, Param, Params, Size
 from controllability.prover.derivation import Derivation
 from controllability.prover.edits import nodes
 from controllability.prover.search import derive
@@ -127,16 +127,6 @@ def replace_block(proof: Derivation, block: Component, names: Mapping[str, str] 
         if _signature(root) == _signature(proof.root, names):
             return replace(found, root=root, alternatives=())
     raise NotExact("the derivation is not found again on the instance that is to be checked")
-
-
-def tokens_of(proof: Derivation, many: int = MANY) -> tuple[int, ...]:
-    """The axes of the states on which a proof is executed: none, or ``many`` tokens with one patch."""
-    return (many,) if proof.jointly else ()
-
-
-def options_of(proof: Derivation) -> JointOptions | None:
-    """How a run solves for its tokens: exactly, with one patch, where the proof is a joint one."""
-    return JointOptions() if proof.jointly else None
 
 
 def _named_as(name: str, names: Mapping[str, str]) -> str:

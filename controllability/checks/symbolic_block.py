@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from controllability.arrays import ARITHMETICS, Array
+from controllability.arrays.lazy import sympy
 from controllability.checks.cache import Cache
 from controllability.checks.rebuilt_blocks import mixtures, rebuilt, renamed, replace_block, transcendental
-from controllability.checks.undefined_parts import GivenRouting
 from controllability.components.activation import Activation
 from controllability.components.normalisation import Normalize
 from controllability.components.routing import Routing
@@ -43,19 +43,8 @@ def recognised(table: Definitions, value: Array) -> Array:
     return known
 
 
-class RecognisedArrays(SchemaRun):
-    """The run in which the patch is solved; where it has a value of the target run it goes on with its name."""
-
-    def __init__(self, table: Definitions, *run: Any) -> None:
-        super().__init__(*run)
-        self.table = table
-
-    def _compute(self, path: Path) -> Array:
-        return recognised(self.table, super()._compute(path))
-
-
 class PlainArrays(Trace):
-    """A run of the block with the patched parameters, which knows nothing of the proof."""
+    """A run of the block, which knows nothing of a proof; where it has a value of the target run it goes on with its name."""
 
     def __init__(self, table: Definitions, *run: Any) -> None:
         super().__init__(*run)
@@ -63,6 +52,10 @@ class PlainArrays(Trace):
 
     def _compute(self, path: Path) -> Array:
         return recognised(self.table, super()._compute(path))
+
+
+class RecognisedArrays(PlainArrays, SchemaRun):
+    """The run in which the patch is solved."""
 
 
 def any_norm(name: str) -> Component:
@@ -72,8 +65,6 @@ def any_norm(name: str) -> Component:
 
 def generic(proof: Derivation, norm: Callable[[str], Component] | None = any_norm) -> Callable[[Component], Component]:
     """Leaves with ε a symbol, and undefined functions for activations; and ``norm`` for norms that nothing is steered through."""
-    import sympy
-
     steered, name_of = norms_steered_through(*proof.root.walk()), Names()
 
     def change(leaf: Component) -> Component:
@@ -107,7 +98,7 @@ def norms_steered_through(*steps: Step) -> set[int]:
     return {id(part) for end in ends for part in end if part.normalises}
 
 
-def any_routings(kind: type[UnknownRouting | GivenRouting] = UnknownRouting) -> Callable[[Routing], Routing]:
+def any_routings(kind: type[UnknownRouting] = UnknownRouting) -> Callable[[Routing], Routing]:
     """Undefined functions of the logits in place of routings: equal ones become the same function, others another."""
     name_of = Names()
     return lambda routing: kind(read=routing.parameters(), name=name_of("", routing))

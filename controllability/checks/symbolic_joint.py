@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import Array
+from controllability.arrays.lazy import sympy
 from controllability.checks.cache import Cache
 from controllability.checks.rebuilt_blocks import MANY, each_param, resized, small_sizes
 from controllability.checks.undefined_parts import (
@@ -124,8 +125,6 @@ def _mixture_claims(step: Step) -> Iterator[str]:
 
 def _stack_dependently(mixture: Component, params: Params, x: Array) -> None:
     """The last token's stacked vector becomes a multiple of another's, or a sum of such of two others'."""
-    import sympy
-
     assert isinstance(mixture, Mixture)
     shares = SYMPY.zeros_like(x[:, :2]) + 1
     if mixture.weighted:
@@ -216,8 +215,6 @@ def explicit_schema(step: Step) -> Schema:
     """The rule's own shape at explicit sizes."""
     given, side = step.place.component, step.rule.side
     if isinstance(step.rule, JointNormalised):
-        import sympy
-
         inner = UndefinedPart("g", D, controlled=True)
         norm = Normalize("rms", sympy.Symbol("epsilon", positive=True))
         block = Sequence.of(inner, norm, _small(given.children()[-1]))

@@ -18,7 +18,8 @@ def whole_block(proof: Derivation) -> tuple[str, str]:
 
     With experts any routing that gives the two tokens one expert in common; hidden width 1 within an expert.
     """
-    if _experts_before_a_norm(proof):
+    norms = [step for step in proof.root.walk() if isinstance(step.rule, OutputNormalised)]
+    if any(isinstance(step.rule, OutputMixture) for norm in norms for step in norm.walk()):  # steered through a norm
         return (
             "skipped",
             "not run: roots of what two tokens' experts add up to, all of it symbols, do not reduce in reasonable time; level exact takes rational numbers",
@@ -36,19 +37,10 @@ def whole_block(proof: Derivation) -> tuple[str, str]:
     shown = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name != "one")
     known = "entry, ε and activation"
     if mixtures(block):
-        shown += f" (h = {ONE} in an expert), of which {_and(SERVED)} serve the tokens"
+        served = " and ".join("{" + ", ".join(str(e + 1) for e in chosen) + "}" for chosen in SERVED)
+        shown += f" (h = {ONE} in an expert), of which {served} serve the tokens"
         known = "entry, ε, share and activation"
     return "passed", f"residual reduced to 0 for {MANY} tokens with one patch, at {shown}: every {known} a symbol"
-
-
-def _experts_before_a_norm(proof: Derivation) -> bool:
-    """Whether experts' last maps are steered through a norm."""
-    norms = [step for step in proof.root.walk() if isinstance(step.rule, OutputNormalised)]
-    return any(isinstance(step.rule, OutputMixture) for norm in norms for step in norm.walk())
-
-
-def _and(choice: tuple[tuple[int, ...], ...]) -> str:
-    return " and ".join("{" + ", ".join(str(e + 1) for e in chosen) + "}" for chosen in choice)
 
 
 def _narrow(leaf: Component) -> Component:

@@ -1,8 +1,4 @@
-"""Level symbolic, rule by rule: each rule's own schema, executed in index notation and reduced to 0.
-
-A schema holds undefined functions where the rule speaks of any component, so what reduces to 0 here is the
-rule itself: its construction, its signs, its order, and what it asks of its premises.
-"""
+"""Level symbolic, rule by rule: each rule's own schema, executed in index notation and reduced to 0."""
 
 from dataclasses import replace
 from typing import Any
@@ -62,12 +58,12 @@ def rule_check(step: Step) -> tuple[str, str]:
 
         return joint_check(step)
     names: dict[str, str] = {}
-    component = plain_component(step.place.component, names)
+    component = rebuilt(renamed(step.place.component, names), lambda leaf: resized(leaf, "m", "n", "E", "d"))
     update = step.update and replace(step.update, param=renamed(step.update.param, names))
     plain = replace(step, place=replace(step.place, component=component), update=update)
     try:
         schema = step.rule.schema(plain)
-        left = [(f"{name}: {what}", e) for name, s in variants(plain) for what, e in known(s, schema)]
+        left = [(f"{name}: {what}", e) for name, s in step.rule.variants(plain).items() for what, e in known(s, schema)]
     except RecursionError:
         raise
     except NOT_GENERIC as reason:
@@ -78,12 +74,7 @@ def rule_check(step: Step) -> tuple[str, str]:
     wrong = [f"{what} leaves {entry}" for what, entry in left if entry != 0]
     if wrong:
         return "failed", "; ".join(wrong).removeprefix(": ")
-    return "passed", _told(step, schema, [name for name, _ in variants(step) if name])
-
-
-def variants(step: Step) -> list[tuple[str, Step]]:
-    """The ways in which the rule's construction may go on."""
-    return list(step.rule.variants(step).items())
+    return "passed", _told(step, schema, [name for name in step.rule.variants(step) if name])
 
 
 def _told(step: Step, schema: Schema, routes: list[str]) -> str:
@@ -148,14 +139,13 @@ def stored_experts(update: Update, leaf: ExpertLinear) -> Any:
     experts, out, into = leaf.stacked or 3, 2, 3
     params, _, _ = sample(resized(leaf, out, into, experts, out), "sympy")
     params[CHOSEN] = np.array([0, experts - 1][:experts])
-    x, delta = (_entries(name, len(params[CHOSEN]), width) for name, width in (("x", into), ("g", out)))
+    x, delta = (
+        ARITHMETICS["sympy"].array([[f"{name}_{i}{j}" for j in range(width)] for i in range(len(params[CHOSEN]))])
+        for name, width in (("x", into), ("g", out))
+    )
     moved = Patch({update.param: update.solve(params, x, delta)}).merged_into(params)
     left = leaf(moved, x) - leaf(params, x) - delta
     return sum(normal_form(e) ** 2 for e in left.reshape(-1))
-
-
-def _entries(name: str, rows: int, width: int) -> Array:
-    return ARITHMETICS["sympy"].array([[f"{name}_{i}{j}" for j in range(width)] for i in range(rows)])
 
 
 def runs_indexed(leaf: Component) -> bool:
@@ -176,11 +166,6 @@ def instance(component: Component) -> tuple[dict[str, Array], Array, Array]:
         v, v_target = (IndexedArray.named(name, (k, v.shape[-1])) for name in ("v", "v'"))
         params = params | {CHOSEN: chosen}
     return params, v, v_target
-
-
-def plain_component(component: Component, names: dict[str, str]) -> Component:
-    """The same component with plain ``names``, and sizes that are symbols wherever the rule speaks of any size."""
-    return rebuilt(renamed(component, names), lambda leaf: resized(leaf, "m", "n", "E", "d"))
 
 
 def explicit_check(step: Step, reason: str) -> tuple[str, str]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array
+from controllability.arrays.lazy import sympy
 from controllability.checks.rebuilt_blocks import MANY
-from controllability.components.routing import Routing
 from controllability.deltas import Shift
 from controllability.interfaces import Component, Condition, JointSolution, JointUpdate, Param, Params, Place, Update
 from controllability.rules import Side, Step
-from controllability.rules.schema import Assumption
+from controllability.rules.schema import Assumption, UnknownRouting
 
 SYMPY = ARITHMETICS["sympy"]
 EXPERTS, D, H, ONE = 3, 2, 2, 1  # experts, width, hidden width; that of experts in a mixture
@@ -33,8 +33,6 @@ class UndefinedPart(Component):
         return (Param(f"parameters of {self.name}", (MANY, *self.rows, self.out)),) if self.controlled else ()
 
     def __call__(self, params: Params, x: Array) -> Array:
-        import sympy
-
         value = np.empty((MANY, *self.rows, self.out), dtype=object)
         for place in np.ndindex(*value.shape):
             name = "_".join(map(str, (self.name, *place[1:])))
@@ -86,8 +84,6 @@ class AnyNorm(Component):
     name: str
 
     def __call__(self, params: Params, x: Array) -> Array:
-        import sympy
-
         value = np.empty(x.shape, dtype=object)
         for *row, i in np.ndindex(*x.shape):
             seen = x[tuple(row)]
@@ -99,17 +95,13 @@ class AnyNorm(Component):
 
 
 @dataclass(frozen=True)
-class GivenRouting(Routing):
+class GivenRouting(UnknownRouting):
     """Shares as undefined functions of the logits and of what the routing reads; ``choice`` says which experts a token has."""
 
     top_k: int = 2
     choice: tuple[tuple[int, ...], ...] = SERVED
-    read: tuple[Param, ...] = ()
-    name: str = ""  # what is added to the names of the functions
 
     def __call__(self, params: Params, logits: Array) -> tuple[Array, Array]:
-        import sympy
-
         shares = np.empty((len(self.choice), self.top_k), dtype=object)
         beside = [entry for p in self.read for entry in np.asarray(p.value(params)).reshape(-1)]
         for t, j in np.ndindex(*shares.shape):
@@ -118,9 +110,3 @@ class GivenRouting(Routing):
 
     def margin(self, params: Params, logits: Array) -> Array:
         return SYMPY.zeros_like(logits[..., :1]) + 1
-
-    def parameters(self) -> tuple[Param, ...]:
-        return self.read
-
-    def describe(self) -> str:
-        return "any routing"

@@ -60,9 +60,8 @@ def _prove(parser: ArgumentParser) -> None:
     parser.add_argument("--via", choices=VIA, default="input-output", help="Theorem 1 (default) or 1b")
     _route(parser)
     parser.add_argument("--jointly", action="store_true", help="one patch for many tokens at once, not one for each")
-    parser.add_argument(
-        "--level", choices=LEVELS, default="derived", help="what to run (default derived: the rules alone)"
-    )
+    level = "what to run (default derived: the rules alone)"
+    parser.add_argument("--level", choices=LEVELS, default="derived", help=level)
     parser.add_argument("--format", choices=FORMATS, help="default text; --json is --format json")
 
 
@@ -187,11 +186,8 @@ def _moments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _model(parser)
     own = "half what the model writes, half pages on Python"
-    add(
-        "--texts",
-        metavar="FILE",
-        help=f"texts like those it will meet, one a line; - is standard input (default: {own})",
-    )
+    texts = f"texts like those it will meet, one a line; - is standard input (default: {own})"
+    add("--texts", metavar="FILE", help=texts)
     without = "a context to be compiled: texts with 8 words in a row of it are refused"
     add("--context-file", dest="context", type=TextFile, metavar="FILE", help=without)
     add("--dtype", choices=DTYPES, default="float32", help="that of the compile command (default float32)")

@@ -1,6 +1,4 @@
-"""What each command does.  Heavy imports happen inside, so that ``--help`` is instant."""
-
-from __future__ import annotations
+"""What each command does.  Those that load a model stand in files of their own."""
 
 import argparse
 import codecs
@@ -8,19 +6,21 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import architectures
+from controllability.checks import reached, summary
+from controllability.cli import catalogue
 from controllability.cli.output import Output
-
-if TYPE_CHECKING:
-    from controllability.proof import Proof
+from controllability.errors import BadInput, NotControllable, NotVerified
+from controllability.proof import Proof, prove as prove_block
+from controllability.proof_files.read import read_proof_file
+from controllability.rendering.html import proof_html, refusal_html
+from controllability.rendering.text import cited, proof_text, terminal_width, wrapped
 
 
 def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named after the command)
     """Print the registered architectures."""
-    from controllability.cli import catalogue
-    from controllability.errors import BadInput
-
     if args.markdown and output.as_json:
         raise BadInput("--markdown and --json are two forms of one list: leave one of them out")
     if args.markdown:
@@ -43,10 +43,6 @@ def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named 
 
 def prove(args: argparse.Namespace, output: Output) -> int:
     """Print the proof of one architecture, and what the checks of a level showed."""
-    import architectures
-    from controllability.errors import BadInput, NotControllable
-    from controllability.proof import prove as prove_block
-
     if output.as_json and args.format not in (None, "json"):
         raise BadInput(f"--json and --format {args.format} ask for two forms: leave one of them out")
     output.as_json = output.as_json or args.format == "json"
@@ -57,8 +53,6 @@ def prove(args: argparse.Namespace, output: Output) -> int:
         proof = prove_block(block, args.via, args.route, jointly=args.jointly)
     except NotControllable as refused:
         if args.format == "html":
-            from controllability.rendering.html import refusal_html
-
             _print_page(refusal_html(args.name, block, refused))
             return 1
         if not output.as_json:
@@ -73,8 +67,6 @@ def prove(args: argparse.Namespace, output: Output) -> int:
     elif args.format == "latex":
         output.text(proof.to_latex(data["level"], args.name))
     elif args.format == "html":
-        from controllability.rendering.html import proof_html
-
         _print_page(proof_html(proof, args.name, args.level, checks))
     else:
         _show_proof(proof, args.level, checks, output)
@@ -83,9 +75,6 @@ def prove(args: argparse.Namespace, output: Output) -> int:
 
 def _family(name: str) -> str:
     """The name, where it is registered; else that of the family that a model directory, a config or a GGUF file names."""
-    import architectures
-    from controllability.errors import BadInput
-
     try:
         architectures.find(name)
         return name
@@ -99,10 +88,6 @@ def _family(name: str) -> str:
 
 def recheck(args: argparse.Namespace, output: Output) -> int:
     """Rebuild a written proof, check every node of it again, and run the checks of a level."""
-    from controllability.errors import NotVerified
-    from controllability.proof import Proof
-    from controllability.proof_files.read import read_proof_file
-
     data = read_proof_file(args.file)
     name = data.get("name", "")
     try:
@@ -132,33 +117,25 @@ def _print_page(page: str) -> None:
 
 def _levels(proof: Proof, level: str, checks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What was run and what it showed, and what the proof cites."""
-    from controllability.checks import reached, summary
-    from controllability.rendering.text import cited
-
     shown = {"level": reached(level, checks), "summary": summary(level, checks)}
     return shown | {"checks": checks, "references": cited(proof)}
 
 
 def _show_proof(proof: Proof, level: str, checks: Sequence[dict[str, Any]], output: Output) -> None:
-    from controllability.rendering.text import proof_text, terminal_width, wrapped
-
     found = _levels(proof, level, checks)
     output.text(proof_text(proof, level=found["level"]))
     if level != "derived":
         rows = [[c["rule"], c["status"], c["method"]] for c in checks]
         output.table(f"level {level}", ["rule", "status", "method"], rows)
-    cited = [f"{key} {text}" for key, text in found["references"].items()]
-    for line in (found["summary"], "references:", *cited):
+    for line in (found["summary"], "references:", *(f"{key} {text}" for key, text in found["references"].items())):
         output.text("\n".join(wrapped(line, terminal_width(), "", "    ")))
 
 
-def _elsewhere(module: str, name: str) -> Callable[[argparse.Namespace, Output], int]:
+def _elsewhere(name: str, module: str = "") -> Callable[[argparse.Namespace, Output], int]:
     """The function ``name`` of ``controllability.cli.module``, imported when it is called: the models are heavy."""
-    return lambda args, output: getattr(import_module(f"controllability.cli.{module}"), name)(args, output)
+    return lambda args, output: getattr(import_module(f"controllability.cli.{module or name}"), name)(args, output)
 
 
-patch, verify, export = (_elsewhere("patch", name) for name in ("patch", "verify", "export"))
-generate, demo = _elsewhere("generate", "generate"), _elsewhere("demo", "demo")
-protocol = _elsewhere("protocol", "protocol")
-compile = _elsewhere("compile", "compile")  # noqa: A001 (named after the command)
-moments = _elsewhere("moments", "moments")
+patch, generate, demo, protocol, moments = map(_elsewhere, ("patch", "generate", "demo", "protocol", "moments"))
+verify, export = _elsewhere("verify", "patch"), _elsewhere("export", "patch")
+compile = _elsewhere("compile")  # noqa: A001 (named after the command)

@@ -135,9 +135,8 @@ def _sizes(compiled: Compiled) -> list[str]:
     """What other text loses, what was right, and how large the patch is, each in a line."""
     lines = []
     if found := compiled.apart["unrelated"].perplexity:
-        lines.append(
-            "Perplexity of unrelated text: {base:.3g}, compiled {compiled:.3g} (× {ratio:.3g}).".format(**found)
-        )
+        told = "Perplexity of unrelated text: {base:.3g}, compiled {compiled:.3g} (× {ratio:.3g})."
+        lines.append(told.format(**found))
     for name, spoken in compiled.spoken.items():
         if (right := spoken.right()) is not None:
             which = TITLES[name].partition(",")[0]
@@ -158,9 +157,8 @@ def _advice(compiled: Compiled) -> list[str]:
         moments = "--moments of texts like those that are to stay" if strength != "exact" else "a smaller --rank"
         lines.append(f"It {compiled.drifts}: try {gentler}{moments}.")
     if now["queries"][0] > 0.05 * now["queries"][1]:
-        stronger = (
-            f"--strength {(*STEPS, '')[at + 1]}" if strength in STEPS[:-1] else "a higher --rank, or fewer queries"
-        )
+        more = "a higher --rank, or fewer queries"
+        stronger = f"--strength {STEPS[at + 1]}" if strength in STEPS[:-1] else more
         lines.append(f"The queries are not all reached: try {stronger}.")
     if "heldout" not in now:
         lines.append("Held-out queries (--heldout) would tell what generalises.")

@@ -42,11 +42,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The whole command line."""
-    root = Parser(
-        prog="controllability",
-        description="Context into weights, exactly, with a proof.",
-        epilog="start with: controllability demo",
-    )
+    what, first = "Context into weights, exactly, with a proof.", "start with: controllability demo"
+    root = Parser(prog="controllability", description=what, epilog=first)
     root.add_argument("--version", action="version", version=f"controllability {__version__}")
     commands = root.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():

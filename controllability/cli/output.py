@@ -1,6 +1,7 @@
 """What the commands print: tables and progress for people, one JSON object for scripts."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 
 from controllability.cli.streams import spelt
 from controllability.errors import NotControllable, SideConditionFailed, printable
+from controllability.rendering.tables import number as number
 
 Progress = Callable[[str, int, int], None]
 
@@ -69,7 +71,8 @@ class Output:
             proof = {"certificate": error.certificate.to_dict()} if error.certificate is not None else {}
             self.result(proof | {
                 "verdict": "condition failed", "culprit": error.where, "reason": error.statement, "hint": error.hint,
-                "layer": error.layer, "position": error.position, "margin": _finite(error.margin),
+                "layer": error.layer, "position": error.position,
+                "margin": error.margin if error.margin is not None and math.isfinite(error.margin) else None,
             })  # fmt: skip
 
     @contextmanager
@@ -103,12 +106,3 @@ class Output:
                 bars.update(tasks[stage], completed=done, total=total)
 
             yield report
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and value == value and abs(value) != float("inf") else None
-
-
-def number(value: float | None) -> str:
-    """A number for a table."""
-    return "–" if value is None else f"{value:.2g}"

@@ -18,6 +18,7 @@ from controllability.models.loading import load_model
 from controllability.models.protocol.rescale import rescaled
 from controllability.models.protocol.run import Row, run_protocol
 from controllability.rendering.protocol_figure import protocol_picture
+from controllability.rendering.tables import aligned
 from controllability.rendering.text import terminal_width, wrapped
 
 # our own: those of the paper are not public word for word
@@ -100,9 +101,7 @@ def _show(output: Output, rows: list[dict[str, Any]], what: str, divided: int) -
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         of = [row for row in rows if row["dtype"] == dtype]
         output.text(f"{dtype}, {what}" + f", states ÷ {divided}" * (divided > 1 and dtype == "float16"))
-        lines = [COLUMNS, *map(_cells, of)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        output.text("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines))
+        output.text(aligned([COLUMNS, *map(_cells, of)]))
         for reason in dict.fromkeys(row["refused"] for row in of if row["refused"]):
             routes = ", ".join(row["route"] for row in of if row["refused"] == reason)
             output.text("\n".join(wrapped(f"{routes}: {reason}", min(80, terminal_width()), "", "    ")))

@@ -81,27 +81,22 @@ def side_by_side(transcript: Transcript, console: Console, height: int | None = 
 def _columns(tokens: list[dict[str, Any]], console: Console, room: int | None) -> Table:
     pieces = {name: [_piece(token, name, console) for token in tokens] for name in COLUMNS}
     start = max(_start(column, room) for column in pieces.values())  # the same tokens stand in each column
-    lead = _ellipsis(console) if start else ""
+    lead = shown("…", console, "...") if start else ""
     cells = (Text.assemble(lead, *column[start:]) for column in pieces.values())
     return _row(*(cell[1:] if cell.plain.startswith(" ") else cell for cell in cells))
 
 
 def _row(*cells: Text) -> Table:
-    """Cells of one width."""
     table = Table.grid(*(Column(ratio=1, overflow="fold") for _ in cells), expand=True, padding=(0, 2, 0, 0))
     table.add_row(*cells)
     return table
-
-
-def _ellipsis(console: Console) -> str:
-    return shown("…", console, "...")
 
 
 def _end(text: str, width: int, console: Console) -> str:
     """The end of a text that is longer than ``width`` cells: the question is there."""
     if cell_len(text) <= width:
         return text
-    lead = _ellipsis(console)
+    lead = shown("…", console, "...")
     while text and cell_len(lead + text) > width:
         text = text[max(1, (cell_len(lead + text) - width) // 2) :]
     return lead + text

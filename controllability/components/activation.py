@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from controllability.arrays import Arithmetic, Array, arithmetic
+from controllability.arrays.lazy import mpmath, sympy
 from controllability.errors import BadInput
 from controllability.interfaces import Bijection, Component, Condition, Params, Size
 
@@ -30,12 +31,8 @@ def _gelu_tanh(xp: Arithmetic, x: Array) -> Array:
 
 def _root_of(xp: Arithmetic, value: int, over_pi: bool = False) -> Any:
     if xp.symbolic:
-        import sympy
-
         return sympy.sqrt(value / sympy.pi if over_pi else sympy.Integer(value))
     if xp.kind == "mpmath":
-        import mpmath
-
         return mpmath.sqrt(value / mpmath.pi if over_pi else value)
     return math.sqrt(value / math.pi if over_pi else value)
 
@@ -93,8 +90,6 @@ class Activation(Component):
         return FORMULAS[self.name](xp, x) if kernel is None else kernel
 
     def _unknown(self, xp: Arithmetic, x: Array) -> Array:
-        import sympy
-
         from controllability.symbolic.arithmetic import SympyArithmetic
 
         if not isinstance(xp, SympyArithmetic):

@@ -1,7 +1,5 @@
 """A component whose parameters are read and never moved."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +33,7 @@ class Fixed(Component):
     def own_parameters(self) -> tuple[Param, ...]:
         return tuple(sorted(self.inner.parameters(), key=str))
 
-    def map_held(self, change: Callable[[Any], Any]) -> Fixed:
+    def map_held(self, change: Callable[[Any], Any]) -> "Fixed":
         return replace(self, inner=change(self.inner))
 
     @property

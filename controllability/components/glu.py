@@ -1,7 +1,5 @@
 """Gated products of one fused matrix, and activations with learned or clamped shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -54,7 +52,7 @@ class Glu(Component):
     def own_parameters(self) -> tuple[Param, ...]:
         return tuple(sorted(self.activation.parameters(), key=str))
 
-    def map_held(self, change: Callable[[Any], Any]) -> Glu:
+    def map_held(self, change: Callable[[Any], Any]) -> "Glu":
         return replace(self, activation=change(self.activation))
 
     def output_width(self, width: Size) -> Size:

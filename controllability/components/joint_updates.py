@@ -45,12 +45,8 @@ def one_matrix(weight: Param, where: str, width: int | str | None, transposed: b
 
 
 def one_vector(
-    param: Param,
-    where: str,
-    reads: Callable[[np.ndarray], np.ndarray],
-    stored: Callable[[Params, Array], Delta],
-    what: str,
-) -> JointUpdate:
+    param: Param, where: str, reads: Callable[[np.ndarray], np.ndarray], stored: Callable[[Params, Array], Delta], what: str
+) -> JointUpdate:  # fmt: skip
     """Δ ∘ reads(x_t) = δ_t for all tokens, entry by entry: a bias reads 1, a scale its input."""
     condition = Condition(f"all tokens ask for the same change of {param} ({what})", where, hint=ONE_VECTOR)
 
@@ -206,21 +202,13 @@ def fitted(
 
 
 def reached(
-    condition: Condition,
-    joint: JointOptions,
-    xp: Arithmetic,
-    rest: np.ndarray,
-    raw: np.ndarray,
-    delta: np.ndarray,
-    like: Array,
-    evidence: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
-    new: int,
-    before: int = 0,
-) -> np.ndarray:
+    condition: Condition, joint: JointOptions, xp: Arithmetic, rest: np.ndarray, raw: np.ndarray, delta: np.ndarray, like: Array,
+    evidence: Callable[[int, int], tuple[np.ndarray, np.ndarray]], new: int, before: int = 0,
+) -> np.ndarray:  # fmt: skip
     """1 − what is left over ÷ what rounding explains, (T, 1); positive where the target is reached.
 
-    The last ``new`` tokens are those that are solved for now, behind ``before`` others that the evidence has.  Raises ``SideConditionFailed`` with the certificate of the worst,
-    unless the block may fall short.
+    The last ``new`` tokens are those that are solved for now, behind ``before`` others that the evidence has.  Raises
+    ``SideConditionFailed`` with the certificate of the worst, unless the block may fall short.
     """
     if xp.exact:
         missed = ~np.asarray(xp.is_zero(rest)).reshape(len(rest), -1).all(-1)

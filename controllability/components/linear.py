@@ -1,7 +1,5 @@
 """Linear maps, with and without a bias, in both storage orders."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -58,7 +56,7 @@ class Linear(Component, Steerable):
     def output_width(self, width: Size) -> Size:
         return self.weight.shape[-2 if self.layout == "out_in" else -1] if self.weight.shape else None
 
-    def with_bias(self, bias: Param) -> Linear | None:
+    def with_bias(self, bias: Param) -> "Linear | None":
         return replace(self, bias=bias) if self.bias is None else None
 
     def updates(self) -> tuple[Update, ...]:

@@ -1,7 +1,5 @@
 """Mixture of experts: a router, the experts' first maps, and their last linear maps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -133,7 +131,7 @@ class Mixture(Combinator):
     def own_parameters(self) -> tuple[Param, ...]:
         return self.routing.parameters()
 
-    def map_held(self, change: Callable[[Any], Any]) -> Mixture:
+    def map_held(self, change: Callable[[Any], Any]) -> "Mixture":
         return replace(self, routing=change(self.routing))
 
     @property

@@ -30,26 +30,22 @@ class Relation:
 
 RELATIONS = {
     "city": Relation(
-        "{name} lives in {value} .",
-        ("Where does {name} live ?", "In which city does {name} stay ?"),
+        "{name} lives in {value} .", ("Where does {name} live ?", "In which city does {name} stay ?"),
         _words("Oslo Rome Paris Lima Cairo Tokyo Delhi Quito Bern Riga Kyiv Dakar Seoul Porto"),
     ),
     "drink": Relation(
-        "{name} orders some {value} .",
-        ("What does {name} order ?", "Which drink does {name} want ?"),
+        "{name} orders some {value} .", ("What does {name} order ?", "Which drink does {name} want ?"),
         _words("tea coffee milk juice water cocoa cider lemonade"),
     ),
     "pet": Relation(
-        "{name} has a {value} .",
-        ("Which pet does {name} have ?", "What animal does {name} own ?"),
+        "{name} has a {value} .", ("Which pet does {name} have ?", "What animal does {name} own ?"),
         _words("cat dog horse parrot rabbit turtle hamster snake goat duck"),
     ),
     "job": Relation(
-        "{name} works as {value} .",
-        ("As what does {name} work ?", "Which job does {name} do ?"),
+        "{name} works as {value} .", ("As what does {name} work ?", "Which job does {name} do ?"),
         _words("baker nurse pilot teacher lawyer farmer painter sailor doctor cook"),
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

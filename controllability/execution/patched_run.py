@@ -9,18 +9,8 @@ from controllability.components.updates import turned
 from controllability.deltas import Delta, Shift, added
 from controllability.execution.journal import Journal, Margin
 from controllability.execution.trace import Trace
-from controllability.interfaces import (
-    Component,
-    Condition,
-    JointOptions,
-    Layout,
-    Param,
-    Params,
-    Path,
-    Place,
-    Update,
-    measure,
-)
+from controllability.interfaces import Component, Condition, JointOptions, Layout, Param, Params, Path, Place, Update
+from controllability.interfaces.condition import measure
 from controllability.solvers.metric_fit import Drift
 from controllability.solvers.resorts import Resort
 from controllability.solvers.served_tokens import Known
@@ -62,14 +52,9 @@ class PatchedRun(Trace):
     """
 
     def __init__(
-        self,
-        block: Component,
-        params: Params,
-        source: Trace | Array,
-        target: Trace | Array,
-        joint: JointOptions | None = None,
-        layout: Layout | None = None,
-    ) -> None:
+        self, block: Component, params: Params, source: Trace | Array, target: Trace | Array,
+        joint: JointOptions | None = None, layout: Layout | None = None,
+    ) -> None:  # fmt: skip
         known = source if isinstance(source, Trace) else Trace(block, params, source, layout=layout)
         super().__init__(block, params, known.state, layout=known.layout)
         self.target = target if isinstance(target, Trace) else Trace(block, params, target, layout=known.layout)
@@ -222,7 +207,6 @@ class PatchedRun(Trace):
         return known if known is None or path not in self.target_shift else known.moved(self.target_shift[path])
 
     def _same_size(self, path: Path, change: Array, changed: Array) -> None:
-        """One number cannot serve several features, though they broadcast."""
         if change.shape[-1] != changed.shape[-1]:
             where = self.layout.nodes[path].describe()
             numbers = Condition("there is a number for every feature that must change", where, hint=ONE_NUMBER)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays import ARITHMETICS, Array
+from controllability.arrays.lazy import sympy
 from controllability.errors import BadInput, within_depth
 from controllability.interfaces import Component, Layout
 from controllability.symbolic.indexed import IndexedArray
@@ -16,8 +17,6 @@ DEFAULT_SIZES = {"d": 4, "h": 6, "E": 4, "l": 3, "r": 2, "one": 1}  # width, hid
 
 def symbolic_sizes(block: Component) -> dict[str, Any]:
     """Symbols for the named sizes of a block's parameters; what follows from others is written with them."""
-    import sympy
-
     names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)} | {*DEFAULT_SIZES}
     symbols = {n: sympy.Symbol(n, integer=True, positive=True) for n in names}
     return symbols | {f"2{n}": 2 * size for n, size in symbols.items()} | {"E+1": symbols["E"] + 1, "one": 1}
@@ -105,7 +104,6 @@ def _draw(kind: str, name: str, shape: tuple[int, ...], rng: np.random.Generator
 
 def _told_apart(params: dict[str, Array], *states: Any) -> dict[str, Array]:
     """The parameters, their symbols renamed where one stands for two entries (a.up and b.up, W_111)."""
-    import sympy
 
     def entries(x: Any) -> list[Any]:
         return [e for part in x for e in entries(part)] if isinstance(x, tuple) else [*np.asarray(x).reshape(-1)]
@@ -123,8 +121,6 @@ def _told_apart(params: dict[str, Array], *states: Any) -> dict[str, Array]:
 
 
 def _symbols(name: str, shape: tuple[int, ...]) -> Any:
-    import sympy
-
     parts = name.split(".")
     short = parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
     flat = np.empty(int(np.prod(shape)), dtype=object)

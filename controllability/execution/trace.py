@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 
 from controllability.arrays import Array, tidy
-from controllability.interfaces import Component, Layout, Param, Params, Path
+from controllability.interfaces import Component, Layout, Params, Path
 
 
 class Trace:
     """One run of ``block``: state (..., d) in, node values on demand.
 
-    ``observed`` maps paths to outputs that the real run already computed; they are not computed
-    again.
+    ``observed`` maps paths to outputs that the real run already computed; they are not computed again.
 
     >>> import numpy as np
     >>> from controllability.components import Times
@@ -83,10 +82,6 @@ class Trace:
         """The parameters as the parts of the component at ``path`` see them: with what it binds."""
         known = self.params_at(path)
         return {**known, **self.bound(path)} if any(at == path for at, _ in self.layout.binding) else known
-
-    def params_of(self, param: Param) -> Array:
-        """The stored value of a parameter."""
-        return param.value(self.params)
 
     def params_at(self, path: Path) -> Params:
         """The parameters as the component at ``path`` sees them: with what those around it name for it."""

@@ -1,7 +1,6 @@
 """A component: a map of the last axis with named parameters, and the three ways to put components together."""
 
-from __future__ import annotations
-
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -35,7 +34,7 @@ class Component(ABC):
     def describe(self) -> str:
         """A short name in the user's own terms (one line, no tree)."""
 
-    def children(self) -> tuple[Component, ...]:
+    def children(self) -> "tuple[Component, ...]":
         """The parts; empty for a leaf."""
         return ()
 
@@ -140,7 +139,7 @@ class Component(ABC):
 
     # the expression as data
 
-    def map_children(self, change: Callable[[int, Component], Component]) -> Component:
+    def map_children(self, change: "Callable[[int, Component], Component]") -> "Component":
         """This component with ``change(i, part)`` in place of each part.
 
         A dataclass that keeps its parts in its fields, in their order, need not override it.  Raises ``BadInput`` where the parts
@@ -153,11 +152,8 @@ class Component(ABC):
         for name in (f.name for f in fields(self)) if is_dataclass(self) else ():
             value = getattr(self, name)
             held = value if isinstance(value, tuple) else (value,)
-            if (
-                held
-                and all(isinstance(part, Component) for part in held)
-                and held == children[count : count + len(held)]
-            ):
+            parts = bool(held) and all(isinstance(part, Component) for part in held)
+            if parts and held == children[count : count + len(held)]:
                 new = tuple(change(count + i, part) for i, part in enumerate(held))
                 changes[name] = new if isinstance(value, tuple) else new[0]
                 count += len(held)
@@ -168,11 +164,11 @@ class Component(ABC):
         except TypeError as error:  # it takes other arguments than its fields
             raise BadInput(f"{type(self).__name__} cannot be made anew from its fields: {error}") from None
 
-    def map_held(self, change: Callable[[Any], Any]) -> Component:
+    def map_held(self, change: Callable[[Any], Any]) -> "Component":
         """This component with ``change(x)`` in place of what it computes with itself and is no part: a routing, a gate's activation."""
         return self
 
-    def with_bias(self, bias: Param) -> Component | None:
+    def with_bias(self, bias: Param) -> "Component | None":
         """This component with a bias of its own; None where it has one, or takes none."""
         return None
 
@@ -180,15 +176,15 @@ class Component(ABC):
         """Every parameter that the component or one of its parts reads."""
         return frozenset(self.own_parameters()).union(*(c.parameters() for c in self.children()))
 
-    def __rshift__(self, other: Component) -> Sequence:
+    def __rshift__(self, other: "Component") -> "Sequence":
         """``f >> g`` computes g(f(x))."""
         return Sequence.of(self, other)
 
-    def __add__(self, other: Component) -> Sum:
+    def __add__(self, other: "Component") -> "Sum":
         """``f + g`` computes f(x) + g(x)."""
         return Sum((self, other))
 
-    def __mul__(self, other: Component) -> Product:
+    def __mul__(self, other: "Component") -> "Product":
         """``f * g`` computes f(x) ∘ g(x)."""
         return Product((self, other))
 
@@ -240,7 +236,7 @@ class Sequence(Combinator):
         object.__setattr__(self, "parts", flat)
 
     @staticmethod
-    def of(*parts: Component) -> Sequence:
+    def of(*parts: Component) -> "Sequence":
         """A flat sequence of ``parts``."""
         return Sequence(parts)
 
@@ -258,45 +254,42 @@ class Sequence(Combinator):
         return self.parts
 
 
-@dataclass(frozen=True)
-class Sum(Combinator):
-    """f₁(x) + … + f_k(x).  A residual block is the sum of its skip and its branch."""
+class _Elementwise(Combinator):
+    """Parts that read the same, their outputs put together entry by entry."""
 
-    terms: tuple[Component, ...]
-    joined_by = "sum"
+    sign: ClassVar[str]
+    operation: ClassVar[Callable[[Array, Array], Array]]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.terms) < 2:
-            raise BadInput(f"a sum needs at least two terms, got {len(self.terms)}")
+        if len(parts := self.children()) < 2:
+            kept = next(name for name, value in vars(self).items() if value is parts)
+            raise BadInput(f"a {self.joined_by} needs at least two {kept}, got {len(parts)}")
 
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
-        return reduce(lambda a, b: a + b, map(output, range(len(self.terms))))
+        return reduce(type(self).operation, map(output, range(len(self.children()))))
 
     def describe(self) -> str:
-        return " + ".join(f"({t.describe()})" if t.children() else t.describe() for t in self.terms)
+        return f" {self.sign} ".join(f"({p.describe()})" if p.children() else p.describe() for p in self.children())
+
+
+@dataclass(frozen=True)
+class Sum(_Elementwise):
+    """f₁(x) + … + f_k(x).  A residual block is the sum of its skip and its branch."""
+
+    terms: tuple[Component, ...]
+    joined_by, sign, operation = "sum", "+", operator.add
 
     def children(self) -> tuple[Component, ...]:
         return self.terms
 
 
 @dataclass(frozen=True)
-class Product(Combinator):
+class Product(_Elementwise):
     """f₁(x) ∘ … ∘ f_k(x), elementwise: the gated product."""
 
     factors: tuple[Component, ...]
-    joined_by = "product"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.factors) < 2:
-            raise BadInput(f"a product needs at least two factors, got {len(self.factors)}")
-
-    def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
-        return reduce(lambda a, b: a * b, map(output, range(len(self.factors))))
-
-    def describe(self) -> str:
-        return " * ".join(f"({f.describe()})" if f.children() else f.describe() for f in self.factors)
+    joined_by, sign, operation = "product", "*", operator.mul
 
     def children(self) -> tuple[Component, ...]:
         return self.factors

@@ -1,7 +1,5 @@
 """Named parameters, whole or sliced."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +52,7 @@ class Param:
         assert not isinstance(whole, PatchedMatrix)
         return whole[self.index] if self.index else whole
 
-    def overlaps(self, other: Param) -> bool:
+    def overlaps(self, other: "Param") -> bool:
         """Whether the two name a common entry of one tensor."""
         if self.name != other.name:
             return False

@@ -1,7 +1,5 @@
 """Places in an expression: paths of child indices from the root."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from controllability.errors import BadInput
@@ -19,11 +17,11 @@ class Place:
     path: Path = ()
     start: int = 0
 
-    def parts(self) -> tuple[Place, ...]:
+    def parts(self) -> "tuple[Place, ...]":
         """The places of the children."""
         return tuple(Place(child, (*self.path, self.start + i)) for i, child in enumerate(self.component.children()))
 
-    def slice(self, start: int, stop: int) -> Place:
+    def slice(self, start: int, stop: int) -> "Place":
         """Parts start … stop of a sequence, as a place of their own."""
         assert self.component.sequential
         if stop - start == 1:
@@ -67,7 +65,7 @@ class Layout:
     width: Size
 
     @staticmethod
-    def of(block: Component) -> Layout:
+    def of(block: Component) -> "Layout":
         """Walk through the block once."""
         nodes: dict[Path, Component] = {}
         source: dict[Path, Path | None] = {}

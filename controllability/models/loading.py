@@ -108,11 +108,9 @@ def _load_directory(name: str, dtype: torch.dtype, local: bool, trust_remote_cod
     config = AutoConfig.from_pretrained(name, **options)
     architectures.find(config.model_type)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-    )
-    model, notes = loaded
-    return model, tokenizer, notes
+    options |= {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+    return loaded[0], tokenizer, loaded[1]
 
 
 def _refuse_incomplete(folder: Path) -> None:

@@ -1,7 +1,5 @@
 """The face of a patch of a whole model: applied for a while, merged into the weights, extended, saved, exported."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -28,7 +26,7 @@ class ModelPatch(PatchRecord):
     """What ``patch_model`` returns: a ``PatchRecord``, with all that can be done with it."""
 
     @classmethod
-    def of(cls, record: PatchRecord) -> ModelPatch:
+    def of(cls, record: PatchRecord) -> "ModelPatch":
         """The face of a record."""
         patch = cls(**vars(record))
         patch.report = replace(patch.report, probe=lambda: sensitivity_of(patch))

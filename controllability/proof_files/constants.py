@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from controllability.arrays.lazy import sympy
 from controllability.errors import BadInput
 from controllability.proof_files.json_shapes import wrong
 
@@ -44,8 +45,6 @@ def constant_data(value: Any) -> Any:
     if isinstance(value, Fraction):
         return {"fraction": f"{value.numerator}/{value.denominator}"}
     if _room(value) == "sympy":
-        import sympy
-
         text = sympy.srepr(value)
         if constant_of("sympy", text, "the constant") == value:
             return {"sympy": text}
@@ -75,8 +74,6 @@ def constant_of(tag: str, text: Any, where: str) -> Any:
         return value
     problem = wrong(where, f"a constant built of {', '.join((*LITERALS, *FUNCTIONS))}, pi, E", text)
     try:
-        import sympy
-
         value = _built(ast.parse(text, mode="eval").body, problem)
         if sympy.srepr(value) == text:  # SymPy's one way to write it
             return value
@@ -87,8 +84,6 @@ def constant_of(tag: str, text: Any, where: str) -> Any:
 
 def _built(tree: ast.expr, problem: BadInput) -> Any:
     """SymPy's own notation (``srepr``), read as a tree in which only the listed names are applied."""
-    import sympy
-
     if isinstance(tree, ast.Name) and tree.id in ("pi", "E"):
         return getattr(sympy, tree.id)
     if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name)):
@@ -119,8 +114,6 @@ def _literals(name: str, tree: ast.Call, problem: BadInput) -> list[Any]:
         plain = re.fullmatch(r"-?[0-9]+\.[0-9]+(e[+-]?[0-9]{1,3})?", text) and type(bits) is int and 1 <= bits <= BITS
         if not plain or [k.arg for k in tree.keywords] != ["precision"]:
             raise problem
-        import sympy
-
         return [sympy.Float(text, precision=bits)]
     count = 1 if name == "Integer" else 2
     if tree.keywords or len(given) != count or any(type(p) is not int or p.bit_length() > BITS for p in given):

@@ -1,9 +1,4 @@
-"""The checker of one node: its rule is applied again, with the accepted premises of this node and nothing else.
-
-There is no search.  What is returned is the rule's own conclusion: a file chooses among them and adds nothing.
-"""
-
-from __future__ import annotations
+"""The checker of one node: its rule is applied again, with the accepted premises of this node and nothing else."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,7 +32,7 @@ class CheckOptions:
     premises: tuple[Step, ...] = ()
 
     @staticmethod
-    def of(block: Component, via: str, route: str, frozen: frozenset[str], jointly: bool = False) -> CheckOptions:
+    def of(block: Component, via: str, route: str, frozen: frozenset[str], jointly: bool = False) -> "CheckOptions":
         """The options of a proof, with what its rules ask about the whole block."""
         per_expert_rows = per_expert_leaves(block, (), False, False, 1)[0]
         return CheckOptions(via, route, frozen, frozenset(scales_of_norms(block)), frozenset(per_expert_rows), jointly)

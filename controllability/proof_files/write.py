@@ -10,6 +10,7 @@ from controllability.prover.derivation import Derivation
 from controllability.rules import Step
 
 FORMAT = {"name": "controllability proof", "version": 1}
+SAID = ("side", "statement", "when", "patch", "source")  # of a rule
 
 
 def place_dict(place: Place) -> dict[str, Any]:
@@ -23,22 +24,13 @@ def place_dict(place: Place) -> dict[str, Any]:
 
 def node_dict(step: Step) -> dict[str, Any]:
     """What one node says itself, the nodes below it aside."""
-    update = step.update
+    rule, update = step.rule, step.update
     return {
-        "rule": step.rule.name,
-        "side": step.rule.side,
-        "statement": step.rule.statement,
-        "when": step.rule.when,
-        "patch": step.rule.patch,
-        "source": step.rule.source,
-        "component": step.place.describe(),
-        **place_dict(step.place),
-        "moved": sorted(map(str, step.moved)),
-        "conditions": conditions_list(step.conditions),
-        "cost": step.cost,
-        "note": step.printed_note,
-        "steering": None if update is None else {"rule": update.rule(step.rule.side), "parameter": str(update.param)},
-    }
+        "rule": rule.name, **{name: getattr(rule, name) for name in SAID}, "component": step.place.describe(),
+        **place_dict(step.place), "moved": sorted(map(str, step.moved)), "conditions": conditions_list(step.conditions),
+        "cost": step.cost, "note": step.printed_note,
+        "steering": None if update is None else {"rule": update.rule(rule.side), "parameter": str(update.param)},
+    }  # fmt: skip
 
 
 def step_dict(step: Step) -> dict[str, Any]:
@@ -55,16 +47,8 @@ def conditions_list(conditions: Iterable[Condition]) -> list[dict[str, str]]:
 def proof_dict(proof: Derivation) -> dict[str, Any]:
     """The proof: format, block, options, the tree, every side condition of it, and the alternatives' trees."""
     return {
-        "format": dict(FORMAT),
-        "verdict": "patchable",
-        "via": proof.via,
-        "route": proof.route,
-        "frozen": sorted(proof.frozen),
-        **({"jointly": True, "most": proof.max_tokens} if proof.jointly else {}),
-        "level": "derived",
-        "block": encode(proof.block),
-        "tree": step_dict(proof.root),
-        "conditions": conditions_list(proof.conditions),
-        "rules": list(proof.rules),
-        "alternatives": [step_dict(step) for step in proof.alternatives],
-    }
+        "format": dict(FORMAT), "verdict": "patchable", "via": proof.via, "route": proof.route, "frozen": sorted(proof.frozen),
+        **({"jointly": True, "most": proof.max_tokens} if proof.jointly else {}), "level": "derived",
+        "block": encode(proof.block), "tree": step_dict(proof.root), "conditions": conditions_list(proof.conditions),
+        "rules": list(proof.rules), "alternatives": [step_dict(step) for step in proof.alternatives],
+    }  # fmt: skip

@@ -59,13 +59,9 @@ class Derivation:
         return found
 
     def patched_run(
-        self,
-        params: Params,
-        source: Trace | Array,
-        target: Trace | Array,
-        choice: int = 0,
+        self, params: Params, source: Trace | Array, target: Trace | Array, choice: int = 0,
         joint: JointOptions | None = None,
-    ) -> PatchedRun:
+    ) -> PatchedRun:  # fmt: skip
         """The source run in which this proof's patch is solved on demand; ``choice`` > 0 takes an alternative.
 
         ``joint`` says how a joint proof solves for its tokens; exactly unless it says otherwise.

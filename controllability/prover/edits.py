@@ -39,22 +39,18 @@ def replace_param(part: Any, old: Param, new: Param) -> Any:
     """A leaf, or what it holds, that reads ``new`` instead of ``old``; None where it does not hold it in its fields."""
     if not is_dataclass(part) or isinstance(part, type):
         return None
-    changes: dict[str, Any] = {}
+    changes, parts = dict[str, Any](), part.children() if isinstance(part, Component) else ()
     for f in fields(part):
         value = getattr(part, f.name)
         if isinstance(value, Param):
             inner = new if value == old else None
-        elif is_dataclass(value) and not isinstance(value, type) and value not in _children(part):
+        elif is_dataclass(value) and not isinstance(value, type) and value not in parts:
             inner = replace_param(value, old, new)
         else:
             continue
         if inner is not None:
             changes[f.name] = inner
     return replace(part, **changes) if changes else None
-
-
-def _children(part: Any) -> tuple[Component, ...]:
-    return part.children() if isinstance(part, Component) else ()
 
 
 def fresh(block: Component, name: str) -> str:

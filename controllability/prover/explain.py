@@ -161,6 +161,7 @@ LETTERS = {
     "I-before": "pf", "I-after": "fq", "O-after-fixed": "pg", "O-through-bijection": "gq", "O-times": "gc",
     "O-normalised": "gn", "O-centred": "gn", "T-before": "pc",
 }  # fmt: skip
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def _arguments(rule: str, place: Place, failure: Failure) -> Iterator[tuple[str, str]]:
@@ -181,13 +182,9 @@ def _arguments(rule: str, place: Place, failure: Failure) -> Iterator[tuple[str,
     elif component.outlet is None and is_about(rule, component):
         letter = "f" if rule[0] == "I" else "g"
         for i, part in enumerate(component.children()):
-            yield f"{letter}{_subscript(i + 1)}", part.describe()
+            yield letter + str(i + 1).translate(SUBSCRIPTS), part.describe()
     elif not component.children():
         yield "f" if rule[0] == "I" else "g", component.describe()
-
-
-def _subscript(number: int) -> str:
-    return "".join("₀₁₂₃₄₅₆₇₈₉"[int(digit)] for digit in str(number))
 
 
 def _listed(names: list[str], most: int = 3) -> str:

@@ -202,9 +202,6 @@ def _untied(block: Component, inside: Path) -> Iterator[tuple[str, Component]]:
         own = replace_param(part, param, alone)
         if own is None or (changed := with_node(block, path, own)) is None:
             continue
-        which = _ordinal(1 + sum(j < i for j in others))
+        before = sum(j < i for j in others)
+        which = ("first", "second", "third")[before] if before < 3 else f"{before + 1}th"
         yield f"untie {param}: a parameter of its own for its {which} use ({short(part.describe())})", changed
-
-
-def _ordinal(number: int) -> str:
-    return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")

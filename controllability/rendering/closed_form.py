@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 from controllability.arrays import Array
+from controllability.arrays.lazy import sympy
 from controllability.checks.rebuilt_blocks import rebuilt, renamed, replace_block, small_sizes
 from controllability.checks.symbolic_block import INDEXED, GivenArrays, RecognisedArrays, any_routings, generic
 from controllability.deltas import Delta
@@ -13,6 +14,7 @@ from controllability.errors import BadInput, ControllabilityError, within_depth
 from controllability.execution.sampling import sample, sizes_of, symbolic_sizes
 from controllability.interfaces import Component
 from controllability.prover.derivation import Derivation
+from controllability.rendering.tokens_served import matrix_formulas
 from controllability.rules import construct
 from controllability.symbolic.definitions import Definitions, definitions
 from controllability.symbolic.indexed import IndexedArray
@@ -97,8 +99,6 @@ def closed_form(proof: Derivation) -> ClosedForm:
 def _for_each(proof: Derivation) -> None:
     """Raise ``BadInput`` for a joint proof, with its formulas in matrices: a pseudo-inverse has no entry for any number of tokens."""
     if proof.jointly:
-        from controllability.rendering.tokens_served import matrix_formulas
-
         raise BadInput(
             "one patch for many tokens solves a system of all their inputs: no formula in entries, but in matrices whose "
             f"columns are the tokens: {'; '.join(matrix_formulas(proof))}. construct(params, source, target) gives the numbers"
@@ -142,8 +142,6 @@ def formula(proof: Derivation, expand: bool = True, **sizes: int) -> dict[str, A
     >>> formula(prove(residual(Linear(Param("W", ("d", "d")))), via="output"), d=1)["W"]
     Matrix([[(W_11*v'_1 - W_11*v_1 + v'_1 - v_1)/v_1]])
     """
-    import sympy
-
     _for_each(proof)
     known: dict[str, Any] = small_sizes(proof.block)
     if unknown := sorted(set(sizes) - set(known)):
@@ -166,19 +164,17 @@ def formula(proof: Derivation, expand: bool = True, **sizes: int) -> dict[str, A
         raise BadInput(f"the block does not compute on symbols at {chosen or 'its sizes'}: {reason}") from reason
     found = {name: delta.dense() for name, delta in patch.items()}
     table = patch.definitions if expand else None
-    if (
-        table is not None
-        and (parts := table.parts_of(e for dense in found.values() for e in dense.reshape(-1))) > PARTS
-    ):
+    parts = table.parts_of(e for dense in found.values() for e in dense.reshape(-1)) if table is not None else 0
+    if parts > PARTS:
         raise BadInput(
             f"with every name replaced the formulas have {parts:.1g} parts, at most {PARTS:.1g} are written: ask for expand=False, "
             "or choose smaller sizes"
         )
     written = table.expand if table is not None else (lambda entry: entry)
-    return {n: _shaped(sympy, [written(e) for e in dense.reshape(-1)], dense.shape) for n, dense in found.items()}
+    return {n: _shaped([written(e) for e in dense.reshape(-1)], dense.shape) for n, dense in found.items()}
 
 
-def _shaped(sympy: Any, entries: list[Any], shape: Any) -> Any:
+def _shaped(entries: list[Any], shape: Any) -> Any:
     if len(shape) <= 2:
         return sympy.Matrix(shape[0], shape[1] if len(shape) == 2 else 1, entries)
     return sympy.ImmutableDenseNDimArray(entries, shape)

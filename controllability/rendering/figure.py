@@ -1,7 +1,5 @@
 """Figures in one style."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +8,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def two_plots(rows: int = 1, size: tuple[float, float] = (10, 4)) -> tuple[Figure, Any]:
+def two_plots(rows: int = 1, size: tuple[float, float] = (10, 4)) -> "tuple[Figure, Any]":
     """A figure of two plots in each row, ``size`` inches wide and high, drawn without a display."""
     import matplotlib
 
@@ -25,7 +23,7 @@ def legend_below(axes: Any, below: float = -0.16) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=2, fontsize="small", frameon=False)
 
 
-def drawn(figure: Figure, path: Path, dpi: int = 120, **how: Any) -> Path:
+def drawn(figure: "Figure", path: Path, dpi: int = 120, **how: Any) -> Path:
     """Write a figure to ``path`` (PNG, or as its suffix says; atomically) and close it; returns the path."""
     from matplotlib import pyplot, rc_context
 

@@ -1,7 +1,4 @@
-"""A proof, or a refusal, as a self-contained page: the block as a graph, every node opens what is said of it.
-
-Without scripts: a node links to its panel, and CSS shows the panel that the address names.
-"""
+"""A proof, or a refusal, as a self-contained page: the block as a graph, every node links to a panel that CSS opens."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,7 +164,9 @@ class _Writer:
             here = path in self.found.steps or deciding.place.path == path
             out += f"<h4>{'The rule here' if here else 'The rule that it stands in'}: {escape(deciding.rule.name)}</h4>"
             out += self.rule(deciding)
-        if (rules := _own_rules(part)) and self.found.states.get(path) in ("own", "shared"):
+        named = [way.rule(side) for side in ("input", "output") for way in updates_of(part, side)]
+        rules = [rule for rule in RULES if rule.name in named]
+        if rules and self.found.states.get(path) in ("own", "shared"):
             out += "<h4>Rules of its own, not used</h4>" + _list([(r.name, escape(r.patch)) for r in rules])
         if around:
             links = " › ".join(f'<a href="#step-{self.numbered[id(s)]}">{escape(s.rule.name)}</a>' for s in around)
@@ -286,11 +285,6 @@ def _nodes(part: Component, path: Path = ()) -> Iterable[tuple[Component, Path]]
         yield part, path
     for i, child in enumerate(part.children()):
         yield from _nodes(child, (*path, i))
-
-
-def _own_rules(part: Component) -> list[Any]:
-    names = [way.rule(side) for side in ("input", "output") for way in updates_of(part, side)]
-    return [rule for rule in RULES if rule.name in names]
 
 
 def _name(part: Component) -> str:

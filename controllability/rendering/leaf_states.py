@@ -5,17 +5,9 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
 
-from controllability.interfaces import (
-    Component,
-    InputControllable,
-    OutputControllable,
-    Param,
-    Path,
-    Place,
-    Sequence,
-    leaves,
-    overlap,
-)
+from controllability.interfaces import Component, InputControllable, OutputControllable, Param, Path, Place, Sequence
+from controllability.interfaces.param import overlap
+from controllability.interfaces.paths import leaves
 from controllability.prover.derivation import Derivation
 from controllability.rules import Step
 from controllability.rules.normalised import OutputNormalised
@@ -86,9 +78,8 @@ def refused_roles(block: Component, culprit: str) -> Roles:
 
     Several parts may have the same description; all of them are marked.
     """
-    states: dict[Path, State] = {
-        path: "culprit" if leaf.describe() == culprit else unmoved(leaf) for path, leaf in leaves(block)
-    }
+    states: dict[Path, State] = {path: unmoved(leaf) for path, leaf in leaves(block)}
+    states |= {path: "culprit" for path, leaf in leaves(block) if leaf.describe() == culprit}
     return Roles(states, spans=tuple(_described(block, (), culprit)))
 
 

@@ -6,6 +6,11 @@ from html import escape
 Rows = Sequence[Sequence[str]]
 
 
+def number(value: float | None) -> str:
+    """A number for a table."""
+    return "–" if value is None else f"{value:.2g}"
+
+
 def aligned(rows: Rows) -> str:
     """Columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -1,7 +1,4 @@
-"""The rule table, once: what each rule concludes, from which premises, and how it constructs.
-
-The leaves' own rules (I-linear, O-scale, …) state their formulas beside the component.
-"""
+"""The rule table, once: what each rule concludes, from which premises, and how it constructs."""
 
 from controllability.errors import BadInput
 from controllability.interfaces import Component

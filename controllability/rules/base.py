@@ -1,10 +1,4 @@
-"""What a rule is: derivations go up, wanted outputs go down.
-
-A rule turns sub-derivations into a derivation (``derive``) and, when a proof is executed, passes
-the wanted output of its place on to its premises (``construct``).
-"""
-
-from __future__ import annotations
+"""What a rule is: derivations go up (``derive``), and when a proof is executed wanted outputs go down (``construct``)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +23,7 @@ class Search(Protocol):
     normalised: frozenset[Path]
     per_expert_rows: frozenset[Path]
 
-    def attempt(self, place: Place, side: Side) -> Attempt:
+    def attempt(self, place: Place, side: Side) -> "Attempt":
         """The derivations of one side at a place."""
         ...
 
@@ -46,9 +40,9 @@ class Step:
     normalised output chooses its scale; ``note`` is for a reader only.
     """
 
-    rule: Rule
+    rule: "Rule"
     place: Place
-    premises: tuple[Step, ...] = ()
+    premises: "tuple[Step, ...]" = ()
     moved: frozenset[Param] = frozenset()
     conditions: tuple[Condition, ...] = ()
     cost: int = 0
@@ -62,7 +56,7 @@ class Step:
         """What a proof prints beside the step: its route, or its note."""
         return f"route {self.route}" if self.route else self.note
 
-    def walk(self) -> Iterator[Step]:
+    def walk(self) -> "Iterator[Step]":
         """This step and every step below it."""
         yield self
         for premise in self.premises:
@@ -77,7 +71,7 @@ class Failure:
     rule: str
     reason: str
     hint: str
-    because: tuple[Failure, ...] = ()
+    because: "tuple[Failure, ...]" = ()
     weight: int = 0
     side: Side | None = None  # what was asked of the place; the prover fills it in
 
@@ -90,7 +84,7 @@ class Attempt:
     failures: list[Failure] = field(default_factory=list)
 
     def add(
-        self, rule: Rule, place: Place, premises: tuple[Step, ...], twice: tuple[Param, ...], own: Iterable[Param] = (),
+        self, rule: "Rule", place: Place, premises: tuple[Step, ...], twice: tuple[Param, ...], own: Iterable[Param] = (),
         **more: Any,
     ) -> None:  # fmt: skip
         """Add the conclusion from ``premises``, which moves what they move and its ``own``; a failure where a parameter is used ``twice``.
@@ -125,7 +119,7 @@ class Rule(ABC):
         """Every way in which this rule concludes its side at ``place``."""
 
     @abstractmethod
-    def schema(self, step: Step) -> Schema:
+    def schema(self, step: Step) -> "Schema":
         """The rule's own shape at ``step``, its parts undefined functions: what its check executes."""
 
     def variants(self, step: Step) -> dict[str, Step]:
@@ -163,15 +157,9 @@ def per_expert_rows(place: Place, rule: str) -> Failure:
 
 
 def lifted(
-    rule: Rule,
-    place: Place,
-    part: Place,
-    fixed: tuple[Place, ...],
-    attempt: Attempt,
-    conditions: tuple[Condition, ...] = (),
-    cost_at_least: int = 0,
-    note: str = "",
-) -> Attempt:
+    rule: Rule, place: Place, part: Place, fixed: tuple[Place, ...], attempt: Attempt,
+    conditions: tuple[Condition, ...] = (), cost_at_least: int = 0, note: str = "",
+) -> Attempt:  # fmt: skip
     """The derivations found at ``part`` as derivations at ``place``, where ``fixed`` must stay as it is."""
     found = Attempt(failures=list(attempt.failures))
     for step in attempt.steps:

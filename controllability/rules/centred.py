@@ -1,23 +1,18 @@
 """The centred and normalised output m∘n(g) without a bias behind it: a new scale whose target has mean 0, too."""
 
 from controllability.arrays import Array, arithmetic
+from controllability.arrays.lazy import sympy
 from controllability.components.normalisation import Normalize
 from controllability.execution.journal import Margin
-from controllability.interfaces import Component, Condition, OutputControllable, Param, Place, Sequence
-from controllability.rules.base import Attempt, Schema, Search, Step, disturbs
-from controllability.rules.normalised import NewScale, OutputNormalised, Solution
+from controllability.interfaces import Condition, Place, Sequence
+from controllability.rules.base import Attempt, Rule, Schema, Search, Step, disturbs
+from controllability.rules.normalised import NewScale, OutputNormalised, Solution, scale_update
 from controllability.rules.schema import Assumed, schema
 from controllability.solvers.centred_scale import centred
 from controllability.solvers.norm_scale import amplification
 
 BOTH_SIGNS = "what the branch must give, over its scale, has entries of both signs, or none at all: Σ G_i/m'_i = 0"
 HINT = "add a bias after the norm, or ask for route='scale', which leaves what enters the norm as it is"
-
-
-def scale_weight(scale: Component) -> Param:
-    """What a scale moves."""
-    assert isinstance(scale, OutputControllable)
-    return scale.output_updates()[0].param
 
 
 class OneCentredToken(Solution):
@@ -54,7 +49,7 @@ class OutputCentred(OutputNormalised):
         scale = parts[-1]
         if prover.route not in ("auto", "balanced") or not scale.scales or len(parts) < 3:
             return Attempt()
-        weight = scale_weight(scale)
+        weight = scale_update(scale).param
         crowded = place.parts()[-1].path in prover.per_expert_rows or prover.is_frozen(weight)
         if crowded or parts[-2].normalises != self.kind:
             return Attempt()
@@ -68,10 +63,7 @@ class OutputCentred(OutputNormalised):
         return found
 
     def schema(self, step: Step) -> Schema:
-        import sympy
-
         norm = Normalize("layer", sympy.Symbol("epsilon", positive=True))
         return schema(Sequence.of(Assumed("g", side=self.side), norm, step.place.component.children()[-1]), (0,))
 
-    def variants(self, step: Step) -> dict[str, Step]:
-        return {"": step}
+    variants = Rule.variants  # there is one way

@@ -3,7 +3,7 @@
 from itertools import islice, product
 
 from controllability.execution.patched_run import PatchedRun
-from controllability.interfaces import Param, Place, Product, Sequence, Sum
+from controllability.interfaces import Place, Product, Sequence, Sum
 from controllability.rules.base import (
     Attempt,
     Failure,
@@ -102,7 +102,9 @@ class InputCombine(Rule):
             if not attempt.steps:
                 found.failures.append(Failure(part, self.name, reason, hint, tuple(attempt.failures)))
         for steps in islice(product(*(a.steps for a in attempts)), MOST):
-            found.add(self, place, steps, _meet(steps, parts), cost=max(s.cost for s in steps))
+            others = ((step, part) for i, step in enumerate(steps) for j, part in enumerate(parts) if i != j)
+            twice = tuple(p for step, part in others for p in disturbs(step.moved, part))
+            found.add(self, place, steps, twice, cost=max(s.cost for s in steps))
         return found
 
     def schema(self, step: Step) -> Schema:
@@ -112,9 +114,3 @@ class InputCombine(Rule):
     def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
         for premise in step.premises:
             construct(premise, run, target_output(premise, run))
-
-
-def _meet(steps: tuple[Step, ...], parts: tuple[Place, ...]) -> tuple[Param, ...]:
-    return tuple(
-        p for i, step in enumerate(steps) for j, part in enumerate(parts) if i != j for p in disturbs(step.moved, part)
-    )

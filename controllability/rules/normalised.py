@@ -6,13 +6,14 @@ from functools import cached_property
 from typing import NamedTuple
 
 from controllability.arrays import Array, arithmetic
+from controllability.arrays.lazy import sympy
 from controllability.components.normalisation import Normalize
 from controllability.components.scale import Scale
 from controllability.deltas import Delta, Shift
 from controllability.errors import SideConditionFailed
 from controllability.execution.journal import Margin
 from controllability.execution.patched_run import Goal, PatchedRun
-from controllability.interfaces import Component, Condition, Param, Place, Sequence
+from controllability.interfaces import Component, Condition, OutputControllable, Param, Place, Sequence, Update
 from controllability.rules.base import Attempt, Rule, Schema, Search, Side, Step, Target, construct, disturbs
 from controllability.rules.schema import Assumed, schema
 from controllability.solvers import norm_scale as routes
@@ -146,8 +147,6 @@ class OutputNormalised(Rule):
         return found
 
     def schema(self, step: Step) -> Schema:
-        import sympy
-
         parts = step.place.component.children()
         scaled = isinstance(parts[-1], Scale)
         norm = Normalize("rms", sympy.Symbol("epsilon", positive=True))
@@ -162,6 +161,12 @@ class OutputNormalised(Rule):
         construct(step.premises[0], run, found.before)
         if found.scale is not None and step.route != "ball" and not (run.joint and run.joint.damping is not None):
             run.steer(found.place.path, Goal(found.scale.output_updates()[0], change=found.scale_delta))
+
+
+def scale_update(scale: Component) -> Update:
+    """How a scale is moved."""
+    assert isinstance(scale, OutputControllable)
+    return scale.output_updates()[0]
 
 
 ROUTE_CONDITIONS = {

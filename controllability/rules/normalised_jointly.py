@@ -9,7 +9,7 @@ from controllability.arrays import Array, arithmetic
 from controllability.errors import NotExact
 from controllability.execution.journal import Margin
 from controllability.interfaces import Condition, JointOptions, Place
-from controllability.rules.base import Attempt, Failure, Rule, Search, Step
+from controllability.rules.base import Attempt, Failure, Rule, Search
 from controllability.rules.normalised import NewScale, OutputNormalised, Solution
 from controllability.solvers.farkas_certificate import Infeasible
 from controllability.solvers.joint_scale_task import Chosen, ScaleTask
@@ -92,7 +92,7 @@ class OneScale(Solution):
             failed.certificate, failed.final = refused.certificate, joint.keep_rms
             raise failed from None
         assert self.scale is not None
-        if joint.keep_rms or task.is_calm(exact, xp.machine_epsilon(self.run.params_of(self.scale.weight))):
+        if joint.keep_rms or task.is_calm(exact, xp.machine_epsilon(self.scale.weight.value(self.run.params))):
             return exact
         if joint.read_by == "block":
             return task.nearest(Resort.NEAREST)
@@ -145,13 +145,10 @@ class JointNormalised(OutputNormalised):
             reason = "one patch for many tokens moves the scale after the normalisation, and none may move"
             found.failures.append(Failure(place, self.name, reason, "let a scale after the norm move", weight=1))
             found.steps = []
-        found.steps = [_for_all_tokens(step) for step in found.steps]
+        statement = "one scale serves all tokens: Σ_i G_ti² s_i/d = q_t with s_i = 1/m'_i² > 0"
+        condition = Condition(statement, place.parts()[-1].describe(), hint=KEEP)
+        how = {"conditions": (condition,), "note": "one scale for all tokens", "route": ""}
+        found.steps = [replace(step, **how) for step in found.steps]
         return found
 
     variants = Rule.variants  # there is one way
-
-
-def _for_all_tokens(step: Step) -> Step:
-    statement = "one scale serves all tokens: Σ_i G_ti² s_i/d = q_t with s_i = 1/m'_i² > 0"
-    condition = Condition(statement, step.place.parts()[-1].describe(), hint=KEEP)
-    return replace(step, conditions=(condition,), note="one scale for all tokens", route="")

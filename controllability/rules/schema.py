@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controllability.arrays import Array
+from controllability.arrays.lazy import sympy
 from controllability.components.routing import Routing
 from controllability.deltas import PatchedMatrix, Shift
 from controllability.execution.patched_run import Goal, PatchedRun
@@ -22,8 +23,6 @@ def undefined(name: str, shape: tuple[Any, ...], *read: Array, distinct: bool = 
 
     ``distinct`` says that no two entries of its last axis are equal, as no expert is chosen twice.
     """
-    import sympy
-
     from controllability.symbolic.array_names import tag
 
     places = IndexedArray.named("x", shape).entry.args if any(n != 1 for n in shape) else ()
@@ -74,8 +73,6 @@ class Unseeing(Component):
 
 def sympy_size(name: int | str) -> Any:
     """A named size as a symbol; a number as it is."""
-    import sympy
-
     return sympy.Symbol(name, integer=True, positive=True) if isinstance(name, str) else name
 
 
@@ -134,8 +131,6 @@ class UnknownRouting(Routing):
     name: str = ""  # what is added to the names of the functions
 
     def __call__(self, params: Params, logits: Array) -> tuple[Array, Array]:
-        import sympy
-
         given = [logits, *(p.value(params) for p in self.read)]
         shape = (sympy.Symbol(f"k{self.name}", integer=True, positive=True),)
         experts = undefined(f"expert{self.name}", shape, *given, distinct=True)

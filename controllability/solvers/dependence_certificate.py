@@ -1,7 +1,5 @@
 """The certificate that no one matrix serves all tokens: inputs that depend on each other, targets that do not."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +28,7 @@ class Dependent:
     names: tuple[str, ...] = ()
 
     @staticmethod
-    def of(where: str, x: np.ndarray, delta: np.ndarray, worst: int) -> Dependent:
+    def of(where: str, x: np.ndarray, delta: np.ndarray, worst: int) -> "Dependent":
         """The dependency that token ``worst`` takes part in.  ``x`` (T, n), ``delta`` (T, m), floats or fractions."""
         x, delta = (a if _exact(a) else a.astype(float) for a in (x, delta))  # many digits: as floats
         weights = _weights(x, delta, worst)
@@ -48,13 +46,13 @@ class Dependent:
         order = np.argsort(-size, kind="stable")
         return tuple(int(t) for t in order if size[t] > NAMED * size.max())
 
-    def among(self, tokens: np.ndarray, count: int) -> Dependent:
+    def among(self, tokens: np.ndarray, count: int) -> "Dependent":
         """This certificate for ``count`` tokens, of which those of this certificate are ``tokens`` (T,)."""
         weights = np.zeros(count, dtype=self.weights.dtype)
         weights[tokens] = self.weights
         return replace(self, weights=weights)
 
-    def named(self, names: Sequence[str]) -> Dependent:
+    def named(self, names: Sequence[str]) -> "Dependent":
         """This certificate with a name for each token."""
         return replace(self, names=tuple(names))
 

@@ -1,7 +1,5 @@
 """Certificates of impossibility, checked in exact arithmetic."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +35,7 @@ class Farkas:
         columns, right = self._combination()
         return min(columns) >= 0 and right <= 0 and (right < 0 or max(columns) > 0)
 
-    def among(self, kept: np.ndarray, like: np.ndarray) -> Farkas:
+    def among(self, kept: np.ndarray, like: np.ndarray) -> "Farkas":
         """This certificate for tokens of which some repeat others: ``kept`` are those of this certificate, ``like`` (T,) says which repeats which."""
         weights: list[Fraction | int] = [0] * len(like)
         for t, weight in zip(kept.tolist(), self.weights, strict=True):
@@ -45,7 +43,7 @@ class Farkas:
         rows, right = np.asarray(self.coefficients)[like], np.asarray(self.right)[like]
         return replace(self, coefficients=rows, right=right, weights=tuple(weights))
 
-    def named(self, names: Sequence[str]) -> Farkas:
+    def named(self, names: Sequence[str]) -> "Farkas":
         """This certificate with a name for each token."""
         return replace(self, names=tuple(names))
 

@@ -5,8 +5,6 @@ the rows of X is one among those of δ; the least-norm solution is Σ_k left_k r
 Floats are solved in float64 by a singular value decomposition; fractions, symbols and many-digit numbers by elimination.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -68,7 +66,7 @@ class Span:
     memory: Memory = field(default_factory=Memory, repr=False)
 
     @staticmethod
-    def of(x: Array, tolerance: float | None = None, named: bool = False) -> Span:
+    def of(x: Array, tolerance: float | None = None, named: bool = False) -> "Span":
         """The span of the rows of ``x`` (T, n).  The default tolerance is 100 machine epsilons of the numbers given.
 
         With ``named`` rows and coordinates of symbols go by short names.
@@ -125,7 +123,7 @@ class Span:
         later = solve_triangular(rows[:, known:], delta[brought] - rows[:, :known] @ first, lower=True)
         return np.concatenate([first, later])
 
-    def extended(self, x: np.ndarray) -> tuple[Span, np.ndarray | None]:
+    def extended(self, x: np.ndarray) -> "tuple[Span, np.ndarray | None]":
         """The span with one more token ``x`` (n,), and the new direction (n,) if it has one.  Costs O(r · n).
 
         The earlier tokens' coordinates in it are 0: a change along it does not move what they give.

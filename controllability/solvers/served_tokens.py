@@ -1,7 +1,5 @@
 """What a joint solver remembers of the tokens that it has served, so that others can be added."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,11 +26,11 @@ class Known:
     index: np.ndarray | None = None
     span: Span | None = None
     left: np.ndarray | None = None
-    parts: dict[int, Known] = field(default_factory=dict)  # expert by expert; their ``index`` are numbers of tokens
+    parts: "dict[int, Known]" = field(default_factory=dict)  # expert by expert; their ``index`` are numbers of tokens
     used: np.ndarray | None = None  # the experts whose stacked inputs the span is of, ascending
     memory: Memory = field(default_factory=Memory, repr=False)
 
-    def moved(self, change: np.ndarray) -> Known:
+    def moved(self, change: np.ndarray) -> "Known":
         """These tokens with other targets: ``change`` (T, m) is added to their δ; the left factor alone is solved anew.
 
         Where tokens depend on each other and their new targets do not, there is no solution to go on from.
@@ -48,7 +46,7 @@ class Known:
         return replace(self, delta=delta, left=left)
 
     @staticmethod
-    def joined(earlier: Known | None, later: Known) -> Known:
+    def joined(earlier: "Known | None", later: "Known") -> "Known":
         """The tokens of both, the earlier first; the solution is the later's."""
         if earlier is None:
             return later

@@ -1,8 +1,4 @@
-"""SymPy arrays: normal forms, names for intermediate values, index notation with every size a symbol.
-
-Importing this package makes its two arithmetics known to ``controllability.arrays``; SymPy itself is imported
-when the first symbol is seen.
-"""
+"""SymPy arrays: normal forms, names for intermediate values, index notation with every size a symbol."""
 
 import sys
 from typing import Any

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays.base import Array
+from controllability.arrays.lazy import sympy
 from controllability.arrays.objects import ObjectArithmetic
 from controllability.errors import NotExact
 from controllability.symbolic.array_names import assume, named_array, unused
 from controllability.symbolic.definitions import named
-from controllability.symbolic.indexed import IndexedArray, _broadcast, _integer, _known, concatenated
+from controllability.symbolic.indexed import IndexedArray, _broadcast, _known, concatenated
 from controllability.symbolic.normal_form import normal_form
 
 
@@ -22,8 +23,6 @@ class SympyArithmetic(ObjectArithmetic):
     symbolic = True
 
     def number(self, value: Any) -> Any:
-        import sympy
-
         if isinstance(value, Fraction):
             return sympy.Rational(value.numerator, value.denominator)
         if isinstance(value, float):
@@ -31,8 +30,6 @@ class SympyArithmetic(ObjectArithmetic):
         return sympy.sympify(value)
 
     def scalar(self, name: str, value: Any) -> Any:
-        import sympy
-
         if name == "sqrt":  # equal radicands must look equal, or their roots do not cancel
             value = self.tidy(np.array([value], dtype=object))[0]
         return getattr(sympy, name)(value)
@@ -49,8 +46,6 @@ class SympyArithmetic(ObjectArithmetic):
     min = max
 
     def minimum(self, x: Array, bound: Any) -> Array:
-        import sympy
-
         return self.each(lambda v: sympy.Min(v, self.number(bound)), x)
 
     def top(self, x: Array, k: int) -> Array:
@@ -89,15 +84,13 @@ class IndexedArithmetic(SympyArithmetic):
         return IndexedArray(x.shape, function(x.entry))
 
     def scalar(self, name: str, value: Any) -> Any:
-        import sympy
-
         return getattr(sympy, name)(normal_form(value) if name == "sqrt" else value)
 
     def is_zero(self, x: Array) -> Array:
         return _known(x.entry == 0, x.ndim)
 
     def zeros_like(self, x: Array) -> Array:
-        return IndexedArray(x.shape, _integer(0))
+        return IndexedArray(x.shape, sympy.Integer(0))
 
     def where(self, condition: Array, a: Array, b: Array) -> Array:
         if isinstance(condition, IndexedArray):

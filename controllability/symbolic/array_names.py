@@ -5,6 +5,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from controllability.arrays.lazy import sympy
 from controllability.errors import NotExact
 from controllability.symbolic.definitions import Definitions, kept
 from controllability.symbolic.indexed import IndexedArray
@@ -71,8 +72,6 @@ def tag(x: Any) -> Any:
 
     A part of an array has entries of the same name, and is named anew: it is another array.
     """
-    import sympy
-
     table, x = kept(), named_array(x)
     if table is not None and not x.entry.is_Atom and _shape_of(table, str(x.entry.func), x.shape) != x.shape:
         x = array_named_in(table, x)
@@ -85,8 +84,6 @@ def _shape_of(table: Definitions, name: str, seen: Any) -> Any:
 
 
 def _is_named(x: Any) -> bool:
-    import sympy
-
     applied = isinstance(x.entry, sympy.core.function.AppliedUndef)
     return applied and x.entry == IndexedArray.named(str(x.entry.func), x.shape).entry
 
@@ -96,8 +93,6 @@ def assume(expression: Any, value: Any, unknown: Any) -> None:
 
     Raises ``NotExact`` for any other expression: it would be said of what the unknown does not decide.
     """
-    import sympy
-
     table = kept()
     assert table is not None, "relations are kept with definitions"
     expression = normal_form(expression)
@@ -111,8 +106,6 @@ def assume(expression: Any, value: Any, unknown: Any) -> None:
 
 def unused(name: str) -> Any:
     """A symbol for an unknown number; every root has one of its own."""
-    import sympy
-
     table = kept()
     used = len(table.relations) if table is not None else 0
     return sympy.Symbol(f"{name}{used + 1}" if used else name, real=True)
@@ -120,8 +113,6 @@ def unused(name: str) -> Any:
 
 def unfolded(expression: Any, name: str, array: Any) -> Any:
     """``expression`` with every entry of the array ``name`` written out; sums are built anew around it."""
-    import sympy
-
     if str(getattr(expression, "func", "")) == name:
         return array.at(expression.args)
     if expression.is_Atom:
@@ -142,8 +133,6 @@ def _written_whole(array: Any) -> Any:
 
     These indices are the array's own: no index that is put in or summed over elsewhere reaches them.
     """
-    import sympy
-
     table = kept()
     if all(n == 1 for n in array.shape):
         return array.entry
@@ -171,8 +160,6 @@ class RandomPoint:
         return self._known[e]
 
     def _value(self, e: Any) -> complex:
-        import sympy
-
         if e.is_Number:
             return complex(e)
         if isinstance(e, sympy.Sum):
@@ -210,8 +197,6 @@ class RandomPoint:
         return complex(random.Random(name).uniform(0.5, 1.5))
 
     def _total(self, e: Any) -> complex:
-        import sympy
-
         *inner, (bound, low, high) = e.limits
         inside = sympy.Sum(e.function, *inner) if inner else e.function
         start, stop = (round(self.value(end).real) for end in (low, high))

@@ -1,16 +1,15 @@
 """Names for intermediate values of SymPy arithmetic: equal normal forms get the same name, once."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from controllability.arrays.lazy import sympy
 from controllability.symbolic.normal_form import _settled, normal_form
 
-_ACTIVE: ContextVar[Definitions | None] = ContextVar("definitions", default=None)
+_ACTIVE: "ContextVar[Definitions | None]" = ContextVar("definitions", default=None)
 
 
 class Definitions:
@@ -30,8 +29,6 @@ class Definitions:
 
     def name(self, expression: Any) -> Any:
         """The name of a value; a new one if it was not seen before."""
-        import sympy
-
         if expression.is_Atom:
             return expression
         if expression not in self._names:
@@ -46,8 +43,6 @@ class Definitions:
 
     def value(self, expression: Any, seed: int = 0) -> Any:
         """The expression at a random point, to 30 digits, the same for all expressions; unknown functions become one fixed function."""
-        import sympy
-
         numbers: dict[Any, Any] = {}
 
         def at(e: Any) -> Any:
@@ -85,8 +80,6 @@ class Definitions:
 
     def parts_of(self, expressions: Iterable[Any]) -> int:
         """How many parts the expressions would have with every name replaced; nothing is replaced for it."""
-        import sympy
-
         parts: dict[Any, int] = {}
         for name, meaning in (*self.meaning.items(), *enumerate(expressions)):  # a definition uses older names only
             parts[name] = sum(parts.get(e, 1) if e.is_Symbol else 1 for e in sympy.preorder_traversal(meaning))

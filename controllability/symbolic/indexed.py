@@ -5,8 +5,6 @@ are sums over a bound index, so an identity that holds between two entries holds
 code that runs on NumPy runs on these arrays unchanged.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterable, Sequence
 from functools import partialmethod, reduce
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from controllability.arrays.base import Array
+from controllability.arrays.lazy import sympy
 from controllability.errors import BadInput, NotExact
 from controllability.symbolic.sums import axis_index, summed
 
@@ -40,10 +39,8 @@ class IndexedArray:
         return concatenated(*given, **more) if function is np.concatenate else NotImplemented
 
     @staticmethod
-    def named(name: str, shape: tuple[Any, ...]) -> IndexedArray:
+    def named(name: str, shape: tuple[Any, ...]) -> "IndexedArray":
         """The array whose entries are called ``name(…, i_1, i_0)``."""
-        import sympy
-
         places = IndexedArray(shape, None).indices
         entry = sympy.Function(name, real=True)(*places) if places else sympy.Symbol(name, real=True)
         return IndexedArray(shape, entry)
@@ -66,9 +63,7 @@ class IndexedArray:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _with(self, other: Any, operation: Any) -> IndexedArray:
-        import sympy
-
+    def _with(self, other: Any, operation: Any) -> "IndexedArray":
         if isinstance(other, np.ndarray):
             if other.size != 1:
                 return NotImplemented
@@ -85,7 +80,7 @@ class IndexedArray:
     __rtruediv__ = partialmethod(_with, operation=lambda a, b: b / a)
     __pow__ = partialmethod(_with, operation=operator.pow)
 
-    def __neg__(self) -> IndexedArray:
+    def __neg__(self) -> "IndexedArray":
         return IndexedArray(self.shape, -self.entry)
 
     def __eq__(self, other: object) -> Any:
@@ -96,21 +91,21 @@ class IndexedArray:
             return _known(True, max(self.ndim, other.ndim))
         return IndexedArray(_broadcast(self.shape, other.shape), _delta(self.entry, other.entry))
 
-    def __invert__(self) -> IndexedArray:
+    def __invert__(self) -> "IndexedArray":
         return 1 - self
 
     def all(self, *_: Any, **__: Any) -> Any:
         """A comparison that is undecided is not known to hold."""
         return _known(False, 1)
 
-    def swapaxes(self, a: int, b: int) -> IndexedArray:
+    def swapaxes(self, a: int, b: int) -> "IndexedArray":
         """As in NumPy, for the last two axes."""
         assert {a, b} == {-1, -2}, "only the last two axes are ever swapped"
         one, two = axis_index(0), axis_index(1)
         shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
         return IndexedArray(shape, self.entry.xreplace({one: two, two: one}))
 
-    def sum(self, axis: int, keepdims: bool = False) -> IndexedArray:
+    def sum(self, axis: int, keepdims: bool = False) -> "IndexedArray":
         """The sum over one axis, counted from the end."""
         assert axis < 0, "axes are counted from the end"
         place = -1 - axis
@@ -121,13 +116,13 @@ class IndexedArray:
         places = [p for p in reversed(range(self.ndim)) if p != place]
         return self._moved(total, places, tuple(self.shape[-1 - p] for p in places))
 
-    def __matmul__(self, other: IndexedArray) -> IndexedArray:
+    def __matmul__(self, other: "IndexedArray") -> "IndexedArray":
         if other.ndim == 1:
             return (self * other).sum(-1)
         left = self[..., None, :]  # (…, 1, n) against (m, n)
         return (left * other.swapaxes(-1, -2)).sum(-1)
 
-    def reshape(self, *shape: Any) -> IndexedArray:
+    def reshape(self, *shape: Any) -> "IndexedArray":
         """(n,) from anything with one long axis, and (experts · rows, in) into (experts, rows, in)."""
         shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
         long = [p for p in reversed(range(self.ndim)) if self.shape[-1 - p] != 1]
@@ -139,7 +134,7 @@ class IndexedArray:
             return IndexedArray((shape[0], rows, shape[2]), self.entry.xreplace({row: column * rows + row}))
         raise NotExact(f"an array of shape {self.shape} cannot be reshaped to {shape} in index notation")
 
-    def __getitem__(self, key: Any) -> IndexedArray:
+    def __getitem__(self, key: Any) -> "IndexedArray":
         if isinstance(key, IndexedArray):
             return self._gathered(key)
         key = key if isinstance(key, tuple) else (key,)
@@ -151,7 +146,7 @@ class IndexedArray:
             key = (*key, *[slice(None)] * (self.ndim - taken))
         return self._picked(key)
 
-    def _picked(self, key: tuple[Any, ...]) -> IndexedArray:
+    def _picked(self, key: tuple[Any, ...]) -> "IndexedArray":
         entry, places, shape = self.entry, [], []
         axis = 0
         for part in key:
@@ -162,7 +157,7 @@ class IndexedArray:
             place, size = self.ndim - 1 - axis, self.shape[axis]
             axis += 1
             if isinstance(part, int):
-                entry = entry.xreplace({axis_index(place): _integer(part)})
+                entry = entry.xreplace({axis_index(place): sympy.Integer(part)})
                 continue
             index, length = _sliced(part, axis_index(place), size)
             entry = entry.xreplace({axis_index(place): index})
@@ -170,13 +165,13 @@ class IndexedArray:
             shape.append(length)
         return self._moved(entry, places, tuple(shape))
 
-    def _moved(self, entry: Any, places: list[Any], shape: tuple[Any, ...]) -> IndexedArray:
+    def _moved(self, entry: Any, places: list[Any], shape: tuple[Any, ...]) -> "IndexedArray":
         """``entry`` whose remaining axes stood at ``places``, with their indices renamed to where they stand now."""
         last = len(places) - 1
         renamed = {axis_index(p): axis_index(last - k) for k, p in enumerate(places) if p is not None}
         return IndexedArray(shape, entry.xreplace(renamed))
 
-    def _gathered(self, index: IndexedArray) -> IndexedArray:
+    def _gathered(self, index: "IndexedArray") -> "IndexedArray":
         """``self[index]``: the first axis replaced by those of ``index``."""
         inner = self.ndim - 1
         pushed = {axis_index(p): axis_index(p + inner) for p in range(index.ndim)}
@@ -186,8 +181,6 @@ class IndexedArray:
 
 def concatenated(parts: Sequence[Any], axis: int = 0) -> IndexedArray:
     """Arrays one after the other: which part an entry is of hangs on its index."""
-    import sympy
-
     axis = axis if axis < 0 else axis - parts[0].ndim
     index, start, cases = axis_index(-1 - axis), sympy.Integer(0), []
     for part in parts:
@@ -199,17 +192,9 @@ def concatenated(parts: Sequence[Any], axis: int = 0) -> IndexedArray:
     return IndexedArray(tuple(shape), sympy.Piecewise(*cases[:-1], (cases[-1][0], True)))
 
 
-def _integer(value: int) -> Any:
-    import sympy
-
-    return sympy.Integer(value)
-
-
 def _exact(value: Any) -> Any:
     """Python and NumPy numbers as exact ones."""
     if isinstance(value, float):
-        import sympy
-
         return sympy.Rational(repr(value))
     return value.item() if isinstance(value, np.generic) else value
 
@@ -219,8 +204,6 @@ def _known(truth: bool, ndim: int) -> Array:
 
 
 def _delta(a: Any, b: Any) -> Any:
-    import sympy
-
     if a.func == b.func and getattr(a.func, "distinct", False) and a.args[:-1] == b.args[:-1]:
         a, b = a.args[-1], b.args[-1]  # equal values stand in one place
     return sympy.KroneckerDelta(a, b)
@@ -235,7 +218,7 @@ def _sliced(part: Any, index: Any, size: Any) -> tuple[Any, Any]:
     stop = size if part.stop is None else part.stop
     length = (stop - start) if step == 1 else size / step
     if length == 1:  # an axis of size 1 has no index
-        return _integer(start), 1
+        return sympy.Integer(start), 1
     return (index if (start, step) == (0, 1) else start + step * index), length
 
 

@@ -3,6 +3,8 @@
 from functools import lru_cache
 from typing import Any
 
+from controllability.arrays.lazy import sympy
+
 ROUNDS = 4  # of naming roots and functions and cancelling: nested ones show one after the other
 
 
@@ -19,15 +21,11 @@ def normal_form(expression: Any) -> Any:
     >>> normal_form((x / sympy.sqrt(x**2 + y)) ** 2 + y / (x**2 + y))
     1
     """
-    import sympy
-
     return _normal_form(sympy.sympify(expression))
 
 
 @lru_cache(maxsize=20_000)
 def _normal_form(expression: Any) -> Any:
-    import sympy
-
     for _ in range(ROUNDS):
         if expression.is_Atom or isinstance(expression, sympy.core.function.AppliedUndef):
             return expression
@@ -67,8 +65,6 @@ def _root(base: Any) -> tuple[Any, list[tuple[Any, int]]]:
 
     Bases are positive: what is normalised by, and sums of squares.  So √(4A) and 2√A look equal.
     """
-    import sympy
-
     factor, found = sympy.Integer(1), []
     for part, sign in zip(sympy.fraction(sympy.together(base)), (1, -1), strict=True):
         content, primitive = part.as_content_primitive()
@@ -93,8 +89,6 @@ def _parts(radicand: Any, alone: set[Any]) -> list[Any]:
 
 def _square_part(expression: Any) -> tuple[Any, Any]:
     """(A, B) with expression = A²·B, A a product of factors that cannot be negative."""
-    import sympy
-
     if not expression.is_Add:  # products are taken apart by SymPy itself
         return sympy.Integer(1), expression
     names = {atom: sympy.Dummy() for atom in opaque(expression)}
@@ -110,8 +104,6 @@ def _square_part(expression: Any) -> tuple[Any, Any]:
 
 def _nonnegative(expression: Any) -> bool:
     """Whether an expression is a sum of products of squares, roots and positive symbols."""
-    import sympy
-
     if isinstance(expression, sympy.Add | sympy.Mul):
         return all(map(_nonnegative, expression.args))
     if isinstance(expression, sympy.Sum):
@@ -125,8 +117,6 @@ def _nonnegative(expression: Any) -> bool:
 
 def opaque(expression: Any) -> set[Any]:
     """The largest subexpressions that are not rational functions of symbols."""
-    import sympy
-
     found: set[Any] = set()
     pending = [expression]
     while pending:

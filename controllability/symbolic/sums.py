@@ -3,6 +3,7 @@
 from functools import cache, lru_cache
 from typing import Any
 
+from controllability.arrays.lazy import sympy
 from controllability.symbolic.definitions import kept
 from controllability.symbolic.normal_form import normal_form, opaque
 
@@ -10,8 +11,6 @@ from controllability.symbolic.normal_form import normal_form, opaque
 @cache
 def axis_index(place: int) -> Any:
     """The index of the axis that stands ``place`` places before the last one."""
-    import sympy
-
     return sympy.Symbol(f"i_{place}", integer=True, nonnegative=True)
 
 
@@ -26,8 +25,6 @@ def summed(entry: Any, index: Any, size: Any) -> Any:
     >>> summed(a * x(i) + 1, i, n)
     a*Sum(x(k_1), (k_1, 0, n - 1)) + n
     """
-    import sympy
-
     above, below = sympy.fraction(normal_form(entry))
     divisors = _divisors(below)
     total = sympy.Integer(0)
@@ -45,8 +42,6 @@ def summed(entry: Any, index: Any, size: Any) -> Any:
 @lru_cache(maxsize=10_000)
 def _divisors(below: Any) -> tuple[Any, ...]:
     """Factors whose product is 1/below, each with the sign that SymPy prefers."""
-    import sympy
-
     if not below.has(sympy.Add):
         return tuple(1 / factor for factor in sympy.Mul.make_args(below))
     names = {atom: sympy.Dummy() for atom in opaque(below)}
@@ -62,8 +57,6 @@ def _divisors(below: Any) -> tuple[Any, ...]:
 
 
 def _sum_of(inside: Any, index: Any, size: Any) -> Any:
-    import sympy
-
     if inside == 1:
         return size
     for factor in sympy.Mul.make_args(inside):
@@ -79,16 +72,12 @@ def _sum_of(inside: Any, index: Any, size: Any) -> Any:
 
 def heads(expression: Any) -> set[str]:
     """The names that occur in an entry: of arrays and of symbols."""
-    import sympy
-
     applied = {e.func for e in expression.atoms(sympy.core.function.AppliedUndef)}
     return {str(name) for name in applied | expression.free_symbols}
 
 
 def renamed_heads(expression: Any, names: dict[str, str]) -> Any:
     """``expression`` with arrays called otherwise, also where one stands for itself as a whole."""
-    import sympy
-
     applied = expression.atoms(sympy.core.function.AppliedUndef)
     called = {e.func: sympy.Function(names[str(e.func)], real=True) for e in applied if str(e.func) in names}
     whole = {s: sympy.Symbol(names[str(s)], real=True) for s in expression.free_symbols if str(s) in names}

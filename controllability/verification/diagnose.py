@@ -13,17 +13,15 @@ from controllability.interfaces import Path, Place, node
 from controllability.prover.search import Prover, Via
 from controllability.rules import Step
 from controllability.verification.evidence import Evidence, fed_by, place_name
-from controllability.verification.known_mistakes import largest, recognise
+from controllability.verification.known_mistakes import recognise
+from controllability.verification.plain_numbers import is_zero, largest, per_token
 from controllability.verification.replay import (
-    FIT,
     SAFETY,
     Instance,
     Measured,
     Steered,
     as_given,
-    is_zero,
     measure,
-    per_token,
     rounding,
     steered,
 )
@@ -31,6 +29,7 @@ from controllability.verification.rule_words import statement
 
 VIAS: tuple[Via, ...] = ("input-output", "output")
 WIDTH = 97  # of a report, with its indentation
+FIT = 1024  # machine epsilons within which two vectors count as equal
 ROUNDS = 8  # violated rules that are mended one after the other
 
 

@@ -11,17 +11,9 @@ from controllability.deltas import Delta, ExpertLowRank, LowRank
 from controllability.execution.trace import Trace
 from controllability.interfaces import Component, Path, node
 from controllability.rules import Step
-from controllability.verification.known_mistakes import Case, Row, Slip, largest
-from controllability.verification.replay import (
-    Instance,
-    Measured,
-    Steered,
-    floats,
-    is_zero,
-    numbers,
-    other_choice,
-    shares,
-)
+from controllability.verification.known_mistakes import Case, Row, Slip
+from controllability.verification.plain_numbers import floats, is_zero, largest, numbers
+from controllability.verification.replay import Instance, Measured, Steered, other_choice, shares
 from controllability.verification.rule_words import letter
 
 WIDTH = 70  # of a node's name

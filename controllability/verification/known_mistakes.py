@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controllability.arrays import Array
+from controllability.verification.plain_numbers import largest
 from controllability.verification.rule_words import demanded, formula, letter
 
 Vector = Array  # (n,)
@@ -99,11 +100,6 @@ class Mistake:
     remedy: str = field(default="")
 
 
-def largest(x: Vector) -> Any:
-    """max |x_i|, 0 for nothing."""
-    return abs(x).max() if x.size else 0
-
-
 def recognise(case: Case) -> Mistake:
     """The first known mistake that fits.
 
@@ -192,10 +188,9 @@ def _offset(case: Case) -> Mistake | None:
         slips = [row.demand + case.offset * row.x, row.demand + case.offset * (row.x - target)]
         if not any(case.close(row.given, slip) for slip in slips):
             return None
-    how = (
-        f"forgotten offset: the scale is {case.offset:g} + {case.parameter}, the change takes the stored numbers for it"
-    )
-    return Mistake("offset", how, f"compute with the effective scale m = {case.offset:g} + {case.parameter}")
+    scale = f"{case.offset:g} + {case.parameter}"
+    how = f"forgotten offset: the scale is {scale}, the change takes the stored numbers for it"
+    return Mistake("offset", how, f"compute with the effective scale m = {scale}")
 
 
 def _gate_sum(case: Case) -> Mistake | None:
@@ -316,10 +311,8 @@ def _norm(case: Case) -> Mistake | None:
         slips.append((f"‖{z}{mark}‖² of the {run} run", lambda row, run=run: _ratio(row, run), 1))
     for name, value, power in slips:
         if all(_same(case, c**power, value(row)) and c > 0 for c, row in zip(factors, case.rows, strict=True)):
-            how = (
-                f"divided by {name} where the rule divides by ‖{z}‖²: it reaches {float(factors[0]):.4g} of the change"
-            )
-            return Mistake("norm", how, case.by_rule)
+            reached = f"it reaches {float(factors[0]):.4g} of the change"
+            return Mistake("norm", f"divided by {name} where the rule divides by ‖{z}‖²: {reached}", case.by_rule)
     return None
 
 
@@ -358,9 +351,7 @@ def _factor(case: Case) -> Mistake | None:
     if factors is None:
         return None
     reached = ", ".join(dict.fromkeys(f"{float(c):.4g}" for c in factors))
-    how = f"the right direction, but it reaches only {reached} of the change"
-    if any(abs(c) > 1 for c in factors):
-        how = f"the right direction, but it moves by {reached} of the change"
+    share = f"moves by {reached}" if any(abs(c) > 1 for c in factors) else f"reaches only {reached}"
     live = [row for row in case.rows if row.right is not None]
     if live and not all(_on_input(case, row) for row in live):
         how = (
@@ -368,7 +359,7 @@ def _factor(case: Case) -> Mistake | None:
             f"node of this block: it reaches {reached} of the change"
         )
         return Mistake("other-vector", how, case.by_rule)
-    return Mistake("factor", how, case.by_rule)
+    return Mistake("factor", f"the right direction, but it {share} of the change", case.by_rule)
 
 
 def _precision(case: Case) -> Mistake | None:

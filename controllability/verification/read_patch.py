@@ -29,8 +29,7 @@ def read_patch(block: Component, params: Params, patch: Mapping[str, Any], token
     if not isinstance(patch, Mapping):
         raise BadInput(f"a patch maps parameter names to arrays or deltas, got {type(patch).__name__}")
     own = {str(p): p for p in block.parameters()}
-    given, problems = GivenPatch({}, {}, 0.0), list[str]()
-    epsilon = 0.0
+    given, problems, epsilon = GivenPatch({}, {}, 0.0), list[str](), 0.0
     for name, change in patch.items():
         try:
             if name not in own:
@@ -127,10 +126,6 @@ class _Reader:
                 return path, leaf
         return None
 
-    def _wrong_shape(self, shape: tuple[int, ...]) -> BadInput:
-        many = f", or {(*self.tokens, *self.shape)} with a change for every token" if self.tokens else ""
-        return BadInput(f"the change of {self.param} has shape {shape}: expected {self.shape}{many}")
-
     def _dense(self, x: Any) -> tuple[Delta, bool]:
         x = self._fits(x)
         own, found = self.shape, tuple(x.shape)
@@ -140,7 +135,8 @@ class _Reader:
         rows = (1,) * self._inside(place[0]) if place else ()
         allowed = lead in ((), self.tokens, (*self.tokens, *rows))
         if len(found) < len(own) or not allowed or not (turned or last == own):
-            raise self._wrong_shape(found)
+            many = f", or {(*self.tokens, *own)} with a change for every token" if self.tokens else ""
+            raise BadInput(f"the change of {self.param} has shape {found}: expected {own}{many}")
         if lead and place is None:
             raise BadInput(f"{self.param} is read whole: it can be changed for all tokens only, not {found}")
         if place is None or len(own) < 2:

@@ -1,7 +1,5 @@
 """The source run with somebody else's patch: what a derivation demands of it, what it gives, and its rounding."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,26 +13,15 @@ from controllability.components.mixture import CHOSEN, SHARES
 from controllability.deltas import Delta, LowRank, PatchedMatrix, added
 from controllability.errors import SideConditionFailed
 from controllability.execution.patched_run import Goal, PatchedRun
-from controllability.interfaces import (
-    Component,
-    Condition,
-    OutputControllable,
-    Param,
-    Params,
-    Path,
-    Place,
-    Update,
-    leaves,
-    node,
-)
+from controllability.interfaces import Component, Condition, Param, Params, Path, Place, leaves, node
 from controllability.rules import Step, construct
 from controllability.rules.base import Target
 from controllability.rules.mixture import mixtures_in
-from controllability.rules.normalised import ROUTE_CONDITIONS, OutputNormalised
+from controllability.rules.normalised import ROUTE_CONDITIONS, OutputNormalised, scale_update
+from controllability.verification.plain_numbers import floats, per_token
 
 DRAWS, TRIES = 4, 12  # random changes that measure rounding; some may change the choice of experts
 SAFETY = 16  # the rounding of a whole computation, in such changes
-FIT = 1024  # machine epsilons within which two vectors count as equal
 
 
 @dataclass(frozen=True)
@@ -62,7 +49,7 @@ class Instance:
         outputs = [self.block(self.params, self.target)]
         return max(self.coarse, *(arithmetic(x).machine_epsilon(x) for x in states + outputs))
 
-    def shaken(self, epsilon: float, seed: int) -> Instance:
+    def shaken(self, epsilon: float, seed: int) -> "Instance":
         """This instance with every stored number, state and delta changed by one ``epsilon``, up or down."""
         rng = np.random.default_rng(seed)
 
@@ -228,12 +215,6 @@ def scale_of(step: Step) -> tuple[Path | None, Component | None]:
     return (last.path if own else None), last.component
 
 
-def scale_update(scale: Component) -> Update:
-    """How a scale is moved."""
-    assert isinstance(scale, OutputControllable)
-    return scale.output_updates()[0]
-
-
 def as_given(step: Step) -> Step:
     """A derivation whose normalised outputs take the scale that the patch gives."""
     rule = AsGiven(step.rule) if isinstance(step.rule, OutputNormalised) else step.rule
@@ -337,29 +318,6 @@ def other_choice(run: GivenRun, path: Path, like: Array) -> Array:
             other: Array = here != run.target.bound(mixture)[CHOSEN]
             differs = differs | other.any(-1)[..., None, None]
     return differs
-
-
-def floats(x: Array) -> Array:
-    """Any array as NumPy float64."""
-    if hasattr(x, "detach"):
-        return x.detach().cpu().double().numpy()
-    return np.array([float(v) for v in x.reshape(-1)]).reshape(x.shape) if x.dtype == object else x.astype(np.float64)
-
-
-def numbers(x: Array) -> Array:
-    """Any array as NumPy float64, but exact and many-digit numbers as they are."""
-    return x if isinstance(x, np.ndarray) and x.dtype.kind == "O" else floats(x)
-
-
-def is_zero(delta: Delta) -> bool:
-    """Whether a delta changes nothing."""
-    parts = (delta.left, delta.right) if isinstance(delta, LowRank) else (delta.value,)
-    return any(not floats(part).any() for part in parts)
-
-
-def per_token(x: Array, tokens: tuple[int, ...]) -> Array:
-    """max |x| of every token, NumPy float64."""
-    return abs(floats(x)).reshape(*tokens, -1).max(-1)
 
 
 def rounding(instance: Instance, step: Step | None, base: Measured, epsilon: float) -> dict[Path | None, Array]:

@@ -1,7 +1,4 @@
-"""Does a patch do what it promises?  The residual of a block, patched and unpatched, and why it is not zero.
-
-A patch may come from elsewhere; ``diagnosis`` reads it and says which rule it breaks.
-"""
+"""Does a patch do what it promises?  The residual of a block, patched and unpatched, and why it is not zero."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -41,7 +41,7 @@ def written(directory: Path, file: str = "", kept: bool = True) -> Iterator[Path
     With ``file`` it is the file of that name in it that takes the place.  Not ``kept``: it goes in any case, with the
     folders that were made for it.  Raises ``PatchError`` where the file system refuses.
     """
-    target = _target(directory)
+    target = Path(os.path.realpath(directory))  # where a link leads
     name = os.fsencode(target.name)[:200].decode("utf-8", "ignore")  # a name may have 255 bytes
     temporary = target.parent / f".{name}.unfinished-{uuid.uuid4().hex}"
     made, done, held = [path for path in (target, *target.parents) if not path.exists()], False, ExitStack()
@@ -101,11 +101,6 @@ def _begin(temporary: Path, held: ExitStack) -> None:
         temporary.mkdir(parents=True)
         with suppress(FileNotFoundError):
             held.enter_context(_locked(temporary, wait=True))
-
-
-def _target(path: Path) -> Path:
-    """Where a link leads."""
-    return Path(os.path.realpath(path))
 
 
 def _unwritable(directory: Path, error: Exception) -> Exception:

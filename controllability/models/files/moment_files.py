@@ -89,11 +89,8 @@ def _read(path: Path, model: nn.Module) -> Begun:
     tensors, notes, _ = read_tensors(path)
     tokens, runs = notes.get("tokens", ""), notes.get("runs", "0")  # older files have no runs, and are complete
     square = all(t.ndim == 2 and t.shape[0] == t.shape[1] and t.dtype == torch.float32 for t in tensors.values())
-    if (
-        notes.get("format") != FORMAT
-        or not all(n.isascii() and n.isdecimal() and len(n) < 19 for n in (tokens, runs))
-        or not square
-    ):
+    counted = all(n.isascii() and n.isdecimal() and len(n) < 19 for n in (tokens, runs))
+    if notes.get("format") != FORMAT or not counted or not square:
         raise PatchError(f"{path} holds no second moments: save_moments(moments, path, model) writes them")
     refuse_carried(model, "reading its moments")
     if notes.get("fingerprint") != known_fingerprint(model):

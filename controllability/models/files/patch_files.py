@@ -100,9 +100,7 @@ def _described(entry: Entry) -> dict[str, Any]:
 def _description(patch: PatchRecord, mark: str, model: nn.Module | None) -> dict[str, Any]:
     runs = {role: patch.inputs[role] for role in ("source", "target")}
     ids = {role: run["input_ids"].tolist() for role, run in runs.items() if "input_ids" in run}
-    plain = {
-        role: {n: v for n, v in run.items() if isinstance(v, bool | int | float | str)} for role, run in runs.items()
-    }
+    plain = {r: {n: v for n, v in run.items() if isinstance(v, bool | int | float | str)} for r, run in runs.items()}
     kind = getattr(getattr(model, "config", None), "model_type", "")
     name = patch.model_name if model is None else str(getattr(model, "name_or_path", ""))
     forms = patch.forms if model is None else forms_of(model, patch.entries)
@@ -138,10 +136,8 @@ def _read_description(directory: Path) -> dict[str, Any]:
     description = read_json(path, f"{directory} is not a saved patch: it has no {DESCRIPTION}{hint}")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise PatchError(f"{path} is not a description of a patch")
-    if description.get("version") != VERSION:
-        raise PatchError(
-            f"{path} has format version {description.get('version')}, this program reads version {VERSION}"
-        )
+    if (version := description.get("version")) != VERSION:
+        raise PatchError(f"{path} has format version {version}, this program reads version {VERSION}")
     if description.pop("sha256", None) != _digest(description):
         raise PatchError(f"{path} is corrupt: it is not what was saved (its checksum differs)")
     return description

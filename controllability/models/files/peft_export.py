@@ -63,7 +63,8 @@ def export_peft(patch: PatchRecord, directory: Path, model: nn.Module | None = N
         )
     model = model if model is not None or patch.fingerprint is not None else patch.model()
     if model is not None:
-        _refuse_other(patch, model)
+        refuse_carried(model, "exporting")
+        patch.refuse_other_model(model)
     forms = forms_of(model, patch.entries) if model is not None else patch.forms
     _refuse_formless(patch, forms, model)
     tensors, names, rank = _low_rank_tensors(patch.entries, forms)
@@ -80,11 +81,6 @@ def export_peft(patch: PatchRecord, directory: Path, model: nn.Module | None = N
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         check = check_adapter(patch, folder, model)
     return Exported(str(directory), [CONFIG, TENSORS], dense, len(names), rank, check)
-
-
-def _refuse_other(patch: PatchRecord, model: nn.Module) -> None:
-    refuse_carried(model, "exporting")
-    patch.refuse_other_model(model)
 
 
 def _refuse_formless(patch: PatchRecord, forms: dict[str, Form], model: nn.Module | None) -> None:

@@ -75,8 +75,5 @@ def _is_pattern(value: Any) -> bool:
 
 
 _SHAPES = {
-    "lora_alpha": _is_number,
-    "alpha_pattern": _is_pattern,
-    "target_parameters": _is_names,
-    "modules_to_save": _is_names,
-}
+    "lora_alpha": _is_number, "alpha_pattern": _is_pattern, "target_parameters": _is_names, "modules_to_save": _is_names,
+}  # fmt: skip

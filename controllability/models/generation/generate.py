@@ -180,7 +180,9 @@ class _Loop:
     def _step(self, input_ids: Tensor, inputs: dict[str, Any], choice: Sampler, active: Tensor) -> GeneratedToken:
         running = active.nonzero()[:, 0].cpu()  # samples that ended are decoded on by the batch, and not patched
         position = self._position(inputs, input_ids)
-        source = self._source(input_ids[running], position[running])
+        source = {"input_ids": input_ids[running][:, -1:], "use_cache": False}
+        if "position_ids" in forward_arguments(self.model):
+            source["position_ids"] = position[running][:, None]
         at_once = self.one_pass is not False and possible(inputs, self.checked.streams)
         found = (self._together if at_once else self._apart)(input_ids, inputs, source, running)
         check_finite(found.patched, "source", self.checked.reading.layers[-1], "of the logits after")
@@ -255,10 +257,6 @@ class _Loop:
         mask = inputs.get("attention_mask")
         counts = mask.sum(1) if isinstance(mask, Tensor) and mask.ndim == 2 else None
         return counts - 1 if counts is not None else torch.full((len(input_ids),), input_ids.shape[1] - 1)
-
-    def _source(self, input_ids: Tensor, position: Tensor) -> dict[str, Any]:
-        source = {"input_ids": input_ids[:, -1:], "use_cache": False}
-        return source | ({"position_ids": position[:, None]} if "position_ids" in forward_arguments(self.model) else {})
 
 
 def left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

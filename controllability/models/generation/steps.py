@@ -1,7 +1,5 @@
 """What patched generation found out, token by token."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -144,7 +142,7 @@ class Sampler:
     do_sample: bool
 
     @staticmethod
-    def of(processors: Any, do_sample: bool, runs: int, model: Any) -> Sampler:
+    def of(processors: Any, do_sample: bool, runs: int, model: Any) -> "Sampler":
         """The caller's own processors for the first run, copies (but of the model) for the others; ``BadInput`` where that cannot be."""
         try:
             copies = [copy.deepcopy(processors, {id(model): model}) for _ in range(runs - 1)]
@@ -160,27 +158,16 @@ class Sampler:
         Every draw is made with the same random numbers; the scores are in float32, as in transformers.
         """
         tokens, all_scores = [], []
-        state = _random_state(input_ids.device)
+        on_cuda = input_ids.device.type == "cuda"
+        generator = torch.cuda.default_generators[input_ids.device.index] if on_cuda else torch.default_generator
+        state = generator.get_state()
         for processors, logits in zip(self.processors, all_logits, strict=True):
-            _set_random_state(input_ids.device, state)  # a processor may draw too
+            generator.set_state(state)  # a processor may draw too
             scores = processors(input_ids, logits.to(torch.float32, copy=True))
-            if self.do_sample:
-                tokens.append(torch.multinomial(scores.softmax(-1), 1)[:, 0])
-            else:
-                tokens.append(scores.argmax(-1))
+            drawn = torch.multinomial(scores.softmax(-1), 1)[:, 0] if self.do_sample else scores.argmax(-1)
+            tokens.append(drawn)
             all_scores.append(scores)
         return tokens, all_scores
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
 
 
 @torch.inference_mode(False)

@@ -131,9 +131,7 @@ class _Reading:
     def list(self, key: str) -> int:
         kind, count = self.numbers("IQ")
         if kind not in FORMS and kind != TEXT:
-            self.refuse(
-                f"{key!r} is a list of the unknown type {kind}" if kind != LIST else f"{key!r} is a list of lists"
-            )
+            self.refuse(f"{key!r} is a list of {'lists' if kind == LIST else f'the unknown type {kind}'}")
         least = 8 if kind == TEXT else struct.calcsize(f"<{FORMS[kind]}")
         if count * least > self.size - self.at:
             raise BadInput(

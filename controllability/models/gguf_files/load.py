@@ -68,6 +68,5 @@ def _make_ordinary(model: Any) -> None:
             del config.quantization_config
     for name, value in model.named_parameters():
         if not torch.stack(torch.aminmax(value)).isfinite().all():  # NaN is passed on by both
-            raise BadInput(
-                f"the weights in the file are not finite in {str(value.dtype).removeprefix('torch.')}: {name}"
-            )
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise BadInput(f"the weights in the file are not finite in {dtype}: {name}")

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 # lists that the weights and the config have no use for: transformers would turn each item into an object, three times,
 # and takes them from the file by another way where it builds the tokenizer
 UNUSED = ("scores", "token_type", "merges")
@@ -44,7 +46,6 @@ def one_reading(path: Path) -> Iterator[None]:
 
 def _quick(usual: Any) -> Any:
     """The reader as it is, but for lists: cut out of the file by NumPy without a check for each item."""
-    import numpy as np
     from gguf import GGUFValueType as Kind
 
     class QuickReader(usual):
@@ -68,8 +69,6 @@ def _quick(usual: Any) -> Any:
 
 def _texts(data: Any, at: int, count: int) -> tuple[list[Any], int]:
     """The length and the bytes of each text in turn, and where the last one ends."""
-    import numpy as np
-
     found = []
     for _ in range(count):
         length = data[at : at + 8].view(np.uint64)

@@ -4,6 +4,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from controllability.errors import BadInput
 from controllability.models.gguf_files.head import Head
 
@@ -100,7 +103,6 @@ def _refuse_misplaced(path: Path, head: Head) -> None:
 def _block(kind: int) -> tuple[int, int, bool]:
     """(entries of a block, its bytes, whether it can be unpacked)."""
     import gguf
-    import numpy as np
 
     try:
         known = gguf.GGMLQuantizationType(kind)
@@ -136,7 +138,6 @@ def _refuse_tokenless(path: Path, head: Head) -> None:
 
 def refuse_oversized(path: Path, head: Head, config: Any) -> None:
     """Raise ``BadInput`` where the described model is much larger than what the file holds: nothing is allocated for it."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -206,9 +206,3 @@ def _put_down(patches: list[AppliedPatch], patch_id: str) -> bool:
         patches.pop()
         if top.patch_id == patch_id:
             return in_order
-
-
-def drop(model: nn.Module, patch_id: str) -> None:
-    """Note that a merged patch is out again."""
-    patches = state_of_model(model).patches
-    patches[:] = [item for item in patches if item.patch_id != patch_id]

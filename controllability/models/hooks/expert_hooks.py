@@ -42,7 +42,10 @@ def listen(installation: HookStack, layer: nn.Module, experts: nn.Module, listen
         return  # what tells them is in place; contexts end in the reverse order
     kind = type(experts).__name__
     if hasattr(experts, "_apply_gate") and hasattr(experts, "is_transposed"):
-        _register()
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        if NAME not in ALL_EXPERTS_FUNCTIONS:
+            ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
         own = copy.copy(experts.config)  # models may share one config: this module alone looks ours up
         vars(own)["_experts_implementation_internal"] = NAME
         installation.assign(experts, "config", own)
@@ -50,13 +53,6 @@ def listen(installation: HookStack, layer: nn.Module, experts: nn.Module, listen
         ADAPTERS[kind](installation, layer, experts)
     else:
         raise NotImplementedError(kind)
-
-
-def _register() -> None:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    if NAME not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

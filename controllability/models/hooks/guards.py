@@ -1,7 +1,4 @@
-"""What would go unpatched, without a word, while a patch is on a model as hooks: noticed, and refused.
-
-The weights are the unpatched ones then.  Who reads them (a copy, a file, a fused forward) must be given the patch as weights.
-"""
+"""What would go unpatched, without a word, while a patch is on a model as hooks: noticed, and refused: the weights are the unpatched ones."""
 
 import sys
 from collections.abc import Container, Iterable, Iterator

@@ -73,6 +73,12 @@ class HookStack:
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
 
+    def __enter__(self) -> "HookStack":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
     def before(self, module: nn.Module, hook: Callable[[Tensor], None], name: str = "") -> None:
         """Call ``hook(first argument)``, or with the argument ``name``, before every forward of ``module``."""
 

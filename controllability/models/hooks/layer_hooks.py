@@ -4,8 +4,6 @@ Whatever shapes the modules use among themselves ((B, T, n), flattened, time fir
 expert), a listener sees (B, T, …), and what it gives back goes on in the model's own shape.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -163,7 +161,7 @@ class LayerHooks:
         self.installation = HookStack()
         self._watches: list[LayerHook] = []
 
-    def __enter__(self) -> LayerHooks:
+    def __enter__(self) -> "LayerHooks":
         sequence_first = self.reading.architecture.sequence_first
         try:
             for layer in self.reading.layers:

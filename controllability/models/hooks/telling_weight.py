@@ -5,8 +5,6 @@ too late.  Its weight is exchanged for one that hands every ``linear(x, W)`` to 
 scale, with ``x + b`` and ``x * m``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +34,7 @@ class TellingWeight(torch.Tensor):
     stored: Tensor
 
     @staticmethod
-    def of(base: Tensor, listener: Listener) -> TellingWeight:
+    def of(base: Tensor, listener: Listener) -> "TellingWeight":
         """``base`` with a listener; if it has one already, that one is told first."""
         if isinstance(base, TellingWeight):
             earlier, base = base.listener, base.stored

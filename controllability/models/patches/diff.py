@@ -81,9 +81,7 @@ class Difference(OneLine):
         for row in rows if self.parameters else ():
             cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
             lines.append("  ".join(cells))
-        lines += [
-            f"only in {side}: {name}" for side, names in (("A", self.only_a), ("B", self.only_b)) for name in names
-        ]
+        lines += [f"only in {side}: {n}" for side, names in (("A", self.only_a), ("B", self.only_b)) for n in names]
         if self.largest and not self.identical:
             lines.append(f"differs most: {self.largest.parameter} ({self.largest.relative:.2g} of its size)")
         lines += ["identical"] if self.identical else []

@@ -5,8 +5,6 @@ Where a norm's scale serves all tokens it is found anew, and the left factors wi
 bases are not.  The source is the growing sequence without the context.  (theory 5, streaming; new)
 """
 
-from __future__ import annotations
-
 import time
 import weakref
 from collections.abc import Mapping
@@ -75,9 +73,10 @@ def extend(
         inputs, rows = batch_of(step.among(stream.sequences))
         try:
             done = _gone_on(patch, model, checked, stream, step)
-            changed = (
-                _changes(patch, model, checked, step, *done, inputs, rows) if done else _anew(patch, model, inputs)
-            )
+            if done:
+                changed = _changes(patch, model, checked, step, *done, inputs, rows)
+            else:
+                changed = _anew(patch, model, inputs)
             scales = sum(s.run.journal.scale_seconds for s in done[0]) if done else 0.0
             found = Extension(step.count, time.perf_counter() - started, scales, step.grows, done is None)
             vars(patch).update(changed, extensions=[*patch.extensions, found])  # all of it or, interrupted, nothing
@@ -97,12 +96,11 @@ def unlearn(patch: PatchRecord, model: nn.Module, context: Mapping[str, Any]) ->
         patch.refuse_misuse(model)
         kept = [s for s in sequences if not s.stands_behind(context["input_ids"][0].cpu())]
         if len(kept) in (0, len(sequences)):
-            why = (
-                "it stands for nothing else: let the patch go"
-                if not kept
-                else "no sequence of this patch has it as its context"
+            none, all_ = (
+                "no sequence of this patch has it as its context",
+                "it stands for nothing else: let the patch go",
             )
-            raise BadInput(f"unlearn: {why}")
+            raise BadInput(f"unlearn: {none if kept else all_}")
         before = patch.report.tokens
         changed = _anew(patch, model, batch_of(kept)[0])
         found = Extension(changed["report"].tokens - before, time.perf_counter() - started, 0.0, False, True)
@@ -111,7 +109,7 @@ def unlearn(patch: PatchRecord, model: nn.Module, context: Mapping[str, Any]) ->
 
 
 def _gone_on(
-    patch: PatchRecord, model: nn.Module, checked: Checked, stream: Stream, step: _Step
+    patch: PatchRecord, model: nn.Module, checked: Checked, stream: Stream, step: "_Step"
 ) -> tuple[list[LayerSweep], Any] | None:
     """The new tokens solved for, with what the earlier ones give as it is; None where everything has to be solved anew."""
     if not (stream.goes_on and complete(step.after) and is_causal(model, checked)):
@@ -182,7 +180,7 @@ class _Step:
         return [*sequences, self.after]
 
     @staticmethod
-    def of(stream: Stream, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any) -> _Step:
+    def of(stream: Stream, target: Mapping[str, Any], source: Mapping[str, Any], positions: Any) -> "_Step":
         there, here = (inputs["input_ids"][0].cpu().clone() for inputs in (target, source))
         if positions is None:
             for known in stream.sequences:

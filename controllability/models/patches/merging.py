@@ -10,15 +10,7 @@ from torch import Tensor, nn
 
 from architectures import quantised
 from controllability.errors import PatchError
-from controllability.models.hooks.carried_patches import (
-    TO_STAY,
-    anything_applied,
-    carried,
-    carry,
-    drop,
-    state_of_model,
-    uncompiled,
-)
+from controllability.models.hooks.carried_patches import TO_STAY, anything_applied, carry, state_of_model, uncompiled
 from controllability.models.hooks.installation import finishing
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.applier import Entry
@@ -101,7 +93,8 @@ def unmerge(patch: PatchRecord, model: nn.Module) -> None:
             raise PatchError(
                 f"this patch is not merged into this model; only the object that was merged holds the originals; {TO_STAY}"
             )
-        if carried(model)[-1:] != (patch.id,):
+        on_it = state_of_model(model).patches
+        if not on_it or on_it[-1].patch_id != patch.id:
             raise PatchError("another patch was applied or merged after this one: undo that first")
         now, merged = look_at(model).tensors, patch._merged_state.tensors
         changed = [name for name in patch._originals if now.get(name) != merged.get(name)]
@@ -109,7 +102,7 @@ def unmerge(patch: PatchRecord, model: nn.Module) -> None:
             raise PatchError(f"parameter {changed[0]} changed since the merge: unmerging would overwrite that")
         finishing(lambda: restore(model, patch._originals, patch._before_merge))
         patch._originals, patch._merged_into = {}, None
-        drop(model, patch.id)
+        on_it.pop()
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """What a patch of a whole model is: its entries, what it was made from, and the refusals that protect it."""
 
-from __future__ import annotations
-
 import threading
 import uuid
 import weakref
@@ -49,7 +47,7 @@ class Form:
         return asdict(self)
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Form:
+    def from_dict(data: dict[str, Any]) -> "Form":
         """What ``to_dict`` gave."""
         fields: dict[str, Any] = data | {"shape": tuple(data["shape"])}
         return Form(**fields)
@@ -91,9 +89,8 @@ class PatchRecord:
 
     def __repr__(self) -> str:
         what = f"{len(self.report.layers)} layers, {self.report.tokens} tokens, {self.numbers:,} numbers, {self.report.dtype}"
-        return (
-            f"{type(self).__name__}(scope {self.scope!r}, {what}{', merged' if self._merged_into is not None else ''})"
-        )
+        merged = ", merged" if self._merged_into is not None else ""
+        return f"{type(self).__name__}(scope {self.scope!r}, {what}{merged})"
 
     @property
     def metrics(self) -> Mapping[str, Metric]:

@@ -1,7 +1,5 @@
 """W + ΔW as a parameter can hold it, and what the rounding costs.  (new)"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import isfinite
 
@@ -53,7 +51,7 @@ def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def _add(stored: Tensor, left: Tensor, right: Tensor, transposed: bool, x: Tensor | None, loss: Loss) -> None:
+def _add(stored: Tensor, left: Tensor, right: Tensor, transposed: bool, x: Tensor | None, loss: "Loss") -> None:
     """W += leftᵀ right, a block of rows at a time; W is a view, (out, in), of what is stored."""
     matrix, dtype = stored.T if transposed else stored, wider(stored.dtype)
     left, right = left.to(dtype), right.to(dtype)

@@ -66,14 +66,11 @@ def _magnified(patch: PatchRecord, model: nn.Module) -> float:
 
         clean = at_source()
         size = max(torch.finfo(clean.dtype).eps, FLOAT32) ** (2 / 3)
-        installation = HookStack()
         disturbed = _Disturbed(size)
-        try:
+        with HookStack() as installation:
             for layer in known_reading(model).layers:
                 installation.disturb(model.get_submodule(layer.name), disturbed)
             noisy = at_source()
-        finally:
-            installation.undo()
     if not disturbed.times:
         raise ControllabilityError("no layer of this model takes its state where it could be disturbed")
     blocks = by_blocks(lambda _, x, y: torch.stack([v.max() for v in errors_and_sizes(x, y)]), noisy, clean)

@@ -1,7 +1,5 @@
 """The token sequences that a patch of scope all serves, and what is known of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,12 +40,10 @@ class TokenSequence:
     def stands_behind(self, context: Tensor) -> bool:
         """Whether the target is ``context`` and then the source, but for first tokens that are the context's as well."""
         first = len(self.source) - (len(self.target) - len(context))
-        same = 0 <= first < len(self.source) and first <= len(context)
-        return (
-            same
-            and torch.equal(self.target, torch.cat([context, self.source[first:]]))
-            and torch.equal(self.source[:first], context[:first])
-        )
+        if not 0 <= first < len(self.source) or first > len(context):
+            return False
+        behind = torch.equal(self.target, torch.cat([context, self.source[first:]]))
+        return behind and torch.equal(self.source[:first], context[:first])
 
 
 @dataclass(eq=False)
@@ -63,7 +59,7 @@ class Stream:
     goes_on: bool = True
 
     @staticmethod
-    def of(solvers: list[LayerSweep], inputs: Mapping[str, Any], pairs: list[Any]) -> Stream:
+    def of(solvers: list[LayerSweep], inputs: Mapping[str, Any], pairs: list[Any]) -> "Stream":
         """From a solved patch; ``pairs`` are its (source rows, target rows)."""
         sequences = _sequences(inputs, *pairs)
         masks = [mask for role in ("target", "source") if (mask := inputs[role].get("attention_mask")) is not None]

@@ -39,8 +39,7 @@ def solve_again(patch: PatchRecord, model: nn.Module, put: Callable[[Entry], Non
         targets, _ = observe_target(hooks, without_cache(model, inputs["target"]), target_rows, silent)
     derivations = {layer.index: layer.derivation for layer in patch.report.layers}
     plan = Plan(proofs, patch.scope, joint, [derivations.get(i, 0) for i in range(len(proofs))], metrics=patch.metrics)
-    installation = HookStack()
-    try:
+    with HookStack() as installation:
         for layer, calls in zip(reading.layers, targets, strict=True):
             if not calls or not plan.moves(layer.index):
                 continue  # this input does not reach it, or it is not patched
@@ -50,8 +49,6 @@ def solve_again(patch: PatchRecord, model: nn.Module, put: Callable[[Entry], Non
             LayerHook(model, layer, sweeper, watched, sequence_first=reading.architecture.sequence_first)
             installation.again(model.get_submodule(layer.name), _written(watched, solver, put))
         model(**without_cache(model, inputs["source"]))
-    finally:
-        installation.undo()
 
 
 def _written(watched: HookStack, solver: LayerSweep, put: Callable[[Entry], None]) -> Callable[[], None]:

@@ -62,7 +62,7 @@ def rescaled(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype = t
 def _norms(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[float, set[Any], set[Any]]:
     """The largest entry of a state, the norms whose outputs are added to the state, and those that read it."""
     layers = [model.get_submodule(layer.name) for layer in known_reading(model).layers]
-    hooks, adding, reading, sizes, state = HookStack(), set[nn.Module](), set[nn.Module](), [1.0], [torch.empty(0)]
+    adding, reading, sizes, state = set[nn.Module](), set[nn.Module](), [1.0], [torch.empty(0)]
 
     def normed(norm: nn.Module, x: Tensor, y: Tensor) -> None:
         if torch.equal(x, state[-1]):
@@ -71,16 +71,14 @@ def _norms(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[float, set[Any]
             adding.add(norm)
             state.append(state.pop() + y)
 
-    for layer in layers:
-        hooks.before(layer, lambda x: state.append(x))
-        hooks.after(layer, lambda _, y: sizes.append(float(first_tensor(y).abs().max())))
-        for norm in layer.children():
-            if [name for name, _ in norm.named_parameters()] == ["weight"] and norm.weight.ndim == 1:
-                hooks.after(norm, lambda x, y, norm=norm: normed(norm, x, y))
-    try:
+    with HookStack() as hooks:
+        for layer in layers:
+            hooks.before(layer, lambda x: state.append(x))
+            hooks.after(layer, lambda _, y: sizes.append(float(first_tensor(y).abs().max())))
+            for norm in layer.children():
+                if [name for name, _ in norm.named_parameters()] == ["weight"] and norm.weight.ndim == 1:
+                    hooks.after(norm, lambda x, y, norm=norm: normed(norm, x, y))
         model(**inputs)
-    finally:
-        hooks.undo()
     inside, kinds = {m for layer in layers for m in layer.modules()}, tuple({type(norm) for norm in reading})
     last = {module for module in model.modules() if module not in inside and isinstance(module, kinds)}
     return min(max(sizes), torch.finfo(torch.float32).max / HEADROOM), adding, reading | last

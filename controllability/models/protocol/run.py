@@ -19,15 +19,9 @@ from controllability.models.sweep.target_run import Progress, silent
 
 EVERY = 10  # the sensitivity is measured on every tenth token of a prompt, from the first
 TAKEN = ("agreement", "kl_max", "tv_max", "max_logit_error", "max_logit_error_unpatched", "relative_error")
-COUNTED = [
-    "agreement_interval",
-    "agreement_unpatched",
-    "mismatches",
-    "explained",
-    "sensitivity",
-    "sensitivity_median",
-    "kl_by_token",
-]
+COUNTED = (
+    "agreement_interval", "agreement_unpatched", "mismatches", "explained", "sensitivity", "sensitivity_median", "kl_by_token",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,6 @@ A run keeps its last hidden states and computes no logits.  Who wants some has t
 of what its base model gives: whatever the forward does behind it (head, soft-cap, scaling) is done by the model itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -51,17 +49,13 @@ class Head:
             raise PatchError("the model that would compute these logits is gone: keep it, or take them before")
         if _behind(model, base) != self._seen:
             raise PatchError("the head of the model changed since this run: these logits cannot be computed any more")
-        installation = HookStack()
         exact = exact_mode() if self._exact else contextlib.nullcontext()
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        with own_modes(model), exact:
-            try:
-                stand_in = lambda *_, **__: self.kind(last_hidden_state=states)  # noqa: E731
-                vars(stand_in)["ours"] = True
-                installation.assign(base, "forward", stand_in)
-                return result_of(model.forward(**without_cache(model, {"input_ids": ids, KEEP: 0})))  # past its hooks
-            finally:
-                installation.undo()
+        with own_modes(model), exact, HookStack() as installation:
+            stand_in = lambda *_, **__: self.kind(last_hidden_state=states)  # noqa: E731
+            vars(stand_in)["ours"] = True
+            installation.assign(base, "forward", stand_in)
+            return result_of(model.forward(**without_cache(model, {"input_ids": ids, KEEP: 0})))  # past its hooks
 
 
 def _behind(model: nn.Module, base: nn.Module) -> list[Any]:
@@ -82,7 +76,7 @@ class Result(OneLine):
     head: Head | None = None
 
     @staticmethod
-    def of(logits: Tensor) -> Result:
+    def of(logits: Tensor) -> "Result":
         """Logits as they are."""
         return Result(logits, logits.dtype)
 
@@ -92,13 +86,13 @@ class Result(OneLine):
             return self.held.clone()
         return self.head(self.held) if self.held.ndim == 3 else self.head(self.held[None])[0]
 
-    def at(self, rows: Positions) -> Result:
+    def at(self, rows: Positions) -> "Result":
         """The paired positions, (N, ·); all there is, where the run kept fewer positions or has one output a sample."""
         if self.held.ndim != 3 or self.held.shape[1] != rows.shape[1]:
             return self
         return replace(self, held=rows.of(self.held))
 
-    def kept(self) -> Result:
+    def kept(self) -> "Result":
         """The same in tensors of its own."""
         return replace(self, held=self.held.clone())
 
@@ -114,11 +108,10 @@ T = TypeVar("T")
 def by_blocks(use: Callable[..., T], *results: Result) -> list[T]:
     """``use(number of the first row, logits of the same rows (n, ·) of each)`` for a few rows at a time, which can go then."""
     flat = [replace(result, held=result.held.reshape(-1, result.held.shape[-1])) for result in results]
-    rows = max(1, ENTRIES // flat[0].width)
-    return [
-        use(start, *(replace(each, held=each.held[start : start + rows]).logits() for each in flat))
-        for start in range(0, len(flat[0].held), rows)
-    ]
+    rows, found = max(1, ENTRIES // flat[0].width), list[T]()
+    for start in range(0, len(flat[0].held), rows):
+        found.append(use(start, *(replace(each, held=each.held[start : start + rows]).logits() for each in flat)))
+    return found
 
 
 def compare_results(wanted: Result, *found: Result) -> list[LogitComparison]:
@@ -135,7 +128,7 @@ class Runs:
         self._caught: list[Any] = []
         self._installation = HookStack()
 
-    def __enter__(self) -> Runs:
+    def __enter__(self) -> "Runs":
         if self.base is not None:
             self._installation.after(self.base, lambda _, output: self._caught.append(output))
         return self
@@ -200,13 +193,9 @@ def _same_later(model: nn.Module, base: nn.Module) -> bool:
     """Whether the logits that are made later are those of a run, for a whole run and for one row; on random token ids."""
     drawn = random_inputs(model, None)
     wanted, calls = result_of(model(**drawn)), []
-    installation = HookStack()
-    installation.after(base, lambda _, output: calls.append(output))
-    try:
-        with Runs(model, True) as runs:
-            found = runs(drawn)
-    finally:
-        installation.undo()
+    with HookStack() as installation, Runs(model, True) as runs:
+        installation.after(base, lambda _, output: calls.append(output))
+        found = runs(drawn)
     whole, row = found.logits(), replace(found, held=found.held[0, -1:]).logits()
     if found.head is None or len(calls) != 1 or (whole.shape, whole.dtype) != (wanted.shape, found.dtype):
         return False

@@ -1,7 +1,5 @@
 """Which position of the target run each position of the source run must reproduce."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,14 +73,14 @@ class Positions(OneLine):
         """(sample, position) of every pair, as plain numbers."""
         return torch.stack([self.sample, self.position], -1).tolist()
 
-    def streamed(self, count: int) -> Positions:
+    def streamed(self, count: int) -> "Positions":
         """The rows of a model that keeps ``count`` states a position, one after the other on the sequence axis."""
         batch, length = self.shape
         shift = torch.arange(count)[:, None] * length
         position = (self.position[None] + shift).reshape(-1)
         return Positions(self.sample.repeat(count), position, (batch, length * count))
 
-    def repeated(self, count: int) -> Positions:
+    def repeated(self, count: int) -> "Positions":
         """The rows of a tensor that has ``count`` rows a sample: one for each codebook."""
         sample = (self.sample[:, None] * count + torch.arange(count)).reshape(-1)
         position = self.position[:, None].expand(-1, count).reshape(-1)

@@ -30,12 +30,9 @@ def sizes_are_free(model: nn.Module, checked: Checked, example: Mapping[str, Any
     with torch.no_grad():
         plain = result_of(model(**inputs))
         for factor in FACTORS:
-            installation = HookStack()
-            installation.after(module, lambda x, output, factor=factor: _times(output, factor))
-            try:
+            with HookStack() as installation:
+                installation.after(module, lambda x, output, factor=factor: _times(output, factor))
                 found = result_of(model(**inputs))
-            finally:
-                installation.undo()
             if relative_error(found, plain) > VERIFIED[plain.dtype]:
                 return False
     return True

@@ -4,8 +4,6 @@ In one pass the contextual model's row of the batch has the context in its past;
 on the left and masked.  What a layer's patch needs of the target has been computed a moment before.  (new)
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +25,9 @@ LOCAL = {"full_attention", "sliding_attention"}  # kinds of attention that count
 ASKED = {"attention_mask", "position_ids", "past_key_values"}
 
 
-def pasts_of(model: nn.Module, there: Any, here: Any, ids: tuple[Tensor, Tensor]) -> BothPasts | tuple[Any, Any] | None:
+def pasts_of(
+    model: nn.Module, there: Any, here: Any, ids: tuple[Tensor, Tensor]
+) -> "BothPasts | tuple[Any, Any] | None":
     """What the outputs of the target's and the source's run over ``ids`` leave to go on from: side by side if that can be.
 
     None where either keeps no plain cache.
@@ -59,7 +59,7 @@ class BothPasts:
     lengths: tuple[int, int]
 
     @staticmethod
-    def of(model: nn.Module, there: Any, here: Any, lengths: tuple[int, int], token: Tensor) -> BothPasts | None:
+    def of(model: nn.Module, there: Any, here: Any, lengths: tuple[int, int], token: Tensor) -> "BothPasts | None":
         """From the caches of the target's and the source's run, which have these lengths.
 
         None where the model does not compute the same this way: that is tried, on one ``token`` (1,).
@@ -75,9 +75,8 @@ class BothPasts:
     def _same_as_apart(self, model: nn.Module, there: Any, here: Any, token: Tensor) -> bool:
         probe = BothPasts(copy.deepcopy(self.cache), self.mask, self.lengths)
         joint = model(**probe.inputs(token)).logits
-        apart = [
-            model(input_ids=token[None], past_key_values=copy.deepcopy(c), use_cache=True).logits for c in (there, here)
-        ]
+        pasts = map(copy.deepcopy, (there, here))
+        apart = [model(input_ids=token[None], past_key_values=past, use_cache=True).logits for past in pasts]
         wanted = torch.cat(apart)
         return relative_error(joint, wanted) <= SAME[wanted.dtype]
 
@@ -90,12 +89,11 @@ class BothPasts:
             "past_key_values": self.cache, "use_cache": True,
         }  # fmt: skip
 
-    def after(self, count: int) -> BothPasts:
+    def after(self, count: int) -> "BothPasts":
         """The pasts when ``count`` tokens have been run over: the cache has grown by itself."""
         there, here = self.lengths
-        return BothPasts(
-            self.cache, torch.cat([self.mask, self.mask.new_ones(2, count)], 1), (there + count, here + count)
-        )
+        mask = torch.cat([self.mask, self.mask.new_ones(2, count)], 1)
+        return BothPasts(self.cache, mask, (there + count, here + count))
 
 
 def _side_by_side(model: nn.Module, there: Any, here: Any) -> Any:

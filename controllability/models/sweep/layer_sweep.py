@@ -107,10 +107,6 @@ class LayerSweep:
                 failed.certificate = proof.named([self.rows.name(row) for row in range(count)])
             raise
 
-    def wanted(self) -> Tensor:
-        """What the layer's output is held to, (N, d): the target's, in the size that was chosen where sizes do not count."""
-        return self.run.wanted()
-
     def solved(self) -> Iterator[tuple[Param, Delta, Tensor | None]]:
         """The patch of this layer, parameter by parameter: delta, one row a pair, and the input of a matrix that has but one."""
         for path, goal in self.run.goals.items():

@@ -96,12 +96,9 @@ def possible(inputs: Mapping[str, Any], streams: int) -> bool:
     keys = [layer.keys for layer in layers if layer.get_seq_length()]
     known = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
     others = any(isinstance(v, Tensor | list | dict | tuple) for k, v in inputs.items() if k not in known)
+    plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
     return (
-        bool(keys)
-        and all(k.dtype in SAME for k in keys)
-        and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
-        and inputs["input_ids"].shape[1] == 1
-        and not others
+        bool(keys) and all(k.dtype in SAME for k in keys) and plain and inputs["input_ids"].shape[1] == 1 and not others
     )
 
 

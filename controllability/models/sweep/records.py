@@ -1,8 +1,4 @@
-"""What is kept of a solved layer for its report: a few numbers a token, still tensors.
-
-Taking them costs a handful of small tensor operations and waits for nothing; everything else the
-sweep held of the layer can go.
-"""
+"""What is kept of a solved layer for its report: a few numbers a token, still tensors."""
 
 import math
 from dataclasses import dataclass, replace
@@ -40,7 +36,8 @@ class LeafRecord:
             return None
         sizes, count = self.own.double(), len(self.own)
         if self.scale is None:
-            added = self.added if self.added is not None else _added(self.delta).reshape(count, -1).abs().amax(-1)
+            shift = self.delta.value if isinstance(self.delta, Shift) else self.delta.left.sum(-2)
+            added = self.added if self.added is not None else shift.reshape(count, -1).abs().amax(-1)
             sizes = sizes + added.double()
         found = (sizes / self.total.double()).tolist()
         return [v if math.isfinite(v) else None for v in found]
@@ -105,7 +102,7 @@ _TINY = torch.finfo(torch.float32).tiny
 def record(solver: LayerSweep) -> LayerRecord:
     """Keep of a solved layer what its report will be written from."""
     assert solver.output is not None
-    run, wanted = solver.run, solver.wanted()
+    run, wanted = solver.run, solver.run.wanted()
     error, size = errors_and_sizes(solver.output.flatten(1), wanted.flatten(1))
     params = {path: goal.update.param for path, goal in run.goals.items()}
     leaves = {str(param): _leaf(run, path, param.name, run.solved[path]) for path, param in params.items()}
@@ -126,13 +123,12 @@ def joined(earlier: LayerRecord, later: LayerRecord) -> LayerRecord:
     def both(a: Any, b: Any) -> Any:
         return None if a is None or b is None else torch.cat([a.reshape(-1), b.reshape(-1)])
 
-    leaves = {
-        name: replace(
-            leaf, own=both(old.own, leaf.own), total=both(old.total, leaf.total), added=both(old.added, leaf.added)
-        )
-        for name, leaf in later.leaves.items()
-        if (old := earlier.leaves[name])
-    }
+    leaves = dict(later.leaves)
+    for name, leaf in leaves.items():
+        seen = {
+            what: both(getattr(earlier.leaves[name], what), getattr(leaf, what)) for what in ("own", "total", "added")
+        }
+        leaves[name] = replace(leaf, **seen)
     known = {(statement, where): values for statement, where, values in earlier.margins}
     margins = [(s, w, both(known.get((s, w)), values)) for s, w, values in later.margins]
     taken = {route.where: route for route in (*earlier.routes, *later.routes)}  # one scale serves all: the later one
@@ -160,11 +156,6 @@ def _leaf(run: PatchedRun, path: Path, parameter: str, delta: Delta) -> LeafReco
     one_input = isinstance(delta, Shift) or (delta.left.shape[-2] == 1 and not isinstance(delta, ExpertLowRank))
     added = None if own_token and one_input else _largest(total - own)
     return LeafRecord(parameter, delta, _largest(own), _largest(total), added)
-
-
-def _added(delta: Delta) -> Tensor:
-    """What a delta adds to the output of the token it was solved for."""
-    return delta.value if isinstance(delta, Shift) else delta.left.sum(-2)
 
 
 def _each(values: Tensor, count: int) -> Tensor:

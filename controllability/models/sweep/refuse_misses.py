@@ -42,7 +42,7 @@ def refuse_unreached(solvers: list[LayerSweep], records: Sequence[LayerRecord] |
     ``records`` are those of solvers that let everything else go.
     """
     if records is None:
-        rows = [_relative(*errors_and_sizes(_output(s), s.wanted())) for s in solvers]
+        rows = [_relative(*errors_and_sizes(_output(s), s.run.wanted())) for s in solvers]
     else:
         rows = [_relative(r.error, r.size) for r in records]
     held: list[float] = []

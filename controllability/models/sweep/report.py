@@ -1,7 +1,5 @@
 """What a sweep found out, layer by layer and token by token: plain data, ready for JSON and tables."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +9,7 @@ from typing import Any
 from controllability.arrays.one_line import OneLine
 from controllability.models.sweep.records import LayerRecord
 from controllability.models.sweep.sensitivity import Sensitivity
-from controllability.rendering.tables import aligned, html_table
+from controllability.rendering.tables import aligned, html_table, number
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,7 +52,7 @@ class LayerReport(OneLine):
     tokens: Tokens
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LayerReport:
+    def from_dict(cls, data: dict[str, Any]) -> "LayerReport":
         """What ``dataclasses.asdict`` made of one."""
         return cls(**{**data, "tokens": Tokens(**data["tokens"])})
 
@@ -106,7 +104,7 @@ class Report(OneLine):
     seconds: float
     layers: Sequence[LayerReport]
     pairs: list[list[int]] = field(default_factory=list)
-    rounding: list[Rounding] = field(default_factory=list)
+    rounding: "list[Rounding]" = field(default_factory=list)
     fit: dict[str, Any] | None = None
     probe: Callable[[], Sensitivity] | None = field(default=None, repr=False, compare=False)
 
@@ -129,7 +127,7 @@ class Report(OneLine):
         return plain | found
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Report:
+    def from_dict(cls, data: dict[str, Any]) -> "Report":
         """What ``to_dict`` made of one; raises ``KeyError`` or ``TypeError`` for anything else."""
         known = {f.name: data[f.name] for f in fields(cls) if f.name != "probe"}
         known["layers"] = [LayerReport.from_dict(layer) for layer in data["layers"]]
@@ -175,7 +173,7 @@ class Report(OneLine):
         asked = [f"{name} {value:g}" for name, value in self.fit.items() if value]
         return told + (
             f"\na fit by least squares ({', '.join(asked)}), not exact: a layer's output misses its target by up to "
-            f"{_short(self.residual)} of the largest target"
+            f"{number(self.residual)} of the largest target"
         )
 
 
@@ -194,7 +192,7 @@ def _cells(residual: float, route: str, amplification: Any, condition: Any, marg
     least = min((v for v in margins if v is not None), default=None)
     maps, scales = (largest(v for k, v in changes.items() if bool(_NORM.search(k)) is norm) for norm in (False, True))
     numbers = condition if amplification is None else amplification, least, maps, scales
-    return [_short(residual), route, *map(_short, numbers)]
+    return [number(residual), route, *map(number, numbers)]
 
 
 def layer_report(record: LayerRecord, norms: dict[str, float]) -> LayerReport:
@@ -205,17 +203,12 @@ def layer_report(record: LayerRecord, norms: dict[str, float]) -> LayerReport:
     margins = [_per_token(values, count) for _, _, values in record.margins]
     amplification = record.amplification()
     return LayerReport(
-        index=record.index,
-        residual=record.residual(),
-        route=record.route(),
-        why="; ".join(taken.why() for taken in record.routes) or "the only way here",
-        amplification=largest(amplification),
-        condition=largest(v for values in condition.values() for v in values),
-        derivation=record.derivation,
-        margins=_merged(record.margins, margins),
-        relative_changes={name: largest(values) for name, values in changes.items()},
-        tokens=Tokens(residual, [record.route()] * count, amplification, condition, margins, changes),
-    )
+        record.index, record.residual(), record.route(),
+        "; ".join(taken.why() for taken in record.routes) or "the only way here", largest(amplification),
+        largest(v for values in condition.values() for v in values), record.derivation, _merged(record.margins, margins),
+        {name: largest(values) for name, values in changes.items()},
+        Tokens(residual, [record.route()] * count, amplification, condition, margins, changes),
+    )  # fmt: skip
 
 
 def _per_token(values: Any, count: int) -> list[float | None]:
@@ -236,10 +229,6 @@ def _merged(named: list[tuple[str, str, Any]], margins: list[list[float | None]]
 def largest(values: Iterable[float | None]) -> float | None:
     """The largest of the numbers among ``values``; None if there is none."""
     return max((v for v in values if v is not None), default=None)
-
-
-def _short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}"
 
 
 @dataclass(frozen=True)

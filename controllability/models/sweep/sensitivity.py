@@ -1,7 +1,5 @@
 """How much a small disturbance grows on its way to the logits: plain numbers, ready for JSON and texts.  (new)"""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,7 +41,7 @@ class Sensitivity:
         return numbers | ({"note": self.note} if self.note else {})
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Sensitivity:
+    def from_dict(data: dict[str, Any]) -> "Sensitivity":
         """What ``to_dict`` gave."""
         return Sensitivity(**{name: data[name] for name in asdict(Sensitivity(None, None)) if name in data})
 
