@@ -11,7 +11,7 @@ decide); τ keeps a channel alive that no token needs.  One token: m'⁴ = τ·m
 form m'² = |G|·√|m| · mean(|G|/√|m|)/q.  Decided on a trained model: see the page on joint patches.  (new)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,11 +25,8 @@ from controllability.solvers.resorts import Resort
 
 Vector = np.ndarray
 ROUNDING = 32 * np.finfo(float).eps  # differences of mean(u²) from q that count as none
-ACCEPTED = 1e-9  # relative error of mean(u²) that nearly equal tokens may leave in "kept rms"
-CUTOFFS = (1e-10, 1e-13)  # equations that differ by less are taken for one, unless that breaks them
 TINY = 1e-6  # entries of m below this part of the mean |m| count as this large
 GROWTH = 2.0  # "moved rms": no token's pre-norm target grows by more than this factor
-FACTORS = (1.5, 6.0)  # "moved rms": changes that are tried, in units of the uniform one
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +84,7 @@ def joint_scale(
     certificate = find_farkas(task.A, task.q, hopeless)
     if keep_rms or eps == 0:
         raise Infeasible(certificate)
-    answers = [answer for answer in _moved(task, certificate) if answer.residual <= ACCEPTED]
-    if not answers:
-        answers = list(_enlarged(task, certificate))[-1:]
-    return min(answers, key=lambda answer: answer.noise)
+    return _moved(task, certificate) or _enlarged(task, certificate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +218,7 @@ def _keeping(task: _Task) -> tuple[JointScale | None, Vector | None]:
     rows = task.rows() / q[:, None]
     sigma: Vector | None = np.ones(task.d)
     if np.abs(rows.sum(1) - 1).max() > ROUNDING:
-        sigma, weights = _solution(rows, task.usual)
+        sigma, weights = programs.least_cost(rows, task.usual)
         if sigma is None:
             hopeless = np.zeros(len(task.q))
             hopeless[task.live] = 0 if weights is None else weights / q
@@ -232,44 +226,28 @@ def _keeping(task: _Task) -> tuple[JointScale | None, Vector | None]:
     return task.finished(sigma, Resort.KEPT, None), None
 
 
-def _solution(rows: Vector, price: Vector) -> tuple[Vector | None, Vector | None]:
-    """(σ > 0 with rows·σ = 1 and the least cost, None), or (None, weights of the rows that exclude it, if found)."""
-    for cutoff in CUTOFFS:
-        equations = programs.Equations.of(rows, cutoff)
-        sigma, weights = programs.positive_solution(equations)
-        if sigma is None:
-            return None, weights
-        sigma = programs.polished(rows, programs.least_cost(equations, sigma, price))
-        if np.abs(rows @ sigma - 1).max() <= ACCEPTED:
-            return sigma, None
-    return None, None
-
-
-def _moved(task: _Task, certificate: Farkas | None) -> Iterator[JointScale]:
-    """ "moved rms" for every change of ``FACTORS``: the least shrinkage that it allows."""
+def _moved(task: _Task, certificate: Farkas | None) -> JointScale | None:
+    """ "moved rms": about the least shrinkage, and of the scales that have it the one of least noise."""
     rows, w = task.rows(), task.eps / task.root[task.live] ** 2
-    for factor in FACTORS:
-        margin = np.maximum(w / GROWTH**2, 2 * ROUNDING)
-        for _ in range(4):  # a coarse parameter needs more room: seen only after rounding
-            sigma = programs.least_shrinkage(rows, w, margin, factor)
-            if sigma is None:
-                break
-            answer = task.finished(sigma, Resort.MOVED, certificate)
-            if answer.residual <= ACCEPTED:
-                yield answer
-                break
-            held = np.mean(answer.unit[task.live] ** 2, -1)  # rounding the scale moved it from rows·σ
-            margin = np.maximum(margin, 2 * np.abs(held - rows @ sigma).max())
+    margin = np.maximum(w / GROWTH**2, 2 * ROUNDING)
+    for _ in range(4):  # a coarse parameter needs more room: seen only after rounding
+        sigma = programs.least_shrinkage(rows, w, margin, task.usual)
+        if sigma is None:
+            return None
+        answer = task.finished(sigma, Resort.MOVED, certificate)
+        if answer.residual <= programs.ACCEPTED:
+            return answer
+        held = np.mean(answer.unit[task.live] ** 2, -1)  # rounding the scale moved it from rows·σ
+        margin = np.maximum(margin, 2 * np.abs(held - rows @ sigma).max())
+    return None
 
 
-def _enlarged(task: _Task, certificate: Farkas | None) -> Iterator[JointScale]:
+def _enlarged(task: _Task, certificate: Farkas | None) -> JointScale:
     """ "enlarged", m' = c·m with growing c until the scale as stored has every token inside the ball."""
     rows = task.rows()
-    inside = 0.5
-    for _ in range(8):
-        sigma = np.full(task.d, inside / rows.sum(1).max())
+    for power in range(8):
+        sigma = np.full(task.d, 0.5 * 0.25**power / rows.sum(1).max())
         answer = task.finished(sigma, Resort.ENLARGED, certificate)
-        yield answer
-        if answer.residual <= ACCEPTED:
-            return
-        inside /= 4
+        if answer.residual <= programs.ACCEPTED:
+            break
+    return answer
