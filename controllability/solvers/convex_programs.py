@@ -21,7 +21,7 @@ NO_ROOM = np.zeros(0)
 
 
 def least_cost(rows: Vector, price: Vector) -> tuple[Vector | None, Vector | None]:
-    """(σ > 0 with rows·σ = 1 and the least Σ price·(1/σ + STAY·σ), None), or (None, λ with rowsᵀλ ≥ 0 and Σλ < 0 to rounding).
+    """(σ > 0 with rows·σ = 1 and the least Σ price·(1/σ + STAY·σ), None), or (None, λ with rowsᵀλ ≥ 0 > Σλ in floats).
 
     ``rows`` (T, d) are not negative, ``price`` (d,) is positive; (None, None) where neither is found.
     """
@@ -42,7 +42,7 @@ def least_cost(rows: Vector, price: Vector) -> tuple[Vector | None, Vector | Non
 
 
 def least_shrinkage(A: Vector, w: Vector, margin: Vector, price: Vector) -> Vector | None:
-    """σ > 0 with 1 − h·w ≤ A σ ≤ 1 − margin and, with h at most ``ROUGH`` times the least (or 1), the least cost as above.
+    """σ > 0 of least cost with 1 − h·w ≤ A σ ≤ 1 − margin, h being ``ROUGH`` times the least (or 1).
 
     h is the square of the shrinkage of √(r²+ε): 1 − p = ε/(r²+ε).  None where the program does not get there.
     """
@@ -81,7 +81,7 @@ def _alike(unit: Vector) -> Iterator[tuple[Vector, Vector]]:
 def _cheapest(
     rows: Vector, right: Vector, price: Vector, usual: Vector, least: Vector = NO_ROOM
 ) -> tuple[Vector, Vector]:
-    """x = σ/usual of least cost with rows·(x, room) = right and least ≤ room ≤ 1, and the weights of the equations (duals).
+    """x = σ/usual of least cost with rows·(x, room) = right and least ≤ room ≤ 1, and the equations' weights (duals).
 
     1/x is a variable y of its own: x·y ≥ 1 is the cone ‖(x − y, 2)‖ ≤ x + y.
     """
@@ -99,7 +99,7 @@ def _cheapest(
 
 
 def _least_room(A: Vector, usual: Vector, w: Vector, margin: Vector) -> float:
-    """The least h for which some σ ≥ 0 has 1 − h·w ≤ A σ ≤ 1 − margin; unknowns are σ/usual, the rooms 1 − A σ, and h·max(w)."""
+    """The least h for which some σ ≥ 0 has 1 − h·w ≤ A σ ≤ 1 − margin; unknown are σ/usual, 1 − A σ and h·max(w)."""
     from scipy.sparse import eye_array  # imported where it is needed
 
     T, d = A.shape
