@@ -41,7 +41,6 @@ LAZY_ROOMS = {
 LAZY = {
     ("controllability", "importlib"): "the package itself loads next to nothing",
     ("architectures.registry", "difflib"): "only somebody who mistyped a name waits for it",
-    ("controllability.rendering.closed_form", "controllability.rendering.tokens_served"): "only a refusal needs it",
 }
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 66
 LONG = {  # files and functions that may be longer: up to how many lines, and why
