@@ -133,7 +133,8 @@ def _sets(
     refuse_known(others, known)
     others = [sample if sample.answer else sample.bare for sample in speaker.answered(model, others, progress)]
     texts = {"queries": samples, "heldout": others} | apart
-    seen, past = {"heldout": known}, dict.fromkeys(ASKED, speaker.past)
+    past: dict[str, SharedPast | None] = dict.fromkeys(ASKED, speaker.past)
+    seen = {"heldout": known}
     return {k: Yardstick.of(model, v, seen.get(k, ()), past.get(k)) for k, v in texts.items() if v}, len(known)
 
 

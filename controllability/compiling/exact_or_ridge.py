@@ -95,9 +95,9 @@ def solve(model: Any, queries: Yardstick, wish: Wish, progress: Progress) -> Sol
     Raises ``SideConditionFailed``, ``NotControllable`` or ``NotVerified`` where nothing less than exact was wanted.
     """
     wish = replace(wish, pinned=begin_alike(queries.samples))
-    if wish.ridge:
+    if ridge := wish.ridge:
         wish = replace(wish, via=wish.via or FITTED)
-        return Solution(patch_of(model, repeated(queries.samples), wish, progress), wish, False, float(wish.ridge))
+        return Solution(patch_of(model, repeated(queries.samples), wish, progress), wish, False, float(ridge))
     attempts: list[ExactAttempt] = []
     for via in (wish.via,) if wish.via else EXACTLY:
         for pinned in dict.fromkeys((wish.pinned, False)):
