@@ -46,7 +46,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from controllability.compiling import compile_context
+    from controllability.compiling import compile_context, further_questions
     from controllability.errors import (
         BadInput,
         ControllabilityError,

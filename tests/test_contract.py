@@ -91,6 +91,8 @@ def named(tree: ast.AST) -> dict[str, set[str]]:
     known: dict[str, set[str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PACKAGES:
+            if str(node.module).endswith(".lazy"):  # SymPy's own classes
+                continue
             known |= {one.asname or one.name: {one.name} & CLASSES for one in node.names}
         if isinstance(node, ast.Import):
             ours = [one for one in node.names if one.name.partition(".")[0] in PACKAGES]

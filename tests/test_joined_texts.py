@@ -55,7 +55,7 @@ def test_a_text_that_begins_with_bos_has_one(ends):
     assert source["position_ids"][0].tolist() == list(range(len(wanted), len(wanted) + len(asked)))
     assert encoded(tokenizer, text, 0, 1) == list(unrelated_sample(tokenizer, text).source) == wanted
     context = Context.of(tokenizer, text)
-    assert (list(context.tokens), context.first, context.anchored) == (wanted, 1, False)
+    assert (list(context.tokens), context.lead, context.anchored) == (wanted, (wanted[0],), False)
     for sent in (query, f"<bos>{query}"):
         sample = context.sample(sent)
         assert (
