@@ -244,6 +244,7 @@ def test_lines_are_compared_at_equal_drift_and_equal_held_out_quality():
     assert "| lora-8 | – / 20 | – / 0.45 | – / 0.45 | – / 1 | – / 0.8 | – / 0.7 | – / – | – / 100 | – / 2 |" in table
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, rows):
     monkeypatch.setattr(peer_distillation, "RATES", (1e-2,))
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))

@@ -221,6 +221,7 @@ def divergence(base, model, about):
     return float(torch.cat(found).mean())
 
 
+@pytest.mark.slow
 def test_a_fit_on_top_of_another_and_the_earlier_queries_in_the_metric():
     """Merged one after the other, later contexts wear the first one away; less where its questions are among the ordinary text."""
     (base, tokenizer), second = load("float32"), moments()

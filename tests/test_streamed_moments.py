@@ -143,6 +143,7 @@ def test_an_endless_stream_is_read_text_by_text():
     assert found.tokens == 1200 and most <= 3
 
 
+@pytest.mark.slow
 def test_no_logits_are_computed_where_the_model_can_do_without():
     model = load_model("embedded")[0]
     big = torch.arange(3, 60).repeat(1, 4).expand(300, -1)  # 300 × 228 × vocabulary: more than two million logits
