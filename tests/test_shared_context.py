@@ -9,7 +9,7 @@ from family_models import build
 from plain_tokenizer import Plain, words
 
 import controllability as ct
-from controllability.compiling import Query
+from controllability.compiling import Query, answers
 from controllability.compiling.compile_context import compile_context
 from controllability.compiling.continuations import continuations
 from controllability.compiling.token_sets import Context
@@ -133,3 +133,24 @@ def test_a_query_that_is_not_hard_is_not_reached_exactly():
         float((x - y).abs().max()) for x, y in zip(found.logits["queries"], found.sets["queries"].wanted, strict=True)
     ]
     assert errors[1] < 1e-6 < 1e-3 < min(errors[0], errors[2]) and not found.exact
+
+
+def test_another_context_does_not_go_on_from_the_cache_of_the_first(monkeypatch):
+    """The control arms compile other contexts: what those say is heard behind them."""
+    net, heard = model("llama"), []
+    plain = answers.with_answers
+
+    def spied(model, samples, count, *rest):
+        found = plain(model, samples, count, *rest)
+        heard.append(([sample.bare for sample in samples], [sample.said for sample in found]))
+        return found
+
+    monkeypatch.setattr(answers, "with_answers", spied)
+    second = ct.second_moments(net, torch.randint(5, 40, (40, 24)))
+    compile_context(
+        net, Plain(), words(CONTEXT), [words(row) for row in ASKED], moments=second, answer_tokens=2, controls=True
+    )
+    contexts = {tuple(samples[0].target[: len(CONTEXT)]) for samples, _ in heard if samples}
+    assert len(contexts) > 1
+    for samples, said in heard:
+        assert said == continuations(net, samples, [2] * len(samples), "target", frozenset())

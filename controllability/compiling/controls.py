@@ -54,7 +54,9 @@ def control_arms(
         lead, count = asked[0].source[: asked[0].first], max(sample.answered for sample in asked)
         other = replace(Context.of(speaker.tokenizer, text, speaker.limit), lead=lead)
         own = [other.of_query(Query(sample.text, sample.weight, hard=sample.hard), count) for sample in asked]
-        own = replace(speaker, answer_tokens=count).answered(model, own, progress)
+        own = replace(speaker, answer_tokens=count, past=None).answered(
+            model, own, progress
+        )  # the past is of the context
         return solve(Yardstick.of(model, own)).patch
 
     ways: dict[str, Callable[[], ModelPatch]] = {
