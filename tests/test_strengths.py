@@ -208,6 +208,7 @@ BAD = [
     ({"strength": "gentle", "keep_rms": True}, "keep_rms belongs to the strength 'exact'"),
     ({"strength": "strong", "via": "output"}, "via belongs to the strength 'exact'"),
     ({"moments": 3}, "moments must be what second_moments gave"),
+    ({"controls": 3}, "controls must be True or False, got 3"),
 ]
 
 

@@ -68,7 +68,7 @@ def compile_context(
     (False, ['Oslo', 'Rome'])
     """
     started = time.perf_counter()
-    _refuse_strange(model, tokenizer, moments)
+    _refuse_strange(model, tokenizer, moments, controls)
     asked, left_out = _queries(queries, "queries"), _queries(heldout, "held-out queries")
     elsewhere, alike = _texts(unrelated, "unrelated texts"), _texts(near, "near texts")
     if not asked:
@@ -138,12 +138,14 @@ def _sets(
     return {k: Yardstick.of(model, v, seen.get(k, ()), past.get(k)) for k, v in texts.items() if v}, len(known)
 
 
-def _refuse_strange(model: Any, tokenizer: Any, moments: Any) -> None:
+def _refuse_strange(model: Any, tokenizer: Any, moments: Any, controls: Any) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "config") or not callable(tokenizer):
         given = f"{type(model).__name__} and {type(tokenizer).__name__}"
         raise BadInput(f"give a model of transformers and its tokenizer, got {given}")
     if not isinstance(moments, Moments | None):
         raise BadInput(f"moments must be what second_moments gave, got {type(moments).__name__}")
+    if not isinstance(controls, bool):
+        raise BadInput(f"controls must be True or False, got {controls!r:.80}")
 
 
 def planned(strength: str | Strength, wish: Wish) -> Strength | None:
