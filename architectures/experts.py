@@ -17,6 +17,7 @@ from architectures.feed_forward import (
     top_k,
     top_softmax,
 )
+from architectures.mixers import Mixer
 from architectures.shapes import family, parallel, sequential
 from architectures.view import View
 from controllability.components import Bias, ExpertLinear, Glu, Mixture, Routing, Swish, Times, gated
@@ -41,13 +42,16 @@ family("mellum", "MellumDecoderLayer", pre(SOFTMAX))
 QWEN2_MOE = replace(SOFTMAX, shared=Gated("mlp.shared_expert"), shared_gate="shared_expert_gate")
 family("qwen2_moe", "Qwen2MoeDecoderLayer", pre(QWEN2_MOE))
 NORM_1P = replace(AFTER_ATTENTION, offset=1)
-family("qwen3_next", "Qwen3NextDecoderLayer", pre(QWEN2_MOE, NORM_1P))
+family("qwen3_next", "Qwen3NextDecoderLayer", pre(QWEN2_MOE, NORM_1P), mixer="linear_attn.out_proj self_attn.o_proj")
 family(
-    "qwen3_5_moe qwen3_5_moe_text", "Qwen3_5MoeDecoderLayer", pre(replace(QWEN2_MOE, routing=softmax_top()), NORM_1P)
+    "qwen3_5_moe qwen3_5_moe_text",
+    "Qwen3_5MoeDecoderLayer",
+    pre(replace(QWEN2_MOE, routing=softmax_top()), NORM_1P),
+    mixer="linear_attn.out_proj self_attn.o_proj",
 )
 family(
     "jamba", "JambaAttentionDecoderLayer JambaMambaDecoderLayer",
-    pre(MoE(softmax_top(False), "feed_forward", "router", dense=Gated("feed_forward")), Norm("pre_ff_layernorm")),
+    pre(MoE(softmax_top(False), "feed_forward", "router", dense=Gated("feed_forward")), Norm("pre_ff_layernorm")), mixer="mamba.out_proj self_attn.o_proj",
 )  # fmt: skip
 family(
     "hunyuan_v1_moe", "HunYuanMoEV1DecoderLayer",
@@ -56,6 +60,7 @@ family(
 family(
     "flex_olmo", "FlexOlmoDecoderLayer",
     sequential(None, MoE(softmax_top("norm_topk_prob")), Norm("post_feedforward_layernorm")),
+    mixer=Mixer(after=AFTER_ATTENTION),
 )  # fmt: skip
 
 
@@ -117,7 +122,7 @@ family(
             dense=Gated("feed_forward", "w1", "w3", "w2"),
         ),
         Norm("ffn_norm"),
-    ),
+    ), mixer="conv.out_proj self_attn.out_proj",
 )  # fmt: skip
 family(
     "flint", "FlintDecoderLayer",
@@ -129,6 +134,7 @@ family(
         AFTER_ATTENTION, MoE(SigmoidTop(scaling=(), eps=0.0, options={"choose_logits": True}), shared=SHARED),
         Norm("post_mlp_layernorm"),
     ),
+    mixer=Mixer(after=Norm("post_self_attn_layernorm")),
 )  # fmt: skip
 family(
     "afmoe", "AfmoeDecoderLayer",
@@ -140,6 +146,7 @@ family(
         ),
         Norm("post_mlp_layernorm"),
     ),
+    mixer=Mixer(after=AFTER_ATTENTION),
 )  # fmt: skip
 
 
@@ -178,7 +185,7 @@ family(
 )  # fmt: skip
 family("granitemoe_swa", "GraniteMoeSWADecoderLayer", GRANITE_SHARED)
 family("granitemoeshared", "GraniteMoeSharedDecoderLayer", GRANITE_SHARED)
-family("granitemoehybrid", "GraniteMoeHybridDecoderLayer", GRANITE_SHARED)
+family("granitemoehybrid", "GraniteMoeHybridDecoderLayer", GRANITE_SHARED, mixer="mamba.out_proj self_attn.o_proj")
 
 
 def cohere_routing(view: View) -> Routing:
@@ -262,6 +269,7 @@ family(
     "dbrx",
     "DbrxBlock",
     replace(sequential(layer_norm("norm_attn_norm.norm_2", bias=False), dbrx), feed_forward=MoE.kind),
+    mixer="norm_attn_norm.attn.out_proj",
 )
 
 
@@ -275,7 +283,10 @@ def jetmoe(view: View) -> Component:
     return Mixture(view.router("mlp.router.layer"), top_softmax(view), inner, last) >> Bias(view.param("mlp.bias", "d"))
 
 
-family("jetmoe", "JetMoeDecoderLayer", replace(sequential(AFTER_ATTENTION, jetmoe), feed_forward=MoE.kind))
+family(
+    "jetmoe", "JetMoeDecoderLayer",
+    replace(sequential(AFTER_ATTENTION, jetmoe), feed_forward=MoE.kind, mixer=None),  # its attention is a mixture itself
+)  # fmt: skip
 
 
 def llama4_routing(view: View) -> Routing:
@@ -313,4 +324,5 @@ family(
         build=nemotron_h,
         feed_forward="plain or mixture of experts, one mixer a layer",
     ),
+    mixer="mixer.out_proj mixer.o_proj",
 )

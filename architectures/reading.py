@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from architectures import quantised
-from architectures.registry import Architecture, StatePoint, by_layers, find, full_name
+from architectures.registry import FEED_FORWARD, MIXER, Architecture, Build, StatePoint, by_layers, find, full_name
 from architectures.view import View
 from architectures.widths import misfits
 from controllability.arrays import Array
@@ -151,8 +151,8 @@ def refuse_quantised(path: str, module: Any, attribute: str) -> None:
 class Layer(OneLine):
     """One layer of a live model: its block expression, bound parameters, and where to look.
 
-    ``inputs`` and ``output`` name modules by their full names; ``index`` counts the layers that have a
-    feed-forward half.
+    ``inputs`` and ``output`` name modules by their full names; ``index`` counts the halves that take a patch: those of
+    the reading's place.
     """
 
     index: int
@@ -167,11 +167,12 @@ class Layer(OneLine):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Reading(OneLine):
-    """A live model read: its architecture and one ``Layer`` per feed-forward half, in the order of the model."""
+    """A live model read at a place: its architecture and one ``Layer`` for each half there, in the order of the model."""
 
     architecture: Architecture
     layers: tuple[Layer, ...]
     config: Any
+    place: str = FEED_FORWARD
 
 
 def architecture_of(model: Any) -> Architecture:
@@ -201,24 +202,24 @@ def architecture_of(model: Any) -> Architecture:
     )
 
 
-def read(model: Any) -> Reading:
+def read(model: Any, place: str | None = None) -> Reading:
     """Read a live model: ``.layers``, each with ``.block`` and ``.params``.
 
-    Nothing is copied.  The reading is not trusted before ``controllability.models`` has compared it
+    ``place`` says which halves: "feed-forward", "mixer", or by default the first that the family has.  Nothing is copied.  The reading is not trusted before ``controllability.models`` has compared it
     with the real modules on random input.  Raises ``BadInput`` when the model's type is not registered,
     ``NotControllable`` when it is refused by name, and ``ReadingError`` when its modules are not what the
     registered family has.
     """
     architecture = architecture_of(model)
-    architecture.refuse()
+    place = architecture.place(place)
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     if architecture.under and text is not None and getattr(config, "is_encoder_decoder", False):
         text = config
     under = f".{architecture.under}." if architecture.under else ""
-    found = [(n, m) for n, m in model.named_modules() if architecture.is_layer(m) and under in f".{n}."]
+    found = [(n, m) for n, m in model.named_modules() if architecture.is_layer(m, place) and under in f".{n}."]
     if not found:
-        wanted = " or ".join(architecture.layer_class)
+        wanted = " or ".join((architecture.mixer_class if place == MIXER else ()) or architecture.layer_class)
         raise ReadingError(f"{architecture.name}: no module of class {wanted} in {type(model).__name__}")
     if not found[0][0]:
         raise ReadingError(
@@ -229,29 +230,45 @@ def read(model: Any) -> Reading:
     last: tuple[str, Component | None] = ("", None)
     for position, (name, module) in enumerate(found):
         around = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
-        view = View(f"{name}.", {}, {}, module, text, position, parent=around)
-        assert architecture.build is not None
-        try:
-            built = architecture.build(view)
-        except (AttributeError, KeyError, TypeError) as missing:
-            raise ReadingError(f"{architecture.name}: layer {name} is not what was declared: {missing}") from missing
-        last = (name, built)
-        if built is None:
-            continue
-        if not isinstance(built, Component):
-            raise ReadingError(f"{architecture.name}: the builder of layer {name} returned a {type(built).__name__}")
-        layers.append(_layer(model, architecture, len(layers), name, built, view))
-    if layers and last[1] is None:
+        for build in architecture.builders(place):
+            view = View(f"{name}.", {}, {}, module, text, position, parent=around)
+            built = _built(architecture, build, name, view)
+            last = (name, built)
+            if built is not None:
+                if place == MIXER and "output" not in view.sites:
+                    view.sites["output"] = _behind_mixer(model, architecture, name, replace(view, sites={}))
+                layers.append(_layer(model, architecture, len(layers), name, built, view))
+    if place == FEED_FORWARD and layers and last[1] is None:
         raise NotControllable(
             f"{architecture.name}: layer {last[0]} ({type(model.get_submodule(last[0])).__name__})",
             "it mixes positions after the last feed-forward half, and nothing after it can make up for the context",
             "end the model with a layer that has a feed-forward half", f"a live {type(model).__name__}",
         )  # fmt: skip
     if not layers:
+        half = "map behind what mixes positions" if place == MIXER else "feed-forward half"
         raise ReadingError(
-            f"{architecture.name}: none of its {len(found)} layers has a feed-forward half (its builder returned None)"
+            f"{architecture.name}: none of its {len(found)} layers has a {half} (its builder returned None)"
         )
-    return Reading(architecture, tuple(layers), text)
+    return Reading(architecture, tuple(layers), text, place)
+
+
+def _built(architecture: Architecture, build: Build, name: str, view: View) -> Component | None:
+    try:
+        built = build(view)
+    except (AttributeError, KeyError, TypeError) as missing:
+        raise ReadingError(f"{architecture.name}: layer {name} is not what was declared: {missing}") from missing
+    if not isinstance(built, Component | None):
+        raise ReadingError(f"{architecture.name}: the builder of layer {name} returned a {type(built).__name__}")
+    return built
+
+
+def _behind_mixer(model: Any, architecture: Architecture, name: str, view: View) -> StatePoint:
+    """Where the mixer's half ends: what the feed-forward half behind it reads, or the layer's output."""
+    block = None if architecture.build is None else _built(architecture, architecture.build, name, view)
+    if block is None:
+        return StatePoint("", "after")
+    wanted = view.sites.get("inputs") or architecture.inputs
+    return (wanted or _default_inputs(name, block, taps(block, view.sites)))[0]
 
 
 def _layer(model: Any, architecture: Architecture, index: int, name: str, block: Component, view: View) -> Layer:
@@ -331,12 +348,12 @@ def _refuse_quantised_stages(name: str, block: Component, found: tuple[Tap, ...]
 def _refuse_unknown(
     model: Any, architecture: Architecture, name: str, block: Component, found: tuple[Tap, ...], params: LiveParams
 ) -> None:
-    """Every parameter and buffer under the modules of the feed-forward half must be in the expression."""
-    roots = set()
+    """Every parameter and buffer under the modules of the half must be in the expression; what mixes positions is no part of it."""
+    roots, mixer = set(), any(leaf.mixes for _, leaf in leaves(block))
     for tap in found:
         inside = tap.module.removeprefix(f"{name}.")
-        norm = tap.kind == "module" and len(tap.paths) > 1
-        roots.add(tap.module if norm else _join(name, inside.split(".")[0]))
+        whole = mixer or (tap.kind == "module" and len(tap.paths) > 1)
+        roots.add(tap.module if whole else _join(name, inside.split(".")[0]))
     unknown = []
     for root in sorted(roots):
         module = model.get_submodule(root)

@@ -12,6 +12,7 @@ from controllability.errors import BadInput, NotControllable
 from controllability.interfaces import Component
 
 Build = Callable[[View], Component | None]
+PLACES = FEED_FORWARD, MIXER = "feed-forward", "mixer"  # which half of a layer takes the patch
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,10 @@ class StatePoint:
     """Where a live model shows one of a block's inputs, or its output.
 
     ``module`` is named inside the layer ('' is the layer itself); ``when`` is before it runs (its first
-    argument, or the one that its forward calls ``argument``) or after (its output, the first of a tuple).  A
+    argument, or the one that its forward calls ``argument``) or after (its output, the first of a tuple or what it calls ``argument``).  A
     registration names them, ``inputs=`` and ``output=``, where the block does not begin with a module that reads the
-    layer's state, or does not end with the layer: a post-norm layer, or one with two inputs.  (Called ``Seen`` before.)
+    layer's state, or does not end with the layer: a post-norm layer, or one with two inputs.  ``take(module, arguments)``
+    computes it before the module runs, where none of its arguments is it.  (Called ``Seen`` before.)
 
     >>> StatePoint("mlp")  # what enters the module mlp of the layer
     StatePoint(module='mlp', when='before', argument='')
@@ -32,6 +34,7 @@ class StatePoint:
     module: str
     when: Literal["before", "after"] = "before"
     argument: str = ""
+    take: Callable[[Any, Mapping[str, Any]], Any] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class Architecture:
     first module that reads it and at the layer's own output.  ``under`` restricts the layers to a part of
     the model; ``sequence_first`` says that states are (T, B, d); ``streams(config)`` how many rows a
     position has, one after the other on the sequence axis; ``codebooks(config)`` how many rows of ids a sample has;
-    ``embeds(config)`` how wide ``inputs_embeds`` are, if not as the embedding matrix.
+    ``embeds(config)`` how wide ``inputs_embeds`` are, if not as the embedding matrix.  ``mixer`` writes the blocks of the
+    halves of a layer that mix positions, ``mixer_class`` names the classes of their layers, if others; where ``build`` is None
+    ``half_refused`` says why there is no block of a feed-forward half.
     """
 
     name: str
@@ -72,17 +77,44 @@ class Architecture:
     codebooks: Callable[[Any], int] | None = None
     embeds: Callable[[Any], int] | None = None
     ignored: tuple[str, ...] = ()
-    refusal: Refusal | None = None
+    half_refused: Refusal | None = None
+    mixer: tuple[Build, ...] = ()
+    mixer_class: tuple[str, ...] = ()
 
-    def refuse(self) -> None:
-        """Raise ``NotControllable`` if this family is refused by name."""
-        if self.refusal is not None:
-            r = self.refusal
-            raise NotControllable(f"{self.name}: {r.culprit}", r.reason, r.hint, f"architecture {self.name}")
+    @property
+    def refusal(self) -> Refusal | None:
+        """Why none of its halves can be patched; None where one can."""
+        return None if self.places else self.half_refused
 
-    def is_layer(self, module: Any) -> bool:
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where its layers can take a patch, the default first."""
+        built = self.build is not None, bool(self.mixer)
+        return tuple(place for place, there in zip(PLACES, built, strict=True) if there)
+
+    def place(self, asked: str | None) -> str:
+        """``asked``, or the default.  Raises ``BadInput`` for no place, ``NotControllable`` for one that this family does not have."""
+        if asked is not None and asked not in PLACES:
+            raise BadInput(f"unknown place {asked!r}: choose {' or '.join(PLACES)}")
+        if asked in self.places or (asked is None and self.places):
+            return asked or self.places[0]
+        why = self.half_refused
+        if asked == MIXER and self.places:
+            why = Refusal(
+                "what mixes its positions", "no map behind it is declared that reads one vector a token",
+                f"place={FEED_FORWARD!r}, which takes the whole effect of the context",
+            )  # fmt: skip
+        assert why is not None
+        raise NotControllable(f"{self.name}: {why.culprit}", why.reason, why.hint, f"architecture {self.name}")
+
+    def builders(self, place: str) -> tuple[Build, ...]:
+        """What writes the blocks of one layer at a place: one a half that takes a patch."""
+        return self.mixer if place == MIXER else (self.build,) if self.build is not None else ()
+
+    def is_layer(self, module: Any, place: str = "feed-forward") -> bool:
         """Whether a live module is one of its layers."""
-        return not {type(module).__name__, full_name(type(module))}.isdisjoint(self.layer_class)
+        classes = (self.mixer_class if place == MIXER else ()) or self.layer_class
+        return not {type(module).__name__, full_name(type(module))}.isdisjoint(classes)
 
 
 def full_name(cls: type) -> str:
@@ -199,24 +231,24 @@ def by_layers(classes: set[str]) -> Architecture | None:
     return next((a for a in reversed(_REGISTERED.values()) if classes & set(a.layer_class)), None)
 
 
-def block(name: str, **sizes: Any) -> Component:
+def block(name: str, place: str | None = None, **sizes: Any) -> Component:
     """The abstract block expression of a family; parameters are named as inside one layer.
 
-    ``sizes`` sets ``d``, ``h``, … to numbers; ``eps`` and other settings may be given as well.  Raises
-    ``NotControllable`` for a family that is refused by name.
+    ``place`` says which half takes the patch: "feed-forward", or "mixer", the map behind what mixes positions; by default the first
+    that the family has.  ``sizes`` sets ``d``, ``h``, … to numbers; ``eps`` and other settings may be given as well.  Raises
+    ``NotControllable`` for a family that is refused by name, or does not have that place.
 
     >>> sorted(map(str, block("gemma3").parameters()))[:2]
     ['mlp.down_proj.weight', 'mlp.gate_proj.weight']
     """
     architecture = find(name)
-    architecture.refuse()
-    assert architecture.build is not None
+    build = architecture.builders(architecture.place(place))[-1]
     known = set(architecture.defaults) | {"eps", "activation"}
     asked: set[str] = set()
     settings = architecture.defaults | {k: v for k, v in sizes.items() if k in known}
     shape = {k: v for k, v in sizes.items() if k not in known}
-    built = architecture.build(View("", _Noting(shape, asked), settings))
-    if unknown := sorted(set(shape) - asked - {*"dhElr"}):
+    built = build(View("", _Noting(shape, asked), settings))
+    if unknown := sorted(set(shape) - asked - {*"dhElrm"}):
         raise BadInput(
             f"architecture {architecture.name!r} has no size {unknown[0]}; it has {', '.join(sorted(asked))}"
         )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from architectures.feed_forward import FeedForward, Norm
+from architectures.mixers import Mixer
 from architectures.registry import Architecture, Build, Refusal, StatePoint, add
 from architectures.view import View
 from controllability.components import Fixed, Identity, Select, Sum, Times, residual
 from controllability.interfaces import Component
 
+ATTENTION = Mixer()
 Number = Callable[[View], Any]
 
 
@@ -24,6 +26,7 @@ class Shape:
     feed_forward: str
     inputs: tuple[StatePoint, ...] | None = None
     output: StatePoint | None = None
+    mixer: Build | None = ATTENTION
 
 
 def kind_of(half: FeedForward) -> str:
@@ -44,7 +47,7 @@ def _then(*parts: Component | None) -> Component:
 
 def sequential(
     pre: Norm | None, half: FeedForward, post: Norm | None = None, times: Number | None = None,
-    skip: Callable[[View], Component] | None = None,
+    skip: Callable[[View], Component] | None = None, mixer: Mixer | None = None,
 ) -> Shape:  # fmt: skip
     """skip(x) + c · post(half(pre(x))): pre-norm, post-norm on the output, or both."""
 
@@ -59,10 +62,10 @@ def sequential(
     topology = f"sequential, {norms.get((pre is not None, post is not None), 'no norm')}"
     topology += ", multiplier" if times else ""
     topology += ", gain on the skip" if skip else ""
-    return Shape(build, topology, kind_of(half))
+    return Shape(build, topology, kind_of(half), mixer=mixer or Mixer(times=times))
 
 
-def post_ln(half: FeedForward, norm: Norm, state: str = "", after: str = "") -> Shape:
+def post_ln(half: FeedForward, norm: Norm, state: str = "", after: str = "", mixer: Build | None = None) -> Shape:
     """norm(x + half(x)): the sum inside the last norm is reproduced.  ``after`` names the module that shows it."""
 
     def build(view: View) -> Component:
@@ -70,24 +73,37 @@ def post_ln(half: FeedForward, norm: Norm, state: str = "", after: str = "") -> 
 
     return Shape(
         build, "post-norm after the sum", kind_of(half), (StatePoint(state),) if state else None,
-        StatePoint(after, "after") if after else None,
+        StatePoint(after, "after") if after else None, mixer,
     )  # fmt: skip
 
 
-def parallel(pre: Norm, half: FeedForward, attention: str) -> Shape:
+def parallel(pre: Norm, half: FeedForward, attention: str, outer: str = "o_proj") -> Shape:
     """x + a + half(pre(x)), a being what attention adds: the block has two inputs."""
+
+    def branch(view: View) -> Component:
+        return _then(Select(0, "hidden state", view.size("d")), pre(view), half(view))
 
     def build(view: View) -> Component:
         x, a = Select(0, "hidden state", view.size("d")), Select(1, "attention output", view.size("d"))
-        return Sum((x, a, _then(Select(0, "hidden state", view.size("d")), pre(view), half(view))))
+        return Sum((x, a, branch(view)))
 
-    return Shape(build, "parallel", kind_of(half), (StatePoint(""), StatePoint(attention, "after")))
+    mixer = Mixer(f"{attention}.{outer}", beside=branch, output=StatePoint("", "after"))
+    return Shape(build, "parallel", kind_of(half), (StatePoint(""), StatePoint(attention, "after")), mixer=mixer)
 
 
-def family(name: str, layers: str, shape: Shape, **options: Any) -> None:
-    """Declare a family: its name (and other model types after spaces), its layer classes, its shape."""
+def family(
+    name: str, layers: str, shape: Shape, mixer: Build | str | tuple[Build, ...] | None = None, **options: Any
+) -> None:
+    """Declare a family: its name (and other model types after spaces), its layer classes, its shape.
+
+    ``mixer`` writes the half that mixes positions, where its shape's does not; a text names the map behind the mixing.
+    """
     names = name.split()
+    if isinstance(mixer, str) and isinstance(shape.mixer, Mixer):
+        mixer = replace(shape.mixer, outer=mixer)
+    mixer = mixer or shape.mixer or ()
     options = {"inputs": shape.inputs, "output": shape.output} | options
+    options["mixer"] = mixer if isinstance(mixer, tuple) else (mixer,)
     add(
         Architecture(
             names[0], tuple(names), tuple(layers.split()), shape.topology, shape.feed_forward, shape.build, **options
@@ -95,14 +111,19 @@ def family(name: str, layers: str, shape: Shape, **options: Any) -> None:
     )
 
 
-def refuse(name: str, layers: str, culprit: str, reason: str, hint: str, topology: str = "", kind: str = "") -> None:
-    """Declare a family that is refused by name, with the reason and what would be needed."""
-    names = name.split()
+def refuse(
+    name: str, layers: str, culprit: str, reason: str, hint: str, topology: str = "", kind: str = "",
+    mixer: Build | tuple[Build, ...] = (), mixer_class: tuple[str, ...] = (),
+) -> None:  # fmt: skip
+    """Declare a family whose feed-forward half cannot be patched, with the reason and what would be needed: ``mixer``, if that can."""
+    names, refusal = name.split(), Refusal(culprit, reason, hint)
+    halves = mixer if isinstance(mixer, tuple) else (mixer,)
     add(
         Architecture(
-            names[0], tuple(names), tuple(layers.split()), topology, kind, None, refusal=Refusal(culprit, reason, hint)
+            names[0], tuple(names), tuple(layers.split()), topology, kind, None, half_refused=refusal, mixer=halves,
+            mixer_class=mixer_class,
         )
-    )
+    )  # fmt: skip
 
 
 def fixed_scale(name: str, size: str = "d") -> Callable[[View], Component]:
@@ -123,4 +144,8 @@ def either(condition: Callable[[View], Any], yes: Shape, no: Shape) -> Shape:
             view.sites["output"] = shape.output
         return shape.build(view)
 
-    return Shape(build, f"{yes.topology}, or {no.topology}", yes.feed_forward)
+    def mixer(view: View) -> Component | None:
+        build = (yes if condition(view) else no).mixer
+        return build(view) if build else None
+
+    return Shape(build, f"{yes.topology}, or {no.topology}", yes.feed_forward, mixer=mixer)

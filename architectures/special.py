@@ -8,6 +8,7 @@ from typing import Any
 
 from architectures.experts import DEEPSEEK, multiplier
 from architectures.feed_forward import Gated, MoE, Norm, Plain, SigmoidTop, layer_norm, softmax_top, top_k
+from architectures.mixers import Mixer, there
 from architectures.registry import StatePoint
 from architectures.shapes import Shape, either, family, fixed_scale, parallel, post_ln, sequential
 from architectures.view import View
@@ -18,6 +19,7 @@ from controllability.components import (
     Gate,
     Glu,
     Identity,
+    Mixed,
     Mixture,
     Product,
     Routing,
@@ -40,8 +42,8 @@ family(
     "gpt_neox", "GPTNeoXLayer",
     either(
         lambda view: view.setting("use_parallel_residual", default=True),
-        parallel(layer_norm("post_attention_layernorm"), DENSE_4H, "attention"),
-        sequential(layer_norm("post_attention_layernorm"), DENSE_4H),
+        parallel(layer_norm("post_attention_layernorm"), DENSE_4H, "attention", "dense"),
+        sequential(layer_norm("post_attention_layernorm"), DENSE_4H, mixer=Mixer("attention.dense")),
     ),
     defaults={"bias": True},
 )  # fmt: skip
@@ -57,11 +59,11 @@ family(
     "falcon", "FalconDecoderLayer",
     either(
         lambda view: view.has("post_attention_layernorm"),
-        sequential(layer_norm("post_attention_layernorm"), DENSE_4H),
+        sequential(layer_norm("post_attention_layernorm"), DENSE_4H, mixer=Mixer("self_attention.dense")),
         either(
             lambda view: view.has("ln_mlp"),
-            parallel(layer_norm("ln_mlp"), DENSE_4H, "self_attention"),
-            parallel(layer_norm("input_layernorm"), DENSE_4H, "self_attention"),
+            parallel(layer_norm("ln_mlp"), DENSE_4H, "self_attention", "dense"),
+            parallel(layer_norm("input_layernorm"), DENSE_4H, "self_attention", "dense"),
         ),
     ),
 )  # fmt: skip
@@ -70,8 +72,11 @@ family(
     "opt", "OPTDecoderLayer",
     either(
         lambda view: view.setting("do_layer_norm_before", default=True),
-        sequential(layer_norm("final_layer_norm"), FC12),
-        post_ln(FC12, layer_norm("final_layer_norm")),
+        sequential(layer_norm("final_layer_norm"), FC12, mixer=Mixer("self_attn.out_proj")),
+        post_ln(
+            FC12, layer_norm("final_layer_norm"),
+            mixer=Mixer("self_attn.out_proj", output=StatePoint("self_attn_layer_norm")),
+        ),
     ),
     defaults={"bias": True},
 )  # fmt: skip
@@ -79,8 +84,8 @@ family(
     "olmo_hybrid", "OlmoHybridAttentionDecoderLayer OlmoHybridLinearAttentionDecoderLayer",
     either(
         lambda view: view.live and "LinearAttention" in type(view.layer).__name__,
-        sequential(AFTER_ATTENTION, GATED),
-        sequential(None, GATED, Norm("post_feedforward_layernorm")),
+        sequential(AFTER_ATTENTION, GATED, mixer=Mixer("linear_attn.o_proj")),
+        sequential(None, GATED, Norm("post_feedforward_layernorm"), mixer=Mixer(after=AFTER_ATTENTION)),
     ),
 )  # fmt: skip
 
@@ -96,12 +101,21 @@ GRANITE = sequential(AFTER_ATTENTION, GATED, times=multiplier)
 family("granite", "GraniteDecoderLayer", GRANITE)
 family("granite_swa", "GraniteSWADecoderLayer", GRANITE)
 family("minicpm3", "MiniCPM3DecoderLayer", sequential(AFTER_ATTENTION, GATED, times=depth_multiplier))
+
+
+def state_space(view: View) -> Component:
+    """What the state-space mixer adds beside attention."""
+    view.sites["inputs"] += (StatePoint("mamba", "after"),)
+    return Mixed(2, "state-space output", view.size("d")) >> Times(view.setting("ssm_out_multiplier", default=1))
+
+
 family(
     "falcon_h1", "FalconH1DecoderLayer",
     sequential(
         Norm("pre_ff_layernorm"),
         Gated("feed_forward", times=lambda view: tuple(view.setting("mlp_multipliers", default=(1, 1)))),  # type: ignore[arg-type]
     ),
+    mixer=Mixer(times=lambda view: view.setting("attention_out_multiplier", default=1), beside=state_space),
 )  # fmt: skip
 
 
@@ -115,7 +129,10 @@ def doge(view: View) -> Component | None:
     return sequential(AFTER_ATTENTION, GATED, skip=fixed_scale("post_attention_residual")).build(view)
 
 
-family("doge", "DogeDecoderLayer", Shape(doge, "sequential, pre-norm, gain on the skip", "gated"))
+family(
+    "doge", "DogeDecoderLayer", Shape(doge, "sequential, pre-norm, gain on the skip", "gated"),
+    mixer=Mixer(skip=fixed_scale("input_residual")),
+)  # fmt: skip
 
 
 def beam(view: View) -> Component:
@@ -127,7 +144,11 @@ def beam(view: View) -> Component:
 
 
 BEAM = "sequential, pre- and post-norm, both terms scaled by depth"
-family("beam", "BeamDecoderLayer", Shape(beam, BEAM, "mixture of experts, gated in some layers"))
+BEAM_MIXER = Mixer(
+    after=AFTER_ATTENTION, times=lambda view: 1 / math.sqrt(2 * (view.index + 1)),
+    skip=lambda view: Times(math.sqrt(1 - 1 / (2 * (view.index + 1)))),
+)  # fmt: skip
+family("beam", "BeamDecoderLayer", Shape(beam, BEAM, "mixture of experts, gated in some layers"), mixer=BEAM_MIXER)
 
 
 def minimax(view: View) -> Component:
@@ -136,7 +157,19 @@ def minimax(view: View) -> Component:
     return AFTER_ATTENTION(view) >> residual(MoE(softmax_top())(view) >> Times(beta), Times(alpha))
 
 
-family("minimax", "MiniMaxDecoderLayer", Shape(minimax, "residual after the norm, multipliers", "mixture of experts"))
+def minimax_factor(view: View, which: str) -> Any:
+    """α or β of a layer's attention, which is linear or full."""
+    kind = "linear" if view.live and view.has("self_attn.out_proj") else "full"
+    return view.setting(f"{kind}_attn_{which}_factor", default=1.0)
+
+
+family(
+    "minimax", "MiniMaxDecoderLayer", Shape(minimax, "residual after the norm, multipliers", "mixture of experts"),
+    mixer=Mixer(
+        "self_attn.o_proj self_attn.out_proj", times=lambda view: minimax_factor(view, "beta"),
+        skip=lambda view: Fixed(Norm("input_layernorm")(view) >> Times(minimax_factor(view, "alpha"))),
+    ),
+)  # fmt: skip
 
 
 def mllama(view: View) -> Component:
@@ -147,9 +180,16 @@ def mllama(view: View) -> Component:
     return residual(branch)
 
 
+def mllama_gate(view: View) -> Component | None:
+    """The same of what cross-attention adds."""
+    gate = "cross_attn_attn_gate"
+    return Gate(view.param(gate, "one"), "tanh") if view.live and view.has(gate) else None
+
+
 family(
     "mllama mllama_text_model", "MllamaSelfAttentionDecoderLayer MllamaCrossAttentionDecoderLayer",
     Shape(mllama, "sequential, pre-norm, tanh gate in cross-attention layers", "gated"),
+    mixer=Mixer("self_attn.o_proj cross_attn.o_proj", mllama_gate),
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------- several norms
@@ -215,8 +255,11 @@ def _root(view: View) -> Any:
     return view.setting("hidden_size", default=4) ** -0.5
 
 
-GEMMA4 = Shape(gemma4, "sequential, pre- and post-norm, stored factor", "gated, mixture of experts beside it")
-GEMMA4_UNIFIED = Shape(gemma4, GEMMA4.topology, "gated")
+GEMMA4 = Shape(
+    gemma4, "sequential, pre- and post-norm, stored factor", "gated, mixture of experts beside it",
+    mixer=Mixer(after=AFTER_ATTENTION),
+)  # fmt: skip
+GEMMA4_UNIFIED = replace(GEMMA4, feed_forward="gated")
 
 
 def assisted(config: Any) -> int:
@@ -243,49 +286,7 @@ def xmod(view: View) -> Component:
 family(
     "xmod", "XmodLayer", Shape(xmod, "post-norm after the sum, language adapter", "plain"),
     ignored=("output.adapter", "output.LayerNorm"),
-)  # fmt: skip
-
-# --------------------------------------------------------------------------------------- unusual containers
-family(
-    "xlnet", "XLNetLayer",
-    post_ln(Plain("ff.layer_1", "ff.layer_2", ("ff_activation",)), layer_norm("ff.layer_norm"), after="ff"),
-    sequence_first=True,
-)  # fmt: skip
-family(
-    "prophetnet", "ProphetNetDecoderLayer",
-    post_ln(Plain("feed_forward.intermediate", "feed_forward.output"), layer_norm("feed_forward_layer_norm")),
-    streams=lambda config: 1 + config.ngram,
-)  # fmt: skip
-family(
-    "cpmant", "CpmAntTransformerBlock",
-    sequential(Norm("ffn.layernorm_before_ffn"), Gated("ffn.ffn", "w_in.w_0", "w_in.w_1", "w_out", default="gelu")),
-)  # fmt: skip
-family("blt", "BltTransformerLayer", sequential(AFTER_ATTENTION, GATED), under="local_decoder")
-
-
-def xlm(view: View) -> Component:
-    """There is no layer module: a list of feed-forward modules, and lists of norms beside it."""
-    index = view.prefix.rstrip(".").rpartition(".")[2]
-    norm = f"layer_norm2.{index}" if view.live else "layer_norm2"
-    around = View(view.prefix.rpartition("ffns.")[0], view.sizes, view.settings, view.parent, view.config, view.index)
-    view.sites["output"] = StatePoint(f"../../{norm}", "after")
-    default = "gelu" if view.setting("gelu_activation", default=True) else "relu"
-    half = view.linear("lin1", "h", "d") >> Activation(default) >> view.linear("lin2", "d", "h")
-    return residual(half) >> around.layer_norm(norm)
-
-
-family("xlm", "TransformerFFN", Shape(xlm, "post-norm after the sum", "plain"))
-
-
-def longcat(view: View) -> Component:
-    """The second of two halves; what the shortcut mixture gave joins at the end, as a second input."""
-    x, m = Select(0, "hidden state", view.size("d")), Select(1, "shortcut mixture", view.size("d"))
-    return Sum((x, m, x >> Norm("post_attention_layernorm.1")(view) >> Gated("mlps.1")(view)))
-
-
-family(
-    "longcat_flash", "LongcatFlashDecoderLayer", Shape(longcat, "parallel", "gated"),
-    inputs=(StatePoint("post_attention_layernorm.1"), StatePoint("mlp", "after")), ignored=("mlps.0",),
+    mixer=Mixer("attention.output.dense", output=StatePoint("attention.output.LayerNorm")),
 )  # fmt: skip
 
 
@@ -296,8 +297,9 @@ def hyperclovax(view: View) -> Component:
 
 
 family(
-    "hyperclovax", "HyperCLOVAXDecoderLayer", Shape(hyperclovax, "sequential, pre- and post-norm, multiplier", "gated")
-)
+    "hyperclovax", "HyperCLOVAXDecoderLayer", Shape(hyperclovax, "sequential, pre- and post-norm, multiplier", "gated"),
+    mixer=Mixer(after=there(Norm("post_norm1")), times=multiplier),
+)  # fmt: skip
 
 
 def zaya(view: View) -> Component:
@@ -330,7 +332,20 @@ def zaya(view: View) -> Component:
     return Sum((Sequence((*r, scaled("residual"))), mixture >> scaled("hidden_states")))
 
 
+def zaya_mixer(view: View) -> Component | None:
+    """(W a + b₁) s₁ + (r + b₂) s₂."""
+    affine = "post_attention_residual_scale"
+    view.sites[view.prefix + affine] = "weight"
+
+    def scaled(name: str) -> Sequence:
+        return Bias(view.param(f"{affine}.{name}_bias", "d")) >> Scale(view.param(f"{affine}.{name}_scale", "d"))
+
+    after, skip = (lambda _: scaled("hidden_states")), (lambda _: Fixed(scaled("residual")))
+    return Mixer(after=after, skip=skip, output=StatePoint(affine, "after"))(view)
+
+
 family(
     "zaya", "ZayaDecoderLayer",
     Shape(zaya, "sequential, pre-norm, scale and bias on both terms", "mixture of experts, router state carried on"),
+    mixer=zaya_mixer,
 )  # fmt: skip

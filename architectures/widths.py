@@ -113,6 +113,7 @@ class _Check:
 
     def leaf(self, part: Component, given: Width | None) -> Width | None:
         own, wanted = part.own_parameters(), self.reads(part)
+        given = None if part.inputs_read() else given  # it picks an input of its own width
         if _as_wide(part):
             self.compare(own, wanted, given)
             return given or wanted

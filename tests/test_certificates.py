@@ -95,7 +95,7 @@ def test_random_trees_come_back(seeds):
         data = through_text(proof)
         again = ct.Proof.from_dict(data)
         assert again.to_dict() == proof.to_dict() == data
-        states = np.random.default_rng(seed).normal(size=(2, Layout.of(block).inputs, 2, D))
+        states = np.random.default_rng(seed).normal(size=(2, len(Layout.of(block).inputs), 2, D))
         v, v_target = (tuple(run) if len(run) > 1 else run[0] for run in states)
         found = constructed(again, grower.values, v, v_target)
         assert found == constructed(proof, grower.values, v, v_target)

@@ -117,7 +117,9 @@ def test_what_is_printed_goes_to_a_file(capsys, tmp_path):
     assert out.read_text().startswith("<!doctype html>")
     assert status_of("prove", "gemma3", "--format", "html", "--out", out) == 2
     one_line(capsys.readouterr().err, "exists already")
-    assert status_of("prove", "mamba", "--json", "--out", tmp_path / "r.json") == 1  # a refusal is a result
+    assert (
+        status_of("prove", "jetmoe", "--place", "mixer", "--json", "--out", tmp_path / "r.json") == 1
+    )  # a refusal is a result
     printed = capsys.readouterr().out
     assert json.loads(printed)["verdict"] == "refused"
     assert (tmp_path / "r.json").read_text() == printed

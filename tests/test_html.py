@@ -139,14 +139,14 @@ def test_the_command_prints_both(capsys):
     page = checked(capsys.readouterr().out, architectures.block("gemma3"))
     assert "Checked numerically" in page.text
     assert "whole block passed residual" in page.text
-    assert main(["prove", "rwkv", "--format", "html"]) == 1
+    assert main(["prove", "rwkv", "--place", "feed-forward", "--format", "html"]) == 1
     out, err = capsys.readouterr()
     page = Page(out)
     assert page.text.startswith("rwkv: refused")
     assert "token shift" in page.text
     assert page.svg is None
     assert err == ""
-    assert main(["prove", "rwkv", "--json"]) == 1
+    assert main(["prove", "rwkv", "--place", "feed-forward", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["verdict"] == "refused"
 
 

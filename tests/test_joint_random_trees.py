@@ -30,7 +30,7 @@ def grown(seed: int) -> Case:
     grower = Grower(rng)
     block = grower.block(rng.randint(1, 4))
     tokens = rng.choice((1, 2, 3, 3, 4))
-    states = np.random.default_rng(seed).normal(size=(2, Layout.of(block).inputs, tokens, D))
+    states = np.random.default_rng(seed).normal(size=(2, len(Layout.of(block).inputs), tokens, D))
     if tokens > 1 and rng.random() < 0.3:  # a repeated state: with the same target, or with another
         states[0, :, 1] = states[0, :, 0]
         if rng.random() < 0.5:

@@ -294,7 +294,7 @@ def grown(seed: int) -> Case:
         "via": rng.choice(("input-output", "output")),
         "route": rng.choice(("auto", "auto", "scale", "secular", "uniform", "ball")),
     }
-    states = np.random.default_rng(seed).normal(size=(2, Layout.of(block).inputs, 2, D))
+    states = np.random.default_rng(seed).normal(size=(2, len(Layout.of(block).inputs), 2, D))
     if rng.random() < 0.05:
         states[0, 0, 0] = 0
     return Case(seed, block, grower.values, grower.frozen(block), options, states)

@@ -39,6 +39,9 @@ class Named(Component):
     def describe(self) -> str:
         return self.inner.describe()
 
+    def inputs_read(self) -> dict[int, Size]:
+        return self.inner.inputs_read()
+
 
 def rebuilt(
     block: Component, change: Callable[[Component], Component], route: Callable[[Routing], Routing] = lambda r: r

@@ -4,7 +4,11 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-VIA, ROUTES = ("input-output", "output"), ("auto", "balanced", "scale", "secular", "uniform", "ball")
+VIA, PLACES, ROUTES = (
+    ("input-output", "output"),
+    ("feed-forward", "mixer"),
+    ("auto", "balanced", "scale", "secular", "uniform", "ball"),
+)
 LEVELS, FORMATS = ("derived", "symbolic", "exact", "numeric"), ("text", "latex", "html", "json")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 STRENGTHS = ("gentle", "balanced", "strong", "exact")
@@ -58,6 +62,7 @@ def _prove(parser: ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help=name)
     _out(parser)
     parser.add_argument("--via", choices=VIA, default="input-output", help="Theorem 1 (default) or 1b")
+    _place(parser)
     _route(parser)
     parser.add_argument("--jointly", action="store_true", help="one patch for many tokens at once, not one for each")
     level = "what to run (default derived: the rules alone)"
@@ -132,6 +137,7 @@ def _protocol(parser: ArgumentParser) -> None:
     _model(parser)
     add("--tokens", type=int, default=20, metavar="N", help="how many of each prompt (default 20)")
     add("--prompts", metavar="FILE", help="one a line, - is standard input (default: five of ours)")
+    _place(parser)
     add("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
     dtypes = f"some of {', '.join(DTYPES)} (default: all but float64)"
     add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[1:], metavar="D", help=dtypes)
@@ -167,6 +173,7 @@ def _compile(parser: ArgumentParser) -> None:
     ridge = "λ of a least-squares fit; 0: exact or refused (default with exact: exact, or else strong)"
     add("--ridge", type=float, metavar="L", help=ridge)
     add("--keep-rms", action="store_true", help="exact, without moving the RMS before a norm, or refused")
+    _place(parser)
     add("--via", choices=VIA, help="default: output, or input-output where that is not exact, and for least squares")
     add("--dtype", choices=DTYPES, default="float32", help="default float32; float64 computes exactly")
     kind = parser.add_mutually_exclusive_group()
@@ -188,6 +195,7 @@ def _moments(parser: ArgumentParser) -> None:
     own = "half what the model writes, half pages on Python"
     texts = f"texts like those it will meet, one a line; - is standard input (default: {own})"
     add("--texts", metavar="FILE", help=texts)
+    _place(parser)
     without = "a context to be compiled: texts with 8 words in a row of it are refused"
     add("--context-file", dest="context", type=TextFile, metavar="FILE", help=without)
     add("--dtype", choices=DTYPES, default="float32", help="that of the compile command (default float32)")
@@ -244,8 +252,14 @@ def _measuring(parser: ArgumentParser) -> None:
 
 def _solving(parser: ArgumentParser) -> None:
     parser.add_argument("--via", choices=VIA, default="input-output")
+    _place(parser)
     _route(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32; float64 computes exactly")
+
+
+def _place(parser: ArgumentParser) -> None:
+    what = "the half of a layer that is patched; mixer: the map behind attention or a scan (default: the first that there is)"
+    parser.add_argument("--place", choices=PLACES, help=what)
 
 
 def _route(parser: ArgumentParser) -> None:

@@ -49,7 +49,7 @@ def prove(args: argparse.Namespace, output: Output) -> int:
     args.name = _family(args.name)
     block = None  # a family that is refused by its declaration has none
     try:
-        block = architectures.block(args.name)
+        block = architectures.block(args.name, place=args.place)
         proof = prove_block(block, args.via, args.route, jointly=args.jointly)
     except NotControllable as refused:
         if args.format == "html":

@@ -41,7 +41,7 @@ def compile(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (nam
         compiled = compile_context(
             model, tokenizer, args.context, texts["queries"], texts["heldout"], [q.text for q in texts["unrelated"]],
             args.answer_tokens, args.rank, args.ridge, args.keep_rms, args.via, progress, args.strength, _moments(args, model, tokenizer, progress),
-            [q.text for q in texts["near"]], args.controls,
+            [q.text for q in texts["near"]], args.controls, args.place,
         )  # fmt: skip
         by_rank = measure_by_rank(compiled, model, progress) if args.picture else None
         with output.busy("writing it, and loading it again"):
@@ -95,7 +95,9 @@ def _moments(args: argparse.Namespace, model: Any, tokenizer: Any, progress: Any
     if Path(args.moments).exists():
         return load_moments(args.moments, model)
     limit = position_limit(text_config(model))
-    return ordinary_moments(model, tokenizer, limit, progress, save=args.moments, without=args.context)
+    return ordinary_moments(
+        model, tokenizer, limit, progress, save=args.moments, without=args.context, place=args.place
+    )
 
 
 def _show(output: Output, compiled: Compiled, done: Written, seconds: float) -> None:

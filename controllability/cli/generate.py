@@ -55,7 +55,9 @@ def generate(args: argparse.Namespace, output: Output) -> int:
     with exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
         # of the patch of one token, the last of the first prompt
         history = torch.tensor(reader.histories[:1], device=args.device)
-        sensitivity = None if skipped else sensitivity_of_token(model, history, via=args.via, route=args.route)
+        sensitivity = (
+            None if skipped else sensitivity_of_token(model, history, via=args.via, route=args.route, place=args.place)
+        )
     return _report(args, output, transcript, stopped is not None, time.perf_counter() - started, sensitivity)
 
 
@@ -117,7 +119,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         raise BadInput(f"--top-p must be above 0 and at most 1, got {args.top_p:g}")
     if args.seed is not None and not (0 <= args.seed < 2**63):
         raise BadInput(f"--seed must lie in 0 … 2^63 − 1, got {args.seed}")
-    how = {"via": args.via, "route": args.route, "follow": args.follow}
+    how = {"via": args.via, "route": args.route, "follow": args.follow, "place": args.place}
     return how | ({"do_sample": True, "seed": 0} | given if args.sample else {})
 
 

@@ -30,10 +30,12 @@ def moments(args: argparse.Namespace, output: Output) -> int:
     with output.progress() as progress, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
         try:
             if texts:
-                found = second_moments(model, texts, tokenizer, progress, args.out, without)
+                found = second_moments(model, texts, tokenizer, progress, args.out, without, args.place)
             else:
                 limit = position_limit(text_config(model))
-                found = ordinary_moments(model, tokenizer, limit, progress, save=args.out, without=without)
+                found = ordinary_moments(
+                    model, tokenizer, limit, progress, save=args.out, without=without, place=args.place
+                )
         except KeyboardInterrupt:
             if Path(args.out).exists():
                 say(f"controllability: {args.out} holds what was read so far: the same command goes on from there")

@@ -69,7 +69,7 @@ def patch(args: argparse.Namespace, output: Output) -> int:
     inputs = encode(tokenizer, args.context, args.query, args.positions)
     target, source = (on_device(one, args.device) for one in inputs)
     with output.progress() as progress, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
-        mp = patch_model(model, target, source, args.scope, args.via, args.route, progress=progress)
+        mp = patch_model(model, target, source, args.scope, args.via, args.route, progress=progress, place=args.place)
         found = measure(model, mp)
         sensitivity = None if args.skip_sensitivity else sensitivity_of(mp, model)
     saved = out if found.verified(args.dtype) else None

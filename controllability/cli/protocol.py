@@ -49,7 +49,7 @@ def protocol(args: argparse.Namespace, output: Output) -> int:
                     rows += [Row(dtype, route, refused=str(refused)) for route in routes]
                     continue
             with output.progress() as progress, exact_mode() if dtype == "float64" else contextlib.nullcontext():
-                for row in run_protocol(model, ids, mask, args.tokens, routes, progress):
+                for row in run_protocol(model, ids, mask, args.tokens, routes, progress, args.place):
                     rows.append(row)
             del model
     except KeyboardInterrupt:

@@ -44,6 +44,7 @@ def compile_context(
     heldout: Sequence[str | Query] = (), unrelated: Sequence[str] = (), answer_tokens: int = 0, rank: int | None = None,
     ridge: float | None = None, keep_rms: bool = False, via: str | None = None, progress: Progress = silent,
     strength: str | Strength = "balanced", moments: Moments | None = None, near: Sequence[str] = (), controls: bool = False,
+    place: str | None = None,
 ) -> Compiled:  # fmt: skip
     """One set of weights with which ``model`` answers the queries as if the context stood before them.
 
@@ -54,7 +55,7 @@ def compile_context(
     ``ridge`` 0 refuses what is not exact, a positive number is the λ of plain least squares.  ``keep_rms`` refuses to move the RMS before a norm.  ``via`` None tries
     Theorem 1b, then 1.
     ``answer_tokens`` of the contextual model's own continuation of each query belong to the set, or the answer that a ``Query`` gives; a
-    warning names an answer that the contextual model does not give.  ``controls`` compiles control arms too.  The model is left as it was.
+    warning names an answer that the contextual model does not give.  ``controls`` compiles control arms too, ``place`` is as in ``patch_model``.  The model is left as it was.
 
     Raises ``BadInput``; and ``SideConditionFailed`` (with a certificate), ``NotControllable`` or ``NotVerified`` where no patch
     of the wanted kind exists.  Source: new (theory, section 5).
@@ -74,13 +75,13 @@ def compile_context(
     if not asked:
         raise BadInput("there are no queries")
     refuse_overlap(asked, left_out)
-    wish = Wish(via, rank, ridge, keep_rms)
+    wish = Wish(via, rank, ridge, keep_rms, place=place)
     plan = planned(strength, wish)
     refuse_wish(wish, answer_tokens, getattr(text_config(model), "hidden_size", None))
     limit = position_limit(text_config(model))
     before = Context.of(tokenizer, context, limit, [one.text for query in (*asked, *left_out) for one in query.each()])
     with own_modes(model):
-        checked_reading(model)  # refuses what cannot be patched before anything is run
+        checked_reading(model, place=place)  # refuses what cannot be patched before anything is run
         speaker = Speaker(tokenizer, end_tokens(model, tokenizer), answer_tokens, limit)
         samples = [before.of_query(query, answer_tokens) for query in asked]
         strangers = unrelated_samples(tokenizer, elsewhere, context, [q.text for q in (*asked, *left_out)], limit)
@@ -92,18 +93,18 @@ def compile_context(
         speaker = replace(speaker, past=past)
         sets, known = _sets(model, speaker, samples, others, apart, progress)
         examination = Examination.of(model, sets, speaker)
-        made = cache_of(lambda: moments or ordinary_moments(model, tokenizer, limit, progress, without=context))
+        ordinary = partial(ordinary_moments, model, tokenizer, limit, progress, without=context, place=place)
+        made = cache_of(lambda: moments or ordinary())
         solved = partial(_solved, model, plan, wish, made, progress)
         solution = solved(sets["queries"], past)
         found = examination.findings(model, solution.patch)
         if plan is not None and rank is None and all(hard_ones(samples, plan)):
             solution = replace(solution, exact=found.results["queries"].relative_error <= tolerance(model))
         arms = control_arms(model, context, solution.patch, solved, examination, progress) if controls else []
-        cache = cache_bytes(model)
         _warn(line for answers in found.answers.values() for line in answers.unsaid())
     seconds, drift = time.perf_counter() - started, drifts(model, solution.patch)
     return Compiled(
-        solution, before, answer_tokens, known, sets, found.results, found.logits, seconds, drift, found.answers, arms, cache
+        solution, before, answer_tokens, known, sets, found.results, found.logits, seconds, drift, found.answers, arms, cache_bytes(model)
     )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def _solved(
         if isinstance(found, Solution):
             return found
         attempts, plan = found, STRENGTHS[NEXT]
-    patch = fitted(model, queries, plan, wish.rank, moments(), progress, past)
+    patch = fitted(model, queries, plan, wish.rank, moments(), progress, past, wish.place)
     return Solution(patch, replace(wish, via=patch.report.via), False, plan.ridge, attempts, plan)
 
 

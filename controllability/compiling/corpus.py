@@ -27,16 +27,18 @@ LENGTH = 80  # tokens of a text of the model's own
 
 def ordinary_moments(
     model: nn.Module, tokenizer: Any, limit: int | None, progress: Progress, tokens: int = 0,
-    save: str | Path | None = None, without: str = "",
+    save: str | Path | None = None, without: str = "", place: str | None = None,
 ) -> Moments:  # fmt: skip
     """The second moments of a model on ``tokens`` of ordinary text: by default in either half as many as the widest matrix reads
     numbers, from 5,120 to 10,000.  Pages with 8 words in a row of ``without``, a context, are left out.
     """
     if not tokens:
-        layers = checked_reading(model).reading.layers
+        layers = checked_reading(model, place=place).reading.layers
         widest = max((n for layer in layers for name in matrices(layer) for n in layer.params[name].shape), default=0)
         tokens = 2 * min(MOST, max(FEWEST, widest))
-    return second_moments(model, _texts(model, tokenizer, limit, tokens, without, progress), tokenizer, progress, save)
+    return second_moments(
+        model, _texts(model, tokenizer, limit, tokens, without, progress), tokenizer, progress, save, place=place
+    )
 
 
 def _texts(

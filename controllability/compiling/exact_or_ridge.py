@@ -26,7 +26,7 @@ class Wish:
 
     ``via`` None: the first of ``EXACTLY`` that is exact, or else ``FITTED``.  ``ridge`` None: exact, or else a λ that is chosen;
     0: exact or refused; more: this λ.  ``pinned``: the first token keeps its state, and with it what
-    attention parks there.
+    attention parks there.  ``place`` is the half of a layer that takes the patch.
     """
 
     via: str | None = None
@@ -34,6 +34,7 @@ class Wish:
     ridge: float | None = None
     keep_rms: bool = False
     pinned: bool = True
+    place: str | None = None
 
     @property
     def exact_only(self) -> bool:
@@ -149,6 +150,7 @@ def patch_of(model: Any, samples: Sequence[Sample], wish: Wish, progress: Progre
     return patch_model(
         model, target, source, scope="all", via=str(wish.via),
         positions=positions(samples, wish.pinned), ridge=float(wish.ridge or 0), rank=wish.rank, keep_rms=wish.keep_rms, progress=progress,
+        place=wish.place,
     )  # fmt: skip
 
 

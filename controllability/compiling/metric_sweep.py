@@ -27,15 +27,15 @@ EVEN = 0.1  # of the mean gap, that a token counts where the context changes not
 
 def fitted(
     model: Any, queries: Yardstick, strength: Strength, rank: int | None, moments: Moments | None, progress: Progress,
-    past: SharedPast | None = None,
+    past: SharedPast | None = None, place: str | None = None,
 ) -> ModelPatch:  # fmt: skip
     """The patch.  ``rank`` bounds the rank of every ΔW; ``past`` is the context, run already."""
     samples, device = queries.samples, next(model.parameters()).device
     target, source = (padded(samples, side, device=device) for side in ("target", "source"))
-    layers = strength.layers(len(checked_reading(model).reading.layers))
+    layers = strength.layers(len(checked_reading(model, place=place).reading.layers))
     joint = JointOptions(rank=rank, damping=strength.damping, rows=fit_rows(queries, strength), layers=layers)
     record = solve(
-        model, target, source, "all", "output", "auto", positions(samples), progress, joint, moments, past,
+        model, target, source, "all", "output", "auto", positions(samples), progress, joint, moments, past, place,
     )  # fmt: skip
     return ModelPatch.of(record)
 

@@ -2,7 +2,7 @@
 
 from controllability.components.activation import Activation as Activation, SoftCap as SoftCap
 from controllability.components.bias import Bias as Bias
-from controllability.components.fixed import Fixed as Fixed, Gate as Gate
+from controllability.components.fixed import Blend as Blend, Fixed as Fixed, Gate as Gate
 from controllability.components.glu import XIELU as XIELU, Glu as Glu, Swish as Swish
 from controllability.components.linear import Linear as Linear
 from controllability.components.mixture import ExpertLinear as ExpertLinear, Mixture as Mixture, Share as Share
@@ -14,6 +14,6 @@ from controllability.components.normalisation import (
 from controllability.components.residual import Identity as Identity, gated as gated, residual as residual
 from controllability.components.routing import Routing as Routing
 from controllability.components.scale import Scale as Scale
-from controllability.components.select import Select as Select
+from controllability.components.select import Mixed as Mixed, Select as Select
 from controllability.components.times import Times as Times
 from controllability.interfaces import Product as Product, Sequence as Sequence, Sum as Sum

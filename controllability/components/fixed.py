@@ -6,7 +6,7 @@ from typing import Any
 
 from controllability.arrays import Array, arithmetic
 from controllability.components.activation import Activation
-from controllability.interfaces import Bijection, Component, Condition, Param, Params, Size
+from controllability.interfaces import Bijection, Combinator, Component, Condition, Param, Params, Size, leaves
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,44 @@ class Fixed(Component):
     def map_held(self, change: Callable[[Any], Any]) -> "Fixed":
         return replace(self, inner=change(self.inner))
 
+    def inputs_read(self) -> dict[int, Size]:
+        return {index: size for _, leaf in leaves(self.inner) for index, size in leaf.inputs_read().items()}
+
     @property
     def width(self) -> int | str | None:
         return self.inner.width
 
     def output_width(self, width: Size) -> Size:
         return self.inner.output_width(width)
+
+
+@dataclass(frozen=True)
+class Blend(Combinator):
+    """μ∘f(x) + (1 − μ)∘g(x) with a stored μ (1, 1, d): RWKV's mix of a position with the one before.
+
+    >>> import numpy as np
+    >>> from controllability.components.select import Select
+    >>> Blend(Select(0), Select(1), Param("mu"))({"mu": np.full((1, 1, 2), 0.25)}, (np.zeros(2), np.ones(2)))
+    array([0.75, 0.75])
+    """
+
+    first: Component
+    second: Component
+    weight: Param
+
+    def children(self) -> tuple[Component, ...]:
+        return self.first, self.second
+
+    def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
+        stored = self.weight.value(params)
+        mu = arithmetic(stored).lift(stored)[0, 0]
+        return mu * output(0) + (1 - mu) * output(1)
+
+    def describe(self) -> str:
+        return f"blend of ({self.first.describe()}) and ({self.second.describe()}) by {self.weight}"
+
+    def own_parameters(self) -> tuple[Param, ...]:
+        return (self.weight,)
 
 
 @dataclass(frozen=True)

@@ -41,3 +41,20 @@ class Select(Component):
     @property
     def width(self) -> int | str | None:
         return self.size
+
+
+@dataclass(frozen=True)
+class Mixed(Select):
+    """x_index, made by whatever mixes positions: attention, a scan, a shift, a convolution.  (theory 8)
+
+    Theorem 1b asks nothing of it: the run shows its value, and only what stands behind it moves.
+
+    >>> import numpy as np
+    >>> Mixed(1, "attention").describe()
+    'attention (reads other positions)'
+    """
+
+    mixes = True
+
+    def describe(self) -> str:
+        return f"{self.name or f'input {self.index}'} (reads other positions)"

@@ -12,7 +12,15 @@ from controllability.errors import BadInput, within_depth
 from controllability.interfaces import Component, Layout
 from controllability.symbolic.indexed import IndexedArray
 
-DEFAULT_SIZES = {"d": 4, "h": 6, "E": 4, "l": 3, "r": 2, "one": 1}  # width, hidden, experts, latent, rank
+DEFAULT_SIZES = {
+    "d": 4,
+    "h": 6,
+    "E": 4,
+    "l": 3,
+    "r": 2,
+    "m": 5,
+    "one": 1,
+}  # width, hidden, experts, latent, rank, mixed
 
 
 def symbolic_sizes(block: Component) -> dict[str, Any]:
@@ -65,20 +73,20 @@ def sample(
         if not param.shape:
             raise BadInput(f"the shape of {param} is not known: give Param({param.name!r}, shape=(…))")
         shapes[str(param)] = tuple(_number(s, known) for s in param.shape)
-    width = block.width
-    if width is None:
+    widths = Layout.of(block).inputs
+    if any(width is None for width in widths):
         raise BadInput("the width of the block's input is not known: no parameter of it says so")
-    state = (*tokens, _number(width, known))
+    shapes_in = [(*tokens, _number(width, known)) for width in widths if width is not None]
     params = {name: _draw(kind, name, shape, rng) for name, shape in shapes.items()}
-    v, v_target = _states(kind, Layout.of(block).inputs, state, rng)
+    v, v_target = _states(kind, shapes_in, rng)
     return (_told_apart(params, v, v_target) if kind == "sympy" else params), v, v_target
 
 
-def _states(kind: str, count: int, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Any, Any]:
-    if count == 1:
-        return _draw(kind, "v", shape, rng), _draw(kind, "v'", shape, rng)
-    source = tuple(_draw(kind, f"v{i + 1}", shape, rng) for i in range(count))
-    return source, tuple(_draw(kind, f"v{i + 1}'", shape, rng) for i in range(count))
+def _states(kind: str, shapes: list[tuple[int, ...]], rng: np.random.Generator) -> tuple[Any, Any]:
+    if len(shapes) == 1:
+        return _draw(kind, "v", shapes[0], rng), _draw(kind, "v'", shapes[0], rng)
+    source = tuple(_draw(kind, f"v{i + 1}", shape, rng) for i, shape in enumerate(shapes))
+    return source, tuple(_draw(kind, f"v{i + 1}'", shape, rng) for i, shape in enumerate(shapes))
 
 
 def _number(size: int | str, known: dict[str, int]) -> int:

@@ -30,10 +30,10 @@ def check_instance(block: Layout, params: Params, source: Any, target: Any) -> N
         kinds[role] = arithmetic(x).kind
         if x.ndim == 0 or 0 in x.shape:
             raise BadInput(f"the {role} state has shape {tuple(x.shape)}: expected (..., d) with at least one token")
-    shapes = {tuple(x.shape) for _, x in states}
+    several = len(set(block.inputs)) > 1  # inputs of unlike widths: then only the tokens are as many
+    shapes = {tuple(x.shape[:-1] if several else x.shape) for _, x in states}
     if len(shapes) > 1:
         problems.append(", ".join(f"{role} has shape {tuple(x.shape)}" for role, x in states))
-    source = states[0][1]
     sizes: dict[str, int] = {}
     for param in block.parameters:
         value = param.value(params)
@@ -53,9 +53,12 @@ def check_instance(block: Layout, params: Params, source: Any, target: Any) -> N
             if size != expected:
                 problems.append(f"{param} has shape {shape}, expected {_shown(param.shape, sizes)}")
                 break
-    width = sizes.get(block.width) if isinstance(block.width, str) else block.width
-    if width is not None and source.shape[-1:] != (width,):
-        problems.append(f"the states have width {source.shape[-1] if source.shape else 0}, the block takes {width}")
+    for (role, x), name in zip(states, block.inputs * 2, strict=True):
+        width = sizes.get(name) if isinstance(name, str) else name
+        if width is not None and x.shape[-1:] != (width,):
+            which = "states have" if len(block.inputs) == 1 else f"{role} has"
+            problems.append(f"the {which} width {x.shape[-1] if x.shape else 0}, the block takes {width}")
+            break
     if ("torch" in kinds.values()) and set(kinds.values()) != {"torch"}:
         other = next(name for name, kind in kinds.items() if kind != "torch")
         problems.append(f"torch tensors and NumPy arrays are mixed ({other} is not a tensor)")
@@ -66,7 +69,7 @@ def check_instance(block: Layout, params: Params, source: Any, target: Any) -> N
 
 def _states(block: Layout, source: Any, target: Any) -> list[tuple[str, Array]]:
     """Every state with its name.  Raises ``BadInput`` when a block with several inputs is not given as many."""
-    count = block.inputs
+    count = len(block.inputs)
     if count == 1:
         return [("source", source), ("target", target)]
     for role, given in (("source", source), ("target", target)):

@@ -104,6 +104,7 @@ class Component(ABC):
     # which of a block's several inputs it picks; None for what takes the one that it is given
     reads_input: int | None = None
     input_name: str | None = None  # what it calls that input, "" for no name; None where it takes all that it is given
+    mixes = False  # that input is made from several positions, by what is no part of the block
     normalises: str = ""  # how it normalises its input, "rms" or "layer"; "" where it does not
     norm_epsilon: Any = 0  # what it adds under the root, where it normalises
     chosen: int = 0  # how many of its experts serve a token; 0 where there are none to choose from
@@ -114,6 +115,10 @@ class Component(ABC):
         """The live module that computes this leaf, by the name of its parameters; '' if none."""
         own = self.own_parameters() if self.has_module else ()
         return own[0].name.rpartition(".")[0] if own else ""
+
+    def inputs_read(self) -> "dict[int, Size]":
+        """Which of a block's several inputs it reads, and how wide each is."""
+        return {} if self.reads_input is None else {self.reads_input: self.width}
 
     # sizes
 

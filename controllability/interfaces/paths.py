@@ -61,7 +61,7 @@ class Layout:
     source: dict[Path, Path | None]  # the node whose output a node reads; None where it reads its parent's input
     binding: tuple[tuple[Path, tuple[int, ...]], ...]  # nodes that name values for some of their parts
     parameters: tuple[Param, ...]
-    inputs: int  # more than one for parallel blocks
+    inputs: tuple[Size, ...]  # how wide each input is, where it is known; more than one for parallel blocks
     width: Size
 
     @staticmethod
@@ -84,7 +84,8 @@ class Layout:
             if (*path, 0) in source and (binds := component.binds):
                 binding.append((path, binds))
         leaves = frozenset(path for path in nodes if (*path, 0) not in source)
-        inputs = 1 + max(nodes[path].reads_input or 0 for path in leaves)
+        read = {index: size for path in leaves for index, size in nodes[path].inputs_read().items()}
+        inputs = tuple(read.get(i, block.width) for i in range(1 + max(read, default=0)))
         parameters = tuple(sorted(block.parameters(), key=str))
         return Layout(nodes, leaves, source, tuple(binding), parameters, inputs, block.width)
 

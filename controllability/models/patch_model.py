@@ -18,7 +18,7 @@ def patch_model(
     model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], scope: str = "each",
     via: str = "input-output", route: str = "auto", positions: tuple[Any, Any] | None = None,
     progress: Progress = silent, ridge: float = 0.0, rank: int | None = None, keep_rms: bool = False,
-    moments: Moments | None = None,
+    moments: Moments | None = None, place: str | None = None,
 ) -> ModelPatch:  # fmt: skip
     """The patch with which the model at ``source`` gives what it gave at ``target``.
 
@@ -29,7 +29,9 @@ def patch_model(
     source position of every sample.  ``keep_rms`` lets scope "all" refuse, with a certificate, rather than move the RMS before a
     norm; ``ridge`` > 0 (a weight on ‖ΔW‖² beside each token's relative error) and ``rank`` (of every ΔW) make it a fit that
     promises no target.  ``moments`` (see ``second_moments``): of all exact changes of a matrix the one that ordinary text feels least,
-    tr(ΔW Σ ΔWᵀ), in place of the least norm.  The model is left as it was.  Raises ``BadInput``, ``ReadingError``, ``NotControllable`` or ``SideConditionFailed``.
+    tr(ΔW Σ ΔWᵀ), in place of the least norm.  ``place`` is the half of a layer that takes the patch: "feed-forward"; "mixer", the map
+    behind what mixes positions (attention's output projection), always by Theorem 1b; by default the first that the family has.
+    The model is left as it was.  Raises ``BadInput``, ``ReadingError``, ``NotControllable`` or ``SideConditionFailed``.
     Source: [G, Thm 2, Alg. 1].
 
     >>> import torch
@@ -54,4 +56,6 @@ def patch_model(
         raise BadInput(f"progress must be a function (stage, done, total), got {type(progress).__name__}")
     model = uncompiled(model)
     with own_modes(model):
-        return ModelPatch.of(solve(model, target, source, scope, via, route, positions, progress, joint, moments))
+        return ModelPatch.of(
+            solve(model, target, source, scope, via, route, positions, progress, joint, moments, place=place)
+        )

@@ -39,9 +39,9 @@ WORDS = 8  # in a row that a text and a context do not share by chance
 
 def second_moments(
     model: nn.Module, texts: Iterable[Any], tokenizer: Any = None, progress: Progress = silent,
-    save: str | Path | None = None, without: str = "",
+    save: str | Path | None = None, without: str = "", place: str | None = None,
 ) -> Moments:  # fmt: skip
-    """C = E[x xᵀ]/‖x‖² of what the matrices of the feed-forward halves read on ``texts``; for ``patch_model(..., moments=)``.
+    """C = E[x xᵀ]/‖x‖² of what the matrices of one place (as in ``patch_model``) read on ``texts``; for ``patch_model(..., moments=)``.
 
     ``texts``: strings (then ``tokenizer`` is needed), token ids (T,) or (B, T), or keyword arguments of the model's forward; an iterator is
     never held whole.  Strings are put end to end and read in rows of 96 tokens, 8 rows a run.  ``save``: a file, written every so often;
@@ -67,7 +67,10 @@ def second_moments(
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise BadInput(f"second_moments: give a list of texts, got {type(texts).__name__}")
     model = uncompiled(model)
-    sums, length = _Sums(model, None if save is None else Path(save)), position_limit(text_config(model)) or LENGTH
+    sums, length = (
+        _Sums(model, None if save is None else Path(save), place),
+        position_limit(text_config(model)) or LENGTH,
+    )
     try:
         for count, inputs in _runs(texts, tokenizer, min(LENGTH, length), without):
             sums.take(inputs)
@@ -82,11 +85,11 @@ def second_moments(
 class _Sums:
     """The sums so far; not ``whole`` while a run is going on, which may be interrupted after some of the layers."""
 
-    def __init__(self, model: nn.Module, path: Path | None) -> None:
-        self.model, self.path, self.whole = model, path, True
+    def __init__(self, model: nn.Module, path: Path | None, place: str | None) -> None:
+        self.model, self.path, self.place, self.whole = model, path, place, True
         self.known = NOTHING if path is None else begun(path, model)  # what is on disk
         self.sums = {name: metric.second for name, metric in self.known.moments.metrics.items()}
-        self.tokens, self.runs, self.digest = self.known.moments.tokens, 0, hashlib.sha256()
+        self.tokens, self.runs, self.digest = self.known.moments.tokens, 0, hashlib.sha256((place or "").encode())
         self.written, self.took = time.monotonic(), 0.0
 
     def take(self, inputs: Mapping[str, Any]) -> None:
@@ -107,7 +110,7 @@ class _Sums:
         inputs = on_device(dict(inputs), str(next(self.model.parameters()).device))
         mask = inputs.get("attention_mask")
         with own_modes(self.model):
-            checked = checked_reading(self.model, inputs)
+            checked = checked_reading(self.model, inputs, self.place)
             refuse_bad_inputs(self.model, checked, inputs, "second_moments")
             valid = None if mask is None else mask.bool()
             listeners = [_Listener(layer, valid, self.sums) for layer in checked.reading.layers]

@@ -39,6 +39,8 @@ def derive(block: Component, via: Via, route: str, frozen: Iterable[str] = (), j
     Layout.of(block)  # refuses parts that read what is not there yet
     if problems := declared_misfits(block):
         raise BadInput(f"the sizes of the block do not fit: {'; '.join(problems)}")
+    if any(leaf.mixes for _, leaf in leaves(block)):
+        via = "output"  # what mixes positions is not steered: Theorem 1b
     prover = Prover(block, via, route, frozen, jointly)
     place = Place(block)
     attempt = prover.attempt(place, "input")

@@ -44,7 +44,7 @@ OnStep = Callable[[GeneratedToken], None]
 def generate(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20, *,
     via: str = "input-output", route: str = "auto", follow: str = "target", control: bool = True, reports: bool = False,
-    seed: int | None = None, on_step: OnStep | None = None, **options: Any,
+    seed: int | None = None, on_step: OnStep | None = None, place: str | None = None, **options: Any,
 ) -> Generation:  # fmt: skip
     """Generate with the context and, beside it, without: patches recomputed for every token take its place.
 
@@ -54,7 +54,7 @@ def generate(
     ``follow`` says whose choice both go on with: "target", the contextual model's (after a mismatch the patched one is
     forced back: the papers' protocol), or "patched".  ``control`` runs the token without patches as well, ``reports`` keeps
     each step's layer reports (residual, margins, condition, route of every sample).  ``seed`` fixes what is sampled; both
-    models draw with the same random numbers.  ``on_step`` is called after every token.  ``options`` are those of
+    models draw with the same random numbers.  ``on_step`` is called after every token, ``place`` is as in ``patch_model``.  ``options`` are those of
     transformers' ``generate``: do_sample, temperature, top_k, top_p, repetition_penalty, eos_token_id, streamer, ….
 
     Raises ``BadInput`` for prompts that cannot be run (empty, too long for the model's positions, not a decoder with a
@@ -81,7 +81,7 @@ def generate(
         raise BadInput(f"on_step must be a function of a step, got {type(on_step).__name__}")
     ids, mask = left_padded(input_ids, attention_mask)
     with own_modes(model):
-        checked = _checked(model, ids)
+        checked = _checked(model, ids, place)
         _refuse_prompts(model, checked, ids, mask, max_new_tokens)
         proofs = checked.proofs(via, route)
         with LayerHooks(model, checked.reading) as hooks:
@@ -284,10 +284,10 @@ def left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tenso
     return input_ids.gather(1, order)[:, -longest:], mask.gather(1, order)[:, -longest:]
 
 
-def _checked(model: Any, ids: Tensor) -> Checked:
+def _checked(model: Any, ids: Tensor, place: str | None) -> Checked:
     """The model's reading, checked on token ids alone; on others it could not generate."""
     try:
-        return checked_reading(model, {"input_ids": ids})
+        return checked_reading(model, {"input_ids": ids}, place)
     except (ControllabilityError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the model's own code may raise

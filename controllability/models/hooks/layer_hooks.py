@@ -83,11 +83,14 @@ class LayerHook:
             else:
                 self.listener.entering(index, self.fold(value))
 
-        module = model.get_submodule(seen.module)
-        if seen.when == "before":
+        module, take = model.get_submodule(seen.module), seen.take
+        if take is not None:
+            installation.called(module, lambda given: tell(take(module, given)))
+        elif seen.when == "before":
             installation.before(module, tell, seen.argument)
         else:
-            installation.after(module, lambda x, output: tell(first_tensor(output)))
+            name = seen.argument
+            installation.after(module, lambda x, out: tell(getattr(out, name) if name else first_tensor(out)))
 
     def _tap(self, installation: HookStack, model: nn.Module, tap: Tap) -> None:
         module = model.get_submodule(tap.module)

@@ -43,12 +43,12 @@ def applied(patch: PatchRecord, model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _install(patch: PatchRecord, model: nn.Module, installation: HookStack) -> None:
-    reading = known_reading(model)
+    reading = known_reading(model, patch.report.place)
     rows = patch.rows if patch.scope == "each" else None
     source = patch.inputs["source"]
     installation.called(model, lambda given: refuse_other_input(model, given, source, rows is not None))
-    patched = {layer.name: layer for layer in reading.layers if layer.index in {e.layer for e in patch.entries}}
-    for layer in patched.values():
+    patched = [layer for layer in reading.layers if layer.index in {e.layer for e in patch.entries}]
+    for layer in patched:
         entries = [e for e in patch.entries if e.layer == layer.index]
         applier = Applier(layer, entries, rows, len(patch.rows.sample) if patch.scope == "last" else 1)
         LayerHook(
@@ -56,8 +56,9 @@ def _install(patch: PatchRecord, model: nn.Module, installation: HookStack) -> N
             sequence_first=reading.architecture.sequence_first,
         )  # fmt: skip
         installation.after(model.get_submodule(layer.name), lambda _, __, applier=applier: applier.ended())
-    Calls(installation, model, patched)
-    refuse_readers(installation, model, [*patched, *(entry.module for entry in patch.entries)])
+    names = [layer.name for layer in patched]
+    Calls(installation, model, names)
+    refuse_readers(installation, model, [*names, *(entry.module for entry in patch.entries)])
     if torch.nn.modules.module._global_forward_hooks:
         said = f"global forward hooks see every module's output before its patch: {INSTEAD}"
         warnings.warn(said, ControllabilityWarning, stacklevel=4)

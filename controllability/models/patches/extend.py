@@ -66,7 +66,7 @@ def extend(
     with own_modes(model), patch._lock:
         stream = _refuse_unfit(patch, model)
         patch.refuse_misuse(model)
-        checked = checked_reading(model)
+        checked = checked_reading(model, place=patch.report.place)
         for role, inputs in (("target", target), ("source", source)):
             refuse_bad_inputs(model, checked, inputs, role)
         step = _Step.of(stream, target, source, positions)
@@ -276,7 +276,7 @@ def _anew(patch: PatchRecord, model: nn.Module, inputs: dict[str, Any]) -> dict[
     assert patch.joint is not None
     joint = JointOptions(keep_rms=patch.joint.keep_rms)
     asked = patch.report.via, patch.report.route, inputs["positions"]
-    made = solve(model, there, here, "all", *asked, silent, joint, patch.moments)
+    made = solve(model, there, here, "all", *asked, silent, joint, patch.moments, place=patch.report.place)
     made.report = replace(made.report, probe=patch.report.probe)
     names = "entries inputs rows report output target_output stream fingerprint measured _seen"
     return {name: getattr(made, name) for name in names.split()}

@@ -68,8 +68,8 @@ def _magnified(patch: PatchRecord, model: nn.Module) -> float:
         size = max(torch.finfo(clean.dtype).eps, FLOAT32) ** (2 / 3)
         disturbed = _Disturbed(size)
         with HookStack() as installation:
-            for layer in known_reading(model).layers:
-                installation.disturb(model.get_submodule(layer.name), disturbed)
+            for name in dict.fromkeys(layer.name for layer in known_reading(model, patch.report.place).layers):
+                installation.disturb(model.get_submodule(name), disturbed)
             noisy = at_source()
     if not disturbed.times:
         raise ControllabilityError("no layer of this model takes its state where it could be disturbed")

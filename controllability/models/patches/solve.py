@@ -47,13 +47,13 @@ from controllability.models.sweep.target_run import Progress, check_finite
 def solve(
     model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], scope: str, via: str, route: str,
     positions: tuple[Any, Any] | None, progress: Progress, joint: JointOptions,
-    moments: Moments | None = None, past: SharedPast | None = None,
+    moments: Moments | None = None, past: SharedPast | None = None, place: str | None = None,
 ) -> PatchRecord:  # fmt: skip
     """The solved patch.  See ``controllability.patch_model``, which documents the options and errors; ``past``: ``seen_in_target``."""
     started = time.perf_counter()
     for role, given in (("target", target), ("source", source)):
         refuse_malformed(given, role)
-    checked = checked_reading(model, target)
+    checked = checked_reading(model, target, place)
     for role, given in (("target", target), ("source", source)):
         refuse_bad_inputs(model, checked, given, role)
     # what is kept is a copy: the caller may use the buffers again
@@ -92,10 +92,10 @@ def solve(
     if joint.damping is None:  # else whoever asks measures it
         _refuse_unverified(solvers, records if joint.exact else None, found, wanted, shown[0])
     report = Report(
-        scope, via, route, str(found.dtype).removeprefix("torch."), len(source_rows.sample),
+        scope, proofs[0].via, route, str(found.dtype).removeprefix("torch."), len(source_rows.sample),
         sum(e.delta.numbers for e in entries), sum(e.delta.dense_numbers for e in entries),
         time.perf_counter() - started, Layers(records, checked.norms), source_rows.named(),
-        fit=None if joint.exact else {"ridge": joint.ridge, "rank": joint.rank},
+        fit=None if joint.exact else {"ridge": joint.ridge, "rank": joint.rank}, place=reading.place,
     )  # fmt: skip
     inputs = {"target": target, "source": source, "positions": positions}
     seen = look_at(model)  # a setting that the model's own runs write is none

@@ -27,7 +27,7 @@ def solve_again(patch: PatchRecord, model: nn.Module, put: Callable[[Entry], Non
     changed too much.
     """
     inputs = patch.inputs
-    checked = checked_reading(model, inputs["target"])
+    checked = checked_reading(model, inputs["target"], patch.report.place)
     jointly = patch.scope == "all"
     reading, proofs = checked.reading, checked.proofs(patch.report.via, patch.report.route, jointly)
     both, how = (inputs["target"], inputs["source"]), (inputs["positions"], checked.codebooks, checked.length)

@@ -63,7 +63,7 @@ class Row:
 
 def run_protocol(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20,
-    routes: Sequence[str] = ("auto",), progress: Progress = silent,
+    routes: Sequence[str] = ("auto",), progress: Progress = silent, place: str | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """A row for each route as it is done, in the dtype of the model; ``input_ids`` (B, L) and the mask as in ``generate``.
 
@@ -81,15 +81,15 @@ def run_protocol(
     for i, route in enumerate(routes):
         tell = lambda _, tokens=count(i * max_new_tokens + 1): progress(dtype, next(tokens), total)  # noqa: E731, B008
         try:
-            done = generate(model, input_ids, attention_mask, max_new_tokens, route=route, on_step=tell)
-            yield Row(dtype, route, done, tuple(_ratios(model, done)))
+            done = generate(model, input_ids, attention_mask, max_new_tokens, route=route, on_step=tell, place=place)
+            yield Row(dtype, route, done, tuple(_ratios(model, done, place)))
         except ControllabilityError as refused:
             if isinstance(refused, BadInput) and not isinstance(refused, Overflow):
                 raise
             yield Row(dtype, route, refused=" ".join(str(refused).split()))
 
 
-def _ratios(model: nn.Module, done: Generation) -> list[float]:
+def _ratios(model: nn.Module, done: Generation, place: str | None) -> list[float]:
     """The sensitivity ratios of the patches of every tenth token; a token on which it cannot be measured has none."""
     found = []
     for t in range(0, len(done.steps), EVERY):
@@ -97,11 +97,13 @@ def _ratios(model: nn.Module, done: Generation) -> list[float]:
             end = done.sequences.shape[1] - len(done.steps) + t
             history = done.sequences[b : b + 1, end - int(done.steps[t].position[b]) - 1 : end]
             with suppress(ControllabilityError):
-                found.append(sensitivity_of_token(model, history, route=done.route).ratio)
+                found.append(sensitivity_of_token(model, history, route=done.route, place=place).ratio)
     return [ratio for ratio in found if ratio is not None]
 
 
-def sensitivity_of_token(model: nn.Module, history: Tensor, route: str, via: str = "input-output") -> Sensitivity:
+def sensitivity_of_token(
+    model: nn.Module, history: Tensor, route: str, via: str = "input-output", place: str | None = None
+) -> Sensitivity:
     """Of the patch with which the last token of ``history`` (1, L) stands alone."""
     source = {"input_ids": history[:, -1:], "position_ids": torch.tensor([[history.shape[1] - 1]])}
-    return patch_model(model, {"input_ids": history}, source, via=via, route=route).sensitivity
+    return patch_model(model, {"input_ids": history}, source, via=via, route=route, place=place).sensitivity

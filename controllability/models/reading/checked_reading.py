@@ -76,12 +76,12 @@ def _prove(layer: Layer, via: str, route: str, jointly: bool) -> Derivation:
         ) from None
 
 
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, Checked] = weakref.WeakKeyDictionary()
-_READ: weakref.WeakKeyDictionary[nn.Module, tuple[Reading, tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[str, Checked]] = weakref.WeakKeyDictionary()
+_READ: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Reading, tuple[Any, ...]]]] = weakref.WeakKeyDictionary()
 
 
-def checked_reading(model: nn.Module, example: Mapping[str, Any] | None = None) -> Checked:
-    """The model's reading, compared with its modules once per model and state of its parameters.
+def checked_reading(model: nn.Module, example: Mapping[str, Any] | None = None, place: str | None = None) -> Checked:
+    """The model's reading at ``place``, compared with its modules once per model and state of its parameters.
 
     Raises ``BadInput`` for models that cannot be patched as they are (training mode, meta device,
     quantised or non-finite parameters) and ``ReadingError`` where expression and module disagree.
@@ -89,32 +89,37 @@ def checked_reading(model: nn.Module, example: Mapping[str, Any] | None = None) 
     modules = modules_of(model)
     refuse_training(model, modules)
     refuse_offloaded(model, modules)
-    known = _CHECKED.get(model)
+    architecture = architecture_of(model)
+    place = architecture.place(place)
+    known = _CHECKED.setdefault(model, {}).get(place)
     if (
         known is not None
-        and known.reading.architecture is architecture_of(model)  # it may have been registered anew
+        and known.reading.architecture is architecture  # it may have been registered anew
         and (carried(model) or known.signature == _signature(model, known.reading))
     ):
         return known
-    reading = architectures.read(model)
+    reading = architectures.read(model, place)
     _refuse_unusable(model, reading)
     norms = _norms(model, reading)
     worst, embedding, length = compare(model, reading, example)
     signature = _signature(model, reading)
-    _CHECKED[model] = Checked(reading, norms, signature, worst, embedding, length)
-    _READ[model] = reading, signature
-    return _CHECKED[model]
+    found = _CHECKED[model][place] = Checked(reading, norms, signature, worst, embedding, length)
+    _READ.setdefault(model, {})[place] = reading, signature
+    return found
 
 
-def known_reading(model: nn.Module) -> Reading:
-    """The model's reading, for a patch that was made already: read anew only when something was replaced or written to.
+def known_reading(model: nn.Module, place: str | None = None) -> Reading:
+    """The model's reading at ``place``, for a patch that was made already: read anew only when something was replaced or written to.
 
     It is not compared with the modules.  Raises what ``architectures.read`` does.
     """
-    reading, signature = _READ.get(model, (None, ()))
-    if reading is None or reading.architecture is not architecture_of(model) or signature != _signature(model, reading):
-        reading = architectures.read(model)
-        _READ[model] = reading, _signature(model, reading)
+    architecture = architecture_of(model)
+    place = architecture.place(place)
+    known = _READ.setdefault(model, {})
+    reading, signature = known.get(place, (None, ()))
+    if reading is None or reading.architecture is not architecture or signature != _signature(model, reading):
+        reading = architectures.read(model, place)
+        known[place] = reading, _signature(model, reading)
     return reading
 
 

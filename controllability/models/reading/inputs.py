@@ -12,6 +12,8 @@ from controllability.models.reading.model_facts import input_embedding, takes_ca
 from controllability.models.reading.positions import input_shape
 from controllability.models.reading.random_inputs import refuse_ids
 
+CACHES = "past_key_values", "cache_params", "state"  # what families call what they hand on from token to token
+
 
 def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a run without a cache, for a model that knows of one and inputs that do not ask for it."""
@@ -44,7 +46,7 @@ def refuse_malformed(inputs: Mapping[str, Any], role: str) -> None:
             raise BadInput(f"{role}: {name} must be a dense tensor with numbers, got {value.layout} on {value.device}")
     input_shape(inputs, role)
     for name, value in inputs.items():
-        cache = name == "past_key_values" and value is not None
+        cache = name in CACHES and value is not None
         if cache or not _is_plain(value):
             why = "both runs begin with an empty cache" if cache else "it could not be saved or repeated"
             raise BadInput(f"{role}: {name} is a {type(value).__name__}; give tensors and plain values only ({why})")

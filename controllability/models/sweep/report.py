@@ -91,7 +91,8 @@ class Report(OneLine):
 
     ``pairs`` are (sample, position) of the source, one for each entry of the layers' tokens.  ``rounding`` says what
     the last ``merge`` into the weights cost, parameter by parameter.  ``fit`` is None where every layer's target is
-    promised, else {"ridge": λ, "rank": the largest rank of a ΔW, or None}: least squares, which promise no target.
+    promised, else {"ridge": λ, "rank": the largest rank of a ΔW, or None}: least squares, which promise no target.  ``place`` is the
+    half of a layer that was patched.
     """
 
     scope: str
@@ -106,6 +107,7 @@ class Report(OneLine):
     pairs: list[list[int]] = field(default_factory=list)
     rounding: "list[Rounding]" = field(default_factory=list)
     fit: dict[str, Any] | None = None
+    place: str = "feed-forward"
     probe: Callable[[], Sensitivity] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -129,6 +131,7 @@ class Report(OneLine):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Report":
         """What ``to_dict`` made of one; raises ``KeyError`` or ``TypeError`` for anything else."""
+        data = {"place": "feed-forward"} | data  # what was written before there was another place
         known = {f.name: data[f.name] for f in fields(cls) if f.name != "probe"}
         known["layers"] = [LayerReport.from_dict(layer) for layer in data["layers"]]
         known["rounding"] = [Rounding(**each) for each in data["rounding"]]
