@@ -28,11 +28,13 @@ def measure(shape: str, context: int, query: int, rounds: int) -> dict[str, Any]
     target = {"input_ids": ids, "logits_to_keep": query, "use_cache": False}
     source = target | {"input_ids": ids[:, context:], "position_ids": torch.arange(context, context + query)[None]}
     mp = ct.patch_model(model, target, source)  # warm: reads and checks the model once
+    ct.patch_model(model, target, source, place="mixer")
     wanted, unpatched = model(**target).logits, model(**source).logits
     seconds: list[dict[str, float]] = []
     for _ in range(rounds):
         row = {"plain_target": timed(lambda: model(**target)), "plain_source": timed(lambda: model(**source))}
         row["patch_model"] = timed(lambda: ct.patch_model(model, target, source))
+        row["at_mixer"] = timed(lambda: ct.patch_model(model, target, source, place="mixer"))
         row["warm_source"] = warm(lambda: model(**source))
         with mp.applied(model):
             row["ready"] = warm(lambda: model(**source))
@@ -40,6 +42,7 @@ def measure(shape: str, context: int, query: int, rounds: int) -> dict[str, Any]
     return {
         "shape": shape, "parameters": sum(p.numel() for p in model.parameters()), "context": context, "query": query,
         "sweep_ratio": median(r["patch_model"] / (r["plain_target"] + r["plain_source"]) for r in seconds),
+        "mixer_over_feed_forward": median(r["at_mixer"] / r["patch_model"] for r in seconds),
         "ready_patch_ratio": median(r["ready"] / r["warm_source"] for r in seconds),
         "relative_error": float((mp.logits - wanted).abs().max() / wanted.abs().max()),
         "relative_error_unpatched": float((unpatched - wanted).abs().max() / wanted.abs().max()),
@@ -63,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = [measure(shape, args.context, args.query, args.rounds) for shape in args.shape]
     if args.table:
-        shown = ("shape", "sweep_ratio", "ready_patch_ratio", "relative_error", "relative_error_unpatched")
+        shown = ("shape", "sweep_ratio", "mixer_over_feed_forward", "ready_patch_ratio", "relative_error", "relative_error_unpatched")
         print(markdown(shown, [[row[name] for name in shown] for row in rows]))
     else:
         print(json.dumps({"threads": torch.get_num_threads(), "shapes": rows}, indent=1))
