@@ -1,7 +1,7 @@
 """Every causal-LM family of transformers whose block has an ordinary form: one declaration each.
 
 The shapes they share come first; below, a family costs a line.  Families with something of their own are
-in ``special.py``, those that are refused in ``refused.py``.
+in ``special.py``, several residual streams in ``streams.py``.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from dataclasses import replace
 
 from architectures import (
     containers as _containers,  # noqa: F401
+    convolutions as _convolutions,  # noqa: F401
     encoders as _encoders,  # noqa: F401  (registers them)
     experts as _experts,  # noqa: F401
     mixer_only as _mixer_only,  # noqa: F401
-    refused as _refused,  # noqa: F401
     special as _special,  # noqa: F401
+    streams as _streams,  # noqa: F401
 )
 from architectures.feed_forward import Fused, Gated, Norm, Plain, layer_norm
 from architectures.mixers import Mixer, there

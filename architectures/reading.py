@@ -163,6 +163,12 @@ class Layer(OneLine):
     inputs: tuple[StatePoint, ...]
     output: StatePoint
     experts: Mapping[Path, str] = field(default_factory=dict)  # the module that runs the experts of a mixture
+    final: bool = False  # whether nothing behind it makes good what it misses, though it is not the last
+
+    @property
+    def end(self) -> str:
+        """The module with which the block is over: the layer, or what shows the output behind it."""
+        return self.name if f"{self.output.module}.".startswith(f"{self.name}.") else self.output.module
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -238,6 +244,9 @@ def read(model: Any, place: str | None = None) -> Reading:
                 if place == MIXER and "output" not in view.sites:
                     view.sites["output"] = _behind_mixer(model, architecture, name, replace(view, sites={}))
                 layers.append(_layer(model, architecture, len(layers), name, built, view))
+    if place == FEED_FORWARD and layers and architecture.tail is not None:
+        layers[-1] = replace(layers[-1], final=True)
+        layers += _tail(model, architecture, len(layers), found[-1][0], text)
     if place == FEED_FORWARD and layers and last[1] is None:
         raise NotControllable(
             f"{architecture.name}: layer {last[0]} ({type(model.get_submodule(last[0])).__name__})",
@@ -271,6 +280,19 @@ def _behind_mixer(model: Any, architecture: Architecture, name: str, view: View)
     return (wanted or _default_inputs(name, block, taps(block, view.sites)))[0]
 
 
+def _tail(model: Any, architecture: Architecture, index: int, last: str, config: Any) -> list[Layer]:
+    """The blocks behind the layers, each a module of its own that shows its input and its output."""
+    assert architecture.tail is not None
+    around = last.rpartition(".")[0].rpartition(".")[0]
+    view = View(f"{around}." if around else "", {}, {}, model.get_submodule(around), config)
+    own = {"inputs": (StatePoint(""),), "output": StatePoint("", "after")}
+    blocks = architecture.tail(view).items()
+    return [
+        replace(_layer(model, architecture, index + i, view.prefix + name, block, replace(view, sites=own)), final=True)
+        for i, (name, block) in enumerate(blocks)
+    ]
+
+
 def _layer(model: Any, architecture: Architecture, index: int, name: str, block: Component, view: View) -> Layer:
     params = LiveParams(model, block.parameters())
     if problems := misfits(block, params.shaped()):
@@ -292,7 +314,7 @@ def _layer(model: Any, architecture: Architecture, index: int, name: str, block:
 def _join(layer: str, module: str) -> str:
     while module.startswith("../"):
         layer, module = layer.rpartition(".")[0], module[3:]
-    return f"{layer}.{module}" if module else layer
+    return ".".join(part for part in (layer, module) if part)
 
 
 def _default_inputs(name: str, block: Component, found: tuple[Tap, ...]) -> tuple[StatePoint, ...]:
@@ -352,7 +374,9 @@ def _refuse_unknown(
     roots, mixer = set(), any(leaf.mixes for _, leaf in leaves(block))
     for tap in found:
         inside = tap.module.removeprefix(f"{name}.")
-        whole = mixer or (tap.kind == "module" and len(tap.paths) > 1)
+        whole = (
+            mixer or (tap.kind == "module" and len(tap.paths) > 1) or inside == tap.module
+        )  # a norm, or behind the layer
         roots.add(tap.module if whole else _join(name, inside.split(".")[0]))
     unknown = []
     for root in sorted(roots):

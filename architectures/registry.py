@@ -20,13 +20,14 @@ class StatePoint:
     """Where a live model shows one of a block's inputs, or its output.
 
     ``module`` is named inside the layer ('' is the layer itself); ``when`` is before it runs (its first
-    argument, or the one that its forward calls ``argument``) or after (its output, the first of a tuple or what it calls ``argument``).  A
+    argument, or the one that its forward calls ``argument``) or after (its output, the first of a tuple, what it calls
+    ``argument``, or number ``item`` of a tuple or of streams that lie one behind the other on the first axis).  A
     registration names them, ``inputs=`` and ``output=``, where the block does not begin with a module that reads the
     layer's state, or does not end with the layer: a post-norm layer, or one with two inputs.  ``take(module, arguments)``
     computes it before the module runs, where none of its arguments is it.  (Called ``Seen`` before.)
 
     >>> StatePoint("mlp")  # what enters the module mlp of the layer
-    StatePoint(module='mlp', when='before', argument='')
+    StatePoint(module='mlp', when='before', argument='', item=None)
     >>> StatePoint("", "after").when  # what the layer returns: the default output
     'after'
     """
@@ -35,6 +36,7 @@ class StatePoint:
     when: Literal["before", "after"] = "before"
     argument: str = ""
     take: Callable[[Any, Mapping[str, Any]], Any] | None = field(default=None, repr=False)
+    item: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Architecture:
     position has, one after the other on the sequence axis; ``codebooks(config)`` how many rows of ids a sample has;
     ``embeds(config)`` how wide ``inputs_embeds`` are, if not as the embedding matrix.  ``mixer`` writes the blocks of the
     halves of a layer that mix positions, ``mixer_class`` names the classes of their layers, if others; where ``build`` is None
-    ``half_refused`` says why there is no block of a feed-forward half.
+    ``half_refused`` says why there is no block of a feed-forward half.  ``level`` says where a patched
+    model is equal to its target: behind every layer, or at the logits only.  ``tail(view)`` names the blocks that follow
+    the layers, each by the module that computes it; ``view`` is that of the module two levels above the layers.
     """
 
     name: str
@@ -80,6 +84,8 @@ class Architecture:
     half_refused: Refusal | None = None
     mixer: tuple[Build, ...] = ()
     mixer_class: tuple[str, ...] = ()
+    level: Literal["every layer", "logits"] = "every layer"
+    tail: Callable[[View], Mapping[str, Component]] | None = None
 
     @property
     def refusal(self) -> Refusal | None:

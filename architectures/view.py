@@ -82,11 +82,11 @@ class View:
 
     def size(self, name: str) -> int | str:
         """A number where one was given, else the name itself; "2h" is twice h, and "E+1" one more than E."""
-        stem = name.removeprefix("2").removesuffix("+1")
+        stem = name.lstrip("0123456789").removesuffix("+1")
         number = self.sizes.get(stem, stem)
-        if stem == name or not isinstance(number, int):
-            return self.sizes.get(name, name)
-        return 2 * number if name.startswith("2") else number + 1
+        if stem in ("", name) or not isinstance(number, int):
+            return int(name) if not stem else self.sizes.get(name, name)
+        return int(name[: name.index(stem)] or 1) * number + name.endswith("+1")
 
     # ------------------------------------------------------------------------------------ components
 

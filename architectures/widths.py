@@ -131,7 +131,7 @@ class _Check:
                 self.problems.append(
                     f"{way.param} has shape {found}, and {own[0]} of shape {self.shape(own[0])} gives {size} numbers"
                 )
-        if given and size == given.size // 2 and wanted is None:
+        if given and isinstance(size, int) and wanted is None and part.output_width("2n") == "n":
             if given.size % 2:
                 self.problems.append(f"{given.by} gives {given.size} numbers, which have no two halves")
             return Width(size, f"half of {given.by}")

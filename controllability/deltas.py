@@ -126,6 +126,12 @@ class Shift(_Arrays):
         """The vector itself."""
         return self.value
 
+    def shaped(self, base: Array) -> Array:
+        """The vector as ``base`` is stored: the taps of a convolution (d, 1, K) are d·K numbers."""
+        if base.ndim < 3 or self.value.shape[-1] != math.prod(base.shape):
+            return self.value
+        return self.value.reshape(*self.value.shape[:-1], base.shape[0], -1)[..., None, :]
+
     @property
     def numbers(self) -> int:
         """How many numbers this delta holds."""
@@ -161,4 +167,4 @@ def added(base: Array, delta: Delta) -> Array | PatchedMatrix:
     """``base`` with ``delta`` on it: factored for a matrix, a plain array for a vector."""
     if isinstance(delta, LowRank):
         return PatchedMatrix(base, delta)
-    return base + delta.value
+    return base + delta.shaped(base)

@@ -16,4 +16,4 @@ def every_row() -> list[dict[str, Any]]:
 @functools.cache
 def patchable_families() -> dict[str, list[str]]:
     """The first family of each shape that has a proof -> all families of that shape."""
-    return {names[0]: names for shape, names in shapes(every_row()).items() if shape[2] == "patchable"}
+    return {names[0]: names for shape, names in shapes(every_row()).items() if shape[2].startswith("patchable")}

@@ -120,7 +120,20 @@ def _every_layer_shares(config: Any, cls: Any) -> None:
     text.__class__ = type(type(text).__name__, (type(text),), modes)
 
 
-_REPAIRS: dict[str, Any] = {"gemma4_assistant": _every_layer_shares, "gemma4_unified_assistant": _every_layer_shares}
+def _other_eyes(config: Any, cls: Any) -> None:
+    """Gemma 3n's vision tower needs timm; these runs read text, so a vision tower of transformers' own stands in."""
+    known = config.vision_config
+    eyes = transformers.SiglipVisionConfig(hidden_size=known.hidden_size, num_hidden_layers=1, num_attention_heads=4)
+    for name in ("vocab_size", "vocab_offset", "rms_norm_eps"):
+        setattr(eyes, name, getattr(known, name))
+    vars(config)["vision_config"] = eyes  # a plain assignment is refused by type
+
+
+_REPAIRS: dict[str, Any] = {
+    "gemma3n": _other_eyes,
+    "gemma4_assistant": _every_layer_shares,
+    "gemma4_unified_assistant": _every_layer_shares,
+}
 
 
 def inputs(name: str, model: nn.Module, batch: int = 2, context: int = 8, query: int = 4, seed: int = 3) -> Any:

@@ -10,16 +10,26 @@ from controllability.arrays import arithmetic, dot
 from controllability.components import (
     Activation,
     Bias,
+    Collapse,
+    Correction,
     ExpertLinear,
     Gate,
+    InverseRms,
+    Joined,
     Linear,
     Mixture,
+    NormalizeEach,
     Product,
     Routing,
     Scale,
+    Select,
     SoftCap,
+    Spread,
+    Streams,
     Sum,
+    Taps,
     Times,
+    Window,
     gated,
     layer_norm,
     residual,
@@ -28,7 +38,17 @@ from controllability.components import (
 )
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.interfaces import Component, Param
-from controllability.rules import centred, construct, input_side, mixture, normalised, output_side, theorems, through
+from controllability.rules import (
+    centred,
+    collapse,
+    construct,
+    input_side,
+    mixture,
+    normalised,
+    output_side,
+    theorems,
+    through,
+)
 from controllability.rules.base import rest_of_sum, target_output
 from controllability.solvers import centred_scale, norm_scale as routes
 
@@ -54,6 +74,19 @@ INNER_EXPERTS = residual(EXPERTS.terms[1] >> rms_norm("between") >> square)
 SHARED = residual(rms_norm("pre") >> Sum((up >> silu >> down, EXPERTS.terms[1])))
 LAST = residual(rms_norm("pre") >> Sum((EXPERTS.terms[1], up >> silu >> down)))
 TWO = residual(Sum((gate >> silu >> down, up >> silu >> Linear(Param("down2", ("d", "h"))))))
+
+
+# several streams collapsed, each normalised before, one corrected (AltUp); a convolution behind the half; a factor without parameters
+SPREAD = Spread(Select(0, "S", "4d") >> Streams(4), Select(1, "b", 4), Select(2, "x") >> up >> silu >> down)
+COLLAPSED = Collapse(SPREAD, Joined() >> Linear(Param("P", (4, "4d"))) >> Activation("sigmoid"), 0.5)
+WEIGHED = Joined() >> Linear(Param("U", ("2d", "2d"))) >> Activation("sigmoid") >> Streams(2)
+MIXED = Collapse(NormalizeEach(2) >> Scale(Param("m", ("2d",))) >> Streams(2), WEIGHED)
+CORRECTED = Correction(
+    Select(0, "p"), Select(1, "x") >> square, Linear(Param("g", (3, "d"))) >> Times(0.0625) >> Activation("tanh")
+)
+CONVOLVED = Sum((Select(0, "r"), Select(1, "u") >> Window(2) >> Taps(Param("c", ("d", 1, 2)), 1, 0.5)))
+SIZED = residual(Product((up, InverseRms())) >> silu >> down)
+ASKED, TAPPED = Collapse.asked, Taps._solved
 
 
 @dataclass(frozen=True)
@@ -146,6 +179,23 @@ def outer_repeats_the_target(self: Any, step: Any, run: Any, wanted: Any) -> Non
     """Theorem 1 without δ = s(v') − s(v)."""
     for premise in step.premises:
         construct(premise, run, target_output(premise, run))
+
+
+def asked(change: Callable[..., Any]) -> Callable[..., Any]:
+    """A wrong output of the carrier, from (component, weights, value, what is right)."""
+
+    def wrong(self: Any, wanted: Any, weights: Any, value: Any) -> Any:
+        return change(self, weights, value, ASKED(self, wanted, weights, value))
+
+    return wrong
+
+
+def weights_of_the_source(self: Any, step: Any, run: Any, wanted: Any) -> None:
+    """The weights are moved to the target's, and the carrier is asked for what would be right without that."""
+    carried, weighted = step.premises
+    construct(weighted, run, target_output(weighted, run))
+    value = lambda path: run.output(path)  # noqa: E731
+    construct(carried, run, lambda: step.place.component.asked(wanted(), run.unpatched.output((1,)), value))
 
 
 def swapped(self: Any, step: Any, run: Any, wanted: Any) -> None:
@@ -306,6 +356,19 @@ MUTATIONS = {
     "scale undone: times": Mutation("O-through-bijection", Scale, "invert", lambda self, p, y: self(p, y), residual(square >> Scale(Param("m", ("d",)))), (*OUT, ("frozen", ("m",)))),
     "gate undone: times": Mutation("O-through-bijection", Gate, "invert", lambda self, p, y: self(p, y), residual(square >> Gate(Param("g", (1,)), "tanh")), OUT),
     "multiplier undone: times": Mutation("O-times", Times, "invert", lambda self, p, y: self(p, y), residual(square >> Times(0.25)), OUT),
+    # weights that read what they weigh
+    "self-weighted: the weights left alone": Mutation("I-self-weighted", collapse.InputSelfWeighted, "construct", only_first, COLLAPSED),
+    "self-weighted: the source's weights": Mutation("I-self-weighted", collapse.InputSelfWeighted, "construct", weights_of_the_source, COLLAPSED),
+    "collapse: the streams added": Mutation("I-self-weighted", Collapse, "asked", asked(lambda s, w, v, right: right + v((0, 0)).sum(-2)), COLLAPSED),
+    "collapse: the least weight forgotten": Mutation("I-self-weighted", Collapse, "asked", lambda s, *given: ASKED(replace(s, least=0), *given), COLLAPSED),
+    "collapse of normed streams: weights not squared": Mutation("I-self-weighted", Collapse, "asked", asked(lambda s, w, v, right: v((0,)) + (right - v((0,))) / w), MIXED),
+    "correction: the gain taken as 1": Mutation("I-self-weighted", Correction, "asked", lambda s, wanted, w, v: wanted, CORRECTED),
+    "correction: another stream's gain": Mutation("I-self-weighted", Correction, "asked", lambda s, wanted, w, v: v((0,)) + (wanted - v((0,))) / (1 + w[..., 1:2]), CORRECTED),
+    "factor, input side: of the source": Mutation("I-factor", output_side.InputFactor, "construct", asks_for_the_source, SIZED),
+    # a convolution's taps
+    "taps: norm forgotten": Mutation("O-taps", Taps, "_solved", lambda s, p, x, g: Shift(TAPPED(s, p, x, g * dot(x, x)).value), CONVOLVED),
+    "taps: factor forgotten": Mutation("O-taps", Taps, "_solved", lambda s, p, x, g: TAPPED(s, p, x, g / 2), CONVOLVED),
+    "taps: sign": Mutation("O-taps", Taps, "_solved", lambda s, p, x, g: TAPPED(s, p, x, -g), CONVOLVED),
     # normalised outputs
     "normalised: ε forgotten in y*": Mutation("O-normalised", routes, "candidate", candidate(before=lambda a, G, m, y, eps: a.unit * root(mean_square(y))), POST, UNIFORM),
     "normalised: y* not on the sphere": Mutation("O-normalised", routes, "candidate", candidate(before=lambda a, G, m, y, eps: a.unit), POST, UNIFORM),

@@ -33,7 +33,10 @@ EXCEPTIONS: dict[str, tuple[str, str]] = {  # file: (classes, reason)
         "Activation Swish XIELU Linear ExpertLinear Scale Bias Mixture",
         "it says which activations no rational function computes, gives the steered leaves other sizes, and counts the experts that a routing needs",
     ),
-    "controllability/checks/symbolic_block.py": ("Normalize", "the ε of a norm that is steered through becomes a symbol"),
+    "controllability/checks/symbolic_block.py": (
+        "Normalize NormalizeEach",
+        "the ε of a norm that is steered through becomes a symbol, any other norm an undefined function",
+    ),
     "controllability/checks/exact_block.py": ("Normalize", "a norm loses its root: the check computes it itself, in fractions"),
     "controllability/checks/symbolic_joint.py": ("Mixture", "tokens whose stacked vectors depend on each other are made from the mixture's own shares"),
     "controllability/checks/symbolic_rules.py": ("ExpertLinear", "the stored tensor of all experts has no entry that one symbol could say: it is checked at a small size of its own"),

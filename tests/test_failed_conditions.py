@@ -15,8 +15,11 @@ import architectures
 import controllability as ct
 from controllability.components import (
     Bias,
+    Collapse,
+    Correction,
     ExpertLinear,
     Gate,
+    Joined,
     Linear,
     Mixture,
     Normalize,
@@ -24,6 +27,10 @@ from controllability.components import (
     Routing,
     Scale,
     SoftCap,
+    Spread,
+    Streams,
+    Taps,
+    Window,
     layer_norm,
     residual,
     rms_norm,
@@ -107,6 +114,24 @@ CONDITIONS = {
         residual(Product((relu, W))), {"W": EYE}, [1.0, -1.0], [2.0, 1.0], {},
         "side condition failed at activation relu * linear W, position 0: no entry of the other factor (activation relu) is zero (margin 0)\n"
         "  hint:  where the other factor is zero nothing passes: steer after the product, by a bias or a linear map",
+    ),
+    "taps": (
+        residual(W >> Window(2) >> Taps(Param("c", (2, 1, 2)))), {"W": EYE, "c": np.ones((2, 1, 2))},
+        [[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]], np.ones((3, 2)), {"frozen": ("W",)},
+        "side condition failed at convolution c, position 2: no channel of c reads only zeros where its output must change (margin 0)\n"
+        "  hint:  the convolution cannot move a channel in which nothing comes in: add a bias before it",
+    ),
+    "streams": (
+        Collapse(
+            Spread(linear("S", 4, 2) >> Streams(2), linear("b", 2, 2), W), Joined() >> linear("P", 2, 4) >> sigmoid
+        ), {"S": np.ones((4, 2)), "b": [[1, 1], [1, 1]], "W": EYE, "P": np.ones((2, 4))}, [[1.0, 1.0], [1.0, -1.0]], ONES, {},
+        "side condition failed at weighted sum of streams + weights ⊗ (linear W), position 1: the weights of what is written do not cancel (margin 0)\n"
+        "  hint:  nothing that the carrier writes comes out here: patch another token, or steer after the collapse",
+    ),
+    "gain": (
+        Correction(linear("p", 2, 2), W, linear("g", 1, 2)), {"p": EYE, "W": EYE, "g": [[1, 0]]}, ONES, [[1.0, 1.0], [-1.0, 1.0]], {},
+        "side condition failed at linear p corrected by linear W, position 1: the gain of the correction is not 0 (margin 0)\n"
+        "  hint:  nothing that the carrier writes comes out here: patch another token, or steer after the collapse",
     ),
     "one number for all features": (
         residual(linear("g", 1, 2)), {"g": [[1, 1]]}, ONES, ZERO, {},

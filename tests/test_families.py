@@ -27,7 +27,19 @@ PATCHED = sorted(set(RECIPES) - REFUSED)
 SEVERAL = {"hrm_text": "runs several times"}  # a patch a call: no one set of weights holds them
 STREAMS = {"prophetnet": "keeps 3 states a position"}  # a patch a state
 # one of each topology, and those that differ: several states a position, experts of other layouts, calls in turn
-FAST = ("gemma2", "gpt2", "falcon", "phi3", "llama4_text", "qwen2_moe", "deepseek_v3", *SEVERAL, *STREAMS)
+FAST = (
+    "gemma2",
+    "gpt2",
+    "falcon",
+    "phi3",
+    "llama4_text",
+    "qwen2_moe",
+    "deepseek_v3",
+    "hy_v4",
+    "inkling_text",
+    *SEVERAL,
+    *STREAMS,
+)
 # float32, one patch merged: families that need more than 1e-5, with what amplifies the rounding there
 CONDITIONED: dict[str, float] = {}
 
@@ -45,7 +57,7 @@ def quiet():
 
 def test_every_family_is_patched_or_refused_by_name():
     assert len(RECIPES) == 189
-    assert len(PATCHED) >= 174
+    assert len(PATCHED) >= 182
     for name in REFUSED:
         with pytest.raises(ct.NotControllable) as refused:
             architectures.block(name)
@@ -88,6 +100,13 @@ def choices(model, layers, kwargs):
     finally:
         installation.undo()
     return {(i, path): value for i, listener in found.items() for path, value in listener.found.items()}
+
+
+LOGITS = {"deepseek_v4", "gemma3n", "gemma3n_text", "hy_v4", "qwen4_exp", "qwen4_exp_text"}
+
+
+def test_which_families_are_exact_at_the_logits_only():
+    assert {name for name in PATCHED if architectures.find(name).level == "logits"} == LOGITS
 
 
 @pytest.mark.parametrize("name", PATCHED)

@@ -69,7 +69,8 @@ def test_the_colours_tell_the_truth_about_every_leaf(representatives, via):
             moved |= touched if found.states[path] != "shared" else set()
         assert moved == set(map(str, proof.root.moved))
         if via == "output":
-            assert "input" not in found.states.values()
+            weighs = "I-self-weighted" in proof.rules  # its weights are steered on the input side by either theorem
+            assert weighs or "input" not in found.states.values()
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llama", "gptj", "bert", "mixtral", "deepseek_v3"])

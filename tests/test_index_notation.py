@@ -25,6 +25,24 @@ INDEXED = ARITHMETICS["indexed"]
 square, silu = Linear(Param("W", ("d", "d"))), Activation("silu")
 
 
+def test_rows_one_after_the_other_are_numbered_as_numpy_does():
+    """(n·m,) as (n, m), back, and what is put between them; at n = 3 rows of m = 2."""
+    x = IndexedArray.named("x", (3 * M,))
+    rows = x.reshape(3, -1)
+    assert rows.shape == (3, M)
+    assert rows.reshape(-1).entry == x.entry
+    y = IndexedArray.named("y", (3, M))
+    assert y.reshape(-1).reshape(3, -1).entry == y.entry
+    plain = np.arange(6)
+    i, j = (sympy.Symbol(f"i_{p}", integer=True, nonnegative=True) for p in (1, 0))
+    for a, b in product(range(3), range(2)):
+        (place,) = rows.entry.subs({M: 2}).xreplace({i: sympy.Integer(a), j: sympy.Integer(b)}).args
+        assert plain[int(place)] == plain.reshape(3, -1)[a, b]
+    for k in range(6):
+        one, two = y.reshape(-1).entry.subs({M: 2}).xreplace({j: sympy.Integer(k)}).args
+        assert (int(one), int(two)) == divmod(k, 2)
+
+
 def test_index_notation_agrees_with_matrices():
     """Sums over symbolic ranges against the same sums written out, at n = 3, m = 2."""
     W, x = IndexedArray.named("W", (M, N)), IndexedArray.named("x", (N,))

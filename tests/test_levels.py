@@ -5,7 +5,7 @@ from __future__ import annotations
 import mpmath
 import pytest
 from catalogued import patchable_families
-from mutations import CENTRED, EXPERTS, LLAMA, POST
+from mutations import CENTRED, COLLAPSED, CONVOLVED, CORRECTED, EXPERTS, LLAMA, MIXED, POST, SIZED
 
 import architectures
 import controllability as ct
@@ -59,6 +59,12 @@ def blocks() -> dict[str, tuple[Component, dict]]:
         "no skip": (Product((Activation("sigmoid"), square)), {"via": "output"}),
         "bias alone": (residual(square >> Bias(Param("b", ("d",)))), {"via": "output", "frozen": ["W"]}),
         **{name: (block, {}) for name, block in THROUGH.items()},
+        "collapsed": (COLLAPSED, {}),
+        "collapsed, 1b": (COLLAPSED, {"via": "output"}),
+        "normed streams": (MIXED, {}),
+        "corrected": (CORRECTED, {}),
+        "convolved": (CONVOLVED, {}),
+        "input factor": (SIZED, {}),
     }  # fmt: skip
 
 

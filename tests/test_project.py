@@ -87,7 +87,7 @@ def test_adding_a_component_leaves_no_step_out(component):
 
 
 def test_no_component_is_forgotten():
-    defined, bases = set(), {"Component", "Combinator", "_Elementwise", "Select"}
+    defined, bases = set(), {"Component", "Combinator", "SelfWeighted", "_Elementwise", "Select"}
     package = ROOT / "controllability"
     for path in (*(package / "components").glob("*.py"), package / "interfaces" / "component.py"):
         for node in ast.parse(path.read_text()).body:

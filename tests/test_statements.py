@@ -7,7 +7,7 @@ import pytest
 from helpers import error
 
 import controllability as ct
-from controllability.components import Bias, ExpertLinear, Linear, Scale
+from controllability.components import Bias, ExpertLinear, Linear, Scale, Taps
 from controllability.components.mixture import CHOSEN
 from controllability.interfaces import JointOptions, Param
 from controllability.rules import RULES
@@ -35,8 +35,11 @@ FORMULAS = {
     "ΔW = δ yᵀ/‖y‖²": (LINEAR, "output", lambda: np.outer(δ, z) / (z @ z)),
     "Δb = δ": (Bias(Param("m", (D,))), "output", lambda: long),
     "Δm = δ/y": (Scale(Param("m", (D,))), "output", lambda: long / z),
+    "Δc_k = δ∘z_k/Σ_j z_j²": (  # one channel that reads D positions
+        Taps(Param("c", (1, 1, D))), "output", lambda: long[:1] * z / (z @ z),
+    ),
 }  # fmt: skip
-PARAMS = {"W": W, "b": b, "m": m, "V": V}
+PARAMS = {"W": W, "b": b, "m": m, "V": V, "c": rng.normal(size=(1, 1, D))}
 
 # the same for two tokens with one patch: rows of Z are tokens
 Z, Z2, Δ, shift = rng.normal(size=(2, D)), rng.normal(size=(2, D)), rng.normal(size=(2, H)), rng.normal(size=D)
@@ -84,7 +87,8 @@ def test_the_printed_formula_is_what_the_component_does(formula):
     elif side == "experts":
         patch = component.steer_input(PARAMS | {CHOSEN: CHOICE}, rows, rows2)
     else:
-        patch = component.steer_output(PARAMS, z, δ if isinstance(component, Linear) else long)
+        sizes = {Linear: δ, Taps: long[:1]}
+        patch = component.steer_output(PARAMS, z, sizes.get(type(component), long))
     (delta,) = patch.values()
     assert error(delta.dense(), by_hand()) < 1e-14
     assert error(delta.dense(), -by_hand()) > 1

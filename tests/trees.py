@@ -13,26 +13,38 @@ import numpy as np
 
 from controllability.components import (
     XIELU,
+    AboveMean,
     Activation,
     Bias,
+    Clamp,
+    Collapse,
+    Correction,
     ExpertLinear,
     Fixed,
     Gate,
     Glu,
     Identity,
+    InverseRms,
+    Joined,
     Linear,
     Mixture,
     Normalize,
+    NormalizeEach,
     Product,
+    Remixed,
     Routing,
     Scale,
     Select,
     Sequence,
     Share,
     SoftCap,
+    Spread,
+    Streams,
     Sum,
     Swish,
+    Taps,
     Times,
+    Window,
     gated,
 )
 from controllability.interfaces import Component, Layout, Param
@@ -136,8 +148,10 @@ class Grower:
             return self.leaf()
         kind = self.rng.choice((
             "sequence", "sequence", "sequence", "sum", "residual", "residual", "product", "mixture", "mixture",
-            "beside", "glu", "narrow",
+            "beside", "glu", "narrow", "new",
         ))  # fmt: skip
+        if kind == "new":
+            return self.streams(depth - 1)
         if kind == "sequence":
             return Sequence.of(*(self.tree(depth - 1) for _ in range(self.rng.randint(2, 4))))
         if kind == "residual":
@@ -157,6 +171,30 @@ class Grower:
             return self.rng.choice((Product, Product, Sum))((gate, self.tree(depth - 1)))
         parts = tuple(self.tree(depth - 1) for _ in range(self.rng.choice((2, 2, 3))))
         return (Sum if kind == "sum" else Product)(parts)
+
+    def streams(self, depth: int) -> Component:
+        """Two streams that become one, an active stream that is corrected, taps behind a window, a factor without parameters."""
+        self.leaves -= 3
+        kind = self.rng.choice(("spread", "remixed", "normed", "corrected", "taps", "sized", "clamp", "above"))
+        if kind == "corrected":
+            gains = Linear(self.parameter(2, D)) >> Times(0.125) >> self.activation()
+            return Correction(self.tree(depth), self.tree(depth), gains)
+        if kind == "taps":  # of one position: the trees' judges take tokens by themselves
+            return self.tree(depth) >> Window(1) >> Taps(self.parameter(D, 1, 1), self.rng.choice((0, 1)), 0.5)
+        if kind == "sized":
+            return Product((self.tree(depth), InverseRms(1e-2)))
+        if kind in ("clamp", "above"):
+            return self.tree(depth) >> (Clamp(-0.7, 0.7) if kind == "clamp" else AboveMean(0.2))
+        wide: Component = Linear(self.parameter(2 * D, D))
+        if kind == "normed":
+            values = wide >> NormalizeEach(2, 1e-2) >> Scale(self.parameter(2 * D)) >> Streams(2)
+            weights = Joined() >> Linear(self.parameter(2 * D, 2 * D)) >> Activation("sigmoid") >> Streams(2)
+            return Collapse(values, weights)
+        streams = wide >> Streams(2)
+        if kind == "remixed":
+            streams = Remixed(Linear(self.parameter(4, D)), streams)
+        values = Spread(streams, Linear(self.parameter(2, D)), self.tree(depth))
+        return Collapse(values, Joined() >> Linear(self.parameter(2, 2 * D)) >> Activation("sigmoid"), 0.125)
 
     def glu(self) -> Component:
         clamp = {"limit": 0.7, "shift": 1} if self.rng.random() < 0.2 else {}

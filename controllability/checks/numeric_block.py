@@ -83,8 +83,7 @@ def _as_stored(proof: Derivation, patch: Patch, params: dict[str, Any], v: Any) 
     rows = []
     for t in range(TOKENS):
         alone = Patch({param: delta.row(t) for param, delta in patch.deltas.items()})
-        state = tuple(x[t] for x in v) if isinstance(v, tuple) else v[t]
-        rows.append(proof.block(alone.merged_into(params), state))
+        rows.append(proof.block(alone.merged_into(params), v)[t])  # what reads other positions sees them all
     return np.stack(rows)
 
 

@@ -13,6 +13,7 @@ from controllability.components.mixture import ExpertLinear, Mixture
 from controllability.components.routing import Routing
 from controllability.components.scale import Scale
 from controllability.errors import BadInput, NotExact
+from controllability.execution.sampling import stem
 from controllability.interfaces import Component, Param, Params, Size
 from controllability.prover.derivation import Derivation
 from controllability.prover.edits import nodes
@@ -20,7 +21,6 @@ from controllability.prover.search import derive
 from controllability.rules import Step
 from controllability.rules.schema import sympy_size
 
-DERIVED = {"2h": "h", "E+1": "E"}  # sizes that follow from others
 SMALL = {"d": 2, "h": 3, "one": 1}
 RATIONAL_ACTIVATIONS = ("identity", "relu", "relu2")
 MANY = 2  # tokens of one patch, in symbols and fractions
@@ -150,8 +150,7 @@ def small_sizes(block: Component) -> dict[str, Any]:
     named = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
     inside = mixtures(block)
     small = SMALL | {"h": 2, "E": max(_experts(m.routing) for m in inside)} if inside else SMALL
-    named = (named - set(DERIVED)) | {DERIVED[name] for name in named & set(DERIVED)}
-    return {name: small.get(name, 2) for name in sorted(named)}
+    return {name: small.get(name, 2) for name in sorted({*map(stem, named)})}
 
 
 def _experts(routing: Routing) -> int:

@@ -11,6 +11,7 @@ from controllability.checks.rebuilt_blocks import mixtures, rebuilt, renamed, re
 from controllability.components.activation import Activation
 from controllability.components.normalisation import Normalize
 from controllability.components.routing import Routing
+from controllability.components.streams import NormalizeEach
 from controllability.execution.patch import Patch
 from controllability.execution.sampling import sample
 from controllability.execution.trace import Trace
@@ -72,6 +73,8 @@ def generic(proof: Derivation, norm: Callable[[str], Component] | None = any_nor
             if norm is None or id(leaf) in steered:
                 return replace(leaf, eps=sympy.Symbol(name_of("epsilon", leaf.eps), positive=True))
             return norm(name_of("n" if leaf.kind == "rms" else "n_layer", leaf))
+        if isinstance(leaf, NormalizeEach) and norm is not None:
+            return norm(name_of("n_each", leaf))
         name = transcendental(leaf)
         return Activation(f"phi_{name_of(name, leaf)}", symbol=True) if name else leaf
 

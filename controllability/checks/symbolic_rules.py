@@ -11,7 +11,7 @@ from controllability.checks.failing_component import told
 from controllability.checks.rebuilt_blocks import rebuilt, renamed, resized, small_sizes
 from controllability.checks.symbolic_block import INDEXED, GivenArrays, RecognisedArrays
 from controllability.components.mixture import CHOSEN, ExpertLinear
-from controllability.deltas import Delta, ExpertLowRank, added
+from controllability.deltas import Delta, LowRank, added
 from controllability.execution.patch import Patch
 from controllability.execution.sampling import sample
 from controllability.interfaces import Component, Update, leaves
@@ -128,7 +128,7 @@ def claims(step: Step, schema: Schema) -> list[tuple[str, Any]]:
 
 def _stored(base: Any, change: Delta) -> Any:
     """A patched parameter as it is stored: the change is added entry by entry (experts' planes stay apart)."""
-    return added(base, change) if isinstance(change, ExpertLowRank) else base + change.dense()
+    return base + change.dense() if type(change) is LowRank else added(base, change)
 
 
 def stored_experts(update: Update, leaf: ExpertLinear) -> Any:

@@ -8,7 +8,9 @@ from controllability.proof import prove
 
 
 def rows(having: str = "") -> list[dict[str, Any]]:
-    """[{name, model_types, topology, feed_forward, places, verdict, rules, culprit, reason, hint}], in order of name.
+    """[{name, model_types, topology, feed_forward, places, verdict, level, rules, culprit, reason, hint}], in order of name.
+
+    ``level`` says where a patched model is equal to its target: behind "every layer", or at the "logits".
 
     ``having``: of those only with this in their name or in one of their model types; raises ``BadInput`` where there is none.
 
@@ -23,7 +25,8 @@ def rows(having: str = "") -> list[dict[str, Any]]:
             continue
         row: dict[str, Any] = {
             "name": name, "model_types": [*family.model_types], "topology": family.topology,
-            "feed_forward": family.feed_forward, "places": [*family.places], "verdict": "patchable", "rules": [],
+            "feed_forward": family.feed_forward, "places": [*family.places], "verdict": "patchable", "level": family.level,
+            "rules": [],
         }  # fmt: skip
         try:
             row["rules"] = [*prove(architectures.block(name)).rules]
@@ -38,6 +41,12 @@ def rows(having: str = "") -> list[dict[str, Any]]:
     return found
 
 
+def verdict(row: dict[str, Any]) -> str:
+    """The verdict of a row as people read it."""
+    logits = row["verdict"] == "patchable" and row["level"] == "logits"
+    return "patchable, exact at the logits" if logits else row["verdict"]
+
+
 def shapes(found: list[dict[str, Any]]) -> dict[tuple[str, str, str, str], list[str]]:
     """(topology, feed-forward, verdict, rules or culprit) -> the families that have them, the most common first.
 
@@ -48,7 +57,7 @@ def shapes(found: list[dict[str, Any]]) -> dict[tuple[str, str, str, str], list[
     groups: dict[tuple[str, str, str, str], list[str]] = {}
     for r in found:
         why = ", ".join(r["rules"]) or r["culprit"]
-        groups.setdefault((r["topology"], r["feed_forward"], r["verdict"], why), []).append(r["name"])
+        groups.setdefault((r["topology"], r["feed_forward"], verdict(r), why), []).append(r["name"])
     return dict(sorted(groups.items(), key=lambda item: (item[0][2] == "refused", -len(item[1]))))
 
 
@@ -66,6 +75,6 @@ def markdown() -> str:
     for r in rows():
         why = ", ".join(r["rules"]) if r["verdict"] == "patchable" else f"{r['culprit']}: {r['reason']}"
         others = ", ".join(t for t in r["model_types"] if t != r["name"])
-        cells = r["name"], others, r["topology"], r["feed_forward"], ", ".join(r["places"]), r["verdict"], why
+        cells = r["name"], others, r["topology"], r["feed_forward"], ", ".join(r["places"]), verdict(r), why
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

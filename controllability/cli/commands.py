@@ -30,7 +30,13 @@ def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named 
     output.result({"architectures": rows})
     if not sys.stdout.isatty():  # a line a family, for grep and its like
         for row in rows:
-            cells = row["name"], ", ".join(row["model_types"]), row["verdict"], row["topology"], row["feed_forward"]
+            cells = (
+                row["name"],
+                ", ".join(row["model_types"]),
+                catalogue.verdict(row),
+                row["topology"],
+                row["feed_forward"],
+            )
             output.text("\t".join((*cells, ", ".join(row["rules"]) or row["culprit"])))
         return 0
     output.table(

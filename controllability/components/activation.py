@@ -142,3 +142,51 @@ class SoftCap(Component, Bijection):
         if xp.symbolic:
             return xp.sum(xp.zeros_like(y)) + 1  # symbols: assumed
         return xp.min(xp.number(self.cap) - xp.magnitude(y))
+
+
+@dataclass(frozen=True)
+class Clamp(Component):
+    """y = min(max(x, ``low``), ``high``), elementwise; None leaves a side open.  x: (..., h).
+
+    >>> import numpy as np
+    >>> Clamp(None, 1.0)({}, np.array([-2.0, 2.0]))
+    array([-2.,  1.])
+    """
+
+    low: Any = None
+    high: Any = None
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        xp = arithmetic(x)
+        x = x if self.high is None else xp.minimum(x, self.high)
+        return x if self.low is None else xp.maximum(x, self.low)
+
+    def output_width(self, width: Size) -> Size:
+        return width
+
+    def describe(self) -> str:
+        return f"clamp to [{'−∞' if self.low is None else self.low}, {'∞' if self.high is None else self.high}]"
+
+
+@dataclass(frozen=True)
+class AboveMean(Component):
+    """y = relu(x − mean(x) − ``deviations``·std(x)): of roughly normal entries a fixed share is kept.  x: (..., h).
+
+    >>> import numpy as np
+    >>> AboveMean(0.0)({}, np.array([1.0, 3.0]))
+    array([0., 1.])
+    """
+
+    deviations: Any
+    bounds = {"deviations": "finite"}
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        xp = arithmetic(x)
+        centred = x - xp.mean(x)
+        return _relu(xp, centred - xp.number(self.deviations) * xp.sqrt(xp.mean(centred * centred)))
+
+    def output_width(self, width: Size) -> Size:
+        return width
+
+    def describe(self) -> str:
+        return f"what is {self.deviations:.3g} standard deviations above the mean"

@@ -11,7 +11,7 @@ from controllability.interfaces.arguments import refuse_misfits
 BOUNDS = {
     "top_k": "≥ 1", "group_best": "≥ 1", "renormalise": "≥ 1", "eps": "≥ 0", "scaling": "≠ 0", "cap": "> 0", "jitter": "≥ 0",
 }  # fmt: skip
-Score = Literal["softmax", "sigmoid", "identity", "sparsemixer"]
+Score = Literal["softmax", "sigmoid", "identity", "sqrt_softplus", "sparsemixer"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,9 @@ class Routing:
             return logits
         if self.score == "sigmoid":
             return xp.name(xp.sigmoid(logits))
+        if self.score == "sqrt_softplus":
+            size = xp.magnitude(logits)  # so that no exponential overflows
+            return xp.name(xp.sqrt((logits + size) / 2 + xp.log(1 + xp.exp(-size))))
         return xp.name(softmax(xp, logits))
 
     def _for_choice(self, params: Params, logits: Array, scores: Array) -> Array:

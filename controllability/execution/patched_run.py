@@ -150,7 +150,8 @@ class PatchedRun(Trace):
             goal = self.goals[path]
             change = goal.change() if goal.change else self._solve(path, goal)
             if isinstance(change, Shift):
-                self._same_size(path, change.value, goal.update.param.value(self.params))
+                base = goal.update.param.value(self.params)
+                self._same_size(path, change.shaped(base), base)
             self.solved[path] = change
         return self.solved[path]
 

@@ -1,6 +1,8 @@
 """Random or symbolic instances of a block: parameters and two states, for checks and for play."""
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -25,25 +27,41 @@ DEFAULT_SIZES = {
 
 def symbolic_sizes(block: Component) -> dict[str, Any]:
     """Symbols for the named sizes of a block's parameters; what follows from others is written with them."""
-    names = {s for p in block.parameters() for s in p.shape if isinstance(s, str)} | {*DEFAULT_SIZES}
-    symbols = {n: sympy.Symbol(n, integer=True, positive=True) for n in names}
-    return symbols | {f"2{n}": 2 * size for n, size in symbols.items()} | {"E+1": symbols["E"] + 1, "one": 1}
+    named = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
+    names = {*map(stem, named), *DEFAULT_SIZES}
+    symbols = {n: sympy.Symbol(n, integer=True, positive=True) for n in names} | {"one": 1}
+    return symbols | {n: number(n, symbols) for n in named}
+
+
+def stem(size: str) -> str:
+    """The size that a size follows from: 2h is twice h, E+1 one more than E.
+
+    >>> stem("2h"), stem("E+1"), stem("d")
+    ('h', 'E', 'd')
+    """
+    return size.lstrip("0123456789").removesuffix("+1") or size
+
+
+def number(size: int | str, known: Mapping[str, Any]) -> Any:
+    """What a size is where the sizes that others follow from are ``known``."""
+    if not isinstance(size, str) or size in known:
+        return known[size] if isinstance(size, str) else size
+    times = re.match(r"\d*", size)
+    assert times is not None
+    return int(times[0] or 1) * known[stem(size)] + int(size.endswith("+1"))
 
 
 def sizes_of(block: Component, **sizes: int) -> dict[str, int]:
     """Numbers for the named sizes of a block's parameters; raises ``BadInput`` for an unknown name."""
     named = {s for p in block.parameters() for s in p.shape if isinstance(s, str)}
-    usable = named | {*DEFAULT_SIZES} | {n.removeprefix("2") for n in named}
+    usable = named | {*DEFAULT_SIZES} | {*map(stem, named)}
     for name, size in sizes.items():
         if name not in usable or isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise BadInput(f"size {name}={size!r}: give whole numbers from 1 on for {', '.join(sorted(usable))}")
     known = DEFAULT_SIZES | sizes
-    # two of a size in one (gate and up in one matrix); a class for each expert and one for none
-    known = {f"2{n}": 2 * size for n, size in known.items()} | {"E+1": known["E"] + 1} | known
-    unknown = named - set(known)
-    if unknown:
+    if unknown := {n for n in named if n not in known and stem(n) not in known}:
         raise BadInput(f"give a number for size {', '.join(sorted(unknown))}")
-    return known
+    return {n: number(n, known) for n in named} | known
 
 
 @within_depth
@@ -72,11 +90,11 @@ def sample(
     for param in sorted(block.parameters(), key=str):
         if not param.shape:
             raise BadInput(f"the shape of {param} is not known: give Param({param.name!r}, shape=(…))")
-        shapes[str(param)] = tuple(_number(s, known) for s in param.shape)
+        shapes[str(param)] = tuple(number(s, known) for s in param.shape)
     widths = Layout.of(block).inputs
     if any(width is None for width in widths):
         raise BadInput("the width of the block's input is not known: no parameter of it says so")
-    shapes_in = [(*tokens, _number(width, known)) for width in widths if width is not None]
+    shapes_in = [(*tokens, number(width, known)) for width in widths if width is not None]
     params = {name: _draw(kind, name, shape, rng) for name, shape in shapes.items()}
     v, v_target = _states(kind, shapes_in, rng)
     return (_told_apart(params, v, v_target) if kind == "sympy" else params), v, v_target
@@ -87,10 +105,6 @@ def _states(kind: str, shapes: list[tuple[int, ...]], rng: np.random.Generator) 
         return _draw(kind, "v", shapes[0], rng), _draw(kind, "v'", shapes[0], rng)
     source = tuple(_draw(kind, f"v{i + 1}", shape, rng) for i, shape in enumerate(shapes))
     return source, tuple(_draw(kind, f"v{i + 1}'", shape, rng) for i, shape in enumerate(shapes))
-
-
-def _number(size: int | str, known: dict[str, int]) -> int:
-    return known[size] if isinstance(size, str) else size
 
 
 def _draw(kind: str, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:

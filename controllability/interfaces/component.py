@@ -100,11 +100,12 @@ class Component(ABC):
     scales = False  # it multiplies its input, entry by entry, by a parameter: the scale after a norm
     offset = 0  # what is added to its parameter to make the scale (Gemma stores m − 1)
     has_module = True  # whether a live module of its own computes it, where it has parameters
+    positions: int = 0  # of how many positions it reads a window, its own the last; 0 where it reads its own only
     per_expert = False  # it computes expert by expert, one row for each chosen one
     # which of a block's several inputs it picks; None for what takes the one that it is given
     reads_input: int | None = None
     input_name: str | None = None  # what it calls that input, "" for no name; None where it takes all that it is given
-    mixes = False  # that input is made from several positions, by what is no part of the block
+    mixes = False  # what it gives at a position hangs on others, by itself or by what is no part of the block
     normalises: str = ""  # how it normalises its input, "rms" or "layer"; "" where it does not
     norm_epsilon: Any = 0  # what it adds under the root, where it normalises
     chosen: int = 0  # how many of its experts serve a token; 0 where there are none to choose from

@@ -4,7 +4,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from controllability.errors import NotControllable
-from controllability.interfaces import Component, InputControllable, OutputControllable, Place, leaves, node, overlap
+from controllability.interfaces import (
+    Component,
+    InputControllable,
+    OutputControllable,
+    Place,
+    leaves,
+    node,
+    overlap,
+    updates_of,
+)
 from controllability.prover.edits import short
 from controllability.prover.remedies import TWICE, Remedy, remedies
 from controllability.rules import RULES, Attempt, Failure, Side, is_about
@@ -56,13 +65,16 @@ def explained(failures: Iterable[Failure], block: Component, prover: Search) -> 
     return sorted(telling, key=lambda f: (-f.weight, len(leaves(f.place.component))))
 
 
-def leaf_failure(place: Place, side: Side) -> Failure:
+def leaf_failure(place: Place, side: Side, jointly: bool = False) -> Failure:
     """The failure of a component about which no rule says anything."""
     component = place.component
     known = isinstance(component, InputControllable if side == "input" else OutputControllable)
     if side == "through":
         reason = "there is no inner function before the outer one"
         return Failure(place, f"{side} side", reason, "put a linear map before it", weight=-1, side=side)
+    if jointly and updates_of(component, side):
+        reason = "what moves its output serves one token, and no one change of it many"
+        return Failure(place, f"{side} side", reason, "ask for each token, or the last one, by itself", side=side)
     reason = f"it has no parameter that {STEERED[side]}"
     if side == "input":
         hint = "a linear map, a scale or a bias before it"

@@ -90,7 +90,7 @@ class Prover:
             best.setdefault(step.moved, step)
         found.steps = list(best.values())[:MOST]
         if not found.steps and not found.failures:
-            found.failures.append(leaf_failure(place, side))
+            found.failures.append(leaf_failure(place, side, self.jointly))
         return found
 
 

@@ -36,6 +36,8 @@ def proof_text(proof: Derivation, width: int | None = None, level: str = "derive
     lines = wrapped(f"patchable ({level}), via {proof.via} ({theorem}), route {proof.route}{many}", width)
     lines += _tree(proof.root, "", "", width)
     lines += wrapped("moves: " + ", ".join(sorted(map(str, proof.root.moved))), width, "", "       ")
+    claims = dict.fromkeys(step.rule.claim for step in proof.root.walk() if step.rule.claim)
+    lines += [line for claim in claims for line in wrapped(claim, width, "", "  ")]
     served = reach(proof)
     lines += wrapped("tokens in general position that one patch serves:", width) if served else []
     lines += [line for one in served for line in wrapped(f"- {one}", width, "", "  ")]

@@ -11,12 +11,14 @@ from controllability.rules.base import (
     construct as construct,
 )
 from controllability.rules.centred import OutputCentred
+from controllability.rules.collapse import InputSelfWeighted
 from controllability.rules.input_side import InputAfter, InputBefore, InputCombine, InputConstant
 from controllability.rules.leaves import LEAF_RULES
 from controllability.rules.mixture import InputMixture, JointMixture, JointThroughMixture, OutputMixture, ThroughMixture
 from controllability.rules.normalised import OutputNormalised
 from controllability.rules.normalised_jointly import JointNormalised
 from controllability.rules.output_side import (
+    InputFactor,
     OutputAfterFixed,
     OutputFactor,
     OutputSum,
@@ -28,7 +30,7 @@ from controllability.rules.through import ThroughBefore, ThroughSplit, ThroughSu
 
 RULES: list[Rule] = [
     *LEAF_RULES, InputConstant(), InputBefore(), InputAfter(), InputCombine(), InputMixture(), Theorem1(), Theorem1b(),
-    InputByOutput(),
+    InputByOutput(), InputFactor(), InputSelfWeighted(),
     OutputAfterFixed(), OutputThroughBijection(), OutputTimes(), OutputNormalised(), OutputCentred(), OutputSum(),
     OutputFactor(),
     OutputMixture(), ThroughSplit(), ThroughBefore(), ThroughSum(), ThroughMixture(),

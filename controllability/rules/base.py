@@ -107,6 +107,9 @@ class Rule(ABC):
     when: str
     patch: str
     source: str
+    claim: str = (
+        ""  # what the conclusion is worth in a model, where it is not that every layer gives the target's state
+    )
     jointly: bool | None = None  # whether it serves many tokens with one patch, or each with its own; None for both
     about: type | UnionType = Component  # the class of component that its statement names; any by default
 

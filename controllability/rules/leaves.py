@@ -67,6 +67,7 @@ LEAF_RULES = (
     LeafRule("O-linear", "output", "y ↦ W y (+ b)", "y ≠ 0", "ΔW = δ yᵀ/‖y‖²", "[G] lem:output_weight", 0),
     LeafRule("O-bias", "output", "y ↦ … + b", "always", "Δb = δ", "[G] lem:output_bias", 1),
     LeafRule("O-scale", "output", "y ↦ m∘y", "no y_i is 0 where δ_i ≠ 0", "Δm = δ/y", "[G] lem:output_elem_multiply", 2),
+    LeafRule("O-taps", "output", "z ↦ Σ_k c_k∘z_k", "no channel reads only zeros where δ_i ≠ 0", "Δc_k = δ∘z_k/Σ_j z_j²", "theory 8 (new)", 0),
     LeafRule("I-linear jointly", "input", "z_t ↦ W z_t (+ b)", "dependent z_t have dependent W(z'_t−z_t): T ≤ d", "ΔW = W(Z'−Z)Z⁺", "theory 5 (new)", 0, True),
     LeafRule("I-bias jointly", "input", "z_t ↦ f(z_t) + b", "all f(z'_t) − f(z_t) are equal", "Δb = f(z'_t) − f(z_t)", "theory 5 (new)", 1, True),
     LeafRule("I-scale jointly", "input", "z_t ↦ m∘z_t", "all m∘(z'_t−z_t)/z_t are equal", "Δm = m∘(z'_t−z_t)/z_t", "theory 5 (new)", 2, True),

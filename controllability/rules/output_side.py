@@ -113,7 +113,8 @@ class OutputSum(Rule):
 class OutputFactor(Rule):
     """p∘g elementwise, p fixed and nowhere zero: g reaches the wanted output divided by p."""
 
-    name, side = "O-factor", "output"
+    name: str = "O-factor"
+    side: Side = "output"
     about = Product
     statement = "p(y) ∘ g(y), p fixed"
     when = "g is output-controllable, no entry of p(y) is zero"
@@ -151,6 +152,21 @@ class OutputFactor(Rule):
             return value
 
         construct(step.premises[0], run, quotient)
+
+
+class InputFactor(OutputFactor):
+    """The same on the input side, for a factor that no parameter could steer: g reaches the target's product divided by p."""
+
+    name, side = "I-factor", "input"
+    statement = "p(z) ∘ g(z), p without parameters"
+    patch = "g's with δ = p(z')∘g(z')/p(z) − g(z)"
+
+    def derive(self, place: Place, prover: Search) -> Attempt:
+        bare = [part for part in place.parts() if not part.component.parameters()]
+        return super().derive(place, prover) if len(bare) == len(place.parts()) - 1 else Attempt()
+
+    def construct(self, step: Step, run: PatchedRun, wanted: Target) -> None:
+        super().construct(step, run, lambda: run.target.output(step.place.outlet))
 
 
 NOTHING_PASSES = "where the other factor is zero nothing passes: steer after the product, by a bias or a linear map"

@@ -7,7 +7,7 @@ code that runs on NumPy runs on these arrays unchanged.
 
 import operator
 from collections.abc import Iterable, Sequence
-from functools import partialmethod, reduce
+from functools import cache, partialmethod, reduce
 from itertools import zip_longest
 from typing import Any
 
@@ -123,7 +123,7 @@ class IndexedArray:
         return (left * other.swapaxes(-1, -2)).sum(-1)
 
     def reshape(self, *shape: Any) -> "IndexedArray":
-        """(n,) from anything with one long axis, and (experts · rows, in) into (experts, rows, in)."""
+        """(n,) from anything with one long axis, (experts · rows, in) into (experts, rows, in), and the last axis into two or back."""
         shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
         long = [p for p in reversed(range(self.ndim)) if self.shape[-1 - p] != 1]
         if shape in ((-1,), ()) and len(long) <= 1:
@@ -132,6 +132,17 @@ class IndexedArray:
             rows = self.shape[0] / shape[0]
             row, column = axis_index(1), axis_index(2)
             return IndexedArray((shape[0], rows, shape[2]), self.entry.xreplace({row: column * rows + row}))
+        if shape[-1:] == (-1,) and shape[:-2] == self.shape[:-1]:
+            inner = sympy.sympify(self.shape[-1]) / shape[-2]
+            inner = int(inner) if inner.is_Integer else inner
+            raised = {axis_index(p): axis_index(p + 1) for p in range(1, self.ndim)}
+            place = _places()[2](axis_index(1), axis_index(0), inner)
+            return IndexedArray((*shape[:-1], inner), self.entry.xreplace(raised | {axis_index(0): place}))
+        if shape[-1:] == (-1,) and shape[:-1] == self.shape[:-2]:
+            row, column = (place(axis_index(0), self.shape[-1]) for place in _places()[:2])
+            lowered = {axis_index(p): axis_index(p - 1) for p in range(2, self.ndim)}
+            entry = self.entry.xreplace(lowered | {axis_index(1): row, axis_index(0): column})
+            return IndexedArray((*self.shape[:-2], self.shape[-2] * self.shape[-1]), entry)
         raise NotExact(f"an array of shape {self.shape} cannot be reshaped to {shape} in index notation")
 
     def __getitem__(self, key: Any) -> "IndexedArray":
@@ -177,6 +188,30 @@ class IndexedArray:
         pushed = {axis_index(p): axis_index(p + inner) for p in range(index.ndim)}
         entry = self.entry.xreplace({axis_index(inner): index.entry.xreplace(pushed)})
         return IndexedArray((*index.shape, *self.shape[1:]), entry)
+
+
+@cache
+def _places() -> tuple[Any, Any, Any]:
+    """place(i, j, n) of entry (i, j) among rows of n numbers one after the other; row(k, n) and column(k, n) undo it."""
+
+    def evaluated(of_numbers: Any, of_itself: Any) -> Any:
+        def rule(_: Any, *given: Any) -> Any:
+            if all(each.is_number for each in given):
+                return sympy.Integer(of_numbers(*(round(sympy.re(each)) for each in given)))
+            return of_itself(*given)
+
+        return {"eval": classmethod(rule), "is_integer": True, "is_nonnegative": True}
+
+    def undone(which: int) -> Any:
+        return lambda k, n: k.args[which] if k.func == place and k.args[2] == n else None
+
+    def joined(i: Any, j: Any, n: Any) -> Any:
+        return i.args[0] if (i.func, j.func) == (row, column) and i.args == j.args == (i.args[0], n) else None
+
+    row = type("row", (sympy.Function,), evaluated(lambda k, n: k // n, undone(0)))
+    column = type("column", (sympy.Function,), evaluated(lambda k, n: k % n, undone(1)))
+    place = type("place", (sympy.Function,), evaluated(lambda i, j, n: i * n + j, joined))
+    return row, column, place
 
 
 def concatenated(parts: Sequence[Any], axis: int = 0) -> IndexedArray:

@@ -1,5 +1,6 @@
 """Reads a patch that was made elsewhere: names, shapes and kinds of numbers, all that does not fit in one error."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,8 @@ class _Reader:
         """The delta, and whether it was given in the transposed shape."""
         if isinstance(change, LowRank):
             return self._low_rank(change)
-        return self._dense(change.value if isinstance(change, Shift) else change)
+        flat = isinstance(change, Shift) and change.value.shape[-1:] == (math.prod(self.shape),)
+        return self._dense(change.shaped(self.base) if flat else change.value if isinstance(change, Shift) else change)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,6 +141,8 @@ class _Reader:
             raise BadInput(f"the change of {self.param} has shape {found}: expected {own}{many}")
         if lead and place is None:
             raise BadInput(f"{self.param} is read whole: it can be changed for all tokens only, not {found}")
+        if place is not None and place[1].positions:  # taps of a convolution
+            return Shift(x.reshape(*lead, -1)), turned
         if place is None or len(own) < 2:
             return Shift(x if place is None else self._spread(x, lead, rows, len(own))), turned
         in_out, stacked = _storage(place[1])

@@ -15,7 +15,7 @@ from architectures.registry import StatePoint
 from controllability.errors import ReadingError
 from controllability.interfaces import Path, node
 from controllability.models.hooks.expert_hooks import Stage, listen
-from controllability.models.hooks.installation import HookStack, first_tensor
+from controllability.models.hooks.installation import HookStack, first_argument, first_tensor
 from controllability.models.hooks.telling_weight import TellingWeight
 
 
@@ -47,6 +47,8 @@ class LayerHook:
     ) -> None:  # fmt: skip
         self.layer, self.listener, self.sequence_first = layer, listener, sequence_first
         self.grid = (0, 0)
+        own = (seen for seen in (*layer.inputs, layer.output) if seen.module == layer.name)
+        self.stacked = next((seen.item for seen in own if seen.item is not None), None)  # which of its streams is meant
         module = model.get_submodule(layer.name)
         if getattr(module, "chunk_size_feed_forward", 0):  # the same computation, in one piece
             installation.assign(module, "chunk_size_feed_forward", 0)
@@ -68,7 +70,8 @@ class LayerHook:
     def _begin(self, x: Tensor) -> None:
         if self.listener is None:
             return
-        if isinstance(x, Tensor) and x.ndim == 3:
+        if isinstance(x, Tensor) and x.ndim in (3, 4):
+            x = x if self.stacked is None else x[self.stacked]
             self.grid = (x.shape[1], x.shape[0]) if self.sequence_first else (x.shape[0], x.shape[1])
         self.listener.begins()
 
@@ -89,17 +92,19 @@ class LayerHook:
         elif seen.when == "before":
             installation.before(module, tell, seen.argument)
         else:
-            name = seen.argument
-            installation.after(module, lambda x, out: tell(getattr(out, name) if name else first_tensor(out)))
+            name, item = seen.argument, seen.item
+            shown = lambda out: getattr(out, name) if name else first_tensor(out) if item is None else out[item]  # noqa: E731
+            installation.after(module, lambda x, out: tell(shown(out)))
 
     def _tap(self, installation: HookStack, model: nn.Module, tap: Tap) -> None:
         module = model.get_submodule(tap.module)
+        read = _Windows(installation, module, node(self.layer.block, tap.inlet).positions)
         inside = any(tap.inlet[: len(m) + 1] == (*m, 1) for m in self.layer.experts)
 
         def told(x: Tensor, y: Tensor) -> Tensor | None:
             if self.listener is None:
                 return None
-            x, folded = self.fold(x), self.fold(y)
+            x, folded = read(self.fold(x)), self.fold(y)
             if inside:  # before the experts' own maps a token is one slot for all of them
                 x, folded = x[:, :, None], folded[:, :, None]
             changed = self.listener.computed(tap, x, folded)
@@ -131,6 +136,8 @@ class LayerHook:
             raise ReadingError(
                 f"layer {self.layer.name}: its modules run outside of its own call: they are shared with another layer"
             )
+        if x.ndim == 4 and not slots and shape[:2] == self.grid:  # several streams: one state
+            return x.flatten(2)
         features = shape[-2:] if slots else shape[-1:]
         leading = shape[: -len(features)]
         if leading == (batch, length) and not (self.sequence_first and batch != length):
@@ -151,6 +158,32 @@ class LayerHook:
         if x.shape == like.shape and not self.sequence_first:
             return x
         return (x.transpose(0, 1) if self.sequence_first else x).reshape(like.shape)
+
+
+class _Windows:
+    """What a module that looks back reads at each position: the last ``count`` positions side by side, oldest first.
+
+    What is in its cache comes before, padding counts as 0.
+    """
+
+    def __init__(self, installation: HookStack, module: nn.Module, count: int) -> None:
+        self.count, self.before, self.mask = count, torch.empty(0), torch.empty(0)
+        if count:
+            installation.called(module, lambda given: self._remember(module, given))
+
+    def _remember(self, module: Any, given: Mapping[str, Any]) -> None:
+        x, cache, mask = first_argument((), dict(given)), given.get("past_key_values"), given.get("conv_mask")
+        state = None if cache is None else cache.get_conv_state(module.layer_idx, state_idx=module.conv_idx)
+        self.before = x[:, :0] if state is None else state.transpose(1, 2)[:, 1 - self.count :].to(x.dtype, copy=True)
+        self.mask = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.count:
+            return x
+        length = x.shape[1]
+        x = torch.cat([self.before, x * self.mask[..., None]], 1)
+        x = nn.functional.pad(x, (0, 0, self.count - 1, 0))[:, 1 - self.count - length :]
+        return x.unfold(1, self.count, 1).transpose(2, 3).flatten(2)
 
 
 class LayerHooks:

@@ -55,7 +55,7 @@ def _install(patch: PatchRecord, model: nn.Module, installation: HookStack) -> N
             model, layer, applier, installation, applier.taps, states=False,
             sequence_first=reading.architecture.sequence_first,
         )  # fmt: skip
-        installation.after(model.get_submodule(layer.name), lambda _, __, applier=applier: applier.ended())
+        installation.after(model.get_submodule(layer.end), lambda _, __, applier=applier: applier.ended())
     names = [layer.name for layer in patched]
     Calls(installation, model, names)
     refuse_readers(installation, model, [*names, *(entry.module for entry in patch.entries)])

@@ -26,7 +26,7 @@ def write(stored: Tensor, param: Param, delta: Delta, reads: Tensor | None = Non
     stored = stored[param.index] if param.index else stored
     loss, size = Loss(), float(delta.norms().double().square().sum()) ** 0.5
     if isinstance(delta, Shift):
-        exact = stored.to(wider(stored.dtype)) + delta.value.reshape(-1, stored.shape[-1])[0]
+        exact = stored.to(wider(stored.dtype)) + delta.value.reshape(-1, *stored.shape)[0]
         stored.copy_(exact)
         loss.squares = float((stored - exact).double().square().sum())
     elif isinstance(delta, ExpertLowRank):

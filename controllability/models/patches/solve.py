@@ -96,6 +96,7 @@ def solve(
         sum(e.delta.numbers for e in entries), sum(e.delta.dense_numbers for e in entries),
         time.perf_counter() - started, Layers(records, checked.norms), source_rows.named(),
         fit=None if joint.exact else {"ridge": joint.ridge, "rank": joint.rank}, place=reading.place,
+        level=reading.architecture.level if reading.place == "feed-forward" else "every layer",
     )  # fmt: skip
     inputs = {"target": target, "source": source, "positions": positions}
     seen = look_at(model)  # a setting that the model's own runs write is none

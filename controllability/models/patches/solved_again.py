@@ -47,7 +47,7 @@ def solve_again(patch: PatchRecord, model: nn.Module, put: Callable[[Entry], Non
             sweeper, watched = Sweeper(layer, [solver], lambda _: None), HookStack()
             installation.finally_do(watched.undo)
             LayerHook(model, layer, sweeper, watched, sequence_first=reading.architecture.sequence_first)
-            installation.again(model.get_submodule(layer.name), _written(watched, solver, put))
+            installation.again(model.get_submodule(layer.end), _written(watched, solver, put))
         model(**without_cache(model, inputs["source"]))
 
 

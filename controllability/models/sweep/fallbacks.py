@@ -45,11 +45,13 @@ class Plan:
         self.fixed = derivations is not None
         self.choices = list(derivations or [0] * len(proofs))
         self.first: dict[int, SideConditionFailed] = {}
+        self.held: set[int] = {len(proofs) - 1}  # layers behind which nothing makes good what they miss
         self.short = self.fixed  # whether layers before the last one need not reach all their targets
 
     def solver(self, layer: Layer, call: int, target: LayerTarget, rows: Positions) -> LayerSweep:
         """What solves one call of a layer."""
         known = None if self.served is None else self.served[layer.index, call]
+        self.held |= {layer.index} if layer.final else set()
         proof, choice = self.proofs[layer.index], self.choices[layer.index]
         options = self._options(layer.index, self.short)
         return LayerSweep(layer, call, proof, choice, target, rows, self.scope, options, known, self.metrics)
@@ -59,7 +61,7 @@ class Plan:
         return self.joint is None or self.joint.at(layer) is not None
 
     def _options(self, layer: int, short: bool) -> JointOptions | None:
-        return options_at(self.joint and self.joint.at(layer), layer == len(self.proofs) - 1, short)
+        return options_at(self.joint and self.joint.at(layer), layer in self.held, short)
 
     def after(self, failed: SideConditionFailed) -> None:
         """Go on to the layer's next derivation, then to falling short; raises the first failure when neither is left."""

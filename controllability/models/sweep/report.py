@@ -92,7 +92,8 @@ class Report(OneLine):
     ``pairs`` are (sample, position) of the source, one for each entry of the layers' tokens.  ``rounding`` says what
     the last ``merge`` into the weights cost, parameter by parameter.  ``fit`` is None where every layer's target is
     promised, else {"ridge": λ, "rank": the largest rank of a ΔW, or None}: least squares, which promise no target.  ``place`` is the
-    half of a layer that was patched.
+    half of a layer that was patched, ``level`` says where the model is then equal to its target: behind "every layer", or at the
+    "logits" only.
     """
 
     scope: str
@@ -108,6 +109,7 @@ class Report(OneLine):
     rounding: "list[Rounding]" = field(default_factory=list)
     fit: dict[str, Any] | None = None
     place: str = "feed-forward"
+    level: str = "every layer"
     probe: Callable[[], Sensitivity] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -131,7 +133,7 @@ class Report(OneLine):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Report":
         """What ``to_dict`` made of one; raises ``KeyError`` or ``TypeError`` for anything else."""
-        data = {"place": "feed-forward"} | data  # what was written before there was another place
+        data = {"place": "feed-forward", "level": "every layer"} | data  # what was written before there were others
         known = {f.name: data[f.name] for f in fields(cls) if f.name != "probe"}
         known["layers"] = [LayerReport.from_dict(layer) for layer in data["layers"]]
         known["rounding"] = [Rounding(**each) for each in data["rounding"]]
@@ -170,7 +172,8 @@ class Report(OneLine):
 
     def below(self) -> str:
         """What the columns say, and what is to be said of the patch as a whole."""
-        told = EXPLAINED + ("" if self.sensitivity is None else f"\n{self.sensitivity}")
+        told = EXPLAINED + (AT_THE_LOGITS if self.level == "logits" else "")
+        told += "" if self.sensitivity is None else f"\n{self.sensitivity}"
         if self.fit is None:
             return told
         asked = [f"{name} {value:g}" for name, value in self.fit.items() if value]
@@ -188,6 +191,7 @@ EXPLAINED = (
     "\nsmallest margin: how far the nearest side condition is from failing; 0 is failure"
     "\n‖ΔW‖/‖W‖, max|Δm|/|m|: the largest relative change of a map's weight, and of one entry of a norm's scale"
 )
+AT_THE_LOGITS = "\nexact at the logits: of several residual streams what the head reads is the target's, the streams themselves are not"
 
 
 def _cells(residual: float, route: str, amplification: Any, condition: Any, margins: Any, changes: Any) -> list[str]:
