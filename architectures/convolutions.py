@@ -27,7 +27,7 @@ def convolved(module: str, residual: StatePoint, scaled: bool) -> Shape:
         return Sum((r, u >> Window(count) >> taps))
 
     built: Build = build
-    return Shape(built, "sequential, convolution over time", "not moved", (residual, StatePoint(module)))
+    return Shape(built, "sequential, convolution over time", "not moved", (residual, StatePoint(module)), mixer=None)
 
 
 family("inkling_text", "InklingDecoderLayer", convolved("mlp_sconv", StatePoint("post_attention_layernorm"), False))

@@ -140,8 +140,10 @@ def deepseek_v4(view: View) -> Component | None:
 HALF_HY = replace(DEEPSEEK, glu=clamped_glu)
 HALF_V4 = MoE(scored, shared=clamped, glu=clamped_glu)
 HEAD = f"{SEVERAL}, collapsed by hc_head"
-family("hy_v4", "HYV4DecoderLayer", Shape(hy_v4, HEAD, "gated, mixture of experts"), level="logits")
-family("deepseek_v4", "DeepseekV4DecoderLayer", Shape(deepseek_v4, HEAD, "mixture of experts"), level="logits")
+family("hy_v4", "HYV4DecoderLayer", Shape(hy_v4, HEAD, "gated, mixture of experts", mixer=None), level="logits")
+family(
+    "deepseek_v4", "DeepseekV4DecoderLayer", Shape(deepseek_v4, HEAD, "mixture of experts", mixer=None), level="logits"
+)
 
 
 def qwen4_exp(view: View) -> Component | None:
@@ -161,7 +163,7 @@ def qwen4_exp(view: View) -> Component | None:
 
 family(
     "qwen4_exp qwen4_exp_text", "Qwen4ExpTextGatedResidual",
-    Shape(qwen4_exp, f"{SEVERAL}, each normalised, mixed by hyper_connection_mixer", "not moved"),
+    Shape(qwen4_exp, f"{SEVERAL}, each normalised, mixed by hyper_connection_mixer", "not moved", mixer=None),
     inputs=(StatePoint(""),), level="logits",
 )  # fmt: skip
 
@@ -193,7 +195,7 @@ def unembeddings(view: View) -> Mapping[str, Component]:
 
 family(
     "gemma3n gemma3n_text", "Gemma3nTextDecoderLayer",
-    Shape(gemma3n, f"{SEVERAL} (AltUp), joined by altup_unembed_projections", "gated"),
+    Shape(gemma3n, f"{SEVERAL} (AltUp), joined by altup_unembed_projections", "gated", mixer=None),
     inputs=(StatePoint("pre_feedforward_layernorm"), StatePoint("input_layernorm")),
     output=StatePoint("", "after", item=0), level="logits", tail=unembeddings,
     ignored=("altup.correct_output_scale", "altup.prediction_coefs"),
