@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from controllability.errors import BadInput, NotVerified, PatchError, SideConditionFailed
-from controllability.interfaces import JointOptions
 from controllability.models.hooks.carried_patches import carried, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.hooks.own_modes import own_modes
@@ -122,9 +121,15 @@ def _gone_on(
 
 
 def _refuse_unfit(patch: PatchRecord, model: nn.Module) -> Stream:
-    if patch.scope != "all" or patch.joint is None or not patch.joint.exact:
-        raise PatchError(f"only an exact patch of scope 'all' can be extended or unlearn a context, and this one is of scope '{patch.scope}'"
-                         + ("" if patch.scope != "all" else ", a fit (ridge or rank)"))  # fmt: skip
+    if patch.scope != "all" or patch.joint is None:
+        raise PatchError(
+            f"only a patch of scope 'all' can be extended or unlearn a context, and this one is of scope '{patch.scope}'"
+        )
+    if patch.joint.damping is not None:
+        raise PatchError(
+            "a fit of a strength is neither extended nor unlearns a context: its tokens count by what their own context changes; "
+            "compile the other context on top of it (merge this one first), or unmerge what is to go"
+        )
     if patch._merged_into is not None or patch.id in carried(model):
         raise PatchError(
             "this patch is on the model at the moment: leave applied() or unmerge before extending or unlearning"
@@ -274,9 +279,8 @@ def _anew(patch: PatchRecord, model: nn.Module, inputs: dict[str, Any]) -> dict[
     device = next(model.parameters()).device
     there, here = ({k: v.to(device) for k, v in inputs[role].items()} for role in ("target", "source"))
     assert patch.joint is not None
-    joint = JointOptions(keep_rms=patch.joint.keep_rms)
     asked = patch.report.via, patch.report.route, inputs["positions"]
-    made = solve(model, there, here, "all", *asked, silent, joint, patch.moments, place=patch.report.place)
+    made = solve(model, there, here, "all", *asked, silent, patch.joint, patch.moments, place=patch.report.place)
     made.report = replace(made.report, probe=patch.report.probe)
     names = "entries inputs rows report output target_output stream fingerprint measured _seen"
     return {name: getattr(made, name) for name in names.split()}
