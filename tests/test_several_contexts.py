@@ -178,7 +178,7 @@ def test_a_fit_of_a_strength_says_why_it_is_not_extended():
     model, tokenizer = load("float32")
     context, questions = facts(ABOUT[0])
     found = ct.compile_context(model, tokenizer, context, questions, moments=moments()).patch
-    with pytest.raises(ct.PatchError, match=r"a fit of a strength.*compile the other context on top of it"):
+    with pytest.raises(ct.PatchError, match=r"a fit of a strength.*compile another context on top"):
         learn(found, model, ABOUT[1])
     with pytest.raises(ct.PatchError, match="unmerge what is to go"):
         found.unlearn(model, {"input_ids": ids(context)[None]})

@@ -94,12 +94,10 @@ def unlearn(patch: PatchRecord, model: nn.Module, context: Mapping[str, Any]) ->
         sequences = _refuse_unfit(patch, model).sequences
         patch.refuse_misuse(model)
         kept = [s for s in sequences if not s.stands_behind(context["input_ids"][0].cpu())]
-        if len(kept) in (0, len(sequences)):
-            none, all_ = (
-                "no sequence of this patch has it as its context",
-                "it stands for nothing else: let the patch go",
-            )
-            raise BadInput(f"unlearn: {none if kept else all_}")
+        if len(kept) == len(sequences):
+            raise BadInput("unlearn: no sequence of this patch has it as its context")
+        if not kept:
+            raise BadInput("unlearn: it stands for nothing else: let the patch go")
         before = patch.report.tokens
         changed = _anew(patch, model, batch_of(kept)[0])
         found = Extension(changed["report"].tokens - before, time.perf_counter() - started, 0.0, False, True)
@@ -122,18 +120,12 @@ def _gone_on(
 
 def _refuse_unfit(patch: PatchRecord, model: nn.Module) -> Stream:
     if patch.scope != "all" or patch.joint is None:
-        raise PatchError(
-            f"only a patch of scope 'all' can be extended or unlearn a context, and this one is of scope '{patch.scope}'"
-        )
+        raise PatchError(f"only a patch of scope 'all' can be extended or unlearn, not one of scope '{patch.scope}'")
     if patch.joint.damping is not None:
-        raise PatchError(
-            "a fit of a strength is neither extended nor unlearns a context: its tokens count by what their own context changes; "
-            "compile the other context on top of it (merge this one first), or unmerge what is to go"
-        )
+        raise PatchError("a fit of a strength is not extended and unlearns nothing: its tokens count by what their own context changes; "
+                         "compile another context on top (merge this patch first), and unmerge what is to go")  # fmt: skip
     if patch._merged_into is not None or patch.id in carried(model):
-        raise PatchError(
-            "this patch is on the model at the moment: leave applied() or unmerge before extending or unlearning"
-        )
+        raise PatchError("this patch is on the model: leave applied() or unmerge before extending or unlearning")
     if patch.stream is None:
         raise PatchError(
             "this patch does not remember its tokens (it was loaded, or made from inputs other than token ids): make it again"

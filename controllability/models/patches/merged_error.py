@@ -50,10 +50,7 @@ class Before:
     unpatched: Tensor
 
     def compare(self, patch: PatchRecord, model: nn.Module) -> None:
-        """Measure what the merge did; it stands in ``patch.merged``.
-
-        Warns where the merged model misses its target; of a fit, which promises none, where it misses by more than unmerged.
-        """
+        """Measure what the merge did, for ``patch.merged``.  Warns where it misses its target; a fit, by more than unmerged."""
         found = patch.merged = _compared(patch, at_source(patch, model), self.wanted, self.unpatched)
         fits = patch.joint is not None and not patch.joint.exact
         unmerged = float("inf") if found.applied is None else found.applied  # of a loaded patch it is not known
