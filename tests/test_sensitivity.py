@@ -88,6 +88,15 @@ def test_a_merge_that_misses_says_so_unless_told_not_to_look():
     mp.unmerge(model)
 
 
+def test_a_merged_fit_is_held_against_what_it_gives_unmerged():
+    model, (target, source) = fragile_gemma().bfloat16(), runs()
+    mp = ct.patch_model(model, target, source, scope="all", rank=100)
+    with pytest.warns(ct.ControllabilityWarning, match=r"misses its target.*applied"):
+        mp.merge(model, corrected=False)
+    assert mp.merged.relative_error > mp.merged.applied
+    mp.unmerge(model)
+
+
 def test_json_and_files_hold_it(tmp_path):
     model, (target, source) = fragile_gemma(), runs()
     mp = ct.patch_model(model, target, source, scope="last")

@@ -61,14 +61,18 @@ def runs(about):
 
 def at_once(model, contexts, second):
     """One batch of all their questions."""
-    target, source, here, there = zip(*(run for about in contexts for run in runs(about)), strict=True)
+    return in_one_batch(model, [run for about in contexts for run in runs(about)], via="output", moments=second)
+
+
+def in_one_batch(model, sequences, **options):
+    target, source, here, there = zip(*sequences, strict=True)
     inputs = [
         {"input_ids": pad_sequence(list(rows), batch_first=True), "attention_mask": pad_sequence([r * 0 + 1 for r in rows], batch_first=True)}
         for rows in (target, source)
     ]  # fmt: skip
     longest = torch.arange(max(map(len, here))).expand(len(here), -1)
     positions = longest, pad_sequence(list(there), batch_first=True)
-    return ct.patch_model(model, *inputs, scope="all", via="output", positions=positions, moments=second)
+    return ct.patch_model(model, *inputs, scope="all", positions=positions, **options)
 
 
 def learn(patch, model, about):
@@ -147,6 +151,39 @@ def test_streaming_in_the_metric_is_solving_at_once(family, via):
             assert torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), atol=1e-9)
 
 
+@pytest.mark.parametrize("options", [{"ridge": 0.05}, {"rank": 2}, {"ridge": 1e-3, "rank": 3}])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
+def test_a_fit_is_extended_and_unlearns_as_if_solved_at_once(family, options):
+    model, one, two = built(family), Talk(2), Talk(3)
+    with ct.exact_mode():
+        alone, other = one.patch(model, 4, **options), two.patch(model, 5, **options)
+        patch = one.patch(model, 3, **options)
+        for done in (
+            patch.extend(model, one.target(4), one.source(4)),  # goes on
+            patch.extend(model, two.target(5), two.source(5), positions=two.pairs(5)),
+        ):
+            assert done.anew
+        sequences = [
+            (talk.target(n)["input_ids"][0], talk.source(n)["input_ids"][0], *talk.pairs(n))
+            for talk, n in ((one, 4), (two, 5))
+        ]
+        assert patch.report.fit == alone.report.fit and patch.report.tokens == 11
+        assert apart(patch, in_one_batch(model, sequences, **options)) < 1e-9
+        assert two.errors(model, patch, 5)[0] < 0.9 * two.errors(model, alone, 5)[0]
+        patch.unlearn(model, {"input_ids": torch.cat([one.first, one.context])[None]})
+        assert apart(patch, other) < 1e-9
+
+
+def test_a_fit_of_a_strength_says_why_it_is_not_extended():
+    model, tokenizer = load("float32")
+    context, questions = facts(ABOUT[0])
+    found = ct.compile_context(model, tokenizer, context, questions, moments=moments()).patch
+    with pytest.raises(ct.PatchError, match=r"a fit of a strength.*compile another context on top"):
+        learn(found, model, ABOUT[1])
+    with pytest.raises(ct.PatchError, match="unmerge what is to go"):
+        found.unlearn(model, {"input_ids": ids(context)[None]})
+
+
 def test_queries_of_two_contexts_that_begin_alike_are_refused_and_nothing_is_lost():
     model, one, two = built("llama"), Talk(2), Talk(3)
     two.words = torch.cat([one.words[:2], two.words])
@@ -189,8 +226,6 @@ def test_what_cannot_be_unlearned_says_why_and_nothing_is_lost(tmp_path, monkeyp
             patch.unlearn(model, {"input_ids": one.context})
         with patch.applied(model), pytest.raises(ct.PatchError, match="before extending or unlearning"):
             patch.unlearn(model, first)
-        with pytest.raises(ct.PatchError, match=r"unlearn a context.*a fit"):
-            one.patch(model, 3, ridge=1e-3).unlearn(model, first)
         patch.save(tmp_path / "patch", model)
         with pytest.raises(ct.PatchError, match="does not remember its tokens"):
             ct.load_patch(tmp_path / "patch").unlearn(model, first)

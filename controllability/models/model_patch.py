@@ -78,6 +78,7 @@ class ModelPatch(PatchRecord):
         tokens (a cached step of each run, O(rank · width) a map); what a new joint scale costs is timed apart.  Returns an
         ``Extension``; the patch is changed in place, or left as it was.  Raises ``SideConditionFailed`` with a
         certificate where the new tokens contradict the earlier ones, ``PatchError`` while the patch is on a model.
+        A fit (``ridge``, ``rank``) is solved anew with the new tokens; one of a strength (``compile_context``) is refused.
         Source: theory 5, streaming (new).
 
         >>> # mp.extend(model, target={"input_ids": context_and_more}, source={"input_ids": more})

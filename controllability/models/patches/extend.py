@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from controllability.errors import BadInput, NotVerified, PatchError, SideConditionFailed
-from controllability.interfaces import JointOptions
 from controllability.models.hooks.carried_patches import carried, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.hooks.own_modes import own_modes
@@ -95,12 +94,10 @@ def unlearn(patch: PatchRecord, model: nn.Module, context: Mapping[str, Any]) ->
         sequences = _refuse_unfit(patch, model).sequences
         patch.refuse_misuse(model)
         kept = [s for s in sequences if not s.stands_behind(context["input_ids"][0].cpu())]
-        if len(kept) in (0, len(sequences)):
-            none, all_ = (
-                "no sequence of this patch has it as its context",
-                "it stands for nothing else: let the patch go",
-            )
-            raise BadInput(f"unlearn: {none if kept else all_}")
+        if len(kept) == len(sequences):
+            raise BadInput("unlearn: no sequence of this patch has it as its context")
+        if not kept:
+            raise BadInput("unlearn: it stands for nothing else: let the patch go")
         before = patch.report.tokens
         changed = _anew(patch, model, batch_of(kept)[0])
         found = Extension(changed["report"].tokens - before, time.perf_counter() - started, 0.0, False, True)
@@ -122,13 +119,13 @@ def _gone_on(
 
 
 def _refuse_unfit(patch: PatchRecord, model: nn.Module) -> Stream:
-    if patch.scope != "all" or patch.joint is None or not patch.joint.exact:
-        raise PatchError(f"only an exact patch of scope 'all' can be extended or unlearn a context, and this one is of scope '{patch.scope}'"
-                         + ("" if patch.scope != "all" else ", a fit (ridge or rank)"))  # fmt: skip
+    if patch.scope != "all" or patch.joint is None:
+        raise PatchError(f"only a patch of scope 'all' can be extended or unlearn, not one of scope '{patch.scope}'")
+    if patch.joint.damping is not None:
+        raise PatchError("a fit of a strength is not extended and unlearns nothing: its tokens count by what their own context changes; "
+                         "compile another context on top (merge this patch first), and unmerge what is to go")  # fmt: skip
     if patch._merged_into is not None or patch.id in carried(model):
-        raise PatchError(
-            "this patch is on the model at the moment: leave applied() or unmerge before extending or unlearning"
-        )
+        raise PatchError("this patch is on the model: leave applied() or unmerge before extending or unlearning")
     if patch.stream is None:
         raise PatchError(
             "this patch does not remember its tokens (it was loaded, or made from inputs other than token ids): make it again"
@@ -274,9 +271,8 @@ def _anew(patch: PatchRecord, model: nn.Module, inputs: dict[str, Any]) -> dict[
     device = next(model.parameters()).device
     there, here = ({k: v.to(device) for k, v in inputs[role].items()} for role in ("target", "source"))
     assert patch.joint is not None
-    joint = JointOptions(keep_rms=patch.joint.keep_rms)
     asked = patch.report.via, patch.report.route, inputs["positions"]
-    made = solve(model, there, here, "all", *asked, silent, joint, patch.moments, place=patch.report.place)
+    made = solve(model, there, here, "all", *asked, silent, patch.joint, patch.moments, place=patch.report.place)
     made.report = replace(made.report, probe=patch.report.probe)
     names = "entries inputs rows report output target_output stream fingerprint measured _seen"
     return {name: getattr(made, name) for name in names.split()}

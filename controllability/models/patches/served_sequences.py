@@ -50,7 +50,7 @@ class TokenSequence:
 class Stream:
     """What a patch of scope "all" remembers, to go on from: its tokens leaf by leaf, and its sequences.
 
-    It ``goes_on`` if what earlier tokens give can stay: not where a norm's scale is only near (or sizes are free), where
+    It ``goes_on`` if what earlier tokens give can stay: not in a fit, where a norm's scale is only near (or sizes are free), where
     positions are left out of the patch, which would move, or where padding on the left was taken away.
     """
 
@@ -60,11 +60,11 @@ class Stream:
 
     @staticmethod
     def of(solvers: list[LayerSweep], inputs: Mapping[str, Any], pairs: list[Any]) -> "Stream":
-        """From a solved patch; ``pairs`` are its (source rows, target rows)."""
+        """From a solved patch; ``pairs`` are its (source rows, target rows).  A fit has no ``solvers`` to go on from."""
         sequences = _sequences(inputs, *pairs)
         masks = [mask for role in ("target", "source") if (mask := inputs[role].get("attention_mask")) is not None]
         padded_left = bool(sequences) and any(not bool((mask[:, 0] != 0).all()) for mask in masks)
-        goes_on = not padded_left and not only_near(solvers) and all(map(complete, sequences))
+        goes_on = bool(solvers) and not padded_left and not only_near(solvers) and all(map(complete, sequences))
         return Stream(learned_by(solvers), sequences, goes_on)
 
 

@@ -106,8 +106,8 @@ def solve(
         entries, scope, source_rows, report, inputs, found, _as_pairs(wanted, found, shown[0]), carried(model), joint=joint,
         moments=moments, _model=weakref.ref(model), _seen=seen,
     )  # fmt: skip
-    if scope == "all" and joint.exact:
-        stream = Stream.of(solvers, inputs, [source_rows, target_rows])
+    if scope == "all" and joint.damping is None:
+        stream = Stream.of(solvers if joint.exact else [], inputs, [source_rows, target_rows])
         mp.stream = stream if stream.sequences else None
     return mp
 
