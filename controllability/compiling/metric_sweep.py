@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from controllability.compiling.refine import refined
 from controllability.compiling.strengths import Strength
 from controllability.compiling.token_sets import Prefix, Sample, padded, positions
 from controllability.compiling.yardstick import Yardstick
@@ -37,7 +38,8 @@ def fitted(
     record = solve(
         model, target, source, "all", "output", "auto", positions(samples), progress, joint, moments, past, place,
     )  # fmt: skip
-    return ModelPatch.of(record)
+    patch = ModelPatch.of(record)
+    return refined(model, queries, patch, strength.refine, progress) if strength.refine else patch
 
 
 def drifts(model: Any, patch: ModelPatch) -> dict[str, float]:

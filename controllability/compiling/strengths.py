@@ -13,7 +13,8 @@ class Strength:
     """The layers from ``first`` to ``last`` (shares of the depth, 0 … 1) move, each with λ = ``ridge`` and ν = ``damping``.
 
     λ weighs what ordinary text feels against the queries' mean error, ν leaves what a small scale alone could give to later
-    layers.  The last ``closing`` layers move too, with ``closing_ridge`` and ``closing_damping``: what the others left, they make good.
+    layers.  The last ``closing`` layers move too, with ``closing_ridge`` and ``closing_damping``: what the others left, they make good.  ``refine``
+    gradient steps go on from there (three passes over the queries each).
 
     >>> STRENGTHS["gentle"].layers(18)[0], len(STRENGTHS["gentle"].layers(18))
     ((6, 30.0, 0.1), 12)
@@ -28,6 +29,7 @@ class Strength:
     closing: int = 0
     closing_ridge: float = 0.03
     closing_damping: float = 0.003
+    refine: int = 0
 
     def __post_init__(self) -> None:
         numbers = self.ridge, self.damping, self.closing_ridge, self.closing_damping
@@ -40,6 +42,8 @@ class Strength:
             )
         if isinstance(self.closing, bool) or not isinstance(self.closing, int) or self.closing < 0:
             raise BadInput(f"the number of closing layers must be a whole number from 0 on, got {self.closing!r}")
+        if isinstance(self.refine, bool) or not isinstance(self.refine, int) or self.refine < 0:
+            raise BadInput(f"refine must be a whole number of steps from 0 on, got {self.refine!r}")
 
     def layers(self, count: int) -> tuple[tuple[int, float, float], ...]:
         """(index, λ, ν) of every layer that moves, of ``count``."""
