@@ -16,6 +16,7 @@ from controllability.components import (
     AboveMean,
     Activation,
     Bias,
+    Blend,
     Clamp,
     Collapse,
     Correction,
@@ -27,6 +28,7 @@ from controllability.components import (
     InverseRms,
     Joined,
     Linear,
+    Mixed,
     Mixture,
     Normalize,
     NormalizeEach,
@@ -175,7 +177,9 @@ class Grower:
     def streams(self, depth: int) -> Component:
         """Two streams that become one, an active stream that is corrected, taps behind a window, a factor without parameters."""
         self.leaves -= 3
-        kind = self.rng.choice(("spread", "remixed", "normed", "corrected", "taps", "sized", "clamp", "above"))
+        kind = self.rng.choice(("spread", "remixed", "normed", "corrected", "taps", "sized", "clamp", "above", "blend"))
+        if kind == "blend":
+            return Blend(self.tree(depth), self.tree(depth), self.fresh(self.draw(1, 1, D)))
         if kind == "corrected":
             gains = Linear(self.parameter(2, D)) >> Times(0.125) >> self.activation()
             return Correction(self.tree(depth), self.tree(depth), gains)
@@ -254,7 +258,7 @@ class Grower:
         """A tree, or a parallel block of two inputs."""
         if self.rng.random() < 0.85:
             return self.tree(depth)
-        x, a = Select(0, "x", D), Select(1, "a", D)
+        x, a = Select(0, "x", D), self.rng.choice((Select, Select, Mixed))(1, "a", D)
         branch = Sequence.of(self.rng.choice((x, x, x, a)), self.tree(depth))
         terms = [x, a, branch] if self.rng.random() < 0.8 else [x, branch, Sequence.of(a, self.tree(depth - 1))]
         return Sum(tuple(terms))
