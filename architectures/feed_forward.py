@@ -75,7 +75,7 @@ class Gated:
 
     def __call__(self, view: View) -> Component:
         at = f"{self.path}." if self.path else ""
-        act = view.activation(*self.activation, default=self.default)
+        act = view.activation(*self.activation, default=self.default, module=f"{at}act_fn")
         gate: Component = view.linear(at + self.gate, "h", "d")
         before, after = self.times(view) if self.times else (1, 1)
         half = gated(gate >> Times(before) if before != 1 else gate, view.linear(at + self.up, "h", "d"), act)
@@ -97,8 +97,8 @@ class Fused:
     kind = "gated, fused"
 
     def __call__(self, view: View) -> Component:
-        act = view.activation(*self.activation, default=self.default) if self.glu is None else None
-        between = Glu(act) if act is not None else self.glu(view)  # type: ignore[misc]
+        named = {"default": self.default, "module": f"{self.path}.act_fn"}
+        between = self.glu(view) if self.glu else Glu(view.activation(*self.activation, **named))  # type: ignore[arg-type]
         return (
             view.linear(f"{self.path}.{self.first}", "2h", "d")
             >> between
@@ -171,7 +171,7 @@ class MoE:
         return Mixture(router, self.routing(view), inner, last, weighted=not self.share_first)
 
     def _between(self, view: View) -> Component:
-        act = view.activation(default="silu")
+        act = view.activation(module=f"{self.path}.{self.experts}.act_fn")
         return Glu(act) if self.gated else act
 
     def _shared(self, view: View) -> Component | None:
