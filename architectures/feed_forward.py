@@ -20,7 +20,7 @@ FeedForward = Callable[[View], Component]
 class Norm:
     """A normalisation module: rms or layer, scale and bias as stored, ``offset`` 1 where m − 1 is stored.
 
-    ``bare`` has no parameters.  A LayerNorm's bias is read from the live module.
+    ``bare`` has no parameters.  Whether there is a bias is read from the live module, and whether there are parameters.
     """
 
     module: str
@@ -30,7 +30,7 @@ class Norm:
     bias: bool = True
 
     def __call__(self, view: View, size: str = "d") -> Component:
-        if self.bare:
+        if self.bare or (view.get(self.module) is not None and not view.has(f"{self.module}.weight")):
             return view.bare_norm(self.module, self.kind)
         if self.kind == "rms":
             return view.rms_norm(self.module, self.offset, size)

@@ -20,13 +20,14 @@ class StatePoint:
     """Where a live model shows one of a block's inputs, or its output.
 
     ``module`` is named inside the layer ('' is the layer itself); ``when`` is before it runs (its first
-    argument, or the one that its forward calls ``argument``) or after (its output, the first of a tuple or what it calls ``argument``).  A
-    registration names them, ``inputs=`` and ``output=``, where the block does not begin with a module that reads the
-    layer's state, or does not end with the layer: a post-norm layer, or one with two inputs.  ``take(module, arguments)``
-    computes it before the module runs, where none of its arguments is it.  (Called ``Seen`` before.)
+    argument, or the one that its forward calls ``argument``) or after (its output, the first of a tuple or what it calls
+    ``argument``).  Of a module that runs several times in the layer ``run`` counts which time it is.  A registration
+    names them, ``inputs=`` and ``output=``, where the block does not begin with a module that reads the layer's state, or
+    does not end with the layer: a post-norm layer, or one with two inputs.  ``take(module, arguments)`` computes it before
+    the module runs, where none of its arguments is it.  (Called ``Seen`` before.)
 
     >>> StatePoint("mlp")  # what enters the module mlp of the layer
-    StatePoint(module='mlp', when='before', argument='')
+    StatePoint(module='mlp', when='before', argument='', run=1)
     >>> StatePoint("", "after").when  # what the layer returns: the default output
     'after'
     """
@@ -35,6 +36,7 @@ class StatePoint:
     when: Literal["before", "after"] = "before"
     argument: str = ""
     take: Callable[[Any, Mapping[str, Any]], Any] | None = field(default=None, repr=False)
+    run: int = 1
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from controllability.components import (
     XIELU,
     Activation,
+    Bias,
     ExpertLinear,
     Fixed,
     Gate,
@@ -134,8 +135,9 @@ class View:
         return ExpertLinear(self.param(name, *shape), bias, "in_out" if transposed else "out_in", stacked)
 
     def rms_norm(self, module: str, offset: int = 0, size: str = "d") -> Sequence:
-        """RMSNorm under the layer."""
-        return rms_norm(self.prefix + module, self.size(size), self.eps(module, 1e-6), offset)
+        """RMSNorm under the layer; on a live model its bias is there if the module has one."""
+        norm = rms_norm(self.prefix + module, self.size(size), self.eps(module, 1e-6), offset)
+        return norm >> Bias(self.param(f"{module}.bias", size)) if self.has(f"{module}.bias") else norm
 
     def layer_norm(self, module: str, bias: bool = True, offset: int = 0, size: str = "d") -> Sequence:
         """LayerNorm under the layer; on a live model its bias is there if the module has one."""

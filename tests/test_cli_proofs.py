@@ -92,7 +92,9 @@ def test_width_of_a_real_terminal(monkeypatch):
 
 
 @pytest.mark.parametrize("columns", ["60", "80"])
-@pytest.mark.parametrize("arguments", [("prove", "gemma3", "--level", "numeric"), ("prove", "zamba", "--place", "feed-forward")])
+@pytest.mark.parametrize(
+    "arguments", [("prove", "gemma3", "--level", "numeric"), ("prove", "zamba", "--place", "feed-forward")]
+)
 def test_the_command_keeps_to_the_width(capsys, monkeypatch, columns, arguments):
     monkeypatch.setenv("COLUMNS", columns)
     status = main([*arguments])

@@ -3,8 +3,7 @@
     PYTHONPATH=. python tests/variants.py [FAMILY ...] [--markdown]
 
 For each causal-LM family the tiny model of ``family_models`` is built with each boolean option flipped, with each value
-of its enum-like options (what the family's own code compares an option with; every activation of transformers; every
-kind of layer), and with each pair of options that change the layer.  A combination changes the layer if its modules,
+of its enum-like options (what the family's own code compares an option with; activations; every kind of layer), and with each pair of options that change the layer.  A combination changes the layer if its modules,
 the shapes of its parameters or the expression that is read differ from the usual ones.  Each ends in one of four ways:
 
 - exact: read, and the expression agrees with the modules on random input, in float64;
@@ -35,7 +34,8 @@ from controllability.errors import ControllabilityError, NotControllable
 from controllability.models.exact_mode import exact_mode
 from controllability.models.reading.compare_with_module import compare
 
-ACTIVATIONS = tuple(ACT2CLS)
+EVERY = ("llama", "gpt2", "phi3", "qwen2_moe")  # a half of each kind: here all activations are tried
+ACTIVATIONS = ("relu", "prelu", "xielu")  # in the other families: without parameters, with one, with several
 OTHER_KINDS = re.compile(
     r"^(_|output_|return_|use_cache$|tie_|is_encoder_decoder$|problem_type|dtype$|model_type$|transformers_version)"
 )
@@ -70,8 +70,11 @@ def options(name: str) -> dict[str, list[Any]]:
             continue
         if isinstance(value, bool):
             found[key] = [not value]
+        elif value is None and "bool" in str(type(text).__annotations__.get(key, "")):
+            found[key] = [True, False]
         elif isinstance(value, str):
-            others = ACTIVATIONS if value in ACT2CLS else _compared(source, key)
+            activations = ACT2CLS if name in EVERY else ACTIVATIONS
+            others = activations if value in ACT2CLS else _compared(source, key)
             found[key] = [v for v in others if v != value]
         elif key.endswith(("types", "pattern")) and isinstance(value, list) and value and isinstance(value[0], str):
             kinds = {*value, *_compared(source, key.removesuffix("s")), *_compared(source, key)}

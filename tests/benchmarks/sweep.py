@@ -66,7 +66,14 @@ def main() -> None:
     args = parser.parse_args()
     rows = [measure(shape, args.context, args.query, args.rounds) for shape in args.shape]
     if args.table:
-        shown = ("shape", "sweep_ratio", "mixer_over_feed_forward", "ready_patch_ratio", "relative_error", "relative_error_unpatched")
+        shown = (
+            "shape",
+            "sweep_ratio",
+            "mixer_over_feed_forward",
+            "ready_patch_ratio",
+            "relative_error",
+            "relative_error_unpatched",
+        )
         print(markdown(shown, [[row[name] for name in shown] for row in rows]))
     else:
         print(json.dumps({"threads": torch.get_num_threads(), "shapes": rows}, indent=1))

@@ -47,6 +47,7 @@ class LayerHook:
     ) -> None:  # fmt: skip
         self.layer, self.listener, self.sequence_first = layer, listener, sequence_first
         self.grid = (0, 0)
+        self.runs: dict[int | None, int] = {}  # how often each state was shown, in this call of the layer
         module = model.get_submodule(layer.name)
         if getattr(module, "chunk_size_feed_forward", 0):  # the same computation, in one piece
             installation.assign(module, "chunk_size_feed_forward", 0)
@@ -68,6 +69,7 @@ class LayerHook:
     def _begin(self, x: Tensor) -> None:
         if self.listener is None:
             return
+        self.runs = {}
         if isinstance(x, Tensor) and x.ndim == 3:
             self.grid = (x.shape[1], x.shape[0]) if self.sequence_first else (x.shape[0], x.shape[1])
         self.listener.begins()
@@ -76,7 +78,8 @@ class LayerHook:
         """Tell of a state: input ``index`` of the block, or its output."""
 
         def tell(value: Tensor) -> None:
-            if self.listener is None:
+            self.runs[index] = self.runs.get(index, 0) + 1
+            if self.listener is None or self.runs[index] != seen.run:
                 return
             if index is None:
                 self.listener.leaving(self.fold(value))
