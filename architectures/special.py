@@ -235,7 +235,9 @@ def gemma4(view: View) -> Component:
             >> view.router("router.proj")
         )
         routing = Routing(top_k(view), renormalise=1, per_expert=view.param("router.per_expert_scale", "E"))
-        first = view.experts("experts.gate_up_proj", "2h", "d") >> Glu(view.activation(default="gelu_tanh"))
+        first = view.experts("experts.gate_up_proj", "2h", "d") >> Glu(
+            view.activation(default="gelu_tanh", module="experts.act_fn")
+        )
         mixture = Mixture(
             router, routing, Norm("pre_feedforward_layernorm_2")(view) >> first,
             view.experts("experts.down_proj", "d", "h"),

@@ -1,6 +1,7 @@
 """Config options that change a layer: is every variant of every family read?
 
-    PYTHONPATH=. python tests/variants.py [FAMILY ...] [--markdown]
+    PYTHONPATH=. python tests/variants.py [FAMILY ...] > RESULTS
+    PYTHONPATH=. python tests/variants.py --table RESULTS    # writes the table into docs/architectures.md
 
 For each causal-LM family the tiny model of ``family_models`` is built with each boolean option flipped, with each value
 of its enum-like options (what the family's own code compares an option with; activations; every kind of layer), and with each pair of options that change the layer.  A combination changes the layer if its modules,
@@ -21,7 +22,9 @@ import json
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +37,8 @@ from controllability.errors import ControllabilityError, NotControllable
 from controllability.models.exact_mode import exact_mode
 from controllability.models.reading.compare_with_module import compare
 
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+HEADING = "\n## Options of the configs\n"
 EVERY = ("llama", "gpt2", "phi3", "qwen2_moe")  # a half of each kind: here all activations are tried
 ACTIVATIONS = ("relu", "prelu", "xielu")  # in the other families: without parameters, with one, with several
 OTHER_KINDS = re.compile(
@@ -150,8 +155,56 @@ def sweep(name: str) -> Iterator[tuple[dict[str, Any], str, str]]:
             yield {a: x, b: y}, end, why
 
 
+def row(name: str, found: list[tuple[dict[str, Any], str, str]]) -> str:
+    """A family's row of the table: which options change its layers, and how their combinations end."""
+    built = [one for one in found if one[1] != "impossible"]
+    alone = Counter(key for changes, _, _ in built for key in changes if len(changes) == 1)
+    options = ", ".join(f"`{key}`" + f" ({count})" * (count > 1) for key, count in sorted(alone.items()))
+    ends = Counter(end for _, end, _ in found)
+    reasons = "; ".join(sorted({why.split(": ")[1] for _, end, why in found if end == "refused"}))
+    refused = f"{ends['refused']}: {reasons}" if reasons else "0"
+    return f"| {name} | {options} | {ends['exact']} | {refused} | {ends['undeclared']} | {ends['impossible']} |"
+
+
+def section(found: dict[str, list[tuple[dict[str, Any], str, str]]]) -> str:
+    """The part of docs/architectures.md about options, from all that was found."""
+    rows = [row(name, outcomes) for name, outcomes in sorted(found.items()) if outcomes]
+    every = [(name, *one) for name, outcomes in found.items() for one in outcomes]
+    ends = Counter(end for _, _, end, _ in every)
+    alone = {
+        (name, key) for name, changes, end, _ in every if end != "impossible" for key in changes if len(changes) == 1
+    }
+    whole = sum(
+        sum(end == "refused" for _, end, _ in one)
+        for one in found.values()
+        if one and all(end in ("refused", "impossible") for _, end, _ in one)
+    )
+    built = ends["exact"] + ends["refused"] + ends["undeclared"]
+    return f"""{HEADING}
+Written by `python tests/variants.py`, which says what it tries. An option counts if it changes the modules of a layer, the
+shapes of its parameters or the expression that is read; a number behind it says how many values do. Each combination,
+one option or two together, is read and compared with the modules in exact float64, or refused by name with the reason.
+"impossible" are those that transformers itself cannot build or run.
+
+{len(alone)} options of {len(rows)} families; {built} combinations: {ends["exact"]} exact ({100 * ends["exact"] / built:.1f} %),
+{ends["refused"]} refused by name (all but {ends["refused"] - whole} in families that are refused with any options), {ends["undeclared"]} undeclared;
+{ends["impossible"]} are impossible.
+
+| family | options that change a layer | exact | refused, why | undeclared | impossible |
+|---|---|---|---|---|---|
+""" + "\n".join(rows) + "\n"  # fmt: skip
+
+
 def main(arguments: list[str]) -> None:
-    """Sweep the families named (all by default), a line of JSON for each combination."""
+    """Sweep the families named (all by default), a line of JSON for each combination; or write the table of such lines."""
+    if arguments[:1] == ["--table"]:
+        found: dict[str, list[tuple[dict[str, Any], str, str]]] = {name: [] for name in RECIPES}
+        for line in Path(arguments[1]).read_text(encoding="utf-8").splitlines():
+            name, *one = json.loads(line)
+            found[name].append(tuple(one))  # type: ignore[arg-type]
+        page = PAGE.read_text(encoding="utf-8").partition(HEADING)[0]
+        PAGE.write_text(page + section(found), encoding="utf-8")
+        return
     for name in arguments or RECIPES:
         for changes, end, why in sweep(name):
             print(json.dumps([name, changes, end, why]), flush=True)

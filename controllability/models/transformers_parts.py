@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from controllability.errors import BadInput
 
-TESTED = "5.0 to 5.24"  # of transformers, by tests/versions.py: docs/versions.md
+TESTED = "5.20 to 5.24"  # of transformers, by tests/versions.py: docs/versions.md
 
 
 def part(module: str, name: str = "") -> Any:
@@ -41,8 +40,7 @@ def is_fused(experts: nn.Module) -> bool:
 
 def first_stage(experts: Any) -> tuple[str, Callable[[Tensor], Tensor]]:
     """The name of the first matrices of fused experts, and what comes between them and the last ones."""
-    gated = getattr(experts, "has_gate", True)  # before 5.1 all were
-    return ("gate_up_proj", experts._apply_gate) if gated else ("up_proj", experts.act_fn)
+    return ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
 
 
 def implemented(config: Any, name: str, forward: Callable[..., Tensor]) -> Any:
@@ -84,16 +82,5 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def gguf_architectures() -> set[str]:
     """The architectures that transformers reads from GGUF, by the names in the files."""
-    named = {*part("modeling_gguf_pytorch_utils", "GGUF_SUPPORTED_ARCHITECTURES")}
-    with suppress(BadInput):  # older versions have the first list alone
-        named |= {*part("integrations.gguf.gguf_config_mapping", "GGUF_CONFIG_ARCHS")}
-    return named - {"general", "tokenizer"}
-
-
-def unpacked() -> dict[str, Any]:
-    """The options by which all weights of a GGUF file are unpacked while it is loaded; older versions know no other way."""
-    import transformers
-
-    return (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-    )
+    older = part("modeling_gguf_pytorch_utils", "GGUF_SUPPORTED_ARCHITECTURES")
+    return {*older, *part("integrations.gguf.gguf_config_mapping", "GGUF_CONFIG_ARCHS")} - {"general", "tokenizer"}

@@ -12,7 +12,6 @@ from controllability.errors import BadInput
 from controllability.models.gguf_files.head import read_head
 from controllability.models.gguf_files.quick_reader import one_reading
 from controllability.models.gguf_files.sound import refuse_oversized, refuse_unsound
-from controllability.models.transformers_parts import unpacked
 
 MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 
@@ -32,7 +31,7 @@ def gguf_in(path: Path) -> Path | None:
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """(model, tokenizer, what transformers notes about missing weights) of a GGUF file, all its weights unpacked."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     head = read_head(path)
     refuse_missing_extra(path)
@@ -45,7 +44,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
         refuse_oversized(path, head, config)
         tokenizer = AutoTokenizer.from_pretrained(empty, **where)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            empty, config=config, dtype=dtype, **unpacked(),
+            empty, config=config, dtype=dtype, quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True, ignore_mismatched_sizes=True, **where,  # noted, and refused by name
         )  # fmt: skip
     model, notes = loaded
