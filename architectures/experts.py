@@ -20,7 +20,7 @@ from architectures.feed_forward import (
 from architectures.mixers import Mixer
 from architectures.shapes import family, parallel, sequential
 from architectures.view import View
-from controllability.components import Bias, ExpertLinear, Glu, Mixture, Routing, Swish, Times, gated
+from controllability.components import Activation, Bias, ExpertLinear, Glu, Mixture, Routing, Swish, Times, gated
 from controllability.interfaces import Component
 
 GATED = Gated()
@@ -164,7 +164,16 @@ family(
 
 
 # ---------------------------------------------------------------------------------- top-k, then soft-max
-family("aria_text", "AriaTextDecoderLayer", pre(MoE(top_softmax, router="router", shared=SHARED, transposed=True)))
+def silu(view: View) -> Glu:
+    """Experts that compute with SiLU whatever the config says; their shared ones do not."""
+    return Glu(Activation("silu"))
+
+
+family(
+    "aria_text",
+    "AriaTextDecoderLayer",
+    pre(MoE(top_softmax, router="router", shared=SHARED, transposed=True, glu=silu)),
+)
 
 
 GRANITE = MoE(

@@ -7,6 +7,7 @@ in ``special.py``, several residual streams in ``streams.py``.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from architectures import (
     containers as _containers,  # noqa: F401
@@ -20,7 +21,7 @@ from architectures import (
 from architectures.feed_forward import Fused, Gated, Norm, Plain, layer_norm
 from architectures.mixers import Mixer, there
 from architectures.registry import StatePoint
-from architectures.shapes import either, family, parallel, post_ln, sequential
+from architectures.shapes import after_norm, either, family, parallel, post_ln, sequential
 from architectures.view import View
 from controllability.components import Bias, Fixed, Identity
 from controllability.interfaces import Component
@@ -152,8 +153,22 @@ def japanese_bias(view: View) -> Component:
 
 
 family("gpt_neox_japanese", "GPTNeoXJapaneseLayer", PRE_4H, mixer=Mixer("attention.dense", skip=japanese_bias))
-BLOOM = sequential(layer_norm("post_attention_layernorm"), replace(DENSE_4H, default="gelu_tanh"))
-family("bloom", "BloomBlock", BLOOM, defaults={"bias": True}, mixer="self_attention.dense")
+BLOOM = layer_norm("post_attention_layernorm"), replace(DENSE_4H, default="gelu_tanh")
+
+
+def bloom_behind(view: View) -> Any:
+    """Whether both residuals are taken behind the norms."""
+    return view.setting("apply_residual_connection_post_layernorm", default=False)
+
+
+family(
+    "bloom", "BloomBlock",
+    either(lambda view: not bloom_behind(view), sequential(*BLOOM), after_norm(*BLOOM)), defaults={"bias": True},
+    mixer=Mixer(
+        "self_attention.dense",
+        skip=lambda view: Fixed(layer_norm("input_layernorm")(view)) if bloom_behind(view) else Identity(),
+    ),
+)  # fmt: skip
 family("jais2", "Jais2DecoderLayer", sequential(layer_norm("post_attention_layernorm"), UP_DOWN))
 family("nemotron", "NemotronDecoderLayer", sequential(layer_norm("post_attention_layernorm", offset=1), UP_DOWN))
 family(

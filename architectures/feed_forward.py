@@ -20,7 +20,7 @@ FeedForward = Callable[[View], Component]
 class Norm:
     """A normalisation module: rms or layer, scale and bias as stored, ``offset`` 1 where m − 1 is stored.
 
-    ``bare`` has no parameters.  A LayerNorm's bias is read from the live module.
+    ``bare`` has no parameters.  Whether there is a bias is read from the live module, and whether there are parameters.
     """
 
     module: str
@@ -30,7 +30,7 @@ class Norm:
     bias: bool = True
 
     def __call__(self, view: View, size: str = "d") -> Component:
-        if self.bare:
+        if self.bare or (view.get(self.module) is not None and not view.has(f"{self.module}.weight")):
             return view.bare_norm(self.module, self.kind)
         if self.kind == "rms":
             return view.rms_norm(self.module, self.offset, size)
@@ -75,7 +75,7 @@ class Gated:
 
     def __call__(self, view: View) -> Component:
         at = f"{self.path}." if self.path else ""
-        act = view.activation(*self.activation, default=self.default)
+        act = view.activation(*self.activation, default=self.default, module=f"{at}act_fn")
         gate: Component = view.linear(at + self.gate, "h", "d")
         before, after = self.times(view) if self.times else (1, 1)
         half = gated(gate >> Times(before) if before != 1 else gate, view.linear(at + self.up, "h", "d"), act)
@@ -97,8 +97,8 @@ class Fused:
     kind = "gated, fused"
 
     def __call__(self, view: View) -> Component:
-        act = view.activation(*self.activation, default=self.default) if self.glu is None else None
-        between = Glu(act) if act is not None else self.glu(view)  # type: ignore[misc]
+        named = {"default": self.default, "module": f"{self.path}.act_fn"}
+        between = self.glu(view) if self.glu else Glu(view.activation(*self.activation, **named))  # type: ignore[arg-type]
         return (
             view.linear(f"{self.path}.{self.first}", "2h", "d")
             >> between
@@ -171,7 +171,7 @@ class MoE:
         return Mixture(router, self.routing(view), inner, last, weighted=not self.share_first)
 
     def _between(self, view: View) -> Component:
-        act = view.activation(default="silu")
+        act = view.activation(module=f"{self.path}.{self.experts}.act_fn")
         return Glu(act) if self.gated else act
 
     def _shared(self, view: View) -> Component | None:

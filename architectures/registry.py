@@ -21,13 +21,14 @@ class StatePoint:
 
     ``module`` is named inside the layer ('' is the layer itself); ``when`` is before it runs (its first
     argument, or the one that its forward calls ``argument``) or after (its output, the first of a tuple, what it calls
-    ``argument``, or number ``item`` of a tuple or of streams that lie one behind the other on the first axis).  A
-    registration names them, ``inputs=`` and ``output=``, where the block does not begin with a module that reads the
-    layer's state, or does not end with the layer: a post-norm layer, or one with two inputs.  ``take(module, arguments)``
-    computes it before the module runs, where none of its arguments is it.  (Called ``Seen`` before.)
+    ``argument``, or number ``item`` of a tuple or of streams that lie one behind the other on the first axis).  Of a module
+    that runs several times in the layer ``run`` counts which time it is.  A registration names them, ``inputs=`` and
+    ``output=``, where the block does not begin with a module that reads the layer's state, or does not end with the
+    layer: a post-norm layer, or one with two inputs.  ``take(module, arguments)`` computes it before the module runs,
+    where none of its arguments is it.  (Called ``Seen`` before.)
 
     >>> StatePoint("mlp")  # what enters the module mlp of the layer
-    StatePoint(module='mlp', when='before', argument='', item=None)
+    StatePoint(module='mlp', when='before', argument='', item=None, run=1)
     >>> StatePoint("", "after").when  # what the layer returns: the default output
     'after'
     """
@@ -37,6 +38,7 @@ class StatePoint:
     argument: str = ""
     take: Callable[[Any, Mapping[str, Any]], Any] | None = field(default=None, repr=False)
     item: int | None = None
+    run: int = 1
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,18 @@ def sequential(
     return Shape(build, topology, kind_of(half), mixer=mixer or Mixer(times=times))
 
 
+def after_norm(norm: Norm, half: FeedForward, times: Callable[[View], tuple[Any, Any]] | None = None) -> Shape:
+    """h = norm(x); α h + β half(h): the residual is taken after the norm."""
+
+    def build(view: View) -> Component:
+        if times is None:
+            return norm(view) >> residual(half(view))
+        alpha, beta = times(view)
+        return norm(view) >> residual(half(view) >> Times(beta), Times(alpha))
+
+    return Shape(build, "residual after the norm" + (", multipliers" if times else ""), kind_of(half))
+
+
 def post_ln(half: FeedForward, norm: Norm, state: str = "", after: str = "", mixer: Build | None = None) -> Shape:
     """norm(x + half(x)): the sum inside the last norm is reproduced.  ``after`` names the module that shows it."""
 

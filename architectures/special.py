@@ -10,7 +10,7 @@ from architectures.experts import DEEPSEEK, multiplier
 from architectures.feed_forward import Gated, MoE, Norm, Plain, SigmoidTop, layer_norm, softmax_top, top_k
 from architectures.mixers import Mixer, there
 from architectures.registry import StatePoint
-from architectures.shapes import Shape, either, family, fixed_scale, parallel, post_ln, sequential
+from architectures.shapes import Shape, after_norm, either, family, fixed_scale, parallel, post_ln, sequential
 from architectures.view import View
 from controllability.components import (
     Activation,
@@ -30,7 +30,7 @@ from controllability.components import (
     Times,
     residual,
 )
-from controllability.errors import NotControllable, ReadingError
+from controllability.errors import NotControllable
 from controllability.interfaces import Component
 
 GATED = Gated()
@@ -151,10 +151,9 @@ BEAM_MIXER = Mixer(
 family("beam", "BeamDecoderLayer", Shape(beam, BEAM, "mixture of experts, gated in some layers"), mixer=BEAM_MIXER)
 
 
-def minimax(view: View) -> Component:
-    """h = norm(x); α h + β mixture(h): the residual is taken after the norm."""
-    alpha, beta = (view.setting(f"mlp_{k}_factor", default=1.0) for k in ("alpha", "beta"))
-    return AFTER_ATTENTION(view) >> residual(MoE(softmax_top())(view) >> Times(beta), Times(alpha))
+def factors(view: View) -> Any:
+    """MiniMax's α and β: of the normed state, and of what the half adds to it."""
+    return view.setting("mlp_alpha_factor", default=1.0), view.setting("mlp_beta_factor", default=1.0)
 
 
 def minimax_factor(view: View, which: str) -> Any:
@@ -164,7 +163,7 @@ def minimax_factor(view: View, which: str) -> Any:
 
 
 family(
-    "minimax", "MiniMaxDecoderLayer", Shape(minimax, "residual after the norm, multipliers", "mixture of experts"),
+    "minimax", "MiniMaxDecoderLayer", after_norm(AFTER_ATTENTION, MoE(softmax_top()), factors),
     mixer=Mixer(
         "self_attn.o_proj self_attn.out_proj", times=lambda view: minimax_factor(view, "beta"),
         skip=lambda view: Fixed(Norm("input_layernorm")(view) >> Times(minimax_factor(view, "alpha"))),
@@ -236,7 +235,9 @@ def gemma4(view: View) -> Component:
             >> view.router("router.proj")
         )
         routing = Routing(top_k(view), renormalise=1, per_expert=view.param("router.per_expert_scale", "E"))
-        first = view.experts("experts.gate_up_proj", "2h", "d") >> Glu(view.activation(default="gelu_tanh"))
+        first = view.experts("experts.gate_up_proj", "2h", "d") >> Glu(
+            view.activation(default="gelu_tanh", module="experts.act_fn")
+        )
         mixture = Mixture(
             router, routing, Norm("pre_feedforward_layernorm_2")(view) >> first,
             view.experts("experts.down_proj", "d", "h"),
@@ -274,17 +275,29 @@ family("gemma4_unified gemma4_unified_text", "Gemma4UnifiedTextDecoderLayer", GE
 
 
 def xmod(view: View) -> Component:
-    """LN(x + half(x)), an adapter, the LN again: the sum is reproduced, what follows is local."""
-    if view.setting("pre_norm", default=False):
-        raise ReadingError("xmod with pre_norm=True is not declared")
+    """x + half(x), or x + half(LN(x)): the sum is reproduced; an adapter follows, maybe the same LN, which is local.
+
+    The sum is seen where a norm reads it; without one the adapters get it in pieces, one for each language.
+    """
+    half = Plain("intermediate.dense", "output.dense")(view)
+    first, own = view.setting("pre_norm", default=False), view.has("output.adapter_layer_norm")
+    if not (own or view.setting("adapter_reuse_layer_norm", default=True)):
+        raise NotControllable(
+            "xmod: adapter without a norm (output.adapter_modules)", "no module shows the sum at its positions",
+            "use a config with adapter_layer_norm=True or adapter_reuse_layer_norm=True", "architecture xmod",
+        )  # fmt: skip
     view.sites["output"] = StatePoint(
-        "output.adapter_layer_norm" if view.has("output.adapter_layer_norm") else "output.LayerNorm"
+        "output.adapter_layer_norm" if own else "output.LayerNorm", run=2 if first and not own else 1
     )
-    return residual(Plain("intermediate.dense", "output.dense")(view))
+    if not first:
+        return residual(half)
+    view.sites["inputs"] = (StatePoint("output.LayerNorm"),)
+    view.sites[f"{view.prefix}output.LayerNorm"] = "skip"  # it may run again behind the half
+    return residual(Fixed(layer_norm("output.LayerNorm")(view)) >> half)
 
 
 family(
-    "xmod", "XmodLayer", Shape(xmod, "post-norm after the sum, language adapter", "plain"),
+    "xmod", "XmodLayer", Shape(xmod, "post-norm after the sum, or pre-norm; language adapter", "plain"),
     ignored=("output.adapter", "output.LayerNorm"),
     mixer=Mixer("attention.output.dense", output=StatePoint("attention.output.LayerNorm")),
 )  # fmt: skip

@@ -8,22 +8,29 @@ from typing import Any
 from controllability.components import (
     XIELU,
     Activation,
+    Bias,
     ExpertLinear,
+    Fixed,
+    Gate,
     Linear,
     Normalize,
     Sequence,
+    Sum,
+    Times,
     layer_norm,
     rms_norm,
 )
+from controllability.components.activation import FORMULAS
 from controllability.errors import ReadingError
 from controllability.interfaces import Component, Param
 
-# transformers' names of activations -> ours
+# transformers' names of activations -> ours, where they differ
 ACTIVATIONS = {
-    "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
-    "gelu_python": "gelu", "gelu_python_tanh": "gelu_tanh", "silu": "silu", "swish": "silu", "relu": "relu",
-    "relu2": "relu2", "linear": "identity", "tanh": "tanh", "quick_gelu": "quick_gelu", "relu_squared": "relu2",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_tanh", "gelu_accurate": "gelu_tanh", "swish": "silu", "linear": "identity",
+    "relu_squared": "relu2",
 }  # fmt: skip
+LEARNED = {"xielu": "XIELUActivation", "prelu": "PReLU"}  # activations with parameters -> the class of their modules
 ACTIVATION_KEYS = (
     "hidden_act", "hidden_activation", "activation_function", "activation", "mlp_hidden_act", "ffn_activation",
     "dense_act_fn", "afn",
@@ -128,8 +135,9 @@ class View:
         return ExpertLinear(self.param(name, *shape), bias, "in_out" if transposed else "out_in", stacked)
 
     def rms_norm(self, module: str, offset: int = 0, size: str = "d") -> Sequence:
-        """RMSNorm under the layer."""
-        return rms_norm(self.prefix + module, self.size(size), self.eps(module, 1e-6), offset)
+        """RMSNorm under the layer; on a live model its bias is there if the module has one."""
+        norm = rms_norm(self.prefix + module, self.size(size), self.eps(module, 1e-6), offset)
+        return norm >> Bias(self.param(f"{module}.bias", size)) if self.has(f"{module}.bias") else norm
 
     def layer_norm(self, module: str, bias: bool = True, offset: int = 0, size: str = "d") -> Sequence:
         """LayerNorm under the layer; on a live model its bias is there if the module has one."""
@@ -150,7 +158,9 @@ class View:
                     return value
         return self.settings.get("eps", default)
 
-    def activation(self, *keys: str, default: str = "silu", module: str = "", renamed: Any = None) -> Component:
+    def activation(
+        self, *keys: str, default: str = "silu", module: str = "mlp.act_fn", renamed: Any = None
+    ) -> Component:
         """The activation that the config names under one of ``keys``.
 
         Raises ``ReadingError`` for one that is not known.
@@ -159,10 +169,22 @@ class View:
         if isinstance(name, Component):
             return name
         name = (renamed or {}).get(name, name)
+        name = ACTIVATIONS.get(str(name), str(name))
+        if name in LEARNED:
+            return self._learned(name, module)
+        if name not in FORMULAS:
+            known = ", ".join(sorted({*ACTIVATIONS, *FORMULAS, *LEARNED}))
+            raise ReadingError(f"activation {name!r} is not declared: known are {known}")
+        return Activation(name)
+
+    def _learned(self, name: str, module: str) -> Component:
+        """An activation with parameters; its module is found by its class, the one beside ``module`` if there are several."""
+        classes = {n: type(m).__name__ for n, m in self.layer.named_modules()} if self.live else {}
+        found = [n for n, c in classes.items() if c == LEARNED[name]]
+        beside = [n for n in found if n.rpartition(".")[0] == module.rpartition(".")[0]]
+        where = (beside or found or [module])[0]
         if name == "xielu":
-            return XIELU(
-                *(self.param(f"{module or 'mlp.act_fn'}.{p}", "one") for p in ("alpha_p", "alpha_n", "beta", "eps"))
-            )
-        if not isinstance(name, str) or name not in ACTIVATIONS.keys() | ACTIVATIONS.values():
-            raise ReadingError(f"activation {name!r} is not declared: known are {', '.join(sorted(ACTIVATIONS))}")
-        return Activation(ACTIVATIONS.get(name, name))
+            return XIELU(*(self.param(f"{where}.{p}", "one") for p in ("alpha_p", "alpha_n", "beta", "eps")))
+        self.sites[self.prefix + where] = "skip"  # relu(x) − a relu(−x), a learned
+        relu, slope = Activation("relu"), Gate(self.param(f"{where}.weight", "one"))
+        return Fixed(Sum((relu, Times(-1) >> relu >> slope >> Times(-1))))

@@ -7,7 +7,6 @@ import random
 import pytest
 from trees import Grower
 
-import architectures
 import controllability as ct
 from controllability.components import Activation, Linear
 from controllability.interfaces import Param
@@ -19,7 +18,6 @@ def linear(name: str, out: str | int = "d", into: str | int = "d", bias: str = "
 
 up, down = linear("up", "h", "d"), linear("down", "d", "h")
 silu, tanh, relu, sigmoid = (Activation(name) for name in ("silu", "tanh", "relu", "sigmoid"))
-REFUSED = sorted(name for name in architectures.names() if architectures.find(name).refusal is not None)
 
 
 def nodes(part: ct.Component) -> list[ct.Component]:

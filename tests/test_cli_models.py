@@ -26,7 +26,7 @@ def test_prove_finds_the_family_of_a_model(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("config", "status", "reason"), [
-    ('{"model_type": "hy_v4"}', 1, "several streams"), ('{"model_type": "nonsense"}', 2, "unknown architecture"),
+    ('{"model_type": "nonsense"}', 2, "unknown architecture"),
     ("{}", 2, "names no model_type"), ("[]", 2, "names no model_type"), ('{"model_type": 3}', 2, "names no model_type"),
     ("{", 2, "corrupt or truncated"), ("[" * 100_000, 2, "corrupt or truncated"), (None, 2, "config.json is missing"),
 ])  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from catalogued import patchable_families
 from helpers import error
-from refused_blocks import REFUSED, drawn, linear, relu, sigmoid, silu
+from refused_blocks import drawn, linear, relu, sigmoid, silu
 
 import architectures
 import controllability as ct
@@ -259,7 +259,7 @@ def test_another_choice_of_experts_is_said_with_how_many_differ():
     )
 
 
-ALL = [name for name in architectures.names() if name not in REFUSED]
+ALL = architectures.names()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ def made(**more):
 
 def price(patch):
     """Σ tr(ΔW C ΔWᵀ)/tr(W C Wᵀ)."""
-    return sum(float(_whitened(patch, e)[0].square().sum()) / _felt(load()[0], patch, e.param.name) for e in patch.entries)
+    return sum(
+        float(_whitened(patch, e)[0].square().sum()) / _felt(load()[0], patch, e.param.name) for e in patch.entries
+    )
 
 
 def test_steps_lower_the_queries_and_the_held_out_ones():

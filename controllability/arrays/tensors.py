@@ -8,6 +8,8 @@ from typing import Any
 
 from controllability.arrays.base import Arithmetic, Array
 
+KERNELS = ("silu", "relu", "relu6", "leaky_relu", "hardswish", "mish", "gelu")  # of torch.nn.functional
+
 
 @contextmanager
 def plain_numbers(*devices: str, wide: bool = False) -> Iterator[None]:
@@ -135,8 +137,8 @@ class TorchArithmetic(Arithmetic):
     def activation(self, name: str, x: Array) -> Array | None:
         functional = self.torch.nn.functional
         tanh = functools.partial(functional.gelu, approximate="tanh")
-        kernels = {"silu": functional.silu, "relu": functional.relu, "gelu": functional.gelu, "gelu_tanh": tanh}
-        return kernels[name](x) if name in kernels else None
+        kernel = tanh if name == "gelu_tanh" else getattr(functional, name, None) if name in KERNELS else None
+        return kernel(x) if kernel else None
 
     def concatenate(self, parts: list[Array], axis: int) -> Array:
         return self.torch.cat(parts, dim=axis)

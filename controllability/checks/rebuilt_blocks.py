@@ -22,7 +22,7 @@ from controllability.rules import Step
 from controllability.rules.schema import sympy_size
 
 SMALL = {"d": 2, "h": 3, "one": 1}
-RATIONAL_ACTIVATIONS = ("identity", "relu", "relu2")
+RATIONAL_ACTIVATIONS = ("identity", "relu", "relu2", "relu6", "leaky_relu", "hardswish")
 MANY = 2  # tokens of one patch, in symbols and fractions
 
 

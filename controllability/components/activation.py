@@ -29,6 +29,16 @@ def _gelu_tanh(xp: Arithmetic, x: Array) -> Array:
     return x * _half(xp) * (1 + xp.tanh(_root_of(xp, 2, over_pi=True) * inner))
 
 
+def _mish(xp: Arithmetic, x: Array) -> Array:
+    q = xp.sigmoid(-x)  # tanh(softplus x) = (1 − q²)/(1 + q²)
+    return x * xp.sigmoid(x) * (1 + q) / (1 + q * q)
+
+
+def _laplace(xp: Arithmetic, x: Array) -> Array:
+    centred = (x - xp.number(Fraction("0.707107"))) / xp.number(Fraction("0.282095"))
+    return (1 + xp.erf(centred / _root_of(xp, 2))) * _half(xp)
+
+
 def _root_of(xp: Arithmetic, value: int, over_pi: bool = False) -> Any:
     if xp.symbolic:
         return sympy.sqrt(value / sympy.pi if over_pi else sympy.Integer(value))
@@ -47,6 +57,13 @@ FORMULAS: dict[str, Callable[[Arithmetic, Array], Array]] = {
     "tanh": lambda xp, x: xp.tanh(x),
     "sigmoid": lambda xp, x: xp.sigmoid(x),
     "quick_gelu": lambda xp, x: x * xp.sigmoid(x * xp.number(Fraction("1.702"))),
+    "relu6": lambda xp, x: _relu(xp, x) - _relu(xp, x - 6),
+    "leaky_relu": lambda xp, x: _relu(xp, x) - _relu(xp, -x) * xp.number(Fraction(1, 100)),
+    "hardswish": lambda xp, x: x * (_relu(xp, x + 3) - _relu(xp, x - 3)) * xp.number(Fraction(1, 6)),
+    "gelu_10": lambda xp, x: _gelu(xp, x) - _relu(xp, _gelu(xp, x) - 10),  # never below −10
+    "mish": _mish,
+    "laplace": _laplace,
+    "sqrtsoftplus": lambda xp, x: xp.sqrt(_relu(xp, x) + xp.log(1 + xp.exp(-xp.magnitude(x)))),
 }
 
 
@@ -54,8 +71,8 @@ FORMULAS: dict[str, Callable[[Arithmetic, Array], Array]] = {
 class Activation(Component):
     """y = φ(x), elementwise.  x: (..., h).
 
-    ``name`` is one of identity, relu, relu2, silu, gelu, gelu_tanh, quick_gelu, tanh, sigmoid; or any name with
-    ``coefficients`` (c_0, c_1, …) of a polynomial, which exact rationals can compute; or
+    ``name`` is one of ``FORMULAS`` (identity, relu, relu2, relu6, leaky_relu, silu, hardswish, mish, gelu, gelu_tanh,
+    gelu_10, quick_gelu, tanh, sigmoid, laplace, sqrtsoftplus); or any name with ``coefficients`` (c_0, c_1, …) of a polynomial, which exact rationals can compute; or
     ``symbol=True``: an unknown function, for SymPy.  Raises ``BadInput`` for an unknown name.
 
     >>> import numpy as np

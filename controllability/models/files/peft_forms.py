@@ -18,6 +18,7 @@ from torch import nn
 from controllability.deltas import Shift
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form
+from controllability.models.transformers_parts import is_conv1d
 
 # PEFT takes these for the per-expert matrices of transformers 4, in models whose experts are stacked now
 TAKEN_FOR_EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
@@ -68,13 +69,11 @@ def _form(model: nn.Module, name: str, whole: set[str], stacked: bool) -> Form:
 
 def plain_linear(module: nn.Module) -> str:
     """How a module stores the matrix of y = W x + b, if that is all it does: 'out_in', 'in_out', or ''."""
-    from transformers.pytorch_utils import Conv1D
-
     forward = type(module).forward
     quantised = type(module).__module__.startswith("bitsandbytes.")  # the same map from packed weights
     if isinstance(module, nn.Linear) and (quantised or forward is nn.Linear.forward):
         return "out_in"
-    return "in_out" if isinstance(module, Conv1D) and forward is Conv1D.forward else ""
+    return "in_out" if is_conv1d(module) else ""
 
 
 def _unreachable(model: nn.Module, path: str, module: nn.Module, attribute: str) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from controllability.models.transformers_parts import part
+
 # lists that the weights and the config have no use for: transformers would turn each item into an object, three times,
 # and takes them from the file by another way where it builds the tokenizer
 UNUSED = ("scores", "token_type", "merges")
@@ -21,8 +23,8 @@ _ONE_AT_A_TIME = threading.Lock()  # the name that is exchanged belongs to the w
 def one_reading(path: Path) -> Iterator[None]:
     """Within this context ``gguf.GGUFReader`` of this file is made once, and transformers draws no bars."""
     import gguf
-    from transformers import modeling_gguf_pytorch_utils as theirs
 
+    theirs = part("modeling_gguf_pytorch_utils")
     with _ONE_AT_A_TIME:
         usual, bars = gguf.GGUFReader, getattr(theirs, "tqdm", None)
         made: list[Any] = []

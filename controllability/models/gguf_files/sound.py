@@ -9,6 +9,7 @@ import torch
 
 from controllability.errors import BadInput
 from controllability.models.gguf_files.head import Head
+from controllability.models.transformers_parts import gguf_architectures
 
 # what transformers reads under another name than its own list has
 RENAMED = ("t5", "qwen2moe", "qwen3moe", "gpt-oss", "minimax-m2")
@@ -66,11 +67,7 @@ def _refuse_scaled_positions(path: Path, head: Head, kind: str) -> None:
 
 
 def _is_read(kind: str) -> bool:
-    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    named = {*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_CONFIG_ARCHS} - {"general", "tokenizer"}
-    return kind in named or any(part in kind for part in RENAMED)
+    return kind in gguf_architectures() or any(part in kind for part in RENAMED)
 
 
 def _refuse_misplaced(path: Path, head: Head) -> None:

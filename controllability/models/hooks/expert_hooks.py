@@ -1,11 +1,10 @@
 """Fused experts: an implementation that tells what each chosen expert computes, token by token.
 
-transformers looks its experts' forward up in ``ALL_EXPERTS_FUNCTIONS``; ours is registered there and computes
+transformers looks its experts' forward up by a name; ours is registered there and computes
 each token's chosen experts with (B·T, k, ·) arrays, handing them to listeners before and after each matrix.
 Three classes do not look it up; what they call instead is replaced for as long as needed.
 """
 
-import copy
 import weakref
 from typing import Any, Literal, Protocol
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from controllability.arrays import ARITHMETICS
+from controllability.models import transformers_parts
 from controllability.models.hooks.installation import HookStack
 
 NAME = "controllability"
@@ -41,25 +41,20 @@ def listen(installation: HookStack, layer: nn.Module, experts: nn.Module, listen
     if len(listeners) > 1:
         return  # what tells them is in place; contexts end in the reverse order
     kind = type(experts).__name__
-    if hasattr(experts, "_apply_gate") and hasattr(experts, "is_transposed"):
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        if NAME not in ALL_EXPERTS_FUNCTIONS:
-            ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-        own = copy.copy(experts.config)  # models may share one config: this module alone looks ours up
-        vars(own)["_experts_implementation_internal"] = NAME
-        installation.assign(experts, "config", own)
+    if transformers_parts.is_fused(experts):
+        own = transformers_parts.implemented(experts.config, NAME, experts_forward)
+        installation.assign(experts, "config", own)  # models may share one config: this module alone looks ours up
     elif kind in ADAPTERS:
         ADAPTERS[kind](installation, layer, experts)
     else:
-        raise NotImplementedError(kind)
+        raise transformers_parts.changed(f"experts {kind}")
 
 
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of fused experts, as transformers calls it: hidden (N, d), index and weights (N, k) -> (N, d)."""
     x = hidden_states.reshape(-1, 1, hidden_states.shape[-1])
     index, shares = top_k_index.reshape(len(x), -1), top_k_weights.reshape(len(x), -1)
-    up, between = ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
+    up, between = transformers_parts.first_stage(experts)
     _tell_choice(experts, index, shares)
     y = _told(experts, "first", x, _stage(x.expand(-1, index.shape[1], -1), *_matrices(experts, up), index))
     x = between(y)
@@ -95,13 +90,11 @@ def _stage(x: Tensor, weights: Tensor, bias: Tensor | None, index: Tensor) -> Te
 
 def _grouped(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
     """The experts' product with the kernel that transformers uses: rows sorted by expert, one product for all of them."""
-    from transformers.integrations.moe import _grouped_linear
-
     experts, order = index.reshape(-1).sort(stable=True)
     ends = torch.bincount(experts, minlength=len(weights)).cumsum(0, dtype=torch.int32)
     rows = x.reshape(-1, x.shape[-1])[order]
     y = torch.empty(len(rows), weights.shape[1], dtype=x.dtype, device=x.device)
-    y[order] = _grouped_linear(rows, weights, ends)
+    y[order] = transformers_parts.grouped_linear(rows, weights, ends)
     return y.reshape(*index.shape, -1)
 
 

@@ -49,6 +49,7 @@ class LayerHook:
         self.grid = (0, 0)
         own = (seen for seen in (*layer.inputs, layer.output) if seen.module == layer.name)
         self.stacked = next((seen.item for seen in own if seen.item is not None), None)  # which of its streams is meant
+        self.runs: dict[int | None, int] = {}  # how often each state was shown, in this call of the layer
         module = model.get_submodule(layer.name)
         if getattr(module, "chunk_size_feed_forward", 0):  # the same computation, in one piece
             installation.assign(module, "chunk_size_feed_forward", 0)
@@ -70,6 +71,7 @@ class LayerHook:
     def _begin(self, x: Tensor) -> None:
         if self.listener is None:
             return
+        self.runs = {}
         if isinstance(x, Tensor) and x.ndim in (3, 4):
             x = x if self.stacked is None else x[self.stacked]
             self.grid = (x.shape[1], x.shape[0]) if self.sequence_first else (x.shape[0], x.shape[1])
@@ -79,7 +81,8 @@ class LayerHook:
         """Tell of a state: input ``index`` of the block, or its output."""
 
         def tell(value: Tensor) -> None:
-            if self.listener is None:
+            self.runs[index] = self.runs.get(index, 0) + 1
+            if self.listener is None or self.runs[index] != seen.run:
                 return
             if index is None:
                 self.listener.leaving(self.fold(value))

@@ -18,8 +18,9 @@ from controllability.models.reading.positions import Positions
 from controllability.models.reading.tolerances import CACHED, SAME
 from controllability.models.sweep.fallbacks import Plan
 from controllability.models.sweep.layer_sweep import LayerSweep
-from controllability.models.sweep.one_pass import in_one_pass, plain_layers
+from controllability.models.sweep.one_pass import in_one_pass
 from controllability.models.sweep.target_run import LayerTarget
+from controllability.models.transformers_parts import is_plain_cache, is_usual_cache
 
 LOCAL = {"full_attention", "sliding_attention"}  # kinds of attention that count from the token, not from the start
 ASKED = {"attention_mask", "position_ids", "past_key_values"}
@@ -33,7 +34,7 @@ def pasts_of(
     None where either keeps no plain cache.
     """
     caches = getattr(there, "past_key_values", None), getattr(here, "past_key_values", None)
-    if not all(type(cache).__name__ == "DynamicCache" for cache in caches):
+    if not all(map(is_usual_cache, caches)):
         return None
     device = next(model.parameters()).device
     token = ids[1][-1:].to(device)
@@ -102,7 +103,7 @@ def _side_by_side(model: nn.Module, there: Any, here: Any) -> Any:
     text = config.get_text_config(decoder=True)
     if not set(forward_arguments(model)) >= ASKED or not set(getattr(text, "layer_types", None) or ()) <= LOCAL:
         return None
-    if not plain_layers(there):
+    if not is_plain_cache(there):
         return None
     for a, b in zip(there.layers, here.layers, strict=True):
         if type(b) is not type(a) or not (a.is_initialized and b.is_initialized):

@@ -22,6 +22,7 @@ from controllability.models.reading.tolerances import SAME
 from controllability.models.sweep.fallbacks import Plan
 from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.models.sweep.target_run import LayerTarget, Observer
+from controllability.models.transformers_parts import is_plain_cache
 
 
 class Both:
@@ -87,26 +88,17 @@ def possible(inputs: Mapping[str, Any], streams: int) -> bool:
     So it is where every layer's cache is a plain one of keys and values; a state that is handed on cannot be masked.
     Half precision is left to two passes: there the target's outputs are those of its modules, bit for bit.
     """
-    from transformers.cache_utils import DynamicCache
-
-    cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
-    if type(cache) is not DynamicCache or streams > 1 or not plain_layers(cache):
+    cache: Any = inputs.get("past_key_values")
+    mask = inputs.get("attention_mask")
+    if streams > 1 or not is_plain_cache(cache):
         return False
-    layers: list[Any] = cache.layers
-    keys = [layer.keys for layer in layers if layer.get_seq_length()]
+    keys = [layer.keys for layer in cache.layers if layer.get_seq_length()]
     known = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
     others = any(isinstance(v, Tensor | list | dict | tuple) for k, v in inputs.items() if k not in known)
     plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
     return (
         bool(keys) and all(k.dtype in SAME for k in keys) and plain and inputs["input_ids"].shape[1] == 1 and not others
     )
-
-
-def plain_layers(cache: Any) -> bool:
-    """Whether every layer of a cache keeps keys and values, a position each, and nothing else."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def widened(inputs: Mapping[str, Any], input_ids: Tensor, groups: int) -> dict[str, Any]:

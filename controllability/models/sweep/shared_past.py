@@ -20,8 +20,8 @@ from controllability.models.reading.model_facts import cache_bytes, forward_argu
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.tolerances import CACHED
 from controllability.models.sweep.cached_pass import ASKED
-from controllability.models.sweep.one_pass import plain_layers
 from controllability.models.sweep.target_run import LayerTarget, Progress, observe_target
+from controllability.models.transformers_parts import is_plain_cache
 
 ROOM = 2**29
 
@@ -45,7 +45,7 @@ class SharedPast:
         count, device = len(then), next(model.parameters()).device
         ids = torch.tensor([[*tokens, *then]], device=device)
         cache = model(input_ids=ids[:, : len(tokens)], use_cache=True, **_few(model, 1)).past_key_values
-        if type(cache).__name__ != "DynamicCache" or not plain_layers(cache):
+        if not is_plain_cache(cache):
             return None
         found = SharedPast(cache, len(tokens), size)
         wanted = result_of(model(**without_cache(model, {"input_ids": ids}), **_few(model, count)))[:, -count:]

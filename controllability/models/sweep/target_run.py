@@ -116,7 +116,7 @@ class Observer:
     def leaving(self, value: Tensor) -> None:
         if self.last:  # what leaves another layer is seen entering the next one
             check_finite(value, "target", self.layer, "leaving")
-        self.calls[-1].outputs.setdefault((), self._taken(value))
+        self.calls[-1].outputs[()] = self._taken(value)
         self.finished(self.layer)
 
 

@@ -1,0 +1,86 @@
+"""What transformers does not promise to keep, all in one place: where it changed, one line names the versions that were tested."""
+
+import copy
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from controllability.errors import BadInput
+
+TESTED = "5.20 to 5.24"  # of transformers, by tests/versions.py: docs/versions.md
+
+
+def part(module: str, name: str = "") -> Any:
+    """``name`` in ``transformers.MODULE``, or the module.  Raises ``BadInput`` with the tested versions where it is not there."""
+    try:
+        found = import_module(f"transformers.{module}")
+        return getattr(found, name) if name else found
+    except (ImportError, AttributeError):
+        raise changed(f"{module}.{name}".rstrip(".")) from None
+
+
+def changed(what: str) -> BadInput:
+    """The error to raise where a part of transformers is missing, or is not what it was."""
+    from transformers import __version__
+
+    return BadInput(
+        f"transformers {__version__} has no {what} as it was: tested with {TESTED}; install one of those. Nothing was changed"
+    )
+
+
+# --------------------------------------------------------------------------------------------------- experts
+
+
+def is_fused(experts: nn.Module) -> bool:
+    """Whether a module of experts looks its forward up by the name of an implementation."""
+    return hasattr(experts, "_apply_gate") and hasattr(experts, "is_transposed")
+
+
+def first_stage(experts: Any) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The name of the first matrices of fused experts, and what comes between them and the last ones."""
+    return ("gate_up_proj", experts._apply_gate) if experts.has_gate else ("up_proj", experts.act_fn)
+
+
+def implemented(config: Any, name: str, forward: Callable[..., Tensor]) -> Any:
+    """A copy of the config of fused experts by which they compute with ``forward``, registered as ``name``."""
+    functions = part("integrations.moe", "ALL_EXPERTS_FUNCTIONS")
+    if name not in functions:
+        functions.register(name, forward)
+    own = copy.copy(config)
+    vars(own)["_experts_implementation_internal"] = name
+    if getattr(own, "_experts_implementation", "") != name:
+        raise changed("config._experts_implementation")
+    return own
+
+
+def grouped_linear(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows (N, in) sorted by expert, weights (E, out, in), where each expert's rows end -> (N, out)."""
+    return part("integrations.moe", "_grouped_linear")(rows, weights, ends)
+
+
+# --------------------------------------------------------------------------------------- caches, modules, GGUF
+
+
+def is_usual_cache(cache: Any) -> bool:
+    """Whether a cache is the usual one, which grows as it is filled."""
+    return type(cache) is part("cache_utils", "DynamicCache")
+
+
+def is_plain_cache(cache: Any) -> bool:
+    """Whether it is, and every layer of it keeps keys and values, a position each, and nothing else."""
+    plain = part("cache_utils", "DynamicLayer"), part("cache_utils", "DynamicSlidingWindowLayer")
+    return is_usual_cache(cache) and all(type(layer) in plain for layer in cache.layers)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's linear map, which stores (in, out), and computes as it does."""
+    kind = part("pytorch_utils", "Conv1D")
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def gguf_architectures() -> set[str]:
+    """The architectures that transformers reads from GGUF, by the names in the files."""
+    older = part("modeling_gguf_pytorch_utils", "GGUF_SUPPORTED_ARCHITECTURES")
+    return {*older, *part("integrations.gguf.gguf_config_mapping", "GGUF_CONFIG_ARCHS")} - {"general", "tokenizer"}
