@@ -1,7 +1,7 @@
 """What transformers does not promise to keep, all in one place: where it changed, one line names the versions that were tested."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from controllability.errors import BadInput
 
 TESTED = "5.20 to 5.24"  # of transformers, by tests/versions.py: docs/versions.md
+
+CACHE = ("past_key_values", "cache")  # what a forward calls its cache: the second from 5.24 on
 
 
 def part(module: str, name: str = "") -> Any:
@@ -61,6 +63,11 @@ def grouped_linear(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------- caches, modules, GGUF
+
+
+def cache_of(inputs: Mapping[str, Any]) -> Any:
+    """The cache among the inputs of a forward, whatever it is called; None where there is none."""
+    return next((inputs[name] for name in CACHE if inputs.get(name) is not None), None)
 
 
 def is_usual_cache(cache: Any) -> bool:

@@ -30,6 +30,7 @@ from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, ref
 from controllability.models.sweep.report import Layers
 from controllability.models.sweep.source_run import sweep
 from controllability.models.sweep.target_run import LayerTarget, check_finite, observe_target, silent
+from controllability.models.transformers_parts import CACHE
 from controllability.prover.derivation import Derivation
 
 OTHER_MODES = ("penalty_alpha", "dola_layers", "num_beams", "constraints", "assistant_early_exit", "use_mtp")
@@ -339,7 +340,7 @@ def _refuse_misuse(model: Any, follow: str, count: Any, options: Mapping[str, An
     for name in IGNORED:
         if options.get(name):
             raise BadInput(f"{name} has no effect on patched generation, which returns a Generation: leave it out")
-    for name in ("custom_generate", "assistant_model", "inputs_embeds", "prompt_lookup_num_tokens", "past_key_values"):
+    for name in ("custom_generate", "assistant_model", "inputs_embeds", "prompt_lookup_num_tokens", *CACHE):
         if options.get(name) is not None:
             raise BadInput(f"{name} cannot be combined with patched generation")
     config = getattr(model, "config", None)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from controllability.errors import PatchError
 from controllability.models.reading.inputs import leaves_gaps, uses_cache
 from controllability.models.reading.positions import TOKENS, main_input
+from controllability.models.transformers_parts import CACHE
 
 ASIDE = {  # what changes no state
     "return_dict", "logits_to_keep", "num_logits_to_keep", "labels", "return_loss", "cache_position", "encoder_outputs", "synced_gpus",
@@ -47,7 +48,7 @@ def refuse_other_input(model: nn.Module, given: Mapping[str, Any], made_for: Map
 def _meant(name: str, inputs: Mapping[str, Any], shape: Any) -> Any:
     """An argument in the form in which equal ones mean the same."""
     value = inputs.get(name)
-    if name == "past_key_values":
+    if name in CACHE:
         return int(getattr(value, "get_seq_length", lambda: 0)()) or None
     if name == "position_ids" and value is None and _meant("attention_mask", inputs, shape) is None:
         value = torch.arange(shape[1])[None]

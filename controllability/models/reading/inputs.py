@@ -11,8 +11,9 @@ from controllability.models.reading.checked_reading import Checked
 from controllability.models.reading.model_facts import input_embedding, takes_cache, text_config
 from controllability.models.reading.positions import input_shape
 from controllability.models.reading.random_inputs import refuse_ids
+from controllability.models.transformers_parts import CACHE, cache_of
 
-CACHES = "past_key_values", "cache_params", "state"  # what families call what they hand on from token to token
+CACHES = *CACHE, "cache_params", "state"  # what families call what they hand on from token to token
 
 
 def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def leaves_gaps(inputs: Mapping[str, Any]) -> bool:
 def uses_cache(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Whether the model's own run on these inputs has a cache."""
     given = inputs.get("use_cache")
-    default = inputs.get("past_key_values") is not None or getattr(text_config(model), "use_cache", True)
+    default = cache_of(inputs) is not None or getattr(text_config(model), "use_cache", True)
     return bool(default if given is None else given)
 
 

@@ -20,10 +20,15 @@ from controllability.models.sweep.fallbacks import Plan
 from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.models.sweep.one_pass import in_one_pass
 from controllability.models.sweep.target_run import LayerTarget
-from controllability.models.transformers_parts import is_plain_cache, is_usual_cache
+from controllability.models.transformers_parts import CACHE, is_plain_cache, is_usual_cache
 
 LOCAL = {"full_attention", "sliding_attention"}  # kinds of attention that count from the token, not from the start
-ASKED = {"attention_mask", "position_ids", "past_key_values"}
+
+
+def takes_past(model: nn.Module) -> bool:
+    """Whether the model's forward names a mask, positions and a cache among its arguments."""
+    arguments = set(forward_arguments(model))
+    return arguments >= {"attention_mask", "position_ids"} and not arguments.isdisjoint(CACHE)
 
 
 def pasts_of(
@@ -101,7 +106,7 @@ def _side_by_side(model: nn.Module, there: Any, here: Any) -> Any:
     """One cache with a row for each; None where a model keeps something else, or places tokens by themselves."""
     config: Any = model.config
     text = config.get_text_config(decoder=True)
-    if not set(forward_arguments(model)) >= ASKED or not set(getattr(text, "layer_types", None) or ()) <= LOCAL:
+    if not takes_past(model) or not set(getattr(text, "layer_types", None) or ()) <= LOCAL:
         return None
     if not is_plain_cache(there):
         return None

@@ -22,7 +22,7 @@ from controllability.models.reading.tolerances import SAME
 from controllability.models.sweep.fallbacks import Plan
 from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.models.sweep.target_run import LayerTarget, Observer
-from controllability.models.transformers_parts import is_plain_cache
+from controllability.models.transformers_parts import CACHE, cache_of, is_plain_cache
 
 
 class Both:
@@ -88,12 +88,11 @@ def possible(inputs: Mapping[str, Any], streams: int) -> bool:
     So it is where every layer's cache is a plain one of keys and values; a state that is handed on cannot be masked.
     Half precision is left to two passes: there the target's outputs are those of its modules, bit for bit.
     """
-    cache: Any = inputs.get("past_key_values")
-    mask = inputs.get("attention_mask")
+    cache, mask = cache_of(inputs), inputs.get("attention_mask")
     if streams > 1 or not is_plain_cache(cache):
         return False
     keys = [layer.keys for layer in cache.layers if layer.get_seq_length()]
-    known = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
+    known = {"input_ids", "attention_mask", "position_ids", *CACHE}
     others = any(isinstance(v, Tensor | list | dict | tuple) for k, v in inputs.items() if k not in known)
     plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
     return (
@@ -106,7 +105,7 @@ def widened(inputs: Mapping[str, Any], input_ids: Tensor, groups: int) -> dict[s
 
     The cache itself gets the rows that it lacks.
     """
-    ids, cache = inputs["input_ids"], inputs["past_key_values"]
+    ids, cache = inputs["input_ids"], cache_of(inputs)
     batch, length = input_ids.shape
     rows = next(layer.keys.shape[0] for layer in cache.layers if layer.get_seq_length())
     if rows == batch:
@@ -123,8 +122,7 @@ def widened(inputs: Mapping[str, Any], input_ids: Tensor, groups: int) -> dict[s
 
 def narrow(inputs: Mapping[str, Any], batch: int) -> None:
     """Take the rows that ``widened`` added out of the cache."""
-    cache = inputs["past_key_values"]
-    cache.reorder_cache(torch.arange(batch, device=inputs["input_ids"].device))
+    cache_of(inputs).reorder_cache(torch.arange(batch, device=inputs["input_ids"].device))
 
 
 def in_one_pass(

@@ -19,7 +19,7 @@ from controllability.models.reading.logits import result_of
 from controllability.models.reading.model_facts import cache_bytes, forward_arguments
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.tolerances import CACHED
-from controllability.models.sweep.cached_pass import ASKED
+from controllability.models.sweep.cached_pass import takes_past
 from controllability.models.sweep.target_run import LayerTarget, Progress, observe_target
 from controllability.models.transformers_parts import is_plain_cache
 
@@ -39,7 +39,7 @@ class SharedPast:
     @torch.no_grad()
     def of(model: nn.Module, tokens: Sequence[int], then: Sequence[int]) -> "SharedPast | None":
         """None where the model keeps no plain cache, or does not give what a run over everything gives: tried on ``then``."""
-        size = cache_bytes(model) if set(forward_arguments(model)) >= ASKED else None
+        size = cache_bytes(model) if takes_past(model) else None
         if size is None:
             return None
         count, device = len(then), next(model.parameters()).device
