@@ -21,8 +21,10 @@ from controllability.models.gguf_files.head import read_head
 from controllability.models.gguf_files.quick_reader import one_reading
 from controllability.models.gguf_files.sound import refuse_unsound
 from controllability.models.loading import encode, load_model
+from controllability.models.transformers_parts import reports_misfits
 
 gguf = pytest.importorskip("gguf")
+pytestmark = pytest.mark.skipif(not reports_misfits(), reason="not there: GGUF needs transformers 5.23")
 QUANT = gguf.GGMLQuantizationType
 
 

@@ -16,6 +16,7 @@ from test_families import quiet
 
 import controllability as ct
 from controllability.models import transformers_parts
+from controllability.models.gguf_files.load import refuse_missing_extra
 
 ROOT = Path(__file__).parent.parent
 LINE = rf"transformers {re.escape(transformers.__version__)} has no .* as it was: tested with {re.escape(transformers_parts.TESTED)}"
@@ -78,6 +79,16 @@ def test_experts_of_an_unknown_form_are_named(monkeypatch):
         with pytest.raises(ct.BadInput, match="experts MixtralExperts as it was"):
             ct.patch_model(model, *inputs("mixtral", model))
     assert hook_count(model) == 0
+
+
+def test_an_older_transformers_reads_no_gguf(monkeypatch, tmp_path):
+    """It would give weights that do not fit random numbers, without a word."""
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(transformers, "__version__", "5.22.2")
+    with pytest.raises(ct.BadInput, match=r"reading .*m\.gguf needs transformers 5\.23"):
+        refuse_missing_extra(tmp_path / "m.gguf")
+    monkeypatch.setattr(transformers, "__version__", "5.23.0")
+    refuse_missing_extra(tmp_path / "m.gguf")
 
 
 def test_the_versions_named_are_those_that_may_be_installed_and_those_of_the_table():

@@ -87,6 +87,13 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
+def reports_misfits() -> bool:
+    """Whether weights of another shape in a GGUF file are reported when it is loaded."""
+    from transformers import __version__
+
+    return tuple(map(int, __version__.split(".")[:2])) >= (5, 23)
+
+
 def gguf_architectures() -> set[str]:
     """The architectures that transformers reads from GGUF, by the names in the files."""
     older = part("modeling_gguf_pytorch_utils", "GGUF_SUPPORTED_ARCHITECTURES")

@@ -12,6 +12,7 @@ from controllability.errors import BadInput
 from controllability.models.gguf_files.head import read_head
 from controllability.models.gguf_files.quick_reader import one_reading
 from controllability.models.gguf_files.sound import refuse_oversized, refuse_unsound
+from controllability.models.transformers_parts import reports_misfits
 
 MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 
@@ -57,6 +58,10 @@ def refuse_missing_extra(path: Path) -> None:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise BadInput(f'reading {path} needs the package {package}: pip install "controllability[gguf]"')
+    if not reports_misfits():
+        raise BadInput(
+            f"reading {path} needs transformers 5.23: older ones load a file whose weights do not fit without a word"
+        )
 
 
 def _make_ordinary(model: Any) -> None:
