@@ -92,7 +92,9 @@ REFUSED = {
     "prophetnet": "keeps 3 states a position",
     "dbrx": "reads weights past the module that PEFT wraps",
     **dict.fromkeys(("inkling_text", "inkling2_text"), "No modules were targeted"),  # a convolution's taps alone
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), "incompatible with Mamba-based models"),  # by PEFT, whatever is moved
+    **dict.fromkeys(
+        ("mamba", "mamba2", "falcon_mamba"), "incompatible with Mamba-based models"
+    ),  # by PEFT, whatever is moved
     "laguna": "PEFT does not find all of the adapter",  # PEFT 0.21 renames shared_experts in the file as in old checkpoints
 }
 

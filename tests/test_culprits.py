@@ -13,6 +13,7 @@ from trees import D
 import architectures
 import controllability as ct
 from controllability.components import ExpertLinear, Identity, Mixture, Select, Sequence, residual, rms_norm
+from controllability.components.collapse import SelfWeighted
 from controllability.interfaces import Place
 from controllability.prover.explain import explained
 from controllability.prover.remedies import Remedy
@@ -56,8 +57,8 @@ def minimal(failure: Failure, prover: Prover) -> str:
         assert not isinstance(component, ExpertLinear) or failure.weight > 0  # frozen, or crowded by rows
         return "experts' last map"
     assert not prover.attempt(failure.place, failure.side).steps, "it passes"
-    if not component.children():
-        return "leaf"
+    if not component.children() or (isinstance(component, SelfWeighted) and failure.side != "input"):
+        return "leaf"  # no rule puts together what its parts can do
     if not component.parameters() and all(isinstance(c, Identity) for c in component.children()):
         return "nothing to steer"
     if failure.rule == "O-mixture":

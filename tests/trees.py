@@ -276,7 +276,7 @@ class Grower:
 
 
 def nodes(part: Component, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Component]]:
-    """The component and everything below it, with paths; not what ``Fixed`` keeps to itself."""
+    """The component and everything below it, with paths; not what ``Fixed`` and ``Blend`` keep to themselves."""
     yield path, part
     for i, child in enumerate(part.children()):
         yield from nodes(child, (*path, i))
@@ -307,8 +307,8 @@ class Case:
 
     @cached_property
     def params(self) -> tuple[Param, ...]:
-        """What may move: neither frozen nor read by ``Fixed`` components alone."""
-        read = {p for _, c in nodes(self.block) if not isinstance(c, Fixed) for p in c.own_parameters()}
+        """What may move: neither frozen nor read by ``Fixed`` components and blends alone."""
+        read = {p for _, c in nodes(self.block) if not isinstance(c, Fixed | Blend) for p in c.own_parameters()}
         return tuple(sorted((p for p in read if p.name not in self.frozen and str(p) not in self.frozen), key=str))
 
     @cached_property

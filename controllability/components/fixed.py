@@ -6,7 +6,7 @@ from typing import Any
 
 from controllability.arrays import Array, arithmetic
 from controllability.components.activation import Activation
-from controllability.interfaces import Bijection, Combinator, Component, Condition, Param, Params, Size, leaves
+from controllability.interfaces import Bijection, Component, Condition, Param, Params, Size, leaves
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Fixed(Component):
 
 
 @dataclass(frozen=True)
-class Blend(Combinator):
-    """μ∘f(x) + (1 − μ)∘g(x) with a stored μ (1, 1, d): RWKV's mix of a position with the one before.
+class Blend(Component):
+    """μ∘f(x) + (1 − μ)∘g(x) with a stored μ (1, 1, d), nothing of which moves: RWKV's mix of a position with the one before.
 
     >>> import numpy as np
     >>> from controllability.components.select import Select
@@ -60,20 +60,28 @@ class Blend(Combinator):
     first: Component
     second: Component
     weight: Param
+    has_module = False
 
-    def children(self) -> tuple[Component, ...]:
-        return self.first, self.second
-
-    def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
+    def __call__(self, params: Params, x: Array) -> Array:
         stored = self.weight.value(params)
         mu = arithmetic(stored).lift(stored)[0, 0]
-        return mu * output(0) + (1 - mu) * output(1)
+        return mu * self.first(params, x) + (1 - mu) * self.second(params, x)
 
     def describe(self) -> str:
         return f"blend of ({self.first.describe()}) and ({self.second.describe()}) by {self.weight}"
 
     def own_parameters(self) -> tuple[Param, ...]:
-        return (self.weight,)
+        return (self.weight, *sorted(self.first.parameters() | self.second.parameters(), key=str))
+
+    def inputs_read(self) -> dict[int, Size]:
+        parts = (*leaves(self.first), *leaves(self.second))
+        return {index: size for _, leaf in parts for index, size in leaf.inputs_read().items()}
+
+    def map_held(self, change: Callable[[Any], Any]) -> "Blend":
+        return replace(self, first=change(self.first), second=change(self.second))
+
+    def output_width(self, width: Size) -> Size:
+        return self.first.output_width(width)
 
 
 @dataclass(frozen=True)
