@@ -130,6 +130,9 @@ class Remixed(Combinator):
         mix = output(0).reshape(*streams.shape[:-1], -1)
         return (mix[..., None] * streams[..., None, :]).sum(-3)
 
+    def output_width(self, width: Size) -> Size:
+        return self.streams.output_width(width)
+
     def describe(self) -> str:
         return "streams mixed"
 
@@ -154,6 +157,9 @@ class Spread(Combinator):
 
     def assemble(self, params: Params, output: Callable[[int], Array]) -> Array:
         return output(0) + output(1)[..., None] * output(2)[..., None, :]
+
+    def output_width(self, width: Size) -> Size:
+        return self.branch.output_width(width)
 
     def describe(self) -> str:
         return f"streams + weights ⊗ ({self.branch.describe()})"
