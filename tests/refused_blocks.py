@@ -9,7 +9,7 @@ from trees import Grower
 
 import controllability as ct
 from controllability.components import Activation, Linear
-from controllability.interfaces import Param
+from controllability.interfaces import Param, leaves
 
 
 def linear(name: str, out: str | int = "d", into: str | int = "d", bias: str = "") -> Linear:
@@ -36,5 +36,7 @@ def drawn(seed: int):
     block = grower.block(rng.randint(1, 4))
     frozen = frozenset(name for name in grower.values if rng.random() < 0.15)
     via = rng.choice(("input-output", "output"))
+    if any(leaf.mixes for _, leaf in leaves(block)):
+        via = "output"  # what mixes positions is not steered
     route = rng.choice(("auto", "auto", "scale", "secular", "uniform", "ball"))
     return grower, block, {"via": via, "route": route, "frozen": frozen & {p.name for p in block.parameters()}}
