@@ -99,7 +99,7 @@ def test_culprits_are_minimal_and_remedies_prove_on_random_trees(seeds):
         for remedy in error_.remedies:
             counts[executed(remedy, grower.values, seed)] += 1
     assert counts["leaf"] >= len(seeds) / 5
-    assert counts["together"] >= len(seeds) / 30
+    assert counts["together"] >= len(seeds) / 40
     assert counts["remedies"] >= len(seeds) / 3
     assert counts["patched"] >= len(seeds) / 5
     assert counts["patched"] + counts["condition"] == counts["remedies"]
