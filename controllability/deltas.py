@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 from controllability.arrays import Array, arithmetic
 from controllability.arrays.one_line import OneLine
@@ -66,6 +66,22 @@ class LowRank(_Arrays):
         gram = (self.left @ self.left.swapaxes(-1, -2)) * (self.right @ self.right.swapaxes(-1, -2))
         return xp.sqrt(xp.magnitude(gram.sum(-1).sum(-1)))
 
+    def products(self, other: Any) -> Array:
+        """⟨ΔW_a, ΔW_b⟩ of each of these with each of ``other``, from the factors: (..., N), (..., M) -> (..., N, M)."""
+        return _products((self.left, self.right), (other.left, other.right))
+
+
+def _products(one: tuple[Array, Array], other: tuple[Array, Array], same: Array = True) -> Array:
+    """From factors (..., N, rank, ·) and (..., M, rank, ·); only terms that are ``same`` (..., N·rank, M·rank) count."""
+
+    def gram(x: Array, y: Array) -> Array:
+        flat = [f.reshape(*f.shape[:-3], f.shape[-3] * f.shape[-2], f.shape[-1]) for f in (x, y)]
+        return flat[0] @ flat[1].swapaxes(-1, -2)
+
+    terms = gram(one[0], other[0]) * gram(one[1], other[1]) * same
+    shape = (*terms.shape[:-2], *one[0].shape[-3:-1], *other[0].shape[-3:-1])
+    return terms.reshape(shape).sum(-1).sum(-2)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExpertLowRank(LowRank):
@@ -115,6 +131,17 @@ class ExpertLowRank(LowRank):
         each = LowRank(self.left, self.right).norms()
         return arithmetic(each).sqrt((each * each).sum(-1))
 
+    def products(self, other: Any) -> Array:
+        (*one, expert), (*others, of_other) = self._slots(), other._slots()
+        return _products((one[0], one[1]), (others[0], others[1]), expert[..., :, None] == of_other[..., None, :])
+
+    def _slots(self) -> tuple[Array, Array, Array]:
+        """(left, right) (..., N, k·rank, ·), and the expert of each of the N·k·rank terms."""
+        *lead, count, k, rank, _ = self.left.shape
+        left, right = (f.reshape(*lead, count, k * rank, f.shape[-1]) for f in (self.left, self.right))
+        expert = arithmetic(left).concatenate([self.index[..., None]] * rank, -1)  # (..., N, k, rank)
+        return left, right, expert.reshape(*lead, count * k * rank)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Shift(_Arrays):
@@ -146,6 +173,10 @@ class Shift(_Arrays):
         """Euclidean norm of each vector: shape (...)."""
         xp = arithmetic(self.value)
         return xp.sqrt((self.value * self.value).sum(-1))
+
+    def products(self, other: Any) -> Array:
+        """The inner product of each of these vectors with each of ``other``: (..., N), (..., M) -> (..., N, M)."""
+        return self.value @ other.value.swapaxes(-1, -2)
 
 
 Delta = LowRank | Shift

@@ -28,7 +28,7 @@ from architecture import (
 
 # packages that cost too much to load with ours, and those that not everybody has: they may be imported inside functions
 HEAVY = {
-    "torch", "transformers", "sympy", "scipy", "matplotlib", "mpmath", "numpy", "rich", "tokenizers", "safetensors",
+    "torch", "transformers", "sympy", "scipy", "matplotlib", "pandas", "mpmath", "numpy", "rich", "tokenizers", "safetensors",
     "peft", "bitsandbytes", "accelerate", "gguf", "clarabel",
 }  # fmt: skip
 FACE = "controllability"  # loads its names on first use; what it names under TYPE_CHECKING runs down like all else

@@ -1,6 +1,6 @@
 """The face of a patch of a whole model: applied for a while, merged into the weights, extended, saved, exported."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +12,12 @@ from controllability.models.files.patch_files import read_patch, save_patch
 from controllability.models.files.peft_export import Exported, export_peft
 from controllability.models.files.peft_import import patch_of_adapter
 from controllability.models.hooks.own_modes import own_modes
+from controllability.models.patches.ablation import Ablation, ablation
 from controllability.models.patches.applied import applied
 from controllability.models.patches.extend import Extension, extend, unlearn
 from controllability.models.patches.merged_error import MergedError, merged_error
 from controllability.models.patches.merging import as_weights as merged_for_a_while, merge, unmerge
+from controllability.models.patches.parts import Change, Parts, change, select
 from controllability.models.patches.record import PatchRecord
 from controllability.models.patches.sensitivity import sensitivity_of, warn_if_fragile
 from controllability.models.sweep.report import LayerReport
@@ -55,6 +57,59 @@ class ModelPatch(PatchRecord):
         >>> # mp.sensitivity.ratio
         """
         return sensitivity_of(self)
+
+    def select(
+        self, layers: int | Iterable[int] | None = None, parameters: str | Iterable[str] | None = None,
+        tokens: int | Iterable[int] | None = None,
+    ) -> "ModelPatch":  # fmt: skip
+        """The patch of some layers, parameters and tokens alone: a patch like any other, which promises no target.
+
+        ``layers`` are numbers of layers, ``parameters`` names or patterns ("*.down_proj.weight"), ``tokens`` positions of the source,
+        negative ones counted from the end; None is all of them.  Its report holds what was found when the whole was solved.
+        Raises ``BadInput`` for what this patch has not, and for a token of a patch that has none by itself (scopes "last", "all").
+
+        >>> # with mp.select(layers=range(4)).applied(model): model(**source).logits
+        """
+        return ModelPatch.of(select(self, layers, parameters, tokens))
+
+    def delta(self, name: str, token: int | None = None, sample: int = 0, call: int = 0) -> Change:
+        """The change of one parameter: ``matrix``, ``factors``, ``norm``, ``singular_values``.
+
+        ``token`` is a position of the source (None: the last, or the one patch of scope "last" or "all"), ``call`` which call of a
+        layer that runs several times.  Raises ``BadInput`` as ``select`` does.
+
+        >>> # mp.delta("model.layers.5.mlp.down_proj.weight", token=-1).norm
+        """
+        return change(self, name, token, sample, call)
+
+    def frame(self) -> Any:
+        """A row for each parameter and token, as a ``pandas.DataFrame`` where pandas is installed, else a list of dicts.
+
+        Columns: layer, call, parameter, sample, token, rank (factors that are not 0; None for a vector), norm ‖ΔW‖, relative_norm (‖ΔW‖/‖W‖; of a
+        norm's scale max |Δm|/|m|), cosine_to_mean (with the mean ΔW of all tokens), margin (the layer's least at this token), route.
+        Sample and token are None for the one patch of scope "all".
+
+        >>> # mp.frame()
+        """
+        return Parts(self).frame()
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """‖ΔW‖ by layer and token as a heat map: a matplotlib figure, or with ``path`` the file that it was written to.
+
+        >>> # mp.plot("patch.png")
+        """
+        return Parts(self).plot(path)
+
+    def ablation(self, model: nn.Module) -> Ablation:
+        """What some layers' patches do alone: each layer alone, left out, cumulatively from below and from above.
+
+        Four runs of the source a layer, one of the target and one without the patch; each row has its relative logit error and its KL
+        against the contextual model and against the plain one.  Raises ``BadInput`` for a patch that has no target (loaded from an adapter, or a part),
+        ``PatchError`` as ``applied`` does.  Source: new.
+
+        >>> # mp.ablation(model).rows
+        """
+        return ablation(self, model)
 
     def applied(self, model: nn.Module, as_weights: bool = False) -> AbstractContextManager[nn.Module]:
         """Within this context the model's own modules compute with the patched weights.

@@ -1,6 +1,10 @@
 """Figures in one style."""
 
+import itertools
+import math
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,3 +40,78 @@ def drawn(figure: "Figure", path: Path, dpi: int = 120, **how: Any) -> Path:
         temporary.unlink(missing_ok=True)
         pyplot.close(figure)
     return path
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Numbers as colours: ``values`` has a row for each of ``rows``; the smaller tables have them written in."""
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float]]
+
+    def draw(self, axes: Any) -> None:
+        """On these axes, 0 white."""
+        most = max((abs(v) for row in self.values for v in row if math.isfinite(v)), default=1) or 1
+        image = axes.imshow(self.values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+        axes.figure.colorbar(image, ax=axes)
+        step = -(-len(self.columns) // 40)
+        axes.set_xticks(
+            range(0, len(self.columns), step),
+            self.columns[::step],
+            rotation=60,
+            ha="right",
+            fontsize="small",
+            parse_math=False,
+        )
+        axes.set_yticks(range(len(self.rows)), self.rows, fontsize="small", parse_math=False)
+        for y, row in enumerate(self.values if len(self.rows) * len(self.columns) <= 200 else ()):
+            for x, value in enumerate(row):
+                axes.text(
+                    x,
+                    y,
+                    f"{value:.2g}",
+                    ha="center",
+                    va="center",
+                    fontsize="x-small",
+                    color="white" if abs(value) > 0.6 * most else "black",
+                )
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Curves over ``x``, told apart by marks as well as by colours."""
+
+    title: str
+    along: str
+    up: str
+    x: Sequence[float]
+    lines: Mapping[str, Sequence[float]]
+
+    def draw(self, axes: Any) -> None:
+        """On these axes, with a legend below."""
+        for mark, (name, values) in zip(itertools.cycle("os^vDP*X"), self.lines.items(), strict=False):
+            axes.plot(self.x, values, marker=mark, markersize=4, linewidth=1, label=name)
+        axes.set_xlabel(self.along)
+        axes.set_ylabel(self.up)
+        if len(self.lines) > 1:
+            axes.legend(fontsize="x-small", frameon=False, ncols=1 + len(self.lines) // 8)
+
+
+Panel = Heat | Lines
+
+
+def figure_of(panels: Sequence[Panel], path: "str | Path | None" = None) -> Any:
+    """A matplotlib figure of the panels below each other, drawn without a display; with ``path`` it is written there, and the path returned."""
+    from matplotlib.figure import Figure
+
+    wide = max((len(panel.columns) for panel in panels if isinstance(panel, Heat)), default=0)
+    heights = [2.2 + 0.25 * len(panel.rows) if isinstance(panel, Heat) else 4 for panel in panels]
+    figure = Figure(figsize=(min(16, max(7, 2 + 0.5 * wide)), sum(heights)), layout="constrained")
+    for axes, panel in zip(
+        figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0], panels, strict=True
+    ):
+        axes.set_title(panel.title, parse_math=False)
+        panel.draw(axes)
+    return figure if path is None else drawn(figure, Path(path))

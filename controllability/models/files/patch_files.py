@@ -189,8 +189,9 @@ def _refuse_unsound(entries: list[Entry], rows: Positions, inputs: dict[str, Any
     for at, size in zip((rows.sample, rows.position), rows.shape, strict=True):
         if at.dtype != torch.int64 or at.shape != (count,) or bool(((at < 0) | (at >= size)).any()):
             raise PatchError(f"its positions lie outside of its input of shape {rows.shape}")
-    for role in ("source", "target") if inputs["source"] else ():  # an imported adapter has none
-        refuse_malformed(inputs[role], role)
+    for role in ("source", "target"):
+        if inputs[role]:  # an imported adapter has neither, a part of a patch no target
+            refuse_malformed(inputs[role], role)
     for entry in entries:
         held = {name: value for name, value in vars(entry.delta).items() if isinstance(value, Tensor)}
         first, *others = factors = [value for name, value in held.items() if name != "index"]
