@@ -19,13 +19,14 @@ _ROOMS = {
     "models.loading": "encode load_model",
     "models": "ModelPatch diff exact_mode finalize_merges generate import_peft load_moments load_patch patch_model save_moments second_moments",
     "compiling": "compile_context further_questions",
+    "instrument": "attribute dynamics",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "BadInput", "Component", "Condition", "ControllabilityError", "ControllabilityWarning", "InputControllable",
     "ModelPatch", "NotControllable",
     "NotExact", "NotVerified", "OutputControllable", "Param", "Patch", "PatchError", "Proof",
-    "ReadingError", "SideConditionFailed", "Trace", "compile_context", "diff", "encode", "exact_mode", "finalize_merges", "further_questions", "generate",
+    "ReadingError", "SideConditionFailed", "Trace", "attribute", "compile_context", "diff", "dynamics", "encode", "exact_mode", "finalize_merges", "further_questions", "generate",
     "import_peft", "load_model", "load_moments", "load_patch", "patch_model", "prove", "sample", "save_moments", "second_moments",
     "verify",
 ]  # fmt: skip
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from controllability.execution.patch import Patch
     from controllability.execution.sampling import sample
     from controllability.execution.trace import Trace
+    from controllability.instrument import attribute, dynamics
     from controllability.interfaces import Component, Condition, InputControllable, OutputControllable, Param
     from controllability.models import (
         ModelPatch,

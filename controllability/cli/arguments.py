@@ -204,6 +204,39 @@ def _moments(parser: ArgumentParser) -> None:
 
 
 @_command(
+    "Which part of a context changed the weights, chunk by chunk.",
+    'controllability attribute embedded --query "Where does Leo live ?" \\\n    --context "Mia lives in Oslo . Leo lives in Rome ." --out found',
+)
+def _attribute(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    _studying(parser, "sentence", ("forward", "backward", "all"))
+    add(
+        "--permutations",
+        type=int,
+        metavar="N",
+        help="with --order all: how many orders (default: all of 4 chunks, or 8)",
+    )
+    ablations = "random ablations beside leave-one-out, each a run of its own (default 32; 0: neither)"
+    add("--ablations", type=int, default=32, metavar="N", help=ablations)
+    add("--seed", type=int, default=0, help="which orders and ablations are drawn (default 0)")
+
+
+@_command(
+    "How the patch grows with its context, beside a step of gradient descent.",
+    'controllability dynamics embedded --query "Where does Leo live ?" \\\n    --context "Mia lives in Oslo . Leo lives in Rome ."',
+)
+def _dynamics(parser: ArgumentParser) -> None:
+    _studying(parser, "token", ("forward", "backward"))
+    parser.add_argument("--skip-gradients", action="store_true", help="leave the gradient steps out")
+
+
+@_command("A saved patch as a table and a heat map.", "controllability inspect PATCH_DIR --out pictures")
+def _inspect(parser: ArgumentParser) -> None:
+    parser.add_argument("patch", metavar="PATCH_DIR", help="written by controllability patch --out, or mp.save()")
+    _out(parser, "DIR", "write a picture and a page here")
+
+
+@_command(
     "Write a saved patch as an adapter that peft loads, and check it there.",
     "controllability export PATCH_DIR --peft ADAPTER_DIR",
 )
@@ -216,6 +249,19 @@ def _export(parser: ArgumentParser) -> None:
     model = "the model it was made for (default: the directory or file that the patch remembers)"
     add("--model", metavar="MODEL", help=model)
     _loading(parser)
+
+
+def _studying(parser: ArgumentParser, chunks: str, orders: tuple[str, ...]) -> None:
+    add = parser.add_argument
+    _model(parser)
+    _text(parser, "context")
+    _text(parser, "query")
+    add("--chunks", choices=("sentence", "line", "token"), default=chunks, help=f"what a step is (default {chunks})")
+    order = "default forward; backward: the context leaves the source from the front; all: the mean over orders"
+    add("--order", choices=orders, default="forward", help=order)
+    add("--answer", metavar="TEXT", help="whose probability is followed (default: the likeliest token)")
+    _solving(parser, "secular")
+    _out(parser, "DIR", "write a picture and a page here")
 
 
 def _model(parser: ArgumentParser, what: str = "written by save_pretrained, a GGUF file, or a Hub id") -> None:
@@ -250,10 +296,10 @@ def _measuring(parser: ArgumentParser) -> None:
     parser.add_argument("--skip-sensitivity", action="store_true", help=what)
 
 
-def _solving(parser: ArgumentParser) -> None:
+def _solving(parser: ArgumentParser, route: str = "auto") -> None:
     parser.add_argument("--via", choices=VIA, default="input-output")
     _place(parser)
-    _route(parser)
+    _route(parser, route)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32; float64 computes exactly")
 
 
@@ -262,9 +308,9 @@ def _place(parser: ArgumentParser) -> None:
     parser.add_argument("--place", choices=PLACES, help=what)
 
 
-def _route(parser: ArgumentParser) -> None:
-    what = f"what a normalised output does: {', '.join(ROUTES)} (default auto)"
-    parser.add_argument("--route", choices=ROUTES, default="auto", metavar="R", help=what)
+def _route(parser: ArgumentParser, default: str = "auto") -> None:
+    what = f"what a normalised output does: {', '.join(ROUTES)} (default {default})"
+    parser.add_argument("--route", choices=ROUTES, default=default, metavar="R", help=what)
 
 
 # in the order in which help lists them

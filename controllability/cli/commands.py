@@ -145,3 +145,4 @@ def _elsewhere(name: str, module: str = "") -> Callable[[argparse.Namespace, Out
 patch, generate, demo, protocol, moments = map(_elsewhere, ("patch", "generate", "demo", "protocol", "moments"))
 verify, export = _elsewhere("verify", "patch"), _elsewhere("export", "patch")
 compile = _elsewhere("compile")  # noqa: A001 (named after the command)
+attribute, dynamics, inspect = (_elsewhere(name, "instrument") for name in ("attribute", "dynamics", "inspect"))

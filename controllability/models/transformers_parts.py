@@ -70,6 +70,11 @@ def cache_of(inputs: Mapping[str, Any]) -> Any:
     return next((inputs[name] for name in CACHE if inputs.get(name) is not None), None)
 
 
+def empty_cache(config: Any = None) -> Any:
+    """A usual cache; without a config no layer of it forgets what left its window."""
+    return part("cache_utils", "DynamicCache")(config=config)
+
+
 def is_usual_cache(cache: Any) -> bool:
     """Whether a cache is the usual one, which grows as it is filled."""
     return type(cache) is part("cache_utils", "DynamicCache")

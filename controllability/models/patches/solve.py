@@ -39,7 +39,7 @@ from controllability.models.sweep.refuse_misses import (
     refuse_unreached,
 )
 from controllability.models.sweep.report import Layers, Report
-from controllability.models.sweep.shared_past import SharedPast, seen_in_target
+from controllability.models.sweep.shared_past import Past, seen_in_target
 from controllability.models.sweep.source_run import sweep
 from controllability.models.sweep.target_run import Progress, check_finite
 
@@ -47,9 +47,9 @@ from controllability.models.sweep.target_run import Progress, check_finite
 def solve(
     model: nn.Module, target: Mapping[str, Any], source: Mapping[str, Any], scope: str, via: str, route: str,
     positions: tuple[Any, Any] | None, progress: Progress, joint: JointOptions,
-    moments: Moments | None = None, past: SharedPast | None = None, place: str | None = None,
+    moments: Moments | None = None, past: Past | None = None, place: str | None = None, judged: int | None = None,
 ) -> PatchRecord:  # fmt: skip
-    """The solved patch.  See ``controllability.patch_model``, which documents the options and errors; ``past``: ``seen_in_target``."""
+    """The solved patch.  See ``controllability.patch_model`` for options and errors; ``past``: ``seen_in_target``, ``judged``: ``_refuse_unverified``."""
     started = time.perf_counter()
     for role, given in (("target", target), ("source", source)):
         refuse_malformed(given, role)
@@ -90,7 +90,7 @@ def solve(
     check_finite(found.held, "source", last, "of the logits after")
     records = [kept[s] for s in solvers]
     if joint.damping is None:  # else whoever asks measures it
-        _refuse_unverified(solvers, records if joint.exact else None, found, wanted, shown[0])
+        _refuse_unverified(solvers, records if joint.exact else None, found, wanted, shown[0], judged)
     report = Report(
         scope, proofs[0].via, route, str(found.dtype).removeprefix("torch."), len(source_rows.sample),
         sum(e.delta.numbers for e in entries), sum(e.delta.dense_numbers for e in entries),
@@ -127,11 +127,19 @@ def parse_joint_options(scope: str, ridge: float, rank: int | None, keep_rms: bo
 
 
 def _refuse_unverified(
-    solvers: list[LayerSweep], records: list[LayerRecord] | None, output: Result, wanted: Result, rows: Positions
+    solvers: list[LayerSweep], records: list[LayerRecord] | None, output: Result, wanted: Result, rows: Positions,
+    judged: int | None = None,
 ) -> None:  # fmt: skip
-    """Every layer must have reached its target, as its record says, and so must what is computed from the last one."""
+    """Every layer must have reached its target, as its record says, and so must what is computed from the last one.
+
+    ``judged``: of each sample's pairs only the last so many are held against the target's logits, the states of all of them.
+    """
     found, per_position = output.at(rows), output.held.ndim == 3
     comparable = found.held.ndim == 2 and found.held.shape == wanted.held.shape
+    if judged is not None and comparable and per_position:
+        late = rows.sample.bincount().cumsum(0)[rows.sample] - torch.arange(len(rows.sample)) <= judged
+        rows = Positions(rows.sample[late], rows.position[late], rows.shape)
+        found, wanted = (replace(result, held=result.held[late]) for result in (found, wanted))
     if records is not None:
         worst = refuse_unreached(solvers, records)
         head = "the model's head reads a position that is not paired: name it, positions=(source, target)"

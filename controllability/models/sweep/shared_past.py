@@ -6,7 +6,7 @@ Sequences are run in batches whose copies of the cache stay below ``ROOM`` bytes
 import copy
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,11 @@ class SharedPast:
             return None
         count, device = len(then), next(model.parameters()).device
         ids = torch.tensor([[*tokens, *then]], device=device)
-        cache = model(input_ids=ids[:, : len(tokens)], use_cache=True, **_few(model, 1)).past_key_values
+        cache = model(input_ids=ids[:, : len(tokens)], use_cache=True, **few(model, 1)).past_key_values
         if not is_plain_cache(cache):
             return None
         found = SharedPast(cache, len(tokens), size)
-        wanted = result_of(model(**without_cache(model, {"input_ids": ids}), **_few(model, count)))[:, -count:]
+        wanted = result_of(model(**without_cache(model, {"input_ids": ids}), **few(model, count)))[:, -count:]
         own = result_of(model(**found.inputs(ids[:, -count:].expand(2, -1), torch.ones(2, count, device=device))))
         if relative_error(own, wanted.expand_as(own)) > CACHED[wanted.dtype]:
             return None
@@ -130,28 +130,48 @@ class SharedPast:
         """
         ids = target["input_ids"][:, self.length :]
         mask = target.get("attention_mask", torch.ones_like(target["input_ids"]))[:, self.length :]
-        parts, results = [], []
-        for batch in self.batches(mask.sum(1).tolist()):
-            own = slice(batch.start, batch.stop)
-            kept = (rows.sample >= batch.start) & (rows.sample < batch.stop)
-            here = Positions(
-                rows.sample[kept] - batch.start, (rows.position[kept] - self.length).clamp_min(0), (len(batch), ids.shape[1])
-            )  # fmt: skip
-            inputs = self.inputs(ids[own], mask[own])
-            asked = lean.inputs({name: inputs[name] for name in ("input_ids", "attention_mask")})
-            targets, output = observe_target(hooks, asked | inputs, here, progress)
-            parts.append(targets)
-            results.append(lean.of(output).at(here))
-        return _joined(parts), replace(results[0], held=torch.cat([result.held for result in results]))
+
+        def parts() -> Iterator[tuple[dict[str, Any], Positions]]:
+            for batch in self.batches(mask.sum(1).tolist()):
+                own = slice(batch.start, batch.stop)
+                kept = (rows.sample >= batch.start) & (rows.sample < batch.stop)
+                yield self.inputs(ids[own], mask[own]), Positions(
+                    rows.sample[kept] - batch.start, (rows.position[kept] - self.length).clamp_min(0), (len(batch), ids.shape[1])
+                )  # fmt: skip
+
+        return observed_by_parts(hooks, lean, parts(), progress)
+
+
+class Past(Protocol):
+    """What a target run goes on from, in place of a run over everything."""
+
+    def observed(
+        self, hooks: LayerHooks, lean: Runs, target: Mapping[str, Any], rows: Positions, progress: Progress
+    ) -> tuple[list[list[LayerTarget]], Result]:
+        """What ``observe_target`` sees at the rows of the target, and the model's result there."""
+        ...
+
+
+def observed_by_parts(
+    hooks: LayerHooks, lean: Runs, parts: Iterator[tuple[dict[str, Any], Positions]], progress: Progress
+) -> tuple[list[list[LayerTarget]], Result]:
+    """What runs on the inputs of each part show at its positions, put together in this order."""
+    seen, results = [], []
+    for inputs, here in parts:
+        asked = lean.inputs({name: inputs[name] for name in ("input_ids", "attention_mask")})
+        targets, output = observe_target(hooks, asked | inputs, here, progress)
+        seen.append(targets)
+        results.append(lean.of(output).at(here))
+    return _joined(seen), replace(results[0], held=torch.cat([result.held for result in results]))
 
 
 def seen_in_target(
     hooks: LayerHooks, lean: Runs, target: Mapping[str, Any], rows: tuple[Positions, Positions], progress: Progress,
-    past: SharedPast | None = None,
+    past: Past | None = None,
 ) -> tuple[list[list[LayerTarget]], Result]:  # fmt: skip
     """What ``observe_target`` sees at the first of ``rows``, and the result at the second.
 
-    ``past`` is what all samples begin with, which is then not run for each of them; no row inside it may be read.
+    ``past`` is what the samples begin with, which is then not run for each of them; no row inside it may be read.
     """
     if past is not None:
         return past.observed(hooks, lean, target, rows[0], progress)
@@ -177,6 +197,6 @@ def _one(calls: Sequence[LayerTarget]) -> LayerTarget:
     )  # fmt: skip
 
 
-def _few(model: nn.Module, count: int) -> dict[str, int]:
+def few(model: nn.Module, count: int) -> dict[str, int]:
     """Asks for the last ``count`` logits alone, where the model can be asked."""
     return {KEEP: count} if KEEP in forward_arguments(model) else {}
