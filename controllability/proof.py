@@ -28,7 +28,17 @@ class Proof(Derivation):
 
     def check(self, level: str = "symbolic", seed: int = 0) -> list[dict[str, Any]]:
         """Run the checks of a level: [{rule, status, method}].  See ``controllability.checks``."""
-        return check(self, level, seed)
+        if level != "machine":
+            return check(self, level, seed)
+        from controllability.rocq.check import machine
+
+        return machine(self)
+
+    def to_rocq(self) -> str:
+        """The proof as a certificate for Coq (Rocq), a ``.v`` file (docs/kernel.md).  Raises ``BadInput`` for what has no lemma."""
+        from controllability.rocq.certificate import certificate
+
+        return certificate(self)
 
     def __str__(self) -> str:
         return proof_text(self)

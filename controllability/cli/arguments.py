@@ -9,7 +9,7 @@ VIA, PLACES, ROUTES = (
     ("feed-forward", "mixer"),
     ("auto", "balanced", "scale", "secular", "uniform", "ball"),
 )
-LEVELS, FORMATS = ("derived", "symbolic", "exact", "numeric"), ("text", "latex", "html", "json")
+LEVELS, FORMATS = ("derived", "symbolic", "exact", "numeric", "machine"), ("text", "latex", "html", "json", "rocq")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 STRENGTHS = ("gentle", "balanced", "strong", "exact")
 TEXTS = ("context", "query", "prompt")  # what texts are called that an option takes, or a file
@@ -67,18 +67,22 @@ def _prove(parser: ArgumentParser) -> None:
     parser.add_argument("--jointly", action="store_true", help="one patch for many tokens at once, not one for each")
     level = "what to run (default derived: the rules alone)"
     parser.add_argument("--level", choices=LEVELS, default="derived", help=level)
-    parser.add_argument("--format", choices=FORMATS, help="default text; --json is --format json")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="default text; --json is --format json; rocq is a file for Coq"
+    )
 
 
 @_command(
     "Rebuild a written proof and check every node of it again, without search.",
-    "controllability prove gemma3 --json > p.json\n  controllability recheck p.json --level numeric",
+    "controllability prove gemma3 --json > p.json\n  controllability recheck p.json --level numeric\n"
+    "  controllability prove gemma3 --format rocq > p.v\n  controllability recheck p.v",
 )
 def _recheck(parser: ArgumentParser) -> None:
-    what = "written by controllability prove NAME --json, or Proof.to_dict(); or - for standard input"
+    what = "written by controllability prove NAME --json (or - for standard input), or --format rocq, its name ending in .v"
     parser.add_argument("file", metavar="FILE", help=what)
     _out(parser)
-    parser.add_argument("--level", choices=LEVELS, default="derived", help="what to run beside (default derived)")
+    level = f"what to run beside: {', '.join(LEVELS)} (default derived)"
+    parser.add_argument("--level", choices=LEVELS, default="derived", metavar="LEVEL", help=level)
 
 
 @_command(

@@ -5,7 +5,9 @@ import codecs
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import architectures
@@ -70,6 +72,8 @@ def prove(args: argparse.Namespace, output: Output) -> int:
     data = {"name": args.name} | proof.to_dict() | _levels(proof, args.level, checks)
     if output.as_json:
         output.result(data)
+    elif args.format == "rocq":
+        output.text(proof.to_rocq().removesuffix("\n"))
     elif args.format == "latex":
         output.text(proof.to_latex(data["level"], args.name))
     elif args.format == "html":
@@ -94,6 +98,8 @@ def _family(name: str) -> str:
 
 def recheck(args: argparse.Namespace, output: Output) -> int:
     """Rebuild a written proof, check every node of it again, and run the checks of a level."""
+    if str(args.file).endswith(".v"):
+        return _recheck_certificate(args, output)
     data = read_proof_file(args.file)
     name = data.get("name", "")
     try:
@@ -112,6 +118,27 @@ def recheck(args: argparse.Namespace, output: Output) -> int:
     output.text(f"{name or args.file}: each of the {nodes} nodes follows from its premises, and nothing was searched")
     _show_proof(proof, args.level, checks, output)
     return 1 if failed else 0
+
+
+def _recheck_certificate(args: argparse.Namespace, output: Output) -> int:
+    """Give a certificate to the kernel, if it is nothing but one."""
+    from controllability.rocq import check as kernel
+    from controllability.rocq.vocabulary import LARGEST, theorem_of
+    from controllability.texts import read_text
+
+    if args.level not in ("derived", "machine"):
+        raise BadInput(f"{args.file} is a certificate: its level is machine, no other is run")
+    text = read_text(Path(args.file), "the certificate", LARGEST >> 20)
+    try:
+        verdict = kernel.kernel_verdict(text)
+    except kernel.NoKernel as missing:
+        raise BadInput(str(missing)) from None
+    shown = {"file": args.file, "verdict": "accepted" if verdict.accepted else "refused", "theorem": theorem_of(text)}
+    output.result(shown | asdict(verdict))
+    output.text(f"{args.file}: {verdict.told()}")
+    if verdict.accepted:
+        output.text(f"what it states, for you to read:\n{shown['theorem']}")
+    return 0 if verdict.accepted else 1
 
 
 def _print_page(page: str) -> None:

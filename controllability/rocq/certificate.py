@@ -1,0 +1,119 @@
+"""A proof as a file for Coq (Rocq): the block as a formula, the derivation as a node, the patch, and the theorem that the kernel checks."""
+
+from importlib import import_module
+from typing import Any
+
+from controllability.errors import BadInput, within_depth
+from controllability.interfaces import Param
+from controllability.prover.derivation import Derivation
+from controllability.rocq.formula import Value, Writer, value
+from controllability.rocq.names import BOUND, KEYWORDS, LOGIC, identifier, stated
+from controllability.rocq.nodes import Nested, Run, Tree, Wanted, pair, solve, tree
+from controllability.rocq.states import Level, vector
+
+for module in ("leaf_nodes", "composed_nodes", "undone_nodes", "normalised_nodes", "mixture_nodes"):
+    import_module(f"controllability.rocq.{module}")  # each registers its lemmas
+
+KINDS = {"vec": "vec {}", "mat": "mat {} {}", "experts": "{} -> mat {} {}", "stack": "mat ({} * {}) {}"}
+
+
+@within_depth
+def certificate(proof: Derivation) -> str:
+    """The certificate of a proof, a text that ``coqc`` accepts together with the theory.
+
+    Raises ``BadInput`` with the name of a component, rule or number for which there is no lemma or no formula.
+
+    >>> from controllability.components import Linear, residual
+    >>> from controllability.interfaces import Param
+    >>> from controllability.prover.search import derive
+    >>> text = certificate(derive(residual(Linear(Param("W", ("d", "d")))), "output", "auto"))
+    >>> print(text.split("(* 2")[0].strip().splitlines()[-1])
+    Definition block (W : mat d d) (x : vec d) : vec d := (add x (apply W x)).
+    """
+    w = Writer()
+    tokens = w.sizes.new("T") if proof.jointly else None
+    params = proof.layout.parameters
+    _refuse_overlaps(proof, params)
+    names = {p: identifier(str(p), w.taken) for p in params}
+    run, level = Run(w, names), Level(tokens)
+    sizes = tuple(w.sizes.new(str(size or "n")) for size in proof.layout.inputs)
+    size: Any = sizes if len(sizes) > 1 else next(iter(sizes))
+    value(w, proof.block, Value("x", size), Level().point(names))  # once for the sizes, which what follows knows then
+    formula = value(w, proof.block, Value(level.at("x"), size), level.point(names))
+    found = tree(run, proof.root, level, size)
+    solved = solve(run, proof.root, level, Wanted(Value("v", size), Value("v'", size)))
+    patched = {p: f"{names[p]}'" for p in solved.new}
+    for p, text in solved.new.items():
+        run.definitions.append((patched[p], text))
+    text = _assembled(run, found, solved.proof, formula, size, level, patched)
+    avoid = w.taken | BOUND | KEYWORDS | LOGIC | stated()
+    text, sizes_ = w.sizes.resolve(text, set(avoid))
+    context = " ".join(f"{{{n} : Type}} {{finite_{n} : Finite {n}}}" for n in sizes_)
+    return text.replace("⟪sizes⟫", f"Context {context}." if sizes_ else "", 1)
+
+
+def _refuse_overlaps(proof: Derivation, params: tuple[Param, ...]) -> None:
+    for moved in proof.root.moved:
+        for other in params:
+            if moved != other and moved.overlaps(other):
+                raise BadInput(
+                    f"{moved} and {other} share entries: a certificate takes them as two, so none is written"
+                )
+
+
+def kind_of(w: Writer, param: Param) -> str:
+    """The type of a parameter.  Raises ``BadInput`` for one that no formula reads."""
+    if param not in w.types:
+        raise BadInput(f"no formula reads {param}: no certificate is written")
+    kind, sizes = w.types[param]
+    return KINDS[kind].format(*map(w.sizes.mark, sizes))
+
+
+def product_of(w: Writer, nested: Nested) -> str:
+    """The type of parameters as a node pairs them."""
+    if nested is None:
+        return "unit"
+    if isinstance(nested, Param):
+        return f"({kind_of(w, nested)})"
+    return f"({' * '.join(product_of(w, one) for one in nested)})"
+
+
+def _assembled(
+    run: Run, found: Tree, proof: str, formula: Value, size: object, level: Level, patched: dict[Param, str]
+) -> str:
+    w, names = run.w, run.names
+    typed = {p: f"({names[p]} : {kind_of(w, p)})" for p in names}
+    stay, move = [p for p in names if p not in patched], [p for p in names if p in patched]
+    node, params = found.text, pair(found.params, names.__getitem__)
+    state, out = level.kind(w, vector(w, size)), level.kind(w, vector(w, formula.size))
+    body = level.over(w, formula.text)
+    old = " ".join(("block", *names.values()))
+    new = " ".join(("block", *(patched.get(p, names[p]) for p in names)))
+    perfect = f"{' '.join(('block', *(patched.get(p, names[p]) for p in names)))} v = {old} v'"
+    exists = "".join(f"exists {patched[p]} : {kind_of(w, p)}, " for p in move)
+    witness = "patch" + "".join(f" {name}" for name, _ in run.hypotheses)
+    for p in reversed(move):
+        witness = (
+            f"(ex_intro _ {patched[p]} {witness})"
+            if " " not in witness or witness[0] == "("
+            else f"(ex_intro _ {patched[p]} ({witness}))"
+        )
+    given = "".join(f"\n  ({name} : {body})" for name, body in run.hypotheses)
+    lines = [
+        "From Coq Require Import Reals.", "From Controllability Require Import Theory.", "Open Scope R_scope.", "Section certificate.",
+        "⟪sizes⟫", *(f"Variable {name} : {kind}." for name, kind in w.functions.items()), "",
+        "(* 1. The block as a formula. *)",
+        f"Definition block {' '.join(typed.values())} (x : {state}) : {out} := {body}.", "",
+        "(* 2. The derivation: lemmas of the theory, from the leaves up. What stays is held fixed. *)",
+        *(f"Variable {typed[p][1:-1]}." for p in stay), f"Definition tree : input {product_of(w, found.params)} ({state}) ({out}) := {node}.", "",
+        "(* 3. The patch at a source state v and a target state v'. *)",
+        *(f"Variable {typed[p][1:-1]}." for p in move), f"Variables v v' : {state}.",
+        *(f"Definition {name} := {body}." for name, body in run.definitions), "",
+        "(* 4. Where the side conditions hold, the patched block gives at v what the block gave at v'. *)",
+        f"Theorem patch{given} :\n  {new} v = {old} v'.",
+        f"Proof. exact (input_ok tree {params} v v' {proof}). Qed.",
+        f"Theorem perfect{given} :\n  {exists}{perfect}.",
+        f"Proof. exact {witness if witness[0] == '(' else f'({witness})'}. Qed.",
+        "End certificate.", "", "(* 5. What all of it rests on. *)", "Print Assumptions perfect.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"

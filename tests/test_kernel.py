@@ -1,0 +1,391 @@
+"""Certificates: what the kernel of Coq accepts and refuses, and that the formula in them is the block."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from catalogued import patchable_families
+from coq_terms import formula_at
+from kernel_mutations import accepted, mutations, spread
+from test_levels import blocks
+from trees import grown
+
+import architectures
+import controllability as ct
+from controllability.checks import reached
+from controllability.cli.main import main
+from controllability.components import Activation, Linear, Scale, residual, rms_norm
+from controllability.components.activation import FORMULAS
+from controllability.interfaces import Param, Place
+from controllability.rocq import check as kernel, undone_nodes
+from controllability.rocq.names import stated, theory
+from controllability.rocq.nodes import LEMMAS, lemma_of
+from controllability.rocq.vocabulary import check_vocabulary
+from controllability.rules import RULES, Step
+
+needs_coq = pytest.mark.skipif(shutil.which("coqc") is None, reason="coqc is not installed (Debian: apt install coq)")
+SMALL = residual(Linear(Param("up", ("h", "d"))) >> Activation("silu") >> Linear(Param("down", ("d", "h"))))
+TREES = ("input-output", "output")
+WITHOUT = {("O-taps", "output"), ("I-self-weighted", "input")}  # several streams, convolutions: no formula yet
+STREAMS = ("deepseek_v4", "gemma3n", "hy_v4", "inkling2_text", "inkling_text", "qwen4_exp")
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Path:
+    """The folder with the compiled theory."""
+    return kernel._theory()[1]
+
+
+def families() -> list[str]:
+    """One family of each shape; those of several streams aside."""
+    return [name for name in patchable_families() if name not in STREAMS]
+
+
+def certificates(names, **options) -> dict[str, str]:
+    found = {}
+    for name in names:
+        for via in TREES:
+            found[f"{name} {via}"] = ct.prove(architectures.block(name), via, **options).to_rocq()
+    return found
+
+
+def level_certificates() -> dict[str, str]:
+    """Every rule of the table, on every side, jointly too where there is such a proof."""
+    found = {}
+    for name, (block, options) in blocks().items():
+        for jointly in (False, True):
+            try:
+                proof = ct.prove(block, jointly=jointly, **options)
+            except ct.NotControllable:
+                continue
+            if not WITHOUT & {(step.rule.name, step.rule.side) for step in proof.root.walk()}:
+                found[f"{name} {jointly}"] = proof.to_rocq()
+    post = residual(Linear(Param("down", ("d", "h"))) >> rms_norm("post", offset=1), Linear(Param("skip", ("d", "h"))))
+    for route in ("balanced", "uniform", "secular", "ball"):
+        found[f"route {route}"] = ct.prove(post, "output", route).to_rocq()
+    return found
+
+
+# ------------------------------------------------------------------------------------------ every rule, every shape
+
+
+def test_every_rule_has_a_lemma():
+    table = {(rule.name, rule.side) for rule in RULES}
+    print(f"{len(table & set(LEMMAS))} of {len(table)} rules have a lemma")
+    assert table - set(LEMMAS) == WITHOUT
+    assert set(LEMMAS) <= table
+
+
+def test_what_has_no_lemma_is_refused_by_name():
+    for name in STREAMS:
+        (row,) = ct.prove(architectures.block(name)).check("machine")
+        assert row["status"] == "skipped"
+        assert "no certificate is written" in row["method"]
+    for name, side in WITHOUT:
+        rule = next(rule for rule in RULES if (rule.name, rule.side) == (name, side))
+        with pytest.raises(ct.BadInput, match=f"the rule {name} "):
+            lemma_of(Step(rule, Place(SMALL)))
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_every_activation_has_its_formula(name):
+    proof = ct.prove(residual(SMALL.terms[1].parts[0] >> Activation(name) >> SMALL.terms[1].parts[2]))
+    params, v, _ = ct.sample(proof.block, seed=3)
+    wanted = proof.block(params, 4 * v)
+    found = formula_at(proof, proof.to_rocq(), params, 4 * v)
+    assert np.max(np.abs(found - wanted)) <= 1e-12 * np.max(np.abs(wanted))
+
+
+def test_what_certificates_use_is_stated_by_the_theory():
+    used = {"input", "output", "through", "theorem_1", "theorem_1b", "theorem_2", "linear_by", "least_norm", "farkas"}
+    used |= {
+        "dependent_columns",
+        "scale_alone",
+        "secular",
+        "enlarged",
+        "perfect_patch",
+        "perfect_patch_1b",
+        "bounded_refusal",
+    }
+    assert used <= stated()
+    assert not {"Axiom", "Admitted", "Parameter", "admit", "Conjecture"} & set(theory().replace(".", " ").split())
+
+
+@needs_coq
+def test_every_rule_of_the_table_is_accepted(compiled, tmp_path):
+    found = level_certificates()
+    for text in found.values():
+        check_vocabulary(text)
+    verdicts = accepted([*found.values()], compiled, tmp_path)
+    assert all(verdicts), [name for name, yes in zip(found, verdicts, strict=True) if not yes]
+
+
+@needs_coq
+def test_one_family_of_each_shape_is_accepted_by_both_theorems(compiled, tmp_path):
+    found = certificates(families())
+    verdicts = accepted([*found.values()], compiled, tmp_path)
+    assert all(verdicts), [name for name, yes in zip(found, verdicts, strict=True) if not yes]
+
+
+@needs_coq
+@pytest.mark.slow
+@pytest.mark.parametrize("jointly", [False, True])
+def test_every_family_is_accepted_by_both_theorems(compiled, tmp_path, jointly):
+    names = [name for family in patchable_families().values() for name in family if name not in STREAMS]
+    texts = sorted(set(certificates(names, jointly=jointly).values()))
+    assert all(accepted(texts, compiled, tmp_path, seconds=3000))
+
+
+def test_the_formula_is_the_block():
+    """Written by one code, read by another, and held against the block itself."""
+    for name in families():
+        proof = ct.prove(architectures.block(name), "output")
+        params, v, _ = ct.sample(proof.block)
+        wanted = proof.block(params, v)
+        found = formula_at(proof, proof.to_rocq(), params, v)
+        assert np.max(np.abs(found - wanted)) <= 1e-12 * np.max(np.abs(wanted)), name
+
+
+# ------------------------------------------------------------------------------------------ wrong certificates
+
+
+def wrong(names, most: int) -> list[tuple[str, str]]:
+    found = certificates(names)
+    return [(f"{name}: {what}", text) for name, right in found.items() for what, text in spread(mutations(right), most)]
+
+
+@needs_coq
+def test_wrong_certificates_are_refused(compiled, tmp_path):
+    found = wrong(["llama", "gemma3", "mixtral"], 12)
+    right = certificates(["llama"])
+    texts = [*right.values(), *(text for _, text in found), *right.values()]  # errors leave the session as it was
+    verdicts = accepted(texts, compiled, tmp_path)
+    assert verdicts[:2] == verdicts[-2:] == [True, True]
+    assert not [what for (what, _), yes in zip(found, verdicts[2:-2], strict=True) if yes]
+    assert len(found) >= 60
+
+
+@needs_coq
+@pytest.mark.slow
+def test_hundreds_of_wrong_certificates_are_refused(compiled, tmp_path):
+    found = wrong(families(), 8)
+    assert len(found) >= 300
+    verdicts = accepted([text for _, text in found], compiled, tmp_path, seconds=3000)
+    assert not [what for (what, _), yes in zip(found, verdicts, strict=True) if yes]
+
+
+@needs_coq
+@pytest.mark.parametrize("mistake", ["difference the wrong way", "skip forgotten"])
+def test_a_wrong_emitter_is_refused(monkeypatch, compiled, tmp_path, mistake):
+    turned = {"difference the wrong way": lambda s, goal: f"(sub {s} {goal})", "skip forgotten": lambda s, goal: goal}
+    right = ct.prove(SMALL).to_rocq()
+    monkeypatch.setattr(undone_nodes.Other, "before", lambda self, run, s, goal, level: (turned[mistake](s, goal), "I"))
+    altered = ct.prove(SMALL).to_rocq()
+    assert accepted([right, altered, right], compiled, tmp_path) == [True, False, True]
+
+
+# ------------------------------------------------------------------------------------------ the level
+
+
+@needs_coq
+def test_level_machine_is_reached_and_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rows = ct.prove(SMALL).check("machine")
+    assert [row["status"] for row in rows] == ["passed"]
+    assert reached("machine", rows) == "machine"
+    assert "functional_extensionality_dep" in rows[0]["method"]
+    (remembered,) = tmp_path.glob("controllability/*/*.json")
+    assert set(json.loads(remembered.read_text())["axioms"]) <= kernel.AXIOMS
+    monkeypatch.setattr(kernel, "SECONDS", 0)  # whoever asked Coq again would be out of time
+    assert ct.prove(SMALL).check("machine") == rows
+
+
+@needs_coq
+def test_names_that_coq_has_itself_are_no_trouble(compiled, tmp_path):
+    names = ("forall", "x", "block", "fun.weight", "3d", "apply", "v", "été", "H1", "d")
+    wide = [Linear(Param(name, ("d", "d"))) for name in names]
+    block = residual(wide[0])
+    for one in wide[1:]:
+        block = residual(block.terms[1] >> Activation("tanh") >> one)
+    text = ct.prove(block, "output").to_rocq()
+    check_vocabulary(text)
+    assert accepted([text], compiled, tmp_path) == [True]
+
+
+def test_without_coq_a_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(kernel.shutil, "which", lambda name: None)
+    rows = ct.prove(SMALL).check("machine")
+    assert [row["status"] for row in rows] == ["skipped"]
+    assert "apt install coq" in rows[0]["method"]
+    assert main(["prove", "llama", "--level", "machine"]) == 0
+    assert "patchable (derived)" in capsys.readouterr().out
+
+
+def test_a_component_without_a_formula_is_refused_by_name():
+    unknown = Linear(Param("up", ("h", "d"))) >> Activation("own", symbol=True) >> Linear(Param("down", ("d", "h")))
+    assert "Variable own : R -> R." in ct.prove(residual(unknown)).to_rocq()  # any function at all
+
+    class Leaky(Activation):
+        pass
+
+    leaky = residual(Linear(Param("up", ("h", "d"))) >> Leaky("relu") >> Linear(Param("down", ("d", "h"))))
+    with pytest.raises(ct.BadInput, match="Leaky"):
+        ct.prove(leaky).to_rocq()
+    assert ct.prove(leaky).check("machine")[0]["status"] == "skipped"
+
+
+@pytest.mark.parametrize("eps", [2**0.5, float("1e-300")])
+def test_numbers_that_are_no_short_fraction_are_refused(eps):
+    post = residual(Linear(Param("down", ("d", "d"))) >> rms_norm("post", eps=eps) >> Scale(Param("g", ("d",))))
+    if eps > 1:
+        assert (
+            "rms (14142135623730951 / 10000000000000000)" in ct.prove(post, "output").to_rocq()
+        )  # its digits, exactly
+    else:
+        with pytest.raises(ct.BadInput, match="40 digits"):
+            ct.prove(post, "output").to_rocq()
+
+
+# ------------------------------------------------------------------------------------------ files from elsewhere
+
+
+def altered(text: str, what: str) -> str:
+    """A certificate with something in it that certificates do not have."""
+    before, end = text.split("End certificate.")
+    inside = {
+        "loads": "Load anything.", "extracts": 'Extraction "f" tree.', "redirects": 'Redirect "f" Print tree.',
+        "declares a plug-in": 'Declare ML Module "m".', "assumes": "Axiom a : False.", "parameter": "Parameter a : R.",
+        "variable that is a statement": "Variable a : forall r : R, r = 0.", "hypothesis": "Hypothesis a : v = v'.",
+        "conjecture": "Conjecture a : True.", "loops": "Fixpoint f (n : nat) : nat := f n.", "tactic": "Ltac f := idtac.",
+        "eats memory": "Eval compute in (2 ^ 100).", "big number": f"Definition big := {'9' * 60}.",
+        "requires more": "Require Import Extraction.", "notation": "Notation p := tt.", "attribute": "#[bypass_check] Definition p := tt.",
+        "options": "Unset Guard Checking.", "text": 'Definition p := "a".', "own name": "Definition apply := tt.",
+        "unknown name": "Definition p := nowhere.", "quotes": "(* \" *) Definition p := tt.", "deep": f"Definition p := {'(' * 300}tt{')' * 300}.",
+    }  # fmt: skip
+    if what == "admits":
+        return text.replace("Qed.", "Admitted.", 1)
+    if what == "another end":
+        return text.replace("Print Assumptions perfect.", "")
+    if what == "tactics":
+        return text.replace("exact (", "assumption (", 1)
+    if what == "another beginning":
+        return "Require Import ZArith.\n" + text
+    if what == "no theorem":
+        return text[: text.index("Theorem perfect")] + "End certificate." + end
+    return f"{before}{inside[what]}\nEnd certificate.{end}"
+
+
+ALTERED = """loads, extracts, redirects, declares a plug-in, assumes, parameter, variable that is a statement, hypothesis, conjecture,
+loops, tactic, eats memory, big number, requires more, notation, attribute, options, text, own name, unknown name, quotes, deep,
+admits, another end, tactics, another beginning, no theorem""".replace("\n", " ").split(", ")
+
+
+@pytest.mark.parametrize("what", [one.strip() for one in ALTERED])
+def test_nothing_but_certificates_reaches_coq(what, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernel, "_coqc", lambda *given: pytest.fail("Coq was asked"))
+    text = ct.prove(SMALL).to_rocq()
+    check_vocabulary(text)
+    file = tmp_path / "c.v"
+    file.write_text(altered(text, what))
+    assert main(["recheck", str(file)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) <= 2
+
+
+@needs_coq
+def test_a_certificate_is_written_and_rechecked(tmp_path, capsys):
+    assert main(["prove", "llama", "--format", "rocq", "--out", str(tmp_path / "p.v")]) == 0
+    capsys.readouterr()
+    assert main(["recheck", str(tmp_path / "p.v"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], set(found["axioms"])) == ("accepted", set(kernel.AXIOMS))
+    assert "Theorem patch" in found["theorem"]
+    (tmp_path / "q.v").write_text((tmp_path / "p.v").read_text().replace("(sub goal", "(add goal", 1))
+    assert main(["recheck", str(tmp_path / "q.v")]) == 1
+    assert "refused" in capsys.readouterr().out
+    assert main(["recheck", str(tmp_path / "p.v"), "--level", "exact"]) == 2
+    assert main(["recheck", str(tmp_path / "nowhere.v")]) == 2
+
+
+def fake(folder: Path, says: str) -> None:
+    program = folder / "coqc"
+    program.write_text(f"#!/bin/sh\n{says}\n")
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ("echo 8.4.0 4.02", "certificates need 8.16"),
+        ("exit 1", "certificates need 8.16"),
+        ('[ "$2" = --print-version ] && echo 8.16.1 4.13 || exit 1', "does not compile the theory"),
+    ],
+)
+def test_another_coqc(says, told, tmp_path, monkeypatch):
+    fake(tmp_path, says)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (row,) = ct.prove(SMALL).check("machine")
+    assert row["status"] == "skipped"
+    assert told in row["method"]
+    assert not [*tmp_path.rglob("Theory.vo")]
+
+
+@needs_coq
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (row,) = ct.prove(SMALL).check("machine")
+    assert row["status"] == "skipped"
+    assert "XDG_CACHE_HOME" in row["method"]
+
+
+def done(status: int, out: str = "", err: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.CompletedProcess([], status, out, err)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (None, "more than"),
+        (done(1, err="File x\nError: no\n such thing"), "no such thing"),
+        (done(0), "did not say"),
+        (done(0, "Axioms:\ncheat : False\n"), "cheat"),
+        (
+            done(0, "Axioms:\nClassicalDedekindReals.sig_not_dec : x\n  y\nCoq.Logic.Classical_Prop.classic : z\n"),
+            "classic",
+        ),
+    ],
+)
+def test_exit_status_0_is_not_enough(given, reason):
+    verdict = kernel._verdict(given, "Coq", 0.0)
+    assert not verdict.accepted
+    assert reason in verdict.reason
+
+
+@needs_coq
+@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(400), marks=pytest.mark.slow)], ids=["20", "400"])
+def test_certificates_of_random_trees_are_accepted(seeds, compiled, tmp_path):
+    """Whatever the prover proves has a certificate that the kernel accepts, or none at all."""
+    found, without = {}, 0
+    for seed in seeds:
+        case = grown(seed)
+        for via, jointly in product(TREES, (False, True)):
+            try:
+                proof = ct.prove(case.block, via, case.options["route"], case.frozen, jointly=jointly)
+            except ct.NotControllable:
+                continue
+            try:
+                found[seed, via, jointly] = proof.to_rocq()
+            except ct.BadInput:  # it says which component, rule or number
+                without += 1
+    for text in found.values():
+        check_vocabulary(text)
+    verdicts = accepted([*found.values()], compiled, tmp_path, seconds=3000)
+    assert not [key for key, yes in zip(found, verdicts, strict=True) if not yes]
+    assert len(found) > 2 * without
