@@ -1,5 +1,6 @@
 """A proof as a file for Coq (Rocq): the block as a formula, the derivation as a node, the patch, and the theorem that the kernel checks."""
 
+import re
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +15,7 @@ from controllability.rocq.states import Level, vector
 for module in ("leaf_nodes", "composed_nodes", "undone_nodes", "normalised_nodes", "mixture_nodes"):
     import_module(f"controllability.rocq.{module}")  # each registers its lemmas
 
+WORD = re.compile(r"[A-Za-z_]\w*'?")
 KINDS = {"vec": "vec {}", "mat": "mat {} {}", "experts": "{} -> mat {} {}", "stack": "mat ({} * {}) {}"}
 
 
@@ -45,11 +47,22 @@ def certificate(proof: Derivation) -> str:
     patched = {p: f"{names[p]}'" for p in solved.new}
     for p, text in solved.new.items():
         run.definitions.append((patched[p], text))
+    run.definitions[:] = _used(run, set(patched.values()))
     text = _assembled(run, found, solved.proof, formula, size, level, patched)
     avoid = w.taken | BOUND | KEYWORDS | LOGIC | stated()
     text, sizes_ = w.sizes.resolve(text, set(avoid))
     context = " ".join(f"{{{n} : Type}} {{finite_{n} : Finite {n}}}" for n in sizes_)
     return text.replace("⟪sizes⟫", f"Context {context}." if sizes_ else "", 1)
+
+
+def _used(run: Run, wanted: set[str]) -> list[tuple[str, str]]:
+    """The definitions that the theorem rests on: what nothing reads could say anything."""
+    read, kept = {name for _, body in run.hypotheses for name in WORD.findall(body)} | wanted, []
+    for name, body in reversed(run.definitions):
+        if name in read:
+            read.update(WORD.findall(body))
+            kept.append((name, body))
+    return kept[::-1]
 
 
 def _refuse_overlaps(proof: Derivation, params: tuple[Param, ...]) -> None:
