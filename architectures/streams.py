@@ -41,7 +41,7 @@ from controllability.components import (
     Times,
     gated,
 )
-from controllability.errors import ReadingError
+from controllability.errors import NotControllable
 from controllability.interfaces import Component
 
 AFTER_ATTENTION = Norm("post_attention_layernorm")
@@ -107,10 +107,16 @@ def clamped_glu(view: View) -> Component:
     return Glu(view.activation(), limit=view.setting("swiglu_limit", default=10.0))
 
 
+def clamped_silu(view: View) -> Component:
+    """The same of HY V4's experts, which do not ask the config for their activation."""
+    return Glu(Activation("silu"), limit=view.setting("swiglu_limit", default=10.0))
+
+
 def clamped(view: View) -> Component:
     """The shared expert of DeepSeek V4: gate and up are clamped."""
     limit, at = view.setting("swiglu_limit", default=10.0), "mlp.shared_experts"
-    gate = view.linear(f"{at}.gate_proj", "h", "d") >> Clamp(None, limit) >> view.activation()
+    act = view.activation(module=f"{at}.act_fn")
+    gate = view.linear(f"{at}.gate_proj", "h", "d") >> Clamp(None, limit) >> act
     up = view.linear(f"{at}.up_proj", "h", "d") >> Clamp(-limit, limit)
     return Product((gate, up)) >> view.linear(f"{at}.down_proj", "d", "h")
 
@@ -119,7 +125,12 @@ def scored(view: View) -> Routing:
     """DeepSeek V4's scores: the root of softplus, or sigmoids."""
     name = view.setting("scoring_func", default="sqrtsoftplus")
     if name not in SCORES:
-        raise ReadingError(f"scoring_func {name!r} is not declared: known are {', '.join(SCORES)}")
+        reason = (
+            f"scoring_func {name!r} is none of {', '.join(SCORES)}, of which rules of the choice of experts are known"
+        )
+        raise NotControllable(
+            "deepseek_v4: mixture of experts (mlp.gate)", reason, "take one of those", "architecture deepseek_v4"
+        )
     return replace(SigmoidTop(renormalise="")(view), score=SCORES[name])
 
 
@@ -128,7 +139,13 @@ def deepseek_v4(view: View) -> Component | None:
     if not last(view):
         return None
     if view.has("mlp.gate.tid2eid"):
-        raise ReadingError("deepseek_v4 whose last layer chooses experts by the token's id (hash_moe) is not declared")
+        reason = "the last layer chooses experts by the token's id (hash_moe), which no state shows"
+        raise NotControllable(
+            "deepseek_v4: mixture of experts (mlp)",
+            reason,
+            "end with a layer that routes (moe)",
+            "architecture deepseek_v4",
+        )
     n, around = count(view), behind(view)
     norm = Normalize("rms", around.eps("hc_head.input_norm", 1e-6), f"{around.prefix}hc_head.input_norm")
     streams = Remixed(Select(3, "mixing weights", n * n), carried(view))
@@ -137,7 +154,7 @@ def deepseek_v4(view: View) -> Component | None:
     return block
 
 
-HALF_HY = replace(DEEPSEEK, glu=clamped_glu)
+HALF_HY = replace(DEEPSEEK, glu=clamped_silu)
 HALF_V4 = MoE(scored, shared=clamped, glu=clamped_glu)
 HEAD = f"{SEVERAL}, collapsed by hc_head"
 family("hy_v4", "HYV4DecoderLayer", Shape(hy_v4, HEAD, "gated, mixture of experts", mixer=None), level="logits")
@@ -173,7 +190,8 @@ def gemma3n(view: View) -> Component | None:
     if not last(view):
         return None
     if view.live and view.setting("altup_active_idx", default=0):
-        raise ReadingError("gemma3n with altup_active_idx other than 0 is not declared")
+        reason = "the active stream is not the first (altup_active_idx), and the head reads it otherwise"
+        raise NotControllable("gemma3n: AltUp", reason, "altup_active_idx=0", "architecture gemma3n")
     n, x = int(view.setting("altup_num_inputs", default=4)), Select(0, "hidden state", view.size("d"))
     gate: Component = view.linear("mlp.gate_proj", "h", "d")
     if sparse := getattr(view.get("mlp"), "activation_sparsity", 0):
