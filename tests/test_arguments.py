@@ -51,7 +51,7 @@ WRONG = {
     "Glu: order must be gate_up, up_gate, interleaved; got 'up'": lambda: Glu(Activation("silu"), "up"),
     "Select: index must be a number, ≥ 0; got -1": lambda: Select(-1),
     "Routing: top_k must be a number, ≥ 1; got 0": lambda: Routing(0),
-    "Routing: score must be softmax, sigmoid, identity, sparsemixer; got 'max'": lambda: Routing(1, "max"),
+    "Routing: score must be softmax, sigmoid, identity, sqrt_softplus, sparsemixer; got 'max'": lambda: Routing(1, "max"),
     "Routing: groups must be (how many, how many are kept), got (2, 3)": lambda: Routing(1, groups=(2, 3)),
     "Mixture: routing must be Routing; got 2": lambda: Mixture(W, 2, W, ExpertLinear(Param("E"))),
     "Param: shape must be tuple[int | str, ...]; got 'hd'": lambda: Param("W", "hd"),
