@@ -33,7 +33,7 @@ def read(monkeypatch, model, tokenizer, *given, **options):
     """(the strings, the rows of ids (n, T)) that the moments are made of."""
     seen = []
 
-    def spy(model, texts, *rest):
+    def spy(model, texts, *rest, **options):
         seen.extend(texts)
         return ct.second_moments(model, [row for row in seen if not isinstance(row, str)] or [torch.arange(40)])
 
