@@ -24,6 +24,7 @@ from trees import Case, D, grown, nodes
 import controllability as ct
 from controllability.arrays import ARITHMETICS
 from controllability.components import Bias, ExpertLinear, Linear, Mixture, Scale, Sequence
+from controllability.components.collapse import SelfWeighted
 from controllability.interfaces import Bijection, Component, Param
 
 DIGITS, LIMIT = 50, 1e-30  # what 50 digits leave after losses of conditioning; a wrong rule leaves 1e-3 and more
@@ -205,10 +206,17 @@ def behind(case: Case, param: Param) -> bool:
 
 
 TOGETHER = "several together"
+
+
+def weighed(case: Case, param: Param) -> bool:
+    return any(isinstance(part, SelfWeighted) for part, _ in around(case, param))
+
+
 KINDS: dict[str, Callable[[Case, Param], bool]] = {
     "used twice": used_twice,
     "no rule moves it": unsteered,
     "inside a mixture": in_mixture,
+    "inside a weighted sum of streams": weighed,
     "a fixed part after it": behind,
 }
 
