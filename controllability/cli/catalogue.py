@@ -52,7 +52,7 @@ def shapes(found: list[dict[str, Any]]) -> dict[tuple[str, str, str, str], list[
 
     >>> names = shapes(rows())
     >>> next(iter(names.values()))[:3]
-    ['apertus', 'arcee', 'bigbird_pegasus']
+    ['bamba', 'blt', 'cpmant']
     """
     groups: dict[tuple[str, str, str, str], list[str]] = {}
     for r in found:

@@ -69,7 +69,7 @@ def decode(data: Any, where: str, foreign: Mapping[str, type]) -> Any:
     Param(name='W', shape=('h', 'd'), index=())
     >>> decode({"class": "Lineal", "fields": {}}, "block", {})
     Traceback (most recent call last):
-    controllability.errors.BadInput: block.class: expected a class of this package (Activation, Bias, ...
+    controllability.errors.BadInput: block.class: expected a class of this package (AboveMean, ...
     """
     if isinstance(data, list):
         return tuple(decode(item, f"{where}[{i}]", foreign) for i, item in enumerate(data))
