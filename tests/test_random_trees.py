@@ -156,6 +156,7 @@ def asked(block: Component, *free: str, state: Any = (1.0, 2.0, -3.0), **values:
 
 
 EXAMPLES = {
+    "inside a weighted sum of streams": grown(30853),  # what writes into the streams is frozen, a part beside it is not
     "used twice": asked(W + W, "W"),
     "no rule moves it": asked(Identity() + Mixture(V, Routing(D, per_expert=Param("s", (D,))), Identity(), ExpertLinear(E)), "s"),
     "inside a mixture": asked(Identity() + Mixture(V, Routing(2), Identity(), ExpertLinear(E) >> b), "b"),
