@@ -6,7 +6,7 @@ from typing import Any
 from architectures.feed_forward import Plain, layer_norm
 from architectures.mixers import Mixer, state
 from architectures.registry import StatePoint
-from architectures.shapes import refuse
+from architectures.shapes import without_feed_forward
 from architectures.view import View
 from controllability.components import Activation, Blend, Fixed, Mixed, Product, Select, Sequence, Sum
 from controllability.interfaces import Component
@@ -17,12 +17,12 @@ LAYER_OUTPUT = StatePoint("", "after")
 
 SCAN = Mixer("mixer.out_proj", output=LAYER_OUTPUT)
 for name, layer in (("mamba", "MambaBlock"), ("mamba2", "Mamba2Block"), ("falcon_mamba", "FalconMambaBlock")):
-    refuse(name, layer, "every layer", NO_HALF, ELSEWHERE, "no feed-forward half", "none", mixer=SCAN)
+    without_feed_forward(name, layer, "every layer", NO_HALF, ELSEWHERE, "no feed-forward half", "none", mixer=SCAN)
 for name, layer, mamba in (
     ("zamba", "ZambaHybridLayer", "ZambaMambaDecoderLayer"),
     ("zamba2", "Zamba2HybridLayer", "Zamba2MambaDecoderLayer"),
 ):
-    refuse(
+    without_feed_forward(
         name, layer, "shared transformer block",
         "its feed-forward output only enters a Mamba mixer, which mixes positions; and its weights are those of every hybrid layer",
         ELSEWHERE, "shared block before a mixer", "gated", mixer=Mixer("mamba.out_proj", output=LAYER_OUTPUT), mixer_class=(mamba,),
@@ -55,7 +55,7 @@ def channel_mix(view: View) -> Component:
     return Sum((state(view), Product((value, Fixed(receptance(view))))))
 
 
-refuse(
+without_feed_forward(
     "rwkv", "RwkvBlock", "token shift (feed_forward.time_shift)",
     "the feed-forward half reads neighbouring positions: its first maps see a mix with the position before", ELSEWHERE,
     "sequential, token shift", "plain, gated by a receptance",
@@ -72,7 +72,7 @@ def other_stream(view: View) -> Component:
     return Sum((state(view), Sequence((first, layer_norm("feed_forward.layer_norm")(view), half(view)))))
 
 
-refuse(
+without_feed_forward(
     "reformer", "ReformerLayer", "reversible residual",
     "the layer hands on two streams and its feed-forward half writes into one of them: the other keeps the context", ELSEWHERE,
     "two residual streams", "plain",

@@ -188,7 +188,8 @@ def architecture_of(model: Any) -> Architecture:
 def read(model: Any, place: str | None = None) -> Reading:
     """Read a live model: ``.layers``, each with ``.block`` and ``.params``.
 
-    ``place`` says which halves: "feed-forward", "mixer", or by default the first that the family has.  Nothing is copied.  The reading is not trusted before ``controllability.models`` has compared it
+    ``place`` says which halves: "feed-forward", "mixer", or by default the first that the family has.
+    Nothing is copied.  The reading is not trusted before ``controllability.models`` has compared it
     with the real modules on random input.  Raises ``BadInput`` when the model's type is not registered,
     ``NotControllable`` when it is refused by name, and ``ReadingError`` when its modules are not what the
     registered family has.
@@ -202,7 +203,7 @@ def read(model: Any, place: str | None = None) -> Reading:
     under = f".{architecture.under}." if architecture.under else ""
     found = [(n, m) for n, m in model.named_modules() if architecture.is_layer(m, place) and under in f".{n}."]
     if not found:
-        wanted = " or ".join((architecture.mixer_class if place == MIXER else ()) or architecture.layer_class)
+        wanted = " or ".join(architecture.classes(place))
         raise ReadingError(f"{architecture.name}: no module of class {wanted} in {type(model).__name__}")
     if not found[0][0]:
         raise ReadingError(

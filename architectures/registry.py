@@ -119,10 +119,13 @@ class Architecture:
         """What writes the blocks of one layer at a place: one a half that takes a patch."""
         return self.mixer if place == MIXER else (self.build,) if self.build is not None else ()
 
-    def is_layer(self, module: Any, place: str = "feed-forward") -> bool:
+    def classes(self, place: str = FEED_FORWARD) -> tuple[str, ...]:
+        """The classes of the layers that are read at a place."""
+        return (self.mixer_class if place == MIXER else ()) or self.layer_class
+
+    def is_layer(self, module: Any, place: str = FEED_FORWARD) -> bool:
         """Whether a live module is one of its layers."""
-        classes = (self.mixer_class if place == MIXER else ()) or self.layer_class
-        return not {type(module).__name__, full_name(type(module))}.isdisjoint(classes)
+        return not {type(module).__name__, full_name(type(module))}.isdisjoint(self.classes(place))
 
 
 def full_name(cls: type) -> str:

@@ -123,7 +123,7 @@ def family(
     )
 
 
-def refuse(
+def without_feed_forward(
     name: str, layers: str, culprit: str, reason: str, hint: str, topology: str = "", kind: str = "",
     mixer: Build | tuple[Build, ...] = (), mixer_class: tuple[str, ...] = (),
 ) -> None:  # fmt: skip

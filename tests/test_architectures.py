@@ -29,7 +29,7 @@ def lines_of_each_family():
         length = {n.name: n.end_lineno - n.lineno + 1 for n in tree.body if isinstance(n, ast.FunctionDef)}
         for statement in tree.body:
             for call in ast.walk(statement):
-                if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("family", "refuse"):
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("family", "without_feed_forward"):
                     named = {n.id for n in ast.walk(call) if isinstance(n, ast.Name)} & set(length)
                     first = call.args[0]
                     names = first.value.split()[0] if isinstance(first, ast.Constant) else ast.unparse(first)
