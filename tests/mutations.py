@@ -1,7 +1,5 @@
 """Deliberately wrong rules: one altered construction each, and a block whose proof uses the rule."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +33,7 @@ from controllability.components import (
     residual,
     rms_norm,
     updates,
-)
+)  # fmt: skip
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.interfaces import Component, Param
 from controllability.rules import (

@@ -211,3 +211,18 @@ def test_a_state_that_is_handed_on_is_no_input(name, key):
         for one, other in ((target, source | {key: held}), (target | {key: held}, source)):
             with pytest.raises(ct.BadInput, match="both runs begin with an empty cache"):
                 ct.patch_model(model, one, other)
+
+
+def test_moments_of_the_other_place_are_named():
+    with quiet():
+        model = build("llama", torch.float32)
+        target, source = inputs("llama", model, batch=1)
+        before = snapshot(model)
+        moments = ct.second_moments(model, [torch.arange(5, 40)])
+        with pytest.raises(ct.BadInput, match=r"none that fit .*o_proj\.weight: they are of another model, or place"):
+            ct.patch_model(model, target, source, scope="last", place="mixer", moments=moments)
+        assert unchanged(model, before)
+        here = ct.second_moments(model, [torch.arange(5, 40)], place="mixer")
+        mp = ct.patch_model(model, target, source, scope="last", place="mixer", moments=here)
+        with mp.applied(model):
+            assert relative(logits_of(model, source)[:, -1], mp.target_logits[:, -1]) <= 1e-5

@@ -95,12 +95,12 @@ class Moments:
                 width = layer.params[name].shape
                 metric = self.metrics.get(name)
                 if metric is None or metric.second.shape not in [(n, n) for n in width]:
-                    raise BadInput(f"moments: there are none that fit {name}: they are of another model")
+                    raise BadInput(f"moments: there are none that fit {name}: they are of another model, or place")
                 finite = bool(metric.second.sum().isfinite())
                 if not finite or not float(metric.second.diagonal().sum()) > 0:
                     raise BadInput(f"moments: those of {name} are zero or not finite: make them anew on other texts")
         if strange:
-            raise BadInput(f"moments: this model has no matrix {min(strange)}: they are of another model")
+            raise BadInput(f"moments: nothing here moves a matrix {min(strange)}: they are of another model, or place")
 
     def __repr__(self) -> str:
         return f"Moments({len(self.metrics)} matrices, {self.tokens} tokens)"
