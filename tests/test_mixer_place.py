@@ -129,6 +129,29 @@ def test_generation_without_the_context(name):
     assert done.agreement == 1.0
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_next", "rwkv"])
+def test_an_adapter_of_the_mixers_maps_comes_back(name, tmp_path):
+    """Exported, read back as a patch, applied, and merged; it knows its place."""
+    with quiet():
+        model = build(name, torch.float32)
+        target, source = inputs(name, model, batch=1)
+        unpatched = logits_of(model, source)[:, -1]
+        mp = ct.patch_model(model, target, source, scope="last", place="mixer")
+        before = snapshot(model)
+        mp.export_peft(tmp_path / "adapter", model)
+        back = ct.import_peft(tmp_path / "adapter", model)
+        wanted = mp.target_logits[:, -1]
+        with back.applied(model):
+            assert relative(logits_of(model, source)[:, -1], wanted) <= 1e-5
+        back.merge(model)
+        assert relative(logits_of(model, source)[:, -1], wanted) <= 1e-5
+        back.unmerge(model)
+    assert back.report.place == "mixer"
+    assert {str(e.param) for e in back.entries} == {str(e.param) for e in mp.entries}
+    assert relative(unpatched, wanted) > 1e-3
+    assert unchanged(model, before)
+
+
 def test_a_context_compiled_into_attentions_own_map():
     model, tokenizer = load_model("embedded")
     context, asked = "Mia lives in Oslo . Leo lives in Rome .", ["Where does Mia live ?", "Where does Leo live ?"]

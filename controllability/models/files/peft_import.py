@@ -4,6 +4,7 @@ import math
 import re
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from architectures.reading import architecture_of
 from controllability.deltas import Delta, Shift
-from controllability.errors import PatchError
+from controllability.errors import PatchError, ReadingError
 from controllability.interfaces import Component, Param, node, updates_of
 from controllability.models.files.lora_factors import lora_factors, low_rank, rank_of, split_dense
 from controllability.models.files.peft_forms import plain_linear
@@ -50,9 +52,9 @@ def patch_of_adapter(directory: str | Path, model: nn.Module) -> PatchRecord:
     refuse_carried(model, "importing")
     if notes.get(MADE_FOR) not in (None, known_fingerprint(model)):
         raise PatchError("this adapter was exported for other weights (the fingerprints differ)")
-    slots = _slots(model)
     entries: list[Entry] = []
     loras, copies = _sorted(tensors, config)
+    place, slots = _place(model, {_module(model, path)[0] for path in (*loras, *copies)})
     for path, pair in loras.items():
         name, form, alpha = _target(model, path, config)
         for slot in _found(slots, name):
@@ -64,7 +66,7 @@ def patch_of_adapter(directory: str | Path, model: nn.Module) -> PatchRecord:
     entries.sort(key=lambda entry: entry.layer)
     numbers, dense = (sum(getattr(e.delta, n) for e in entries) for n in ("numbers", "dense_numbers"))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    report = Report("last", "imported", "none", dtype, 1, numbers, dense, 0.0, [])
+    report = Report("last", "imported", "none", dtype, 1, numbers, dense, 0.0, [], place=place)
     one = torch.zeros(1, dtype=torch.long)
     inputs: dict[str, Any] = {"target": {}, "source": {}, "positions": None}
     rows = Positions(one, one, (1, 1))
@@ -72,10 +74,25 @@ def patch_of_adapter(directory: str | Path, model: nn.Module) -> PatchRecord:
     return PatchRecord(tuple(entries), "last", rows, report, inputs, **known)
 
 
-def _slots(model: nn.Module) -> dict[str, list[Slot]]:
+def _place(model: nn.Module, modules: set[str]) -> tuple[str, dict[str, list[Slot]]]:
+    """The place at which all of ``modules`` can be patched, and the slots there; where there is none, the model's default."""
+    first, *others = architecture_of(model).places
+    slots = _slots(model, first)
+    for place in others if not _holds(slots, modules) else ():
+        with suppress(ReadingError):
+            if _holds(there := _slots(model, place), modules):
+                return place, there
+    return first, slots
+
+
+def _holds(slots: Mapping[str, list[Slot]], modules: set[str]) -> bool:
+    return modules <= {name.rpartition(".")[0] for name in slots}
+
+
+def _slots(model: nn.Module, place: str) -> dict[str, list[Slot]]:
     """Parameter name -> where it can be patched."""
     slots: dict[str, list[Slot]] = {}
-    for layer in checked_reading(model).reading.layers:
+    for layer in checked_reading(model, place=place).reading.layers:
         for path in (path for tap in layer.taps for path in tap.paths):
             leaf = node(layer.block, path)
             for update in updates_of(leaf, "output"):
@@ -86,8 +103,8 @@ def _slots(model: nn.Module) -> dict[str, list[Slot]]:
 def _found(slots: Mapping[str, list[Slot]], name: str) -> list[Slot]:
     if name not in slots:
         raise PatchError(
-            f"the adapter changes {name}, and a patch moves parameters of the feed-forward halves only: this adapter "
-            "is no patch; load it with peft"
+            f"the adapter changes {name}, and a patch moves parameters of the feed-forward halves only, or only of the maps "
+            "behind what mixes positions: this adapter is no patch; load it with peft"
         )
     return slots[name]
 
