@@ -86,6 +86,27 @@ def is_plain_cache(cache: Any) -> bool:
     return is_usual_cache(cache) and all(type(layer) in plain for layer in cache.layers)
 
 
+def window_before(module: Any, cache: Any) -> Tensor | None:
+    """What a short convolution keeps in its cache (B, d, K): the inputs before these; None where there are none."""
+    if cache is None:
+        return None
+    if not hasattr(cache, "get_conv_state"):
+        raise changed("cache.get_conv_state")
+    return cache.get_conv_state(module.layer_idx, state_idx=module.conv_idx)
+
+
+def hands_on_states(model: nn.Module) -> bool:
+    """Whether a model keeps something else than keys and values from token to token, as far as it says."""
+    return getattr(model, "_is_stateful", True) is not False
+
+
+def after_step(model: Any, output: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the next step of a generation."""
+    if not hasattr(model, "_update_model_kwargs_for_generation"):
+        raise changed("model._update_model_kwargs_for_generation")
+    return model._update_model_kwargs_for_generation(output, options)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is GPT-2's linear map, which stores (in, out), and computes as it does."""
     kind = part("pytorch_utils", "Conv1D")

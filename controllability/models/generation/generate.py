@@ -30,7 +30,7 @@ from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, ref
 from controllability.models.sweep.report import Layers
 from controllability.models.sweep.source_run import sweep
 from controllability.models.sweep.target_run import LayerTarget, check_finite, observe_target, silent
-from controllability.models.transformers_parts import CACHE
+from controllability.models.transformers_parts import CACHE, after_step
 from controllability.prover.derivation import Derivation
 
 OTHER_MODES = ("penalty_alpha", "dola_layers", "num_beams", "constraints", "assistant_early_exit", "use_mtp")
@@ -157,7 +157,7 @@ class _Loop:
             inputs = model.prepare_inputs_for_generation(input_ids, **at, **options)
             self._refuse_rewritten(input_ids, inputs)
             step = self._step(input_ids, inputs, self.sampler, active)
-            options = model._update_model_kwargs_for_generation(self._output, options)
+            options = after_step(model, self._output, options)
             chosen = step.target if self.follow == "target" else step.patched
             chosen = torch.where(active, chosen.to(input_ids.device), padding)
             self.sequences = input_ids = torch.cat([input_ids, chosen[:, None]], 1)

@@ -14,6 +14,7 @@ from architectures.reading import Layer, Reading, Tap
 from architectures.registry import StatePoint
 from controllability.errors import ReadingError
 from controllability.interfaces import Path, node
+from controllability.models import transformers_parts
 from controllability.models.hooks.expert_hooks import Stage, listen
 from controllability.models.hooks.installation import HookStack, first_argument, first_tensor
 from controllability.models.hooks.telling_weight import TellingWeight
@@ -175,8 +176,8 @@ class _Windows:
             installation.called(module, lambda given: self._remember(module, given))
 
     def _remember(self, module: Any, given: Mapping[str, Any]) -> None:
-        x, cache, mask = first_argument((), dict(given)), given.get("past_key_values"), given.get("conv_mask")
-        state = None if cache is None else cache.get_conv_state(module.layer_idx, state_idx=module.conv_idx)
+        x, cache, mask = first_argument((), dict(given)), transformers_parts.cache_of(given), given.get("conv_mask")
+        state = transformers_parts.window_before(module, cache)
         self.before = x[:, :0] if state is None else state.transpose(1, 2)[:, 1 - self.count :].to(x.dtype, copy=True)
         self.mask = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from controllability.models.transformers_parts import hands_on_states
+
 
 def position_limit(config: Any) -> int | None:
     """How many positions a model with this (text) config has; None where it sets no limit."""
@@ -17,7 +19,7 @@ def position_limit(config: Any) -> int | None:
 def keeps_cache(model: nn.Module) -> bool:
     """Whether a run of token ids can be gone on from: a causal model of transformers with its plain cache."""
     decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return bool(getattr(model, "_is_stateful", True) is False and hasattr(model, "generate") and decoder)
+    return bool(not hands_on_states(model) and hasattr(model, "generate") and decoder)
 
 
 def cache_bytes(model: nn.Module) -> int | None:
