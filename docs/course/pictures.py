@@ -1,0 +1,216 @@
+"""The pictures of the course, each computed by the package: ``python docs/course/pictures.py`` writes all of them anew."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
+
+from course.drawing import WIDTH, Picture  # noqa: E402
+
+CONTEXT, QUESTION = "Mia lives in Oslo .", "Where does Mia live ?"
+
+
+def lesson_1() -> Picture:
+    """One question in three runs of the embedded model: without the context, with it, and without it but patched."""
+    import controllability as ct
+
+    model, tokenizer = ct.load_model("embedded")
+    target, source = ct.encode(tokenizer, CONTEXT, QUESTION)
+    patch = ct.patch_model(model, target, source)
+    plain = [_states(model, tokenizer, inputs) for inputs in (source, target)]
+    with patch.applied(model):
+        patched = _states(model, tokenizer, source)
+    picture = Picture("One question in three runs: without the context, with it, and patched", 390)
+    heads = "without the context", "with the context", "without, but patched"
+    for i, (head, (state, out, word)) in enumerate(zip(heads, (*plain, patched), strict=True)):
+        _run(picture, 8 + 158 * i, head, i, state, out, word)
+    return picture
+
+
+def _states(model: Any, tokenizer: Any, inputs: Any) -> tuple[list[float], list[float], str]:
+    """At the last token: what the first layer's feed-forward half reads, what that layer gives, and the next word."""
+    import torch
+
+    seen: list[Any] = []
+    layer = model.model.layers[0]
+    hooks = [
+        layer.pre_feedforward_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+        layer.register_forward_hook(lambda *args: seen.append(args[-1])),
+    ]
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    for hook in hooks:
+        hook.remove()
+    state, out = ((one[0] if isinstance(one, tuple) else one)[0, -1, :12].tolist() for one in seen)
+    return state, out, tokenizer.decode(logits.argmax())
+
+
+def _tokens(picture: Picture, x: float, y: float, words: str, name: str, opacity: float) -> None:
+    """Two lines of tokens in a box."""
+    tokens = words.split()
+    picture.box(x, y, 128, 36, name, opacity)
+    for i, line in enumerate((tokens[:3], tokens[3:])):
+        picture.text(x + 64, y + 15 + 15 * i, " | ".join(line), "ink", "middle")
+
+
+def _run(picture: Picture, x: float, head: str, i: int, state: list[float], out: list[float], word: str) -> None:
+    before, after = ("source", "target", "source")[i], ("source", "target", "target")[i]
+    middle = x + 74
+    picture.text(middle, 20, head, "ink strong", "middle")
+    if i == 1:
+        _tokens(picture, x + 10, 30, CONTEXT, "target", 0.18)
+    _tokens(picture, x + 10, 70, QUESTION, "pale", 1)
+    picture.arrow([(middle, 106), (middle, 120)])
+    picture.box(x + 20, 120, 108, 24)
+    picture.text(middle, 136, "attention", "ink", "middle")
+    picture.arrow([(middle, 144), (middle, 162)])
+    picture.strip(middle - 66, 163, state, before)
+    picture.text(x + 140, 156, ("z", "z'", "z")[i], f"{before} strong", "middle")
+    picture.path([(x + 136, 176), (x + 142, 183), (x + 142, 304), (middle + 10, 304)], "line", "dash")
+    picture.text(x + 138, 250, "skip", "soft small", "end")
+    picture.arrow([(middle - 14, 175), (middle - 14, 192)])
+    for y, words in ((192, "W + ΔW" if i == 2 else "W"), (228, "tanh"), (258, "W₂ + ΔW₂" if i == 2 else "W₂")):
+        moved = i == 2 and y != 228
+        picture.box(x + 10, y, 98, 24, "patch" if moved else "pale", 0.22 if moved else 1)
+        picture.text(middle - 15, y + 16, words, "patch strong" if moved else "ink", "middle")
+    picture.path([(middle - 14, 216), (middle - 14, 228)])
+    picture.path([(middle - 14, 252), (middle - 14, 258)])
+    picture.arrow([(middle - 14, 282), (middle, 296)])
+    picture.text(middle, 309, "+", "ink strong", "middle")
+    picture.arrow([(middle, 313), (middle, 325)])
+    picture.strip(middle - 66, 327, out, after)
+    picture.text(middle, 354, "⋮  more layers, patched  ⋮" if i == 2 else "⋮  more layers  ⋮", "soft small", "middle")
+    picture.text(middle, 376, f"answer: {word}", f"{after} strong", "middle")
+
+
+def lesson_2() -> Picture:
+    """Three components at three inputs, 25 outputs asked of each: which are reached, and which are refused."""
+    import numpy as np
+
+    from controllability.components import Bias, Linear, Scale
+    from controllability.errors import SideConditionFailed
+    from controllability.interfaces import Param
+
+    rows = ("matrix W", Linear(Param("p"))), ("scale m", Scale(Param("p"))), ("bias b", Bias(Param("p")))
+    numbers = np.eye(2), np.ones(2), np.zeros(2)
+    picture = Picture("Which outputs a matrix, a scale and a bias can be steered to, at three inputs", 462)
+    for i, z in enumerate(((2.0, 1.0), (2.0, 0.0), (0.0, 0.0))):
+        picture.text(160 + 128 * i, 22, f"input ({z[0]:g}, {z[1]:g})", "ink strong", "middle")
+        for j, ((words, component), weight) in enumerate(zip(rows, numbers, strict=True)):
+            if i == 0:
+                picture.text(12, 100 + 136 * j, words, "ink strong")
+            x, y = 160 + 128 * i, 96 + 136 * j
+            picture.box(x - 58, y - 62, 116, 124)
+            for delta in np.stack(np.meshgrid(range(-2, 3), range(-2, 3)), -1).reshape(-1, 2):
+                at = x + 22 * delta[0], y - 22 * delta[1]
+                try:
+                    component.steer_output({"p": weight}, np.array(z), delta.astype(float))
+                    picture.dot(*at, "patch", 5)
+                except SideConditionFailed:
+                    picture.path([(at[0] - 4, at[1] - 4), (at[0] + 4, at[1] + 4)], "source")
+                    picture.path([(at[0] - 4, at[1] + 4), (at[0] + 4, at[1] - 4)], "source")
+    picture.dot(110, 448, "patch", 5)
+    picture.text(122, 452, "reached by a patch")
+    picture.path([(266, 444), (274, 452)], "source")
+    picture.path([(266, 452), (274, 444)], "source")
+    picture.text(282, 452, "side condition fails")
+    return picture
+
+
+def lesson_3() -> Picture:
+    """The two steps of Theorem 1, and at every place of the block whose value is there: the source's, the target's, or neither."""
+    import numpy as np
+
+    import controllability as ct
+    from controllability.components import Activation, Linear, residual
+    from controllability.interfaces import Param
+
+    block = residual(Linear(Param("up", ("h", "d"))) >> Activation("tanh") >> Linear(Param("down", ("d", "h"))))
+    params, v, v_context = ct.sample(block, d=4, h=6)
+    patch = ct.prove(block).construct(params, v, v_context)
+    both = patch.merged_into(params)
+
+    def values(numbers: Any, x: Any) -> list[Any]:
+        up = numbers["up"] @ x
+        branch = numbers["down"] @ np.tanh(up)
+        return [x, up, np.tanh(up), branch, x + branch]
+
+    runs = values(params, v), values(params | {"up": both["up"]}, v), values(both, v), values(params, v_context)
+    picture = Picture("The two steps of Theorem 1, place by place", 318)
+    for i, head in enumerate(("source run", "step 1", "step 2", "target run")):
+        picture.text(138 + 95 * i, 24, head, "ink strong", "middle")
+    for j, place in enumerate(("input", "after up", "after tanh", "after down", "output: + skip")):
+        y = 50 + 44 * j
+        picture.text(8, y + 12, place)
+        for i, run in enumerate(runs):
+            kind = "other"
+            for name, other in (("target", runs[3]), ("source", runs[0])):
+                kind = name if np.allclose(run[j], other[j], rtol=1e-12) else kind
+            picture.strip(138 + 95 * i - 7 * len(run[j]), y, run[j].tolist(), kind, 14)
+    for i, words in ((0, "move up"), (1, "move down")):
+        picture.arrow([(150 + 95 * i, 270), (222 + 95 * i, 270)], "patch")
+        picture.text(186 + 95 * i, 264, words, "patch small strong", "middle")
+    for x, kind, words in (
+        (8, "source", "as in the source run"),
+        (172, "target", "as in the target run"),
+        (336, "other", "neither"),
+    ):
+        picture.box(x, 296, 12, 12, kind, 0.9, 2)
+        picture.text(x + 17, 306, words)
+    return picture
+
+
+def lesson_4() -> Picture:
+    """The new scale of every channel on four routes, beside the old one, channels in the order of |G|."""
+    import math
+
+    import numpy as np
+
+    import controllability as ct
+    from controllability.components import Activation, Linear, residual, rms_norm
+    from controllability.interfaces import Param
+
+    inner = Linear(Param("up", ("h", "d"))) >> Activation("tanh") >> Linear(Param("down", ("d", "h")))
+    block = residual(inner >> rms_norm("post"))
+    params, v, v_context = ct.sample(block, d=64, h=96, seed=1)
+    params["post.weight"] = 1 + 0.3 * np.random.default_rng(0).normal(size=64)
+    order = np.argsort(abs(block(params, v_context) - v))
+    picture = Picture("The norm's scale, old and new, channel by channel, on four routes", 430)
+    for i, (route, kind) in enumerate(
+        (("scale", "source"), ("secular", "other"), ("uniform", "ink"), ("balanced", "target"))
+    ):
+        patch = ct.prove(block, route=route).construct(params, v, v_context)
+        m = params["post.weight"] + patch["post.weight"].value
+        top = 20 + 96 * i
+        picture.box(112, top, 360, 84)
+        picture.text(8, top + 18, route, f"{kind} strong")
+        picture.text(8, top + 38, f"mean m'² {np.mean(m**2):.3g}", "ink small")
+        for channel, index in enumerate(order):
+            for value, name, radius in ((params["post.weight"][index], "line", 2), (m[index], kind, 2.6)):
+                height = (math.log10(max(abs(value), 0.0101)) + 2) / 4.5 * 84
+                picture.dot(118 + 5.5 * channel, top + 84 - height, name, radius)
+        for decade, words in ((-1, "0.1"), (1, "10")):
+            picture.text(108, top + 88 - (decade + 2) / 4.5 * 84, words, "soft small", "end")
+    picture.text(292, 418, "64 channels, from small |G| to large |G|; grey: the old scale", "soft small", "middle")
+    return picture
+
+
+PICTURES = {name: make for name, make in globals().items() if name.startswith("lesson_")}
+
+
+def write(folder: Path = HERE) -> list[Path]:
+    """Every picture to ``folder``; returns the paths."""
+    paths = []
+    for name, make in PICTURES.items():
+        paths.append(folder / f"{name.replace('_', '-')}.svg")
+        paths[-1].write_text(make().svg())
+    return paths
+
+
+if __name__ == "__main__":
+    print(*write(), sep="\n")
