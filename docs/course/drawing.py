@@ -42,11 +42,11 @@ class Picture:
         self.parts.append(f'<text class="{name}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>')
 
     def box(
-        self, x: float, y: float, w: float, h: float, name: str = "pale", opacity: float = 1, round: float = 4
+        self, x: float, y: float, w: float, h: float, name: str = "pale", opacity: float = 1, corner: float = 4
     ) -> None:
         """A filled rectangle."""
         self.parts.append(
-            f'<rect class="{name}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="{round}" fill-opacity="{opacity:.2f}"/>'
+            f'<rect class="{name}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="{corner}" fill-opacity="{opacity:.2f}"/>'
         )
 
     def dot(self, x: float, y: float, name: str = "ink", radius: float = 4) -> None:
@@ -57,6 +57,11 @@ class Picture:
         """A line through the points."""
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         self.parts.append(f'<polyline class="path {name}-line {more}" points="{joined}"/>')
+
+    def area(self, points: list[tuple[float, float]], name: str = "pale", opacity: float = 0.16) -> None:
+        """A filled polygon."""
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        self.parts.append(f'<polygon class="{name}" fill-opacity="{opacity:.2f}" points="{joined}"/>')
 
     def arrow(self, points: list[tuple[float, float]], name: str = "line", more: str = "") -> None:
         """A line through the points with a head at its end."""

@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
 
-from course.drawing import WIDTH, Picture  # noqa: E402
+from course.drawing import Picture  # noqa: E402
 
 CONTEXT, QUESTION = "Mia lives in Oslo .", "Where does Mia live ?"
 
@@ -197,6 +197,117 @@ def lesson_4() -> Picture:
         for decade, words in ((-1, "0.1"), (1, "10")):
             picture.text(108, top + 88 - (decade + 2) / 4.5 * 84, words, "soft small", "end")
     picture.text(292, 418, "64 channels, from small |G| to large |G|; grey: the old scale", "soft small", "middle")
+    return picture
+
+
+def lesson_5() -> Picture:
+    """All eight choices of patched layers of the embedded model: the largest error of the logits, and the answer."""
+    import torch
+
+    import controllability as ct
+
+    model, tokenizer = ct.load_model("embedded")
+    target, source = ct.encode(tokenizer, CONTEXT, QUESTION)
+    patch = ct.patch_model(model, target, source)
+    picture = Picture("Every choice of patched layers, the error of the scores, and the answer", 330)
+    for x, words in ((14, "layers patched"), (150, "largest error of the scores"), (400, "answer")):
+        picture.text(x, 22, words, "ink strong")
+    for j, layers in enumerate(([], [0], [1], [2], [1, 2], [0, 2], [0, 1], [0, 1, 2])):
+        y = 36 + 36 * j
+        for layer in range(3):
+            picture.box(14 + 34 * layer, y, 28, 22, "patch" if layer in layers else "pale")
+            picture.text(28 + 34 * layer, y + 16, str(layer), "paper strong" if layer in layers else "soft", "middle")
+        with torch.no_grad(), patch.select(layers=layers or [0]).applied(model) if layers else torch.no_grad():
+            logits = model(**source).logits
+        error = float((logits - patch.target_logits).abs().max() / patch.target_logits.abs().max())
+        picture.box(150, y + 2, 150 * error, 18, "source", 0.85, 2)
+        picture.text(158 + 150 * error, y + 16, f"{error:.2f}" if error > 1e-5 else "0, up to rounding")
+        word = tokenizer.decode(logits[0, -1].argmax())
+        picture.text(400, y + 16, word, "target strong" if word == "Oslo" else "source strong")
+    return picture
+
+
+def lesson_6() -> Picture:
+    """Six experts of a mixture, three of them chosen: shares, and how much each one's last map moves, split in two ways."""
+    import numpy as np
+
+    import controllability as ct
+    from controllability.components import Activation, ExpertLinear, Linear, Mixture, Routing, residual
+    from controllability.interfaces import Param
+
+    router, first = Linear(Param("R", ("E", "d"))), ExpertLinear(Param("U", ("E", "h", "d")))
+    block = residual(
+        Mixture(router, Routing(3), first >> Activation("tanh"), ExpertLinear(Param("V", ("E", "d", "h"))))
+    )
+    params, v, v_context = ct.sample(block, d=4, h=5, E=6)
+    params["R"] = 0.3 * params["R"]
+    index, shares = Routing(3)(params, params["R"] @ v)
+    y = np.tanh(params["U"][index] @ v)
+    found = ct.prove(block, via="output").construct(params, v, v_context)["V"].dense()
+    delta = block(params, v_context) - block(params, v)
+    rows = [dict.fromkeys(range(6), 0.0) for _ in range(3)]
+    for j, e in enumerate(index.tolist()):
+        rows[0][e] = float(shares[j])
+        rows[1][e] = float(np.linalg.norm(delta) / np.linalg.norm(y[j]) / shares.sum())
+        rows[2][e] = float(np.linalg.norm(found[e]))
+    picture = Picture("Six experts: their shares, and the sizes of two changes that give the same output", 306)
+    for k, (words, kind) in enumerate(
+        (("share s", "ink"), ("change: δ/S each", "source"), ("change: least norm", "patch"))
+    ):
+        top, largest = (
+            26 + 88 * k,
+            max(rows[k].values()) if k == 0 else max(max(rows[1].values()), max(rows[2].values())),
+        )
+        picture.text(8, top + 30, words, f"{kind} strong")
+        total = sum(rows[k].values()) if k == 0 else sum(value**2 for value in rows[k].values())
+        picture.text(8, top + 50, f"{'sum' if k == 0 else 'squares add up to'} {total:.3g}", "ink small")
+        for e, value in rows[k].items():
+            height, x = 54 * value / largest, 172 + 50 * e
+            picture.box(x, top + 62 - max(height, 1), 30, max(height, 1), kind if value else "line", 0.9, 2)
+            if value:
+                picture.text(x + 15, top + 58 - height, f"{value:.2f}", "ink small", "middle")
+    picture.text(8, 296, "expert")
+    for e in range(6):
+        picture.text(187 + 50 * e, 296, str(e), "ink strong" if e in index else "soft", "middle")
+    return picture
+
+
+def lesson_7() -> Picture:
+    """Two tokens, one scale: the point q is a mixture of the columns of A, or a line with normal λ keeps it apart."""
+    import numpy as np
+
+    from controllability.errors import ControllabilityError
+    from controllability.solvers.joint_scale import joint_scale
+
+    picture = Picture("One scale for two tokens: a point in a cone, or outside it", 300)
+    for i, G in enumerate((((2.0, 1.0, 1.0), (1.0, 1.5, 2.0)), ((1.0, 1.0, 1.5), (1.5, 2.0, 2.0)))):
+        A, q, unit = np.array(G) ** 2 / 3, np.full(2, 1 / 1.01), 112.0
+        x0, y0 = 52 + 236 * i, 232
+
+        def at(point: Any, x0: float = x0, y0: float = y0) -> tuple[float, float]:
+            return x0 + unit * float(point[0]), y0 - unit * float(point[1])
+
+        picture.text(x0 + 72, 22, ("q in the cone: solvable", "q outside: not solvable")[i], "ink strong", "middle")
+        outer = A[:, np.argsort(np.arctan2(A[1], A[0]))[[0, -1]]].T
+        corners = [at(end * min(1.58 / end)) for end in outer]
+        far = [at((1.58, 1.58))] if i == 0 else []
+        picture.area([(x0, y0), corners[0], *far, corners[1]], "patch")
+        for column in A.T:
+            picture.arrow([(x0, y0), at(column)], "patch")
+        try:
+            joint_scale(np.array(G), np.ones(3), np.ones(2), 1e-2, keep_rms=True)
+        except ControllabilityError as refused:
+            weights = np.array([float(weight) for weight in refused.certificate.weights])  # pyright: ignore
+            normal = weights / np.linalg.norm(weights)
+            along = np.array([normal[1], -normal[0]])
+            along = along * np.sign(along.sum())
+            picture.path([at(-0.25 * along), at(1.75 * along)], "other", "dash")
+            picture.arrow([at(0.9 * along), at(0.9 * along + 0.35 * normal)], "other", "thick")
+            picture.text(*at(0.9 * along + 0.47 * normal), "λ", "other strong", "middle")
+        picture.dot(*at(q), "source", 5)
+        picture.text(at(q)[0] + 9, at(q)[1] + 4, "q", "source strong")
+    picture.text(12, 268, "green: the columns of A, and all their mixtures A s with s > 0", "soft")
+    picture.text(12, 288, "across: the equation of token 1; upwards: that of token 2", "soft")
     return picture
 
 
