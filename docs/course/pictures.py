@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(DOCS))
 
 from course.drawing import Picture  # noqa: E402
 
@@ -281,11 +281,11 @@ def lesson_7() -> Picture:
 
     picture = Picture("One scale for two tokens: a point in a cone, or outside it", 300)
     for i, G in enumerate((((2.0, 1.0, 1.0), (1.0, 1.5, 2.0)), ((1.0, 1.0, 1.5), (1.5, 2.0, 2.0)))):
-        A, q, unit = np.array(G) ** 2 / 3, np.full(2, 1 / 1.01), 112.0
+        A, q = np.array(G) ** 2 / 3, np.full(2, 1 / 1.01)
         x0, y0 = 52 + 236 * i, 232
 
         def at(point: Any, x0: float = x0, y0: float = y0) -> tuple[float, float]:
-            return x0 + unit * float(point[0]), y0 - unit * float(point[1])
+            return x0 + 112 * float(point[0]), y0 - 112 * float(point[1])
 
         picture.text(x0 + 72, 22, ("q in the cone: solvable", "q outside: not solvable")[i], "ink strong", "middle")
         outer = A[:, np.argsort(np.arctan2(A[1], A[0]))[[0, -1]]].T
@@ -311,10 +311,46 @@ def lesson_7() -> Picture:
     return picture
 
 
+def facts() -> tuple[str, list[str], list[str]]:
+    """Four facts, four questions, and the same questions in other words."""
+    names, cities = ["Mia", "Leo", "Ana", "Tom"], ["Oslo", "Rome", "Paris", "Lima"]
+    context = " ".join(f"{name} lives in {city} ." for name, city in zip(names, cities, strict=True))
+    return (
+        context,
+        [f"Where does {name} live ?" for name in names],
+        [f"In which city does {name} stay ?" for name in names],
+    )
+
+
+def lesson_8() -> Picture:
+    """How far the embedded model's next words are from the wanted ones: on the set, in other words, on unrelated text."""
+    import controllability as ct
+
+    model, tokenizer = ct.load_model("embedded")
+    compiled = {name: ct.compile_context(model, tokenizer, *facts(), strength=name) for name in ("exact", "balanced")}
+    picture = Picture("Distance from the wanted model on three sets: no patch, exact patch, balanced fit", 376)
+    labels = ("the questions", "other wordings", "unrelated text"), ("of the set", "of the questions", "")
+    for i, name in enumerate(("queries", "heldout", "unrelated")):
+        top = 14 + 112 * i
+        picture.text(8, top + 34, labels[0][i], "ink strong")
+        picture.text(8, top + 52, labels[1][i], "ink small")
+        rows = [("no patch", "line", compiled["exact"].sets[name].unpatched.kl)]
+        rows += [
+            (key, kind, compiled[key].results[name].kl) for key, kind in (("exact", "source"), ("balanced", "target"))
+        ]
+        for j, (words, kind, kl) in enumerate(rows):
+            y = top + 30 * j
+            picture.text(196, y + 16, words, "ink", "end")
+            picture.box(204, y + 3, max(80 * kl, 1), 18, kind, 1, 2)
+            picture.text(210 + 80 * kl, y + 16, f"{kl:.2f}" if kl > 0.005 else "0")
+    picture.text(8, 366, "mean KL divergence of the next word, in nats; 0 is no difference", "soft")
+    return picture
+
+
 PICTURES = {name: make for name, make in globals().items() if name.startswith("lesson_")}
 
 
-def write(folder: Path = HERE) -> list[Path]:
+def write(folder: Path = DOCS) -> list[Path]:
     """Every picture to ``folder``; returns the paths."""
     paths = []
     for name, make in PICTURES.items():
