@@ -60,29 +60,34 @@ def notebook(page: Path) -> Any:
     """A page as a notebook that was run: Markdown cells, one code cell for each example that prints, with what it printed."""
     from nbformat import v4
 
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     examples, outputs = executed(text, page.name)
     waiting = iter(zip(examples, outputs, strict=True))
-    cells = [v4.new_code_cell(SETUP)]
+    cells, folded = [v4.new_code_cell(SETUP)], False
     for i, part in enumerate(re.split(r"^```python\n(.*?)^```\n", text, flags=re.M | re.S)):
-        if i % 2 == 0:
-            cells += [_markdown(v4, part)] if part.strip() else []
-        else:
-            cells += _code(v4, [next(waiting) for _ in doctest.DocTestParser().get_examples(part)])
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        if i % 2:
+            cells += _code(v4, [next(waiting) for _ in doctest.DocTestParser().get_examples(part)], folded)
+            continue
+        folded = part.rfind("<details") > part.rfind("</details>")
+        words = part.split("</details>", 1)[1] if part.lstrip().startswith("</details>") else part
+        if words.strip():  # a fold cannot hold other cells: it ends with its own
+            cells.append(_markdown(v4, words + "\n</details>" if folded else words))
     for number, cell in enumerate(cells):  # the same file from the same page
         cell["id"] = f"cell-{number}"
-    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    return v4.new_notebook(cells=cells, metadata=metadata)
+    for number, cell in enumerate([cell for cell in cells if cell["cell_type"] == "code"], 1):
+        cell["execution_count"] = number
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return v4.new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
 
 
-def _code(v4: Any, block: list[tuple[doctest.Example, str]]) -> list[Any]:
+def _code(v4: Any, block: list[tuple[doctest.Example, str]], folded: bool) -> list[Any]:
     """Cells of one block: a cell ends where something is printed, as a notebook shows what its last line gives."""
-    cells, source, count = [], "", 0
-    for example, got in block:
-        source, count = source + example.source, count + 1
+    cells, source = [], ""
+    hidden = {"jupyter": {"source_hidden": True, "outputs_hidden": True}} if folded else {}
+    for count, (example, got) in enumerate(block, 1):
+        source += example.source
         if got or count == len(block):
-            cells.append(v4.new_code_cell(source.rstrip("\n"), outputs=_outputs(v4, example, got)))
+            cells.append(v4.new_code_cell(source.rstrip("\n"), outputs=_outputs(v4, example, got), metadata={**hidden}))
             source = ""
         if example.exc_msg is not None:
             cells[-1]["metadata"]["tags"] = ["raises-exception"]
@@ -102,7 +107,7 @@ def _outputs(v4: Any, example: doctest.Example, got: str) -> list[Any]:
 
 
 def _markdown(v4: Any, text: str) -> Any:
-    """Text with its picture in it, links that lead from ``course/`` to the site, and folds opened: a cell cannot hold others."""
+    """Text with its picture in it, and links that lead from ``course/`` to the site."""
     pictures: dict[str, dict[str, str]] = {}
 
     def attached(match: re.Match[str]) -> str:
@@ -112,7 +117,7 @@ def _markdown(v4: Any, text: str) -> Any:
     text = re.sub(r"!\[([^\]]*)\]\(([\w-]+\.svg)\)", attached, text)
     text = re.sub(r"\]\((lesson-\d)\.md", r"](\1.ipynb", text)
     text = re.sub(r"\]\((\w[\w-]*)\.md", r"](../\1.html", text)
-    text = re.sub(r"<summary>(.*?)</summary>", r"**\1**", re.sub(r"</?details[^>]*>\n", "", text))
+    text = text.replace('<details markdown="1">', "<details>")
     cell = v4.new_markdown_cell(text.strip("\n"))
     if pictures:
         cell["attachments"] = pictures
