@@ -1,4 +1,4 @@
-"""The picture of lesson 4: which scales let two tokens in d = 3 keep their RMS, and what shows that none does.
+"""The picture of docs/joint-patches.md: which scales let two tokens in d = 3 keep their RMS, and what shows that none does.
 
 In s = 1/m'² each token is one equation: a plane.  ``python tests/feasible_region.py docs/feasible-region.png``
 """

@@ -191,7 +191,7 @@ def test_an_sdist_holds_its_tests_and_a_wheel_a_readme_without_relative_links(tm
         meta = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert {"controllability/py.typed", "architectures/py.typed"} <= set(names)
     assert all(link.startswith(("https://", "#")) for link in re.findall(r"\]\(([^)]*)\)", meta))
-    assert "(the mathematics, lesson 4)" in meta, "what was linked is still there"
+    assert "(the mathematics, lesson 7)" in meta, "what was linked is still there"
 
 
 # -------------------------------------------------------------------------------------------- pictures

@@ -1,4 +1,4 @@
-"""Attribution against a known truth and against interventions, and what it costs: the numbers of docs/lesson-5.md.
+"""Attribution against a known truth and against interventions, and what it costs: the numbers of docs/reading-a-patch.md.
 
 ``python tests/benchmarks/instrument.py [QUESTIONS] [MODEL]``; scikit-learn is needed for ContextCite's estimator, MODEL for the timing.
 """
