@@ -14,7 +14,9 @@ import torch
 from explorable_page import DRIVER, MAPS, NODE, ROUTES, built, cases, in_browser, in_node, in_python, part
 from test_html_browser import needs_browser
 
+import architectures
 import controllability as ct
+from controllability.interfaces import leaves
 from controllability.solvers.farkas_certificate import Infeasible
 from controllability.solvers.joint_scale import joint_scale
 
@@ -260,10 +262,8 @@ def test_the_page_is_one_small_file_that_asks_for_nothing(tmp_path):
 @needs_node
 def test_every_box_of_the_graph_has_a_value_and_words(tmp_path):
     drawn = set(re.findall(r'<a class="node[^"]*" href="#node-?([\d-]*)"', built().graph_markup()))
-    values = run_script(
-        tmp_path, "(() => { const m = readModel(data); return Object.keys(run(m, [2, 4]).nodes[0][0]); })()"
-    )
-    assert drawn == set(values)
-    assert {f"node-{path}" for path in drawn} >= set(json.loads(part("data"))["leaves"])
-    for path in drawn:
-        assert f'"{path}": ["' in part("page")
+    words = built().read("pictures.js")
+    names = run_script(tmp_path, f"(() => {{ {words}\nreturn Object.keys(NODES); }})()")
+    values = run_script(tmp_path, "Object.keys(run(readModel(data), [2, 4]).nodes[0][0])")
+    inside = {"-".join(map(str, path)) for path, _ in leaves(architectures.block("gemma3"))}
+    assert drawn == set(values) == set(names) == {*inside, "1-2", ""}

@@ -46,7 +46,7 @@ def test_the_answer_breaks_without_the_context_and_returns_with_the_patch(seen):
     assert float(seen["without"]) > 1 > 1e-12 > float(seen["patched"])
     assert words["no part"] == words["without"]
     assert min(float(seen["half"]), float(seen["two"])) > 0.01
-    assert (seen["gone"], seen["rows"], seen["kept"]) == (18, 12, "next")
+    assert (seen["gone"], seen["rows"], seen["kept"]) == (21, 12, "next")
     assert seen["step"].startswith("Step 3 of 5")
 
 

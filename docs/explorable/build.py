@@ -14,13 +14,13 @@ from typing import Any
 import architectures
 import controllability as ct
 from controllability.embedded.world import NAMES, RELATIONS
-from controllability.interfaces import Component, leaves
+from controllability.interfaces import Component
 from controllability.models.loading import embedded_directory
 from controllability.rendering import graph, leaf_states, svg
 
 HERE = Path(__file__).parent
 CORE = ("model.js", "patch.js", "joint.js", "words.js")  # without a page: these also run in node
-PAGE = ("pictures.js", "page.js")
+PAGE = ("pictures.js", "merging.js", "tour.js", "page.js")
 CURVES, WIDTH = 34, 112  # room for two curves in a box of the graph
 
 
@@ -55,12 +55,11 @@ def graph_markup() -> str:
 
 
 def page_data() -> dict[str, Any]:
-    """What the scripts read: weights, config, vocabulary, rotary frequencies, the micro-world, the nodes of the graph."""
+    """What the scripts read: weights, config, vocabulary, rotary frequencies, the micro-world."""
     folder = embedded_directory()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     special = {token["content"] for token in words["added_tokens"]}
-    block = architectures.block("gemma3")
     return {
         "config": config,
         "frequencies": {kind: _frequencies(config, kind) for kind in sorted(set(config["layer_types"]))},
@@ -68,7 +67,6 @@ def page_data() -> dict[str, Any]:
         "first": config["bos_token_id"],
         "names": NAMES,
         "relations": {name: asdict(relation) for name, relation in RELATIONS.items()},
-        "leaves": {svg.node_id(path): leaf.describe() for path, leaf in leaves(block)},
         "weights": base64.b64encode((folder / "model.safetensors").read_bytes()).decode(),
     }
 
@@ -85,20 +83,21 @@ def _frequencies(config: dict[str, Any], kind: str) -> list[float]:
 def page() -> str:
     """The whole page."""
     parts = {
-        "STYLE": _read("page.css"),
+        "STYLE": read("page.css"),
         "GRAPH": graph_markup(),
         "DATA": json.dumps(page_data(), ensure_ascii=False).replace("<", "\\u003c"),
-        "CORE": "\n".join(map(_read, CORE)),
-        "PAGE": "\n".join(map(_read, PAGE)),
+        "CORE": "\n".join(map(read, CORE)),
+        "PAGE": "\n".join(map(read, PAGE)),
     }
-    text = _read("page.html")
+    text = read("page.html")
     for name, part in parts.items():
         before, after = text.split(f"<!--{name}-->")
         text = f"{before}{part}{after}"
     return text
 
 
-def _read(name: str) -> str:
+def read(name: str) -> str:
+    """One of the sources beside this file."""
     return (HERE / name).read_text(encoding="utf-8")
 
 

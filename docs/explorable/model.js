@@ -9,9 +9,19 @@ function readTensors(base64) {
   const header = JSON.parse(new TextDecoder().decode(bytes.subarray(8, 8 + length)));
   const tensors = {};
   delete header.__metadata__;
-  for (const [name, { dtype, shape, data_offsets: [from, to] }] of Object.entries(header)) {
+  for (const [
+    name,
+    {
+      dtype,
+      shape,
+      data_offsets: [from, to],
+    },
+  ] of Object.entries(header)) {
     if (dtype !== "F32") throw new Error(`${name} is ${dtype}, and this page reads float32`);
-    tensors[name] = { shape, data: Float64Array.from(new Float32Array(bytes.slice(8 + length + from, 8 + length + to).buffer)) };
+    tensors[name] = {
+      shape,
+      data: Float64Array.from(new Float32Array(bytes.slice(8 + length + from, 8 + length + to).buffer)),
+    };
   }
   return tensors;
 }
@@ -23,15 +33,39 @@ function readModel(data) {
   const scale = (name) => matrix(name).data.map((w) => 1 + w); // Gemma stores m - 1
   const layers = data.config.layer_types.map((type, l) => {
     const inside = (name) => `layers.${l}.${name}`;
-    const maps = { q: "self_attn.q_proj", k: "self_attn.k_proj", v: "self_attn.v_proj", o: "self_attn.o_proj",
-      gate: "mlp.gate_proj", up: "mlp.up_proj", down: "mlp.down_proj" };
-    const scales = { first: "input_layernorm", query: "self_attn.q_norm", key: "self_attn.k_norm", mixed: "post_attention_layernorm",
-      pre: "pre_feedforward_layernorm", post: "post_feedforward_layernorm" };
-    const read = (names, how) => Object.fromEntries(Object.entries(names).map(([key, name]) => [key, how(inside(name))]));
-    return { ...read(maps, matrix), m: read(scales, scale), window: type === "sliding_attention" ? data.config.sliding_window : Infinity,
-      frequencies: data.frequencies[type] };
+    const maps = {
+      q: "self_attn.q_proj",
+      k: "self_attn.k_proj",
+      v: "self_attn.v_proj",
+      o: "self_attn.o_proj",
+      gate: "mlp.gate_proj",
+      up: "mlp.up_proj",
+      down: "mlp.down_proj",
+    };
+    const scales = {
+      first: "input_layernorm",
+      query: "self_attn.q_norm",
+      key: "self_attn.k_norm",
+      mixed: "post_attention_layernorm",
+      pre: "pre_feedforward_layernorm",
+      post: "post_feedforward_layernorm",
+    };
+    const read = (names, how) =>
+      Object.fromEntries(Object.entries(names).map(([key, name]) => [key, how(inside(name))]));
+    return {
+      ...read(maps, matrix),
+      m: read(scales, scale),
+      window: type === "sliding_attention" ? data.config.sliding_window : Infinity,
+      frequencies: data.frequencies[type],
+    };
   });
-  return { config: data.config, eps: data.config.rms_norm_eps, embedding: matrix("embed_tokens"), layers, last: scale("norm") };
+  return {
+    config: data.config,
+    eps: data.config.rms_norm_eps,
+    embedding: matrix("embed_tokens"),
+    layers,
+    last: scale("norm"),
+  };
 }
 
 function dot(a, b) {
@@ -65,19 +99,34 @@ const gelu = (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044
 
 /** The attention half of a layer: states in, states out; the token of index i stands at position start + i. */
 function attend(model, layer, states, start) {
-  const { head_dim: size, num_attention_heads: heads, num_key_value_heads: shared, query_pre_attn_scalar: scalar } = model.config;
+  const {
+    head_dim: size,
+    num_attention_heads: heads,
+    num_key_value_heads: shared,
+    query_pre_attn_scalar: scalar,
+  } = model.config;
   const turn = (x, m, at) => turned(times(normalised(x, model.eps), m), at, layer.frequencies);
   const part = (x, h) => x.subarray(h * size, (h + 1) * size);
   const read = states.map((x) => times(normalised(x, model.eps), layer.m.first));
-  const keys = read.map((x, t) => { const k = apply(layer.k, x); return range(shared).map((h) => turn(part(k, h), layer.m.key, start + t)); });
+  const keys = read.map((x, t) => {
+    const k = apply(layer.k, x);
+    return range(shared).map((h) => turn(part(k, h), layer.m.key, start + t));
+  });
   const values = read.map((x) => apply(layer.v, x));
   return states.map((state, t) => {
-    const q = apply(layer.q, read[t]), mixed = new Float64Array(heads * size);
+    const q = apply(layer.q, read[t]),
+      mixed = new Float64Array(heads * size);
     const first = Math.max(0, t - layer.window + 1);
     for (let h = 0; h < heads; h++) {
-      const from = Math.floor(h / (heads / shared)), query = turn(part(q, h), layer.m.query, start + t);
-      const shares = softmax(range(t + 1 - first).map((j) => dot(query, keys[first + j][from]) / Math.sqrt(scalar)));
-      shares.forEach((share, j) => part(values[first + j], from).forEach((x, i) => { mixed[h * size + i] += share * x; }));
+      const from = Math.floor(h / (heads / shared)),
+        query = turn(part(q, h), layer.m.query, start + t);
+      const scores = new Float64Array(t + 1 - first);
+      for (let j = 0; j < scores.length; j++) scores[j] = dot(query, keys[first + j][from]) / Math.sqrt(scalar);
+      const shares = softmax(scores);
+      for (let j = 0; j < shares.length; j++) {
+        const value = values[first + j];
+        for (let i = 0; i < size; i++) mixed[h * size + i] += shares[j] * value[from * size + i];
+      }
     }
     return add(state, times(normalised(apply(layer.o, mixed), model.eps), layer.m.mixed));
   });
@@ -86,16 +135,19 @@ function attend(model, layer, states, start) {
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 
 function softmax(scores) {
-  const most = Math.max(...scores), parts = scores.map((x) => Math.exp(x - most));
+  const most = Math.max(...scores),
+    parts = scores.map((x) => Math.exp(x - most));
   const sum = parts.reduce((a, b) => a + b, 0);
   return parts.map((x) => x / sum);
 }
 
 /** Rotary positions: entries i and i + half are turned by the angle position * frequency_i. */
 function turned(x, position, frequencies) {
-  const half = x.length / 2, y = new Float64Array(x.length);
+  const half = x.length / 2,
+    y = new Float64Array(x.length);
   for (let i = 0; i < half; i++) {
-    const cos = Math.cos(position * frequencies[i]), sin = Math.sin(position * frequencies[i]);
+    const cos = Math.cos(position * frequencies[i]),
+      sin = Math.sin(position * frequencies[i]);
     y[i] = x[i] * cos - x[i + half] * sin;
     y[i + half] = x[i + half] * cos + x[i] * sin;
   }
@@ -114,7 +166,7 @@ function changed(W, change, x) {
 
 /** The feed-forward half at one token: the value of every node, by its path in the package's expression of the block. */
 function feedForward(model, layer, v, patch = {}) {
-  const node = { "0": v };
+  const node = { 0: v };
   node["1-0"] = normalised(v, model.eps);
   node["1-1"] = times(node["1-0"], layer.m.pre);
   node["1-2-0-0"] = changed(layer.gate, patch.gate, node["1-1"]);

@@ -10,16 +10,22 @@ class Refused extends Error {}
 
 /** The rank-1 change of a matrix that adds ``delta`` to its output at z: delta a^T with a.z = 1. */
 function rankOne(z, delta, others) {
-  if (!(largest(z) > 0)) throw new Refused("the input of a matrix is zero: no change of the matrix can move its output");
+  if (!(largest(z) > 0))
+    throw new Refused("the input of a matrix is zero: no change of the matrix can move its output");
   return [{ left: delta, right: rightVector(z, others) }];
 }
 
 /** The a with a.z = 1 that the other tokens feel least: mean_j (a.k_j)^2/|k_j|^2 + 0.1 |a|^2; without others z/|z|^2. */
 function rightVector(z, others) {
-  const size = largest(z), unit = multiply(z, 1 / size), weight = Math.sqrt(0.1 * (others.length || 1));
+  const size = largest(z),
+    unit = multiply(z, 1 / size),
+    weight = Math.sqrt(0.1 * (others.length || 1));
   const k = others.map((x) => multiply(x, 1 / length(x)));
   const { lower } = factored(k.map((x, j) => Float64Array.from([...x, ...k.map((_, i) => (i === j ? weight : 0))])));
-  const shares = solved(lower, k.map((x) => dot(x, unit)));
+  const shares = solved(
+    lower,
+    k.map((x) => dot(x, unit)),
+  );
   const a = unit.map((x, i) => x - k.reduce((sum, row, j) => sum + shares[j] * row[i], 0));
   return multiply(a, 1 / (dot(a, unit) * size));
 }
@@ -33,11 +39,14 @@ function solveLast(model, ids, start, target, options = {}) {
 /** Layer by layer: the states that really arrive, a change solved from them, and on with the changed layer. */
 function sweep(model, sequences, pairs, solve) {
   let states = sequences.map(({ ids }) => embed(model, ids));
-  const patch = [], report = [];
+  const patch = [],
+    report = [];
   model.layers.forEach((layer, l) => {
     const arrived = states.map((rows, s) => attend(model, layer, rows, sequences[s].start));
     const given = pairs.map(({ sequence, at, target }) => ({
-      v: arrived[sequence][at], wanted: target[l], others: arrived[sequence].filter((_, t) => t !== at),
+      v: arrived[sequence][at],
+      wanted: target[l],
+      others: arrived[sequence].filter((_, t) => t !== at),
     }));
     try {
       [patch[l], report[l]] = solve(layer, given);
@@ -58,33 +67,48 @@ const apart = (found, wanted) => largest(subtract(found, wanted)) / largest(want
 
 /** A layer's change for one token: [change, what to report of it]. */
 function oneToken(model, layer, { v, wanted, others }, { route = "auto", via = "input-output" }) {
-  const change = {}, margins = {}, before = feedForward(model, layer, v);
+  const change = {},
+    margins = {},
+    before = feedForward(model, layer, v);
   const steer = (names, path, deltas) => {
-    const x = feedForward(model, layer, v, change)[path], beside = others.map((other) => feedForward(model, layer, other, change)[path]);
-    names.forEach((name, i) => { margins[name] = largest(x); change[name] = rankOne(x, deltas[i], beside); });
+    const x = feedForward(model, layer, v, change)[path],
+      beside = others.map((other) => feedForward(model, layer, other, change)[path]);
+    names.forEach((name, i) => {
+      margins[name] = largest(x);
+      change[name] = rankOne(x, deltas[i], beside);
+    });
   };
   const missing = (path) => subtract(wanted[path], before[path]);
   if (via === "input-output") {
     if (route === "scale") steer(["down"], "1-2", [missing("1-3")]);
     else steer(["gate", "up"], "1-1", [missing("1-2-0-0"), missing("1-2-1")]);
   }
-  const node = feedForward(model, layer, v, change), G = subtract(wanted[""], v);
+  const node = feedForward(model, layer, v, change),
+    G = subtract(wanted[""], v);
   const found = takeRoute(route, G, layer.m.post, node["1-3"], model.eps);
   if (route === "scale") margins.scale = node["1-4"].reduce((least, x) => Math.min(least, Math.abs(x)), Infinity);
   else steer(["down"], "1-2", [subtract(found.before, node["1-3"])]);
   if (route === "ball") margins.scale = found.room;
   else change.scale = subtract(found.scale, layer.m.post);
-  return [change, { margins, route: route === "auto" ? "balanced" : route, amplification: route === "scale" ? null : amplification(found, G, node["1-3"], model.eps) }];
+  return [
+    change,
+    {
+      margins,
+      route: route === "auto" ? "balanced" : route,
+      amplification: route === "scale" ? null : amplification(found, G, node["1-3"], model.eps),
+    },
+  ];
 }
 
 /** How much a rounding error before the norm is magnified in the output. */
 function amplification({ scale, before }, G, y, eps) {
-  return largest(scale) * (largest(y) + largest(before)) / Math.sqrt(meanSquare(before) + eps) / largest(G);
+  return (largest(scale) * (largest(y) + largest(before))) / Math.sqrt(meanSquare(before) + eps) / largest(G);
 }
 
 /** A scale m' and what must enter the norm, y*, with m' n(y*) = G. */
 function takeRoute(route, G, m, y, eps) {
-  const r2 = Math.max(meanSquare(y), eps * (meanSquare(y) < eps)), q = r2 / (r2 + eps);
+  const r2 = Math.max(meanSquare(y), eps * (meanSquare(y) < eps)),
+    q = r2 / (r2 + eps);
   if (route === "scale") return { scale: G.map((g, i) => g / (y[i] / Math.sqrt(meanSquare(y) + eps))), before: y };
   if (route === "ball") return ball(G, m, eps);
   const scale = { auto: balanced, balanced, uniform, secular }[route](G, m, q);
@@ -106,8 +130,11 @@ function uniform(G, m, q) {
 
 /** m' = m - mu/m, mu the root of mean((G m/(m^2 - mu))^2) = q: Newton on phi^(-1/2), from below. */
 function secular(G, m, q) {
-  const squares = times(m, m), lowest = Math.min(...squares), deltas = squares.map((x) => x - lowest);
-  const a = G.map((g, i) => (g * m[i]) ** 2), d = G.length;
+  const squares = times(m, m),
+    lowest = Math.min(...squares),
+    deltas = squares.map((x) => x - lowest);
+  const a = G.map((g, i) => (g * m[i]) ** 2),
+    d = G.length;
   let t = Math.max(0, ...a.map((x, i) => Math.sqrt(x / (d * q)) - deltas[i]));
   for (let turn = 0; turn < 100; turn++) {
     const weights = a.map((x, i) => x / (deltas[i] + t) ** 2);
@@ -122,9 +149,12 @@ function secular(G, m, q) {
 
 /** The scale as it is: only where mean((G/m)^2) < 1, because the norm never gives more. */
 function ball(G, m, eps) {
-  const unit = G.map((g, i) => g / m[i]), room = 1 - meanSquare(unit);
+  const unit = G.map((g, i) => g / m[i]),
+    room = 1 - meanSquare(unit);
   if (!(room > 0)) {
-    const refused = new Refused(`route ball leaves the scale alone, and then the norm can give only so much: the target is outside by ${(-room).toPrecision(3)}`);
+    const refused = new Refused(
+      `route ball leaves the scale alone, and then the norm can give only so much: the target is outside by ${(-room).toPrecision(3)}`,
+    );
     refused.margin = room;
     throw refused;
   }
@@ -134,8 +164,16 @@ function ball(G, m, eps) {
 /** The change that really acts: of the layers in ``on``, ``share`` (0 to 1) of it. */
 function partOf(patch, on, share) {
   const less = (factors) => factors && factors.map(({ left, right }) => ({ left: multiply(left, share), right }));
-  return patch.map((change, l) => (on[l] ? { gate: less(change.gate), up: less(change.up), down: less(change.down),
-    scale: change.scale && multiply(change.scale, share) } : {}));
+  return patch.map((change, l) =>
+    on[l]
+      ? {
+          gate: less(change.gate),
+          up: less(change.up),
+          down: less(change.down),
+          scale: change.scale && multiply(change.scale, share),
+        }
+      : {},
+  );
 }
 
 /** The Frobenius norm of a change in factors. */
@@ -148,7 +186,8 @@ function normOf(factors) {
 /** For each layer and what moves in it: the size of the change, and that relative to the weights (max |change|/|m| of the scale). */
 function sizesOf(model, patch) {
   return patch.map((change, l) => {
-    const layer = model.layers[l], found = {};
+    const layer = model.layers[l],
+      found = {};
     for (const name of MAPS) {
       const norm = change[name] ? normOf(change[name]) : 0;
       found[name] = { norm, relative: norm / length(layer[name].data) };
