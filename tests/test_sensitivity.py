@@ -11,6 +11,7 @@ from test_live_gemma import tiny_gemma
 
 import controllability as ct
 from controllability.models.sweep.sensitivity import FRAGILE, Sensitivity
+from controllability.solvers.right_vector import right_vector
 
 
 def fragile_gemma(seed=0, layers=4):
@@ -147,3 +148,12 @@ def test_other_positions_feel_the_patch_less_than_with_the_plain_right_vector():
         assert float(a.dot(z)) == pytest.approx(1, abs=1e-5)
         unit = others / others.norm(dim=-1, keepdim=True)
         assert float((unit @ a).square().sum()) <= float((unit @ plain).square().sum()) * (1 + 1e-5)
+
+
+def test_the_right_vector_is_as_exact_as_its_numbers():
+    """Four others have the weight 0.4, which float32 rounds."""
+    z, others = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        for shape in ((1, 8), (1, 4, 8))
+    )
+    assert abs(right_vector(z, others).numpy() - right_vector(z.numpy(), others.numpy())).max() < 1e-15

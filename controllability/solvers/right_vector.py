@@ -22,7 +22,7 @@ def right_vector(z: Array, others: Array) -> Array:
     k = others / xp.or_one(xp.largest(others))
     norms = xp.sum(k * k)
     k = k / xp.or_one(xp.sqrt(norms))
-    weight = CALM * xp.or_one((norms != 0).sum(-2)[..., None, :] * 1.0)
+    weight = CALM * xp.or_one(((norms != 0) + 0 * norms).sum(-2)[..., None, :])  # in the numbers' own dtype
     kz = k @ z[..., None]
     a = z - (k.swapaxes(-1, -2) @ xp.solve(k @ k.swapaxes(-1, -2) + weight * xp.identity(k.shape[-2], k), kz))[..., 0]
     return a / (xp.sum(a * z) * size)
