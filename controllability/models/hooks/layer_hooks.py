@@ -17,6 +17,7 @@ from controllability.interfaces import Path, node
 from controllability.models import transformers_parts
 from controllability.models.hooks.expert_hooks import Stage, listen
 from controllability.models.hooks.installation import HookStack, first_argument, first_tensor
+from controllability.models.hooks.shards import Layout, plain_is_replicated
 from controllability.models.hooks.telling_weight import TellingWeight
 
 
@@ -85,12 +86,15 @@ class LayerHook:
             self.runs[index] = self.runs.get(index, 0) + 1
             if self.listener is None or self.runs[index] != seen.run:
                 return
-            if index is None:
-                self.listener.leaving(self.fold(value))
-            else:
-                self.listener.entering(index, self.fold(value))
+            with plain_is_replicated(split.mesh is not None):
+                state = split.whole(self.fold(value), split.reads if seen.when == "before" else split.gives)
+                if index is None:
+                    self.listener.leaving(state)
+                else:
+                    self.listener.entering(index, state)
 
         module, take = model.get_submodule(seen.module), seen.take
+        split = Layout(module)
         if take is not None:
             installation.called(module, lambda given: tell(take(module, given)))
         elif seen.when == "before":
@@ -103,6 +107,7 @@ class LayerHook:
     def _tap(self, installation: HookStack, model: nn.Module, tap: Tap) -> None:
         module = model.get_submodule(tap.module)
         read = _Windows(installation, module, node(self.layer.block, tap.inlet).positions)
+        split = Layout(module)
         inside = any(tap.inlet[: len(m) + 1] == (*m, 1) for m in self.layer.experts)
 
         def told(x: Tensor, y: Tensor) -> Tensor | None:
@@ -111,8 +116,9 @@ class LayerHook:
             x, folded = read(self.fold(x)), self.fold(y)
             if inside:  # before the experts' own maps a token is one slot for all of them
                 x, folded = x[:, :, None], folded[:, :, None]
-            changed = self.listener.computed(tap, x, folded)
-            return None if changed is None else self.unfold(changed, y)
+            with plain_is_replicated(split.mesh is not None):
+                changed = self.listener.computed(tap, split.whole(x, split.reads), split.whole(folded, split.gives))
+                return None if changed is None else self.unfold(split.local(changed, split.gives), y)
 
         if tap.kind == "module":
             installation.after(module, lambda x, output: told(x, first_tensor(output)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import architectures
 from architectures import quantised
 from architectures.reading import Layer, Reading, architecture_of
+from controllability.arrays.sharded import gathered, here
 from controllability.errors import BadInput, NotControllable
 from controllability.models.hooks.carried_patches import carried
 from controllability.models.reading.compare_with_module import compare
@@ -135,6 +136,7 @@ def _signature(model: nn.Module, reading: Reading) -> tuple[Any, ...]:
             pieces = list(quantised.pieces(name, module, parameter))
             with looking():
                 for _, piece in pieces:
+                    piece = here(piece)
                     version = 0 if piece.is_inference() else piece._version
                     found.append((id(parameter), version, piece.data_ptr()))
     return tuple(found)
@@ -157,7 +159,7 @@ def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
         for name, value in layer.params.items():
             if not value.is_floating_point():
                 continue
-            norm = float(torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)))
+            norm = float(gathered(torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))))
             if not norm < float("inf") and not bool(torch.isfinite(value).all()):
                 raise BadInput(f"parameter {name} holds NaN or infinite values: nothing was changed")
             norms[name] = norm
@@ -169,5 +171,6 @@ def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
 
 
 def _finite(value: Tensor) -> bool:
+    value = here(value)
     total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
     return value.is_meta or bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from architectures.reading import Layer, Reading, Tap
 from controllability.arrays import arithmetic, errors_and_sizes, relative_error
+from controllability.arrays.sharded import gathered
 from controllability.components.mixture import CHOSEN, SHARES
 from controllability.errors import ControllabilityError, Overflow, ReadingError
 from controllability.execution.trace import Trace
@@ -133,6 +134,7 @@ def _compare_layer(layer: Layer, comparer: Comparer) -> float:
             raise ReadingError(
                 f"layer {layer.index}: {_name(layer, path)} gives {tuple(expected.shape)}, the module {tuple(real.shape)}"
             )
+        expected, real = gathered(expected), gathered(real)
         finite = torch.isfinite(real).all(-1)  # a position that overflows says nothing about the expression
         if not bool(finite.any()):
             raise Overflow(
