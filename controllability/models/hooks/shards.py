@@ -7,41 +7,78 @@ Source: theory, section 9.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.placement_types import Placement
 
+Side = Literal["reads", "gives"]
+
 
 class Layout:
-    """How the features of what a module reads and gives are split: by the rows or the columns of its weight."""
+    """How the features of what a weight reads and gives are split over devices; of a weight that is not split nothing is done.
 
-    def __init__(self, module: nn.Module) -> None:
-        weight = next((p for p in module._parameters.values() if isinstance(p, DTensor)), None)
-        self.mesh = weight.device_mesh if weight is not None else None
-        self.reads = self._split(weight, -1)
-        self.gives = self._split(weight, 0)
+    Where torch can compute with the slices a listener is told them as one ``DTensor``; packed matrices and experts' are gathered.
+    """
+
+    def __init__(self, weight: Tensor | None, transposed: bool = False, experts: bool = False) -> None:
+        self.weight = weight if isinstance(weight, DTensor) else None
+        self.experts = experts
+        self.axes = {"reads": -2, "gives": -1} if transposed else {"reads": -1, "gives": -2}
 
     @staticmethod
-    def _split(weight: DTensor | None, axis: int) -> tuple[Placement, ...]:
-        if weight is None:
-            return ()
-        wanted = axis % weight.ndim
-        return tuple(Shard(-1) if p.is_shard(wanted) else Replicate() for p in weight.placements)
+    def of(module: nn.Module) -> "Layout":
+        """That of a module's matrix."""
+        return Layout(next((p for p in module._parameters.values() if p is not None and p.ndim == 2), None))
 
-    def whole(self, value: Tensor, placements: tuple[Placement, ...]) -> Tensor:
-        """A local tensor as the slice that it is; one that every device holds whole stays plain."""
-        if self.mesh is None or all(p.is_replicate() for p in placements):
-            return value
-        return DTensor.from_local(value, self.mesh, [Shard(value.ndim - 1) if p.is_shard() else p for p in placements])
+    def _split(self, side: Side, value: Tensor) -> list[Placement]:
+        """The placements of a value whose last axis is split as the weight's axis is."""
+        assert self.weight is not None
+        wanted, last = self.axes[side] % self.weight.ndim, value.ndim - 1
+        found: list[Placement] = []
+        for p in self.weight.placements:
+            pieces = {"split_factor": p.split_factor} if hasattr(p, "split_factor") else {}
+            found.append(type(p)(last, **pieces) if getattr(p, "dim", None) == wanted else Replicate())
+        return found
 
-    def local(self, value: Tensor, placements: tuple[Placement, ...]) -> Tensor:
-        """What this device goes on with."""
-        if not isinstance(value, DTensor):
+    def told(self, value: Tensor, side: Side) -> Tensor:
+        """What this device holds of a value, as the slice of the whole, or the whole."""
+        if self.weight is None:
             return value
-        return value.redistribute(placements=[Shard(value.ndim - 1) if p.is_shard() else p for p in placements]).to_local()
+        if value.shape[-1] == self.weight.shape[self.axes[side]]:  # not split, or a summand
+            return DTensor.from_local(value, self._mesh, [Partial()]).full_tensor() if self._summand(side) else value
+        split = self._split(side, value)
+        slices = DTensor.from_local(value, self._mesh, split)
+        return slices.full_tensor() if self.experts or any(hasattr(p, "split_factor") for p in split) else slices
+
+    def local(self, changed: Tensor, told: Tensor, value: Tensor) -> Tensor:
+        """What this device goes on with in place of ``value``, which was ``told``: its slice, or its summand."""
+        if self.weight is None:
+            return changed
+        if isinstance(changed, DTensor):
+            changed = changed.redistribute(placements=self._split("gives", changed))
+            return changed.to_local()
+        if changed.shape[-1] != value.shape[-1]:
+            split = self._split("gives", changed)
+            return distribute_tensor(changed, self._mesh, split, src_data_rank=None).to_local()
+        if self._summand("gives"):
+            return value + (changed - told) if self._mesh.get_local_rank() == 0 else value
+        return changed
+
+    @property
+    def _mesh(self) -> DeviceMesh:
+        assert self.weight is not None
+        return self.weight.device_mesh
+
+    def _summand(self, side: Side) -> bool:
+        """Whether an expert's output is a sum over devices that is yet to be taken."""
+        assert self.weight is not None
+        wanted = self.axes["reads"] % self.weight.ndim
+        return self.experts and side == "gives" and any(getattr(p, "dim", None) == wanted for p in self.weight.placements)
 
 
 def sharded(model: nn.Module) -> bool:
