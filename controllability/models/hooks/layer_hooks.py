@@ -240,7 +240,9 @@ class _Slots:
         stacked = {name: p for name, p in experts._parameters.items() if p is not None and p.ndim == 3}
         turned = bool(getattr(experts, "is_transposed", False))
         self.split = {
-            kind: Layout(next((p for n, p in stacked.items() if (n == "down_proj") == (kind == "last")), None), turned, True)
+            kind: Layout(
+                next((p for n, p in stacked.items() if (n == "down_proj") == (kind == "last")), None), turned, True
+            )
             for kind in ("first", "last")
         }
         self.watch, self.path, self.wanted = watch, path, wanted

@@ -21,5 +21,11 @@ def own_modes(model: nn.Module) -> Iterator[None]:
     lock = state_of_model(model).lock  # refuses what is no model
     devices = {"cpu", *(p.device.type for p in model.parameters())} - {"meta"}
     wide = any(p.dtype == torch.float64 for p in model.parameters())
-    with lock, plain_numbers(*devices, wide=wide), torch.inference_mode(False), torch.no_grad(), plain_is_replicated(sharded(model)):
+    with (
+        lock,
+        plain_numbers(*devices, wide=wide),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        plain_is_replicated(sharded(model)),
+    ):
         yield

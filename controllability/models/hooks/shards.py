@@ -78,7 +78,9 @@ class Layout:
         """Whether an expert's output is a sum over devices that is yet to be taken."""
         assert self.weight is not None
         wanted = self.axes["reads"] % self.weight.ndim
-        return self.experts and side == "gives" and any(getattr(p, "dim", None) == wanted for p in self.weight.placements)
+        return (
+            self.experts and side == "gives" and any(getattr(p, "dim", None) == wanted for p in self.weight.placements)
+        )
 
 
 def sharded(model: nn.Module) -> bool:

@@ -159,7 +159,9 @@ def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
         for name, value in layer.params.items():
             if not value.is_floating_point():
                 continue
-            norm = float(gathered(torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))))
+            norm = float(
+                gathered(torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)))
+            )
             if not norm < float("inf") and not bool(torch.isfinite(value).all()):
                 raise BadInput(f"parameter {name} holds NaN or infinite values: nothing was changed")
             norms[name] = norm
