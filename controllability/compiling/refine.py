@@ -34,7 +34,9 @@ def refined(model: Any, queries: Yardstick, patch: ModelPatch, steps: int, progr
     Three passes over the queries a step.  Raises ``BadInput`` where it moves more than plain matrices.
     """
     if sharded(model):
-        raise BadInput("refine runs gradients through the model, which is not done for one that is split over devices: leave refine at 0")
+        raise BadInput(
+            "refine runs gradients through the model, which is not done for one that is split over devices: leave refine at 0"
+        )
     factors = {entry.param.name: _whitened(patch, entry) for entry in patch.entries}
     price = {name: PRICE / _felt(model, patch, name) for name in factors}
     with torch.enable_grad():

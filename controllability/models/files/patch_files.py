@@ -18,7 +18,7 @@ from controllability.models.files.folders import refuse_unusable, written
 from controllability.models.files.peft_forms import forms_of
 from controllability.models.files.tensor_files import read_json, read_tensors
 from controllability.models.hooks.carried_patches import TO_STAY
-from controllability.models.hooks.shards import once, sharded
+from controllability.models.hooks.shards import once
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
 from controllability.models.reading.fingerprints import Look
@@ -39,8 +39,7 @@ def save_patch(patch: PatchRecord, directory: Path, model: nn.Module | None) -> 
     Raises ``PatchError``: directory occupied or not writable, patch applied at the moment, made on top of
     other patches, or from nested inputs.
     """
-    live = model if model is not None else patch._model() if patch._model is not None else None
-    split = live is not None and sharded(live)
+    split = patch.split(model)
     once(lambda: refuse_unusable(directory), split)
     for role in ("source", "target"):
         for name, value in patch.inputs[role].items():

@@ -5,16 +5,22 @@ torch itself sends what an inner product over split features needs: ‖y‖² of
 Source: theory, section 9.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.placement_types import Placement
+from torch.utils._pytree import tree_leaves
+
+from controllability.errors import BadInput
+from controllability.version import __version__
 
 Side = Literal["reads", "gives"]
 
@@ -28,6 +34,11 @@ class Layout:
     def __init__(self, weight: Tensor | None, transposed: bool = False, experts: bool = False) -> None:
         self.weight = weight if isinstance(weight, DTensor) else None
         self.experts = experts
+        if experts and self.weight is not None and any(getattr(p, "dim", None) == 0 for p in self.weight.placements):
+            raise BadInput(
+                "the experts of this model are spread over devices (expert parallelism), and no device computes all that a token "
+                "chose: load it with tensor parallelism alone. Nothing was changed"
+            )
         self.axes = {"reads": -2, "gives": -1} if transposed else {"reads": -1, "gives": -2}
 
     @staticmethod
@@ -39,11 +50,8 @@ class Layout:
         """The placements of a value whose last axis is split as the weight's axis is."""
         assert self.weight is not None
         wanted, last = self.axes[side] % self.weight.ndim, value.ndim - 1
-        found: list[Placement] = []
-        for p in self.weight.placements:
-            pieces = {"split_factor": p.split_factor} if hasattr(p, "split_factor") else {}
-            found.append(type(p)(last, **pieces) if getattr(p, "dim", None) == wanted else Replicate())
-        return found
+        splits: list[Any] = [p if getattr(p, "dim", None) == wanted else None for p in self.weight.placements]
+        return [Replicate() if p is None else type(p)(last, **_packed(p)) for p in splits]
 
     def told(self, value: Tensor, side: Side) -> Tensor:
         """What this device holds of a value, as the slice of the whole, or the whole."""
@@ -53,7 +61,7 @@ class Layout:
             return DTensor.from_local(value, self._mesh, [Partial()]).full_tensor() if self._summand(side) else value
         split = self._split(side, value)
         slices = DTensor.from_local(value, self._mesh, split)
-        return slices.full_tensor() if self.experts or any(hasattr(p, "split_factor") for p in split) else slices
+        return slices.full_tensor() if self.experts or any(map(_packed, split)) else slices
 
     def local(self, changed: Tensor, told: Tensor, value: Tensor) -> Tensor:
         """What this device goes on with in place of ``value``, which was ``told``: its slice, or its summand."""
@@ -83,6 +91,11 @@ class Layout:
         )
 
 
+def _packed(placement: Any) -> dict[str, int]:
+    """How a packed matrix, several in one, is dealt out."""
+    return {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
+
+
 def sharded(model: nn.Module) -> bool:
     """Whether any parameter of the model is split over devices."""
     return any(isinstance(p, DTensor) for p in model.parameters())
@@ -100,6 +113,31 @@ def plain_is_replicated(split: bool) -> Iterator[None]:
             yield
         finally:
             _WITHIN[0] -= split
+
+
+def refuse_unlike(model: nn.Module, what: str, given: Any) -> None:
+    """Raise ``BadInput`` in every process of a split model where they were not all ``given`` the same, or run other versions.
+
+    Costs one small message; nothing where the model is not split.
+    """
+    mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    if mesh is None:
+        return
+    digest = hashlib.sha256()
+    for leaf in tree_leaves(given):
+        shown = leaf.detach().cpu().reshape(-1).tolist() if isinstance(leaf, Tensor) else leaf
+        digest.update(f"{type(leaf).__name__} {getattr(leaf, 'shape', '')} {shown}\n".encode())
+    own = f"controllability {__version__}, torch {torch.__version__}", digest.hexdigest()
+    found: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(found, own, group=mesh.get_group())
+    for index, kind in enumerate(("versions", what)):
+        others = [rank for rank, told in enumerate(found) if told[index] != found[0][index]]
+        if others:
+            seen = f": {found[0][0]} and {found[others[0]][0]}" if index == 0 else ""
+            raise BadInput(
+                f"the processes of this model have different {kind}{seen}: process {others[0]} is not as process 0; every one "
+                "runs the same program on the same inputs. Nothing was changed"
+            )
 
 
 def once(action: Callable[[], None], split: bool) -> None:

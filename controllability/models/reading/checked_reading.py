@@ -17,7 +17,7 @@ from controllability.models.hooks.carried_patches import carried
 from controllability.models.reading.compare_with_module import compare
 from controllability.models.reading.fingerprints import looking, stored
 from controllability.models.reading.model_facts import position_limit
-from controllability.models.reading.modules import modules_of, refuse_offloaded, refuse_training
+from controllability.models.reading.modules import modules_of, refuse_fully_sharded, refuse_offloaded, refuse_training
 from controllability.models.reading.settings import settings_of
 from controllability.prover.derivation import Derivation
 from controllability.prover.search import derive
@@ -90,6 +90,7 @@ def checked_reading(model: nn.Module, example: Mapping[str, Any] | None = None, 
     modules = modules_of(model)
     refuse_training(model, modules)
     refuse_offloaded(model, modules)
+    refuse_fully_sharded(modules)
     architecture = architecture_of(model)
     place = architecture.place(place)
     known = _CHECKED.setdefault(model, {}).get(place)

@@ -112,8 +112,9 @@ class Observer:
 
     def _taken(self, value: Tensor) -> Tensor:
         """The paired rows, which are to stay."""
-        alone = self.shelf is None or type(value) is not Tensor  # a slice of a sharded one
-        return self.rows.taken(value) if alone else self.shelf.keep(self.rows.of(value))
+        if self.shelf is None or type(value) is not Tensor:  # a slice of a whole
+            return self.rows.taken(value)
+        return self.shelf.keep(self.rows.of(value))
 
     def leaving(self, value: Tensor) -> None:
         if self.last:  # what leaves another layer is seen entering the next one
