@@ -63,7 +63,7 @@ class LowRank(_Arrays):
     def norms(self) -> Array:
         """Frobenius norm of each ΔW, from the factors: shape (...)."""
         xp = arithmetic(self.left, self.right)
-        gram = (self.left @ self.left.swapaxes(-1, -2)) * (self.right @ self.right.swapaxes(-1, -2))
+        gram = xp.matmul(self.left, self.left.swapaxes(-1, -2)) * xp.matmul(self.right, self.right.swapaxes(-1, -2))
         return xp.sqrt(xp.magnitude(gram.sum(-1).sum(-1)))
 
     def products(self, other: Any) -> Array:

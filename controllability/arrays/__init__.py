@@ -15,6 +15,7 @@ import numpy as np
 
 from controllability.arrays.base import Arithmetic as Arithmetic, Array as Array
 from controllability.arrays.objects import MpmathArithmetic, RationalArithmetic
+from controllability.arrays.sharded import ShardedArithmetic
 from controllability.arrays.tensors import TorchArithmetic
 from controllability.errors import BadInput
 
@@ -48,10 +49,10 @@ def arithmetic(*arrays: Array) -> Arithmetic:
     'rational'
     """
     found: Arithmetic | None = None
+    for test, kind in _ARRAYS:
+        if any(test(x) for x in arrays):
+            return kind
     for x in arrays:
-        for test, kind in () if isinstance(x, np.ndarray) else _ARRAYS:
-            if test(x):
-                return kind
         kind = _numpy_kind(x)
         # symbols absorb fractions, everything absorbs plain floats
         if found is None or found is _NUMPY or (found is _RATIONAL and kind.symbolic):
@@ -86,6 +87,10 @@ def _is_tensor(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def _is_sharded(x: Any) -> bool:
+    return hasattr(x, "placements") and _is_tensor(x)
+
+
 def _is_mpmath(value: Any) -> bool:
     mpmath = sys.modules.get("mpmath")
     return mpmath is not None and isinstance(value, mpmath.mpf)
@@ -95,6 +100,7 @@ _NUMPY, _RATIONAL = Arithmetic(), RationalArithmetic()
 register(_NUMPY)
 register(_RATIONAL, element=lambda value: isinstance(value, Fraction | int))
 register(MpmathArithmetic(), element=_is_mpmath)
+register(ShardedArithmetic(), array=_is_sharded)
 register(TorchArithmetic(), array=_is_tensor)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from controllability.arrays.sharded import gathered
 from controllability.compiling.refine import refined
 from controllability.compiling.strengths import Strength
 from controllability.compiling.token_sets import Prefix, Sample, padded, positions
@@ -49,7 +50,7 @@ def drifts(model: Any, patch: ModelPatch) -> dict[str, float]:
         metric, delta = patch.metrics.get(entry.param.name), entry.delta
         if metric is None or type(delta) is not LowRank or entry.param.index:
             continue
-        W = model.get_parameter(entry.param.name).detach().float()
+        W = gathered(model.get_parameter(entry.param.name).detach()).float()
         W = W.mT if delta.transposed else W
         C, left, right = metric.second.to(W), delta.left.to(W), delta.right.to(W)
         change = ((left @ left.mT).double() * (right @ C @ right.mT).double()).sum()

@@ -16,6 +16,7 @@ from controllability.compiling.token_sets import batches
 from controllability.compiling.yardstick import Yardstick, run
 from controllability.deltas import LowRank
 from controllability.errors import BadInput
+from controllability.models.hooks.shards import sharded
 from controllability.models.model_patch import ModelPatch
 from controllability.models.patches.applier import Entry
 from controllability.models.sweep.target_run import Progress
@@ -32,6 +33,10 @@ def refined(model: Any, queries: Yardstick, patch: ModelPatch, steps: int, progr
 
     Three passes over the queries a step.  Raises ``BadInput`` where it moves more than plain matrices.
     """
+    if sharded(model):
+        raise BadInput(
+            "refine runs gradients through the model, which is not done for one that is split over devices: leave refine at 0"
+        )
     factors = {entry.param.name: _whitened(patch, entry) for entry in patch.entries}
     price = {name: PRICE / _felt(model, patch, name) for name in factors}
     with torch.enable_grad():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from architectures.reading import Layer, Tap
+from controllability.arrays.sharded import gathered
 from controllability.errors import BadInput, ControllabilityWarning
 from controllability.models.files.moment_files import NOTHING, Begun, begun, write_begun
 from controllability.models.hooks.carried_patches import uncompiled
@@ -229,7 +230,8 @@ class _Listener(LayerListener):
         if not names or x.ndim != 3:
             return
         if self._read is None or self._read[0] is not x:
-            rows = x[self.valid.to(x.device)] if self.valid is not None else x.reshape(-1, x.shape[-1])
+            whole = gathered(x)
+            rows = whole[self.valid.to(x.device)] if self.valid is not None else whole.reshape(-1, x.shape[-1])
             units = torch.nn.functional.normalize(rows.float(), dim=-1)
             self._read = x, units.mT @ units
         for name in names:

@@ -23,6 +23,6 @@ def right_vector(z: Array, others: Array) -> Array:
     norms = xp.sum(k * k)
     k = k / xp.or_one(xp.sqrt(norms))
     weight = CALM * xp.or_one(((norms != 0) + 0 * norms).sum(-2)[..., None, :])  # in the numbers' own dtype
-    kz = k @ z[..., None]
-    a = z - (k.swapaxes(-1, -2) @ xp.solve(k @ k.swapaxes(-1, -2) + weight * xp.identity(k.shape[-2], k), kz))[..., 0]
+    kz, kk = xp.matmul(k, z[..., None]), xp.matmul(k, k.swapaxes(-1, -2))
+    a = z - xp.matmul(k.swapaxes(-1, -2), xp.solve(kk + weight * xp.identity(k.shape[-2], kk), kz))[..., 0]
     return a / (xp.sum(a * z) * size)

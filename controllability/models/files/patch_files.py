@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from controllability.arrays.sharded import gathered
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.errors import PatchError, in_a_line
 from controllability.interfaces import JointOptions, Param
@@ -17,6 +18,7 @@ from controllability.models.files.folders import refuse_unusable, written
 from controllability.models.files.peft_forms import forms_of
 from controllability.models.files.tensor_files import read_json, read_tensors
 from controllability.models.hooks.carried_patches import TO_STAY
+from controllability.models.hooks.shards import once
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
 from controllability.models.reading.fingerprints import Look
@@ -37,7 +39,8 @@ def save_patch(patch: PatchRecord, directory: Path, model: nn.Module | None) -> 
     Raises ``PatchError``: directory occupied or not writable, patch applied at the moment, made on top of
     other patches, or from nested inputs.
     """
-    refuse_unusable(directory)
+    split = patch.split(model)
+    once(lambda: refuse_unusable(directory), split)
     for role in ("source", "target"):
         for name, value in patch.inputs[role].items():
             if isinstance(value, dict | list | tuple):
@@ -51,13 +54,17 @@ def save_patch(patch: PatchRecord, directory: Path, model: nn.Module | None) -> 
     mark = patch.mark()
     if model is not None and (patch._model is None or patch._model() is not model):
         patch.refuse_other_model(model)
+    tensors, description = _tensors(patch), _description(patch, mark, model)
+    once(lambda: _write(directory, tensors, description), split)
+    return directory
+
+
+def _write(directory: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
     with written(directory) as folder:
-        save_file(_tensors(patch), folder / TENSORS)
-        description = _description(patch, mark, model)
+        save_file(tensors, folder / TENSORS)
         description["tensors_sha256"] = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
         description["sha256"] = _digest(description)
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")
-    return directory
 
 
 def _digest(description: dict[str, Any]) -> str:
@@ -78,7 +85,7 @@ def _tensors(patch: PatchRecord) -> dict[str, Tensor]:
     if patch.inputs.get("positions") is not None:
         for role, value in zip(("source", "target"), patch.inputs["positions"], strict=True):
             tensors[f"positions::{role}"] = torch.as_tensor(value)
-    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    return {name: gathered(value.detach()).cpu().clone().contiguous() for name, value in tensors.items()}
 
 
 def _key(entry: Entry) -> str:

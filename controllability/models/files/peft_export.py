@@ -54,6 +54,11 @@ def export_peft(patch: PatchRecord, directory: Path, model: nn.Module | None = N
     Source: the layout of peft 0.21 (``tuners/lora/layer.py``); see ``adapters.forms``.
     """
     model = None if model is None else uncompiled(model)
+    if patch.split(model):
+        raise PatchError(
+            "this patch is of a model that is split over several devices: save it, and export it in one process that loads the "
+            "patch and holds the whole model; nothing was written"
+        )
     refuse_unusable(directory)
     patch.refuse_several("held by one adapter")
     if patch.made_under:

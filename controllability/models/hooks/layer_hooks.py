@@ -17,6 +17,7 @@ from controllability.interfaces import Path, node
 from controllability.models import transformers_parts
 from controllability.models.hooks.expert_hooks import Stage, listen
 from controllability.models.hooks.installation import HookStack, first_argument, first_tensor
+from controllability.models.hooks.shards import Layout, plain_is_replicated
 from controllability.models.hooks.telling_weight import TellingWeight
 
 
@@ -65,7 +66,7 @@ class LayerHook:
         for path in dict.fromkeys(t.mixture for t in wanted if t.mixture is not None):
             stages = [t for t in layer.taps if t.mixture == path]
             experts = model.get_submodule(layer.experts[path])
-            listen(installation, module, experts, _Slots(self, path, stages, set(wanted)))
+            listen(installation, module, experts, _Slots(self, path, stages, set(wanted), experts))
         if states:
             self._at(installation, model, layer.output)
 
@@ -85,12 +86,15 @@ class LayerHook:
             self.runs[index] = self.runs.get(index, 0) + 1
             if self.listener is None or self.runs[index] != seen.run:
                 return
-            if index is None:
-                self.listener.leaving(self.fold(value))
-            else:
-                self.listener.entering(index, self.fold(value))
+            with plain_is_replicated(split.weight is not None):
+                state = split.told(self.fold(value), "reads" if seen.when == "before" else "gives")
+                if index is None:
+                    self.listener.leaving(state)
+                else:
+                    self.listener.entering(index, state)
 
         module, take = model.get_submodule(seen.module), seen.take
+        split = Layout.of(module)
         if take is not None:
             installation.called(module, lambda given: tell(take(module, given)))
         elif seen.when == "before":
@@ -103,6 +107,7 @@ class LayerHook:
     def _tap(self, installation: HookStack, model: nn.Module, tap: Tap) -> None:
         module = model.get_submodule(tap.module)
         read = _Windows(installation, module, node(self.layer.block, tap.inlet).positions)
+        split = Layout.of(module)
         inside = any(tap.inlet[: len(m) + 1] == (*m, 1) for m in self.layer.experts)
 
         def told(x: Tensor, y: Tensor) -> Tensor | None:
@@ -111,8 +116,10 @@ class LayerHook:
             x, folded = read(self.fold(x)), self.fold(y)
             if inside:  # before the experts' own maps a token is one slot for all of them
                 x, folded = x[:, :, None], folded[:, :, None]
-            changed = self.listener.computed(tap, x, folded)
-            return None if changed is None else self.unfold(changed, y)
+            with plain_is_replicated(split.weight is not None):
+                told = split.told(folded, "gives")
+                changed = self.listener.computed(tap, split.told(x, "reads"), told)
+                return None if changed is None else self.unfold(split.local(changed, told, folded), y)
 
         if tap.kind == "module":
             installation.after(module, lambda x, output: told(x, first_tensor(output)))
@@ -229,7 +236,15 @@ class LayerHooks:
 class _Slots:
     """Turns what experts tell, (N, k, ·) in the router's order, into (B, T, k, ·) with experts ascending."""
 
-    def __init__(self, watch: LayerHook, path: Path, stages: list[Tap], wanted: set[Tap]) -> None:
+    def __init__(self, watch: LayerHook, path: Path, stages: list[Tap], wanted: set[Tap], experts: nn.Module) -> None:
+        stacked = {name: p for name, p in experts._parameters.items() if p is not None and p.ndim == 3}
+        turned = bool(getattr(experts, "is_transposed", False))
+        self.split = {
+            kind: Layout(
+                next((p for n, p in stacked.items() if (n == "down_proj") == (kind == "last")), None), turned, True
+            )
+            for kind in ("first", "last")
+        }
         self.watch, self.path, self.wanted = watch, path, wanted
         self.taps = {kind: [t for t in stages if t.kind == kind] for kind in ("first", "last")}
         self.told = dict.fromkeys(self.taps, 0)
@@ -260,5 +275,7 @@ class _Slots:
         def told(a: Tensor) -> Tensor:
             return self.watch.fold(a if a.shape[1] == 1 else a[there], True)
 
-        changed = listener.computed(tap, told(x), told(y))
-        return y if changed is None else self.watch.unfold(changed, y)[self.back]
+        split = self.split[stage]
+        whole = split.told(y, "gives")
+        changed = listener.computed(tap, told(split.told(x, "reads")), told(whole))
+        return y if changed is None else split.local(self.watch.unfold(changed, whole)[self.back], whole, y)

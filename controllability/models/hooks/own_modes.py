@@ -8,6 +8,7 @@ from torch import nn
 
 from controllability.arrays.tensors import plain_numbers
 from controllability.models.hooks.carried_patches import state_of_model
+from controllability.models.hooks.shards import plain_is_replicated, sharded
 
 
 @contextmanager
@@ -20,5 +21,11 @@ def own_modes(model: nn.Module) -> Iterator[None]:
     lock = state_of_model(model).lock  # refuses what is no model
     devices = {"cpu", *(p.device.type for p in model.parameters())} - {"meta"}
     wide = any(p.dtype == torch.float64 for p in model.parameters())
-    with lock, plain_numbers(*devices, wide=wide), torch.inference_mode(False), torch.no_grad():
+    with (
+        lock,
+        plain_numbers(*devices, wide=wide),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        plain_is_replicated(sharded(model)),
+    ):
         yield

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from architectures import quantised
+from controllability.arrays.sharded import here
 from controllability.errors import PatchError
 from controllability.models.hooks.carried_patches import TO_STAY, anything_applied, carry, state_of_model, uncompiled
 from controllability.models.hooks.installation import finishing
@@ -171,7 +172,8 @@ def refuse_quantised(model: nn.Module, entries: tuple[Entry, ...]) -> None:
 def refuse_shared(model: nn.Module, entries: tuple[Entry, ...]) -> None:
     """Raise ``PatchError`` where a patched parameter is used under another name: merging would change that use too."""
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    spans = [(v.data_ptr(), v.data_ptr() + v.numel() * v.element_size(), n) for n, v in held if v.numel()]
+    here_held = [(n, here(v)) for n, v in held if v.numel()]
+    spans = [(v.data_ptr(), v.data_ptr() + v.numel() * v.element_size(), n) for n, v in here_held]
     known = {n: (start, end) for start, end, n in spans}
     for name in dict.fromkeys(entry.param.name for entry in entries):
         start, end = known[name]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from controllability.errors import PatchError
 from controllability.interfaces import JointOptions
 from controllability.models.hooks.carried_patches import carried, refuse_carried, refuse_on_it
+from controllability.models.hooks.shards import refuse_unlike, sharded
 from controllability.models.moments import Metric, Moments
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.served_sequences import Stream
@@ -122,6 +123,11 @@ class PatchRecord:
             raise PatchError("the model that this patch was made on is gone: pass the model")
         return model
 
+    def split(self, model: nn.Module | None = None) -> bool:
+        """Whether ``model``, or the one that this patch was made on, is spread over several devices."""
+        live = model if model is not None else self._model() if self._model is not None else None
+        return live is not None and sharded(live)
+
     def mark(self) -> str:
         """The fingerprint of the weights that this patch is for, its own merge undone in thought."""
         if self.fingerprint:
@@ -141,6 +147,7 @@ class PatchRecord:
         refuse_training(model, modules)
         if carried(model) != self.made_under:
             refuse_on_it(model, self.id, self.parameters, self.made_under)
+        refuse_unlike(model, "patches", (self.inputs["source"], self.scope, sorted(self.parameters)))
         self.refuse_other_model(model)
 
     def refuse_other_model(self, model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from controllability.arrays.sharded import here
 from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.errors import PatchError
 from controllability.interfaces import Param
@@ -57,9 +58,10 @@ def _add(stored: Tensor, left: Tensor, right: Tensor, transposed: bool, x: Tenso
     left, right = left.to(dtype), right.to(dtype)
     x = None if x is None else x.to(stored.device, dtype)
     misses, reached = [], []
-    for start in range(0, matrix.shape[0], ROWS):
-        block = matrix[start : start + ROWS]
-        exact = block.to(dtype) + left[:, start : start + ROWS].T @ right
+    rows = ROWS if here(matrix) is matrix else matrix.shape[0]  # a part of what is split over devices would be a copy
+    for start in range(0, matrix.shape[0], rows):
+        block = matrix[start : start + rows]
+        exact = block.to(dtype) + left[:, start : start + rows].T @ right
         block.copy_(exact)
         if x is not None:
             wanted = exact @ x

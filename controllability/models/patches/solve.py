@@ -17,6 +17,7 @@ from controllability.errors import BadInput
 from controllability.interfaces import JointOptions
 from controllability.models.hooks.carried_patches import carried
 from controllability.models.hooks.layer_hooks import LayerHooks
+from controllability.models.hooks.shards import refuse_unlike
 from controllability.models.moments import Moments
 from controllability.models.patches.applier import entries_of
 from controllability.models.patches.record import PatchRecord
@@ -54,6 +55,7 @@ def solve(
     for role, given in (("target", target), ("source", source)):
         refuse_malformed(given, role)
     checked = checked_reading(model, target, place)
+    refuse_unlike(model, "inputs", (dict(target), dict(source), scope, via, route, positions, place))
     for role, given in (("target", target), ("source", source)):
         refuse_bad_inputs(model, checked, given, role)
     # what is kept is a copy: the caller may use the buffers again
@@ -84,10 +86,9 @@ def solve(
         solvers, output = sweep(hooks, plan, targets, lean.inputs(source), source_rows, progress, kept)
         found = lean.of(output)
     entries = entries_of(solvers)
-    last = reading.layers[-1]
     del targets, output
     found, wanted = found.kept(), wanted.kept()
-    check_finite(found.held, "source", last, "of the logits after")
+    check_finite(found.held, "source", reading.layers[-1], "of the logits after")
     records = [kept[s] for s in solvers]
     if joint.damping is None:  # else whoever asks measures it
         _refuse_unverified(solvers, records if joint.exact else None, found, wanted, shown[0], judged)

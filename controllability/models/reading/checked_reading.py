@@ -11,12 +11,13 @@ from torch import Tensor, nn
 import architectures
 from architectures import quantised
 from architectures.reading import Layer, Reading, architecture_of
+from controllability.arrays.sharded import gathered, here
 from controllability.errors import BadInput, NotControllable
 from controllability.models.hooks.carried_patches import carried
 from controllability.models.reading.compare_with_module import compare
 from controllability.models.reading.fingerprints import looking, stored
 from controllability.models.reading.model_facts import position_limit
-from controllability.models.reading.modules import modules_of, refuse_offloaded, refuse_training
+from controllability.models.reading.modules import modules_of, refuse_fully_sharded, refuse_offloaded, refuse_training
 from controllability.models.reading.settings import settings_of
 from controllability.prover.derivation import Derivation
 from controllability.prover.search import derive
@@ -89,6 +90,7 @@ def checked_reading(model: nn.Module, example: Mapping[str, Any] | None = None, 
     modules = modules_of(model)
     refuse_training(model, modules)
     refuse_offloaded(model, modules)
+    refuse_fully_sharded(modules)
     architecture = architecture_of(model)
     place = architecture.place(place)
     known = _CHECKED.setdefault(model, {}).get(place)
@@ -135,6 +137,7 @@ def _signature(model: nn.Module, reading: Reading) -> tuple[Any, ...]:
             pieces = list(quantised.pieces(name, module, parameter))
             with looking():
                 for _, piece in pieces:
+                    piece = here(piece)
                     version = 0 if piece.is_inference() else piece._version
                     found.append((id(parameter), version, piece.data_ptr()))
     return tuple(found)
@@ -157,7 +160,9 @@ def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
         for name, value in layer.params.items():
             if not value.is_floating_point():
                 continue
-            norm = float(torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)))
+            norm = float(
+                gathered(torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)))
+            )
             if not norm < float("inf") and not bool(torch.isfinite(value).all()):
                 raise BadInput(f"parameter {name} holds NaN or infinite values: nothing was changed")
             norms[name] = norm
@@ -169,5 +174,6 @@ def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
 
 
 def _finite(value: Tensor) -> bool:
+    value = here(value)
     total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
     return value.is_meta or bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from architectures.reading import Layer, Reading, Tap
 from controllability.arrays import arithmetic, errors_and_sizes, relative_error
+from controllability.arrays.sharded import gathered
 from controllability.components.mixture import CHOSEN, SHARES
 from controllability.errors import ControllabilityError, Overflow, ReadingError
 from controllability.execution.trace import Trace
@@ -35,7 +36,7 @@ class Comparer:
 
     def entering(self, index: int, value: Tensor) -> None:
         if self.calls == 1:
-            self.states[index] = value.clone()
+            self.states[index] = gathered(value).clone()
             self.length = int(value.shape[1])
 
     def routed(self, path: Path, index: Tensor, shares: Tensor) -> None:
@@ -44,13 +45,13 @@ class Comparer:
 
     def computed(self, tap: Tap, x: Tensor, y: Tensor) -> None:
         if self.calls == 1:
-            self.seen[tap.outlet] = y.clone()
+            self.seen[tap.outlet] = gathered(y).clone()
             if tap.kind == "module":
-                self.read[tap.outlet] = x.clone()
+                self.read[tap.outlet] = gathered(x).clone()
 
     def leaving(self, value: Tensor) -> None:
         if self.calls == 1:
-            self.seen.setdefault((), value.clone())
+            self.seen.setdefault((), gathered(value).clone())
 
 
 def compare(
@@ -121,7 +122,8 @@ def _compare_layer(layer: Layer, comparer: Comparer) -> float:
     states = [comparer.states[i] for i in range(len(layer.inputs))]
     xp = arithmetic(states[0])
     tolerance = TOLERANCE.of({value.dtype for value in (*states, *comparer.seen.values(), *layer.params.values())})
-    params = {name: xp.lift(value) if value.is_floating_point() else value for name, value in layer.params.items()}
+    held = {name: gathered(value) for name, value in layer.params.items()}
+    params = {name: xp.lift(value) if value.is_floating_point() else value for name, value in held.items()}
     lifted = [xp.lift(s) for s in states]
     trace = Trace(layer.block, params, lifted[0] if len(lifted) == 1 else lifted)
     for path, bound in comparer.bound.items():

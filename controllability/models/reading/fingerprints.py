@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import architectures
 from architectures import quantised
+from controllability.arrays.sharded import gathered, here
 from controllability.errors import ControllabilityError
 from controllability.models.hooks.carried_patches import state_of_model
 from controllability.models.reading.modules import modules_of
@@ -63,7 +64,7 @@ def sampled(values: list[Tensor]) -> list[int]:
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for index, value in enumerate(values):
         if value.numel() and not value.is_meta:
-            groups.setdefault((value.device, value.dtype), []).append((index, _spread(value)))
+            groups.setdefault((value.device, value.dtype), []).append((index, _spread(here(value))))
     for group in groups.values():
         joint = torch.cat([picked for _, picked in group])
         bits = joint.view(_BITS[joint.element_size()]).cpu().numpy().astype(np.int64)
@@ -114,6 +115,7 @@ def place(value: Tensor) -> tuple[int | None, int]:
     to_come = getattr(value, "to_come", None)
     if to_come is not None:
         return None, to_come
+    value = here(value)
     return value.data_ptr(), 0 if value.is_inference() else value._version
 
 
@@ -137,7 +139,7 @@ def same_again(model: nn.Module, names: Iterable[str], before: Look) -> None:
     aliases = state_of_model(model).same_again
     for name, value in model.named_parameters():
         if name in names and not value.is_inference():
-            aliases[id(value), value._version] = before.tensors[name][1]
+            aliases[id(value), here(value)._version] = before.tensors[name][1]
 
 
 def _declared(model: nn.Module) -> str:
@@ -159,7 +161,7 @@ def fingerprint(
     digest.update("".join(f"{n} {s}\n" for n, p in model.named_parameters() if (s := quantised.settings(p))).encode())
     items = list(stored(model))
     for done, (name, value) in enumerate(items):
-        value = (originals or {}).get(name, value).detach()
+        value = gathered((originals or {}).get(name, value).detach())
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         flat = value.contiguous().reshape(-1).view(torch.uint8).cpu()
         for start in range(0, flat.numel(), 1 << 26):

@@ -59,6 +59,16 @@ def refuse_offloaded(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] 
             )
 
 
+def refuse_fully_sharded(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise ``BadInput`` for a model that FSDP2 (``fully_shard``) has spread: between its forward passes no process holds a whole weight."""
+    for name, module in modules:
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise BadInput(
+                f"module {name or 'the model'} is spread by fully_shard (FSDP2), which holds whole weights only while it runs: load "
+                "the model with tensor parallelism (DistributedConfig(tp_size=…)), or patch it before fully_shard. Nothing was changed"
+            )
+
+
 def _hooks(hook: Any) -> Iterator[Any]:
     """The hooks that accelerate has put on a module, which may be several in one."""
     if hook is None:

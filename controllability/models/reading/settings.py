@@ -69,6 +69,8 @@ def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Settings:
     for name, module in modules:
         held = vars(module)
         forward = None if "_hf_hook" in held else held.get("forward")  # accelerate wraps it
+        if getattr(forward, "__qualname__", "").endswith(".tp_forward"):  # so does transformers, on several devices
+            forward = None
         found[name or "the model"] = type(module) if forward is None else _value(forward)
         if not isinstance(module, nn.modules.dropout._DropoutNd):
             take(f"{name}." if name else "", held)

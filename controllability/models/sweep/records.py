@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from controllability.arrays import errors_and_sizes
+from controllability.arrays.sharded import gathered
 from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.execution.journal import RouteTaken
 from controllability.execution.patched_run import PatchedRun
@@ -37,7 +38,7 @@ class LeafRecord:
         sizes, count = self.own.double(), len(self.own)
         if self.scale is None:
             shift = self.delta.value if isinstance(self.delta, Shift) else self.delta.left.sum(-2)
-            added = self.added if self.added is not None else shift.reshape(count, -1).abs().amax(-1)
+            added = self.added if self.added is not None else _largest(shift.reshape(count, -1))
             sizes = sizes + added.double()
         found = (sizes / self.total.double()).tolist()
         return [v if math.isfinite(v) else None for v in found]
@@ -160,9 +161,10 @@ def _leaf(run: PatchedRun, path: Path, parameter: str, delta: Delta) -> LeafReco
 
 def _each(values: Tensor, count: int) -> Tensor:
     """One number a pair, (N,), also of a delta that serves them all."""
+    values = gathered(values)
     return values.reshape(-1).expand(count) if values.numel() == 1 else values.reshape(count)
 
 
 def _largest(x: Tensor) -> Tensor:
     """The largest absolute entry of each row: (N, …) -> (N,)."""
-    return torch.linalg.vector_norm(x.flatten(1), math.inf, dim=-1)
+    return gathered(torch.linalg.vector_norm(x.flatten(1), math.inf, dim=-1))

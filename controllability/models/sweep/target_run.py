@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from architectures.reading import Layer, Tap
+from controllability.arrays.sharded import gathered
 from controllability.components.mixture import CHOSEN, SHARES
 from controllability.errors import Overflow, PatchError
 from controllability.execution.trace import Trace
@@ -52,9 +53,9 @@ PATCHED_OVERFLOW = "the model, or a scale that the route asks for, leaves the ra
 
 def check_finite(states: Tensor, run: str, layer: Layer, where: str) -> None:
     """Raise ``Overflow`` for a state with NaN or infinity at any position."""
-    if bool(torch.isfinite(states.sum(dtype=torch.promote_types(states.dtype, torch.float32)))):
+    if bool(torch.isfinite(gathered(states.sum(dtype=torch.promote_types(states.dtype, torch.float32))))):
         return  # one number says so for all of them, but for sums that overflow by themselves
-    finite = torch.isfinite(states)
+    finite = torch.isfinite(gathered(states))
     if not bool(finite.all()):
         bad = (~finite).nonzero()[0].tolist()
         patched = run == "source" and states.dtype == torch.float16  # and the target run was finite
@@ -111,7 +112,9 @@ class Observer:
 
     def _taken(self, value: Tensor) -> Tensor:
         """The paired rows, which are to stay."""
-        return self.rows.taken(value) if self.shelf is None else self.shelf.keep(self.rows.of(value))
+        if self.shelf is None or type(value) is not Tensor:  # a slice of a whole
+            return self.rows.taken(value)
+        return self.shelf.keep(self.rows.of(value))
 
     def leaving(self, value: Tensor) -> None:
         if self.last:  # what leaves another layer is seen entering the next one
