@@ -14,15 +14,8 @@ except ImportError:  # the tests import every file here, the site's own packages
 def fenced(text: str) -> str:
     """Put fences around each doctest: a paragraph that begins with a prompt.
 
-    >>> print(fenced("Adds.\\n\\n>>> 1 + 1\\n2\\n\\nThat is all."))
-    Adds.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    <BLANKLINE>
-    That is all.
+    >>> fenced("Adds.\\n\\n>>> 1 + 1\\n2\\n\\nThat is all.")
+    'Adds.\\n\\n```pycon\\n>>> 1 + 1\\n2\\n```\\n\\nThat is all.'
     """
     paragraphs = re.split(r"\n[ \t]*\n", text)
     return "\n\n".join(_session(p) if p.lstrip().startswith(">>>") else p for p in paragraphs)

@@ -20,11 +20,8 @@ BUILDERS = ("course", "explorable", "prover")  # docs/NAME/build.py: build(site)
 def prompts(text: str) -> str:
     """A doctest becomes what a reader wants to see: a session, without marks for the test runner.
 
-    >>> print(prompts("```python\\n>>> 1 + 1\\n2\\n\\n```"))
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    >>> prompts("```python\\n>>> 1 + 1\\n2\\n\\n```")
+    '```pycon\\n>>> 1 + 1\\n2\\n```'
     """
 
     def session(found: re.Match[str]) -> str:
