@@ -109,6 +109,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         markdown = markdown.replace("<!-- GALLERY -->", table())
     if name == "reference.md":
         markdown = anchored(markdown)
+    if name == "api-components.md":  # a component's formula is its code
+        markdown = re.sub(r"^(::: .*)$", r"\1\n    options: {show_source: true}", markdown, flags=re.M)
     return prompts(markdown)
 
 

@@ -4,6 +4,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const tex = place.textContent.trim().replace(/^\\[(\[]|\\[)\]]$/g, "");
     katex.render(tex, place, { displayMode: place.tagName === "DIV", throwOnError: true });
   }
+  document.querySelector(".md-search")?.setAttribute("aria-label", "Search");
   // what scrolls sideways can be scrolled with the keyboard
   for (const wide of document.querySelectorAll(".md-typeset__scrollwrap, .md-typeset pre > code, div.arithmatex")) wide.tabIndex = 0;
 });
