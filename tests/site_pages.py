@@ -114,7 +114,9 @@ def look(browser: Any, page: Path, scheme: str, width: int, script: str | None =
         if (over := tab.evaluate("document.documentElement.scrollWidth - innerWidth")) > 0:
             found.append(f"overflow: {over} pixels at {width}")
         if script:
-            tab.evaluate("document.querySelectorAll('.katex').forEach(e => e.remove())")  # KaTeX's own marks: seconds a page
+            tab.evaluate(
+                "document.querySelectorAll('.katex').forEach(e => e.remove())"
+            )  # KaTeX's own marks: seconds a page
             tab.evaluate(script)
             found += tab.evaluate(ASK_AXE)
     finally:
