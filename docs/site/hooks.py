@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -110,20 +110,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if name == "reference.md":
         markdown = anchored(markdown)
     if name == "api-components.md":  # a component's formula is its code
-        markdown = re.sub(r"^(::: .*)$", r"\1\n    options: {show_source: true}", markdown, flags=re.M)
+        markdown = re.sub(
+            r"^(::: .*)$", r"\1\n    options: {show_source: true, merge_init_into_class: false}", markdown, flags=re.M
+        )
     return prompts(markdown)
 
 
 def on_post_build(config: Any) -> None:
-    """The parts that are built by programs of their own."""
+    """The parts that are built by programs of their own, packages of docs/."""
+    sys.path.insert(0, str(DOCS))
     for part in BUILDERS:
-        if (script := DOCS / part / "build.py").exists():
-            _module(script, f"{part}_build").build(Path(config.site_dir))
-
-
-def _module(script: Path, name: str) -> Any:
-    spec = spec_from_file_location(name, script)
-    assert spec and spec.loader
-    module = sys.modules[name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        if (DOCS / part / "build.py").exists():
+            import_module(f"{part}.build").build(Path(config.site_dir))
