@@ -24,7 +24,9 @@ def printable(text: str, but: str = "") -> str:
 
 
 class ControllabilityError(Exception):
-    """Base of all errors that the package raises on purpose."""
+    """Base of all errors that the package raises on purpose.  ``page`` is the page of the site that says what to do."""
+
+    page = "api.html#errors"
 
 
 class ControllabilityWarning(UserWarning):
@@ -37,6 +39,8 @@ class BadInput(ControllabilityError, ValueError):
 
 class Overflow(BadInput):
     """The model's own numbers leave the range of its dtype."""
+
+    page = "precision.html#symptom-cause-what-to-do"
 
 
 def too_deep() -> BadInput:
@@ -88,6 +92,8 @@ class NotControllable(ControllabilityError):
     names, each with a block that has a proof; ``remedy`` is the first of them, None if none was found.
     """
 
+    page = "refusals.html#no-proof"
+
     def __init__(
         self, culprit: str, reason: str, hint: str, asked: str = "", remedies: tuple[Remedy, ...] = ()
     ) -> None:
@@ -132,6 +138,8 @@ class SideConditionFailed(ControllabilityError):
     tokens, where many were asked for: it prints, and says whether it holds in exact arithmetic.
     """
 
+    page = "refusals.html#a-side-condition-fails-on-the-numbers"
+
     def __init__(
         self, statement: str, where: str, margin: float | None, position: object = None, tried: str = "",
         hint: str = "", tokens: tuple[int, ...] = (),
@@ -167,14 +175,22 @@ class SideConditionFailed(ControllabilityError):
 class NotExact(ControllabilityError, ArithmeticError):
     """An exact arithmetic cannot represent a value, for example an irrational root."""
 
+    page = "proofs.html#numbers"
+
 
 class ReadingError(ControllabilityError):
     """A live model and its block expression disagree, or the architecture is not registered."""
+
+    page = "architectures.html"
 
 
 class NotVerified(ControllabilityError):
     """A patch was made, and holding it against the target run failed."""
 
+    page = "precision.html#symptom-cause-what-to-do"
+
 
 class PatchError(ControllabilityError):
     """A patch does not fit: another model, another shape, a corrupt file, a patch already applied."""
+
+    page = "applying.html"

@@ -266,7 +266,9 @@ def heads() -> Iterator[str]:
 def box_lines(box: Box) -> Iterator[str]:
     hundreds = f"{max(1, round(box.lines / 100)) * 100:,}" if box.lines >= 100 else "&lt; 100"
     yield f'<rect class="{box.group} edge" x="{box.x:g}" y="{box.y:g}" width="{box.width:g}" height="{HEIGHT}" rx="5"/>'
-    yield f'<text class="name" x="{box.x + 10:g}" y="{box.y + 16:g}">{escape(box.room.name)}</text>'
+    room = box.width - 60  # beside the number of lines
+    tight = f' textLength="{room:g}" lengthAdjust="spacingAndGlyphs"' if len(box.room.name) * 8.4 > room else ""
+    yield f'<text class="name" x="{box.x + 10:g}" y="{box.y + 16:g}"{tight}>{escape(box.room.name)}</text>'
     yield f'<text class="soft" x="{box.x + 10:g}" y="{box.y + 31:g}">{escape(box.room.holds)}</text>'
     yield f'<text class="soft" text-anchor="end" x="{box.x + box.width - 10:g}" y="{box.y + 16:g}">{hundreds}</text>'
     if box.ends[0]:

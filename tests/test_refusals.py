@@ -298,11 +298,13 @@ def test_a_place_that_a_family_does_not_have_is_refused_with_its_reason_on_the_c
     assert main(["prove", name, "--place", "feed-forward", "--format", form]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert words(shown.err) == words(
+    text, _, page = shown.err.partition("\n  page:")
+    assert page.strip().endswith(("refusals.md", "refusals.html#no-proof")) and page.count("\n") == 1
+    assert words(text) == words(
         f"controllability: architecture {name}: not controllable"
         f"  culprit: {name}: {said.culprit}  reason:  {said.reason}  hint:    {said.hint}"
     )
-    assert max(map(len, shown.err.splitlines())) <= 100  # the lines are broken to fit a terminal
+    assert max(map(len, text.splitlines())) <= 100  # the lines are broken to fit a terminal
     assert said.culprit and said.reason and said.hint
 
 
@@ -320,7 +322,7 @@ def test_blocks_that_the_prover_refuses_say_why_on_the_command_line(capsys):
     try:
         assert main(["prove", "tanhfish"]) == 1
         _, _, message = REFUSALS["ends in tanh"]
-        assert words(capsys.readouterr().err) == words(f"controllability: {message}")
+        assert words(capsys.readouterr().err.partition("\n  page:")[0]) == words(f"controllability: {message}")
         assert main(["prove", "tanhfish", "--json"]) == 1
         data = json.loads(capsys.readouterr().out)
         assert [data[key] for key in ("name", "verdict", "culprit")] == ["tanhfish", "refused", "activation tanh"]

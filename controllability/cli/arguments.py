@@ -317,5 +317,10 @@ def _route(parser: ArgumentParser, default: str = "auto") -> None:
     parser.add_argument("--route", choices=ROUTES, default=default, metavar="R", help=what)
 
 
+@_command("Where the pages are that explain all this, or how they are built.", "controllability docs")
+def _docs(parser: ArgumentParser) -> None:
+    _out(parser)
+
+
 # in the order in which help lists them
 COMMANDS = {name[1:]: found for name, found in [*globals().items()] if isinstance(found, Command)}

@@ -169,7 +169,8 @@ def _elsewhere(name: str, module: str = "") -> Callable[[argparse.Namespace, Out
     return lambda args, output: getattr(import_module(f"controllability.cli.{module or name}"), name)(args, output)
 
 
-patch, generate, demo, protocol, moments = map(_elsewhere, ("patch", "generate", "demo", "protocol", "moments"))
+patch, generate, demo, docs = map(_elsewhere, ("patch", "generate", "demo", "docs"))
+protocol, moments = map(_elsewhere, ("protocol", "moments"))
 verify, export = _elsewhere("verify", "patch"), _elsewhere("export", "patch")
 compile = _elsewhere("compile")  # noqa: A001 (named after the command)
 attribute, dynamics, inspect = (_elsewhere(name, "instrument") for name in ("attribute", "dynamics", "inspect"))

@@ -143,6 +143,7 @@ def _fail(error: Exception | str, status: int) -> int:
 
 def _refuse(error: Exception) -> int:
     """A refusal has a line for each of its parts: what they begin with stands out, whatever the width."""
+    from controllability.cli.docs import page_of
     from controllability.rendering.text import terminal_width, wrapped
 
     width = terminal_width(sys.stderr)
@@ -151,5 +152,5 @@ def _refuse(error: Exception) -> int:
     for line in others:
         name = re.match(r"\s*(\w+:\s*)?", line)
         lines += wrapped(line, width, "", " " * (name.end() if name else 4))
-    say(*lines)
+    say(*lines, *page_of(error))  # whole, however long: it is copied
     return REFUSED

@@ -158,8 +158,7 @@ def _moved(shape: Shape, x: float, y: float) -> Shape:
 
 
 def _link(path: Path, css: str, title: str, inside: str) -> str:
-    text = escape(title)
-    return f'<a class="{css}" href="#{node_id(path)}" aria-label="{text}"><title>{text}</title>{inside}</a>'
+    return f'<a class="{css}" href="#{node_id(path)}"><title>{escape(title)}</title>{inside}</a>'
 
 
 def _text(x: float, y: float, text: str, css: str) -> str:
