@@ -119,12 +119,7 @@ class ExpertLowRank(LowRank):
     def dense(self) -> Array:
         """ΔW as stored: (..., experts, out, in), or (..., experts, in, out) when transposed."""
         matrices = LowRank(self.left, self.right, self.transposed).dense()  # (..., k, ·, ·)
-        xp = arithmetic(matrices)
-        planes = []
-        for expert in range(self.experts):
-            named = (self.index == expert)[..., None, None]
-            planes.append(xp.where(named, matrices, xp.zeros_like(matrices)).sum(-3)[..., None, :, :])
-        return xp.concatenate(planes, -3)
+        return arithmetic(matrices).planes(matrices, self.index, self.experts)
 
     def norms(self) -> Array:
         """Frobenius norm over all experts: shape (...)."""

@@ -337,3 +337,28 @@ def test_a_root_says_what_its_equation_says_and_no_more():
         one, two = (INDEXED.root("mu", lambda mu: INDEXED.mean(x / (x - mu)), s) for s in (size, size * 2))
         assert one.entry != two.entry
         assert (INDEXED.mean(x / (x - one)) * 2 - INDEXED.mean(x / (x - two))).entry == 0
+
+
+def test_planes_of_numbers_are_those_that_are_summed_in_index_notation():
+    """Entry (e, i, j) of the stored change is Σ_k [expert k is e]·(matrix k)_ij, in numbers as in symbols."""
+    numbers = np.random.default_rng(0)
+    matrices, index = numbers.normal(size=(2, 3, 4, 5)), np.array([[1, 5, 3], [0, 2, 1]])
+    wanted = np.zeros((2, 6, 4, 5))
+    for token, k in product(range(2), range(3)):
+        wanted[token, index[token, k]] += matrices[token, k]
+    assert (ARITHMETICS["numpy"].planes(matrices, index, 6) == wanted).all()
+    k, m, n, experts = sympy.symbols("k m n E", integer=True, positive=True)
+    x = IndexedArray.named("x", (k, m, n))
+    chosen = undefined("expert", (k,), IndexedArray.named("v", (n,)), distinct=True)
+    planes = ARITHMETICS["indexed"].planes(x, chosen, experts)
+    assert planes.shape == (experts, m, n)
+    assert (planes[chosen] - x).entry == 0
+    assert (planes[chosen] - 2 * x).entry != 0
+
+
+def test_experts_in_one_matrix_are_the_same_in_three_axes_and_back():
+    experts, m, n = sympy.symbols("E m n", integer=True, positive=True)
+    stacked = IndexedArray.named("W", (experts * m, n))
+    apart = stacked.reshape(experts, -1, n)
+    assert apart.shape == (experts, m, n)
+    assert apart.reshape(experts * m, n).reshape(experts, -1, n).entry == apart.entry

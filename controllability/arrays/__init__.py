@@ -11,9 +11,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
 from controllability.arrays.base import Arithmetic as Arithmetic, Array as Array
+from controllability.arrays.lazy import np
 from controllability.arrays.objects import MpmathArithmetic, RationalArithmetic
 from controllability.arrays.sharded import ShardedArithmetic
 from controllability.arrays.tensors import TorchArithmetic

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
-
+from controllability.arrays.lazy import np, special
 from controllability.errors import NotExact
 
 Array = Any  # numpy.ndarray (float or object) or torch.Tensor
@@ -54,18 +53,14 @@ class Arithmetic:
     def function(self, name: str, x: Array) -> Array:
         """One of sqrt, exp, log, tanh, atanh, erf of every entry: all that an arithmetic has to say of them."""
         if name == "erf":
-            from scipy.special import erf
-
-            return erf(x)
+            return special.erf(x)
         return getattr(np, "arctanh" if name == "atanh" else name)(x)
 
     sqrt, exp, log = (_of_entries(name) for name in ("sqrt", "exp", "log"))
     tanh, arctanh, erf = (_of_entries(name) for name in ("tanh", "atanh", "erf"))
 
     def sigmoid(self, x: Array) -> Array:
-        from scipy.special import expit
-
-        return expit(x)
+        return special.expit(x)
 
     def where(self, condition: Array, a: Array, b: Array) -> Array:
         return np.where(condition, a, b)
@@ -107,6 +102,14 @@ class Arithmetic:
     def routed(self, x: Array, weights: Array, index: Array) -> Array:
         """``W[index] x``: (..., k, in), (E, out, in), (..., k) -> (..., k, out)."""
         return (x[..., None, :] * weights[index]).sum(-1)
+
+    def planes(self, x: Array, index: Array, count: int) -> Array:
+        """Each matrix added to the plane that ``index`` names, 0 where none is: (..., k, m, n), (..., k) -> (..., count, m, n)."""
+        planes = []
+        for plane in range(count):
+            named = (index == plane)[..., None, None]
+            planes.append(self.where(named, x, self.zeros_like(x)).sum(-3)[..., None, :, :])
+        return self.concatenate(planes, -3)
 
     def repeated(self, x: Array, k: int) -> Array:
         """One row k times: (..., 1, n) -> (..., k, n)."""

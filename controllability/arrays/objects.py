@@ -4,10 +4,8 @@ import math
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
 from controllability.arrays.base import Arithmetic, Array
-from controllability.arrays.lazy import mpmath
+from controllability.arrays.lazy import mpmath, np
 from controllability.errors import NotExact
 
 

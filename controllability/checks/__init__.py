@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from controllability.arrays.lazy import np
 from controllability.errors import BadInput, NotExact, SideConditionFailed, within_depth
 from controllability.prover.derivation import Derivation
 
@@ -66,6 +67,11 @@ def check(proof: Derivation, level: str, seed: int = 0) -> list[dict[str, Any]]:
     if level == "derived":
         method = "applied with all its premises by the prover"
         return [{"rule": rule, "status": "passed", "method": method} for rule in proof.rules]
+    if level != "symbolic" or proof.jointly:
+        try:
+            np.ndindex  # noqa: B018
+        except ModuleNotFoundError as missing:
+            raise BadInput(f"level {level} of this proof computes with arrays of explicit size: {missing}") from None
     from controllability.checks.exact_block import exact
     from controllability.checks.failing_component import told
     from controllability.checks.numeric_block import numeric

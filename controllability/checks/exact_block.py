@@ -5,10 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import numpy as np
-
 from controllability.arrays import ARITHMETICS, FLOAT_CONSTANT, Array, arithmetic
-from controllability.arrays.lazy import mpmath, sympy
+from controllability.arrays.lazy import mpmath, np, sympy
 from controllability.checks.rebuilt_blocks import (
     MANY,
     Named,

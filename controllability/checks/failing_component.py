@@ -20,6 +20,8 @@ def told(block: Component, reason: Exception) -> tuple[str, str]:
             trace.output(path)
         who = "a component"
         trace.output(())
+    except ModuleNotFoundError as missing:
+        return "skipped", f"its numbers cannot be tried here: {missing} ({type(reason).__name__}: {in_a_line(reason)})"
     except Exception as error:  # whatever somebody's own code raises
         plain, reason = False, error
     said = f"{type(reason).__name__}: {in_a_line(reason)}"

@@ -4,10 +4,8 @@ import math
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
 from controllability.arrays import ARITHMETICS, Array, arithmetic, relative_error
-from controllability.arrays.lazy import mpmath
+from controllability.arrays.lazy import mpmath, np
 from controllability.errors import SideConditionFailed
 from controllability.execution.patch import Patch
 from controllability.execution.sampling import DEFAULT_SIZES, sample

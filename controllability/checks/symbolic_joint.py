@@ -9,14 +9,11 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
-
 from controllability.arrays import Array
-from controllability.arrays.lazy import sympy
+from controllability.arrays.lazy import np, sympy
 from controllability.checks.cache import Cache
 from controllability.checks.rebuilt_blocks import MANY, each_param, resized, small_sizes
 from controllability.checks.undefined_parts import (
-    CHOICE,
     EXPERTS,
     ONE,
     ROUND,
@@ -201,8 +198,8 @@ def _instance(component: Component, tokens: int = MANY) -> tuple[dict[str, Array
     }
     params |= {name: SYMPY.zeros_like(params[name]) for name in own}
     if component.per_expert:
-        params |= {CHOSEN: CHOICE}
-        x, x_target = (_symbols(name, (MANY, CHOICE.shape[1], x.shape[-1])) for name in ("x", "y"))
+        params |= {CHOSEN: np.array(SERVED)}
+        x, x_target = (_symbols(name, (MANY, len(SERVED[0]), x.shape[-1])) for name in ("x", "y"))
     return params, x, x_target
 
 

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from controllability.arrays import ARITHMETICS, Array
 from controllability.checks.cache import Cache
 from controllability.checks.failing_component import told
@@ -132,20 +130,12 @@ def _stored(base: Any, change: Delta) -> Any:
 
 
 def stored_experts(update: Update, leaf: ExpertLinear) -> Any:
-    """The same with the change added to the stored tensor, for some experts of small explicit size: a sum of squares.
-
-    Which planes of a tensor change is nothing that one symbolic entry can say.
-    """
-    experts, out, into = leaf.stacked or 3, 2, 3
-    params, _, _ = sample(resized(leaf, out, into, experts, out), "sympy")
-    params[CHOSEN] = np.array([0, experts - 1][:experts])
-    x, delta = (
-        ARITHMETICS["sympy"].array([[f"{name}_{i}{j}" for j in range(width)] for i in range(len(params[CHOSEN]))])
-        for name, width in (("x", into), ("g", out))
-    )
+    """The same with the change added to the stored tensor, in the planes of the chosen experts."""
+    params, x, _ = instance(leaf)
+    before = leaf(params, x)
+    delta = IndexedArray.named("wanted", before.shape)
     moved = Patch({update.param: update.solve(params, x, delta)}).merged_into(params)
-    left = leaf(moved, x) - leaf(params, x) - delta
-    return sum(normal_form(e) ** 2 for e in left.reshape(-1))
+    return normal_form((leaf(moved, x) - before - delta).entry)
 
 
 def runs_indexed(leaf: Component) -> bool:

@@ -3,10 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from controllability.arrays import ARITHMETICS, Array
-from controllability.arrays.lazy import sympy
+from controllability.arrays.lazy import np, sympy
 from controllability.checks.rebuilt_blocks import MANY
 from controllability.deltas import Shift
 from controllability.interfaces import Component, Condition, JointSolution, JointUpdate, Param, Params, Place, Update
@@ -17,7 +15,6 @@ SYMPY = ARITHMETICS["sympy"]
 EXPERTS, D, H, ONE = 3, 2, 2, 1  # experts, width, hidden width; that of experts in a mixture
 SERVED = ((0, 1), (1, 2))  # the two tokens' experts: one serves both, two serve one of them
 SAME, ROUND = ((0, 1), (0, 1)), ((0, 1), (1, 2), (0, 2))  # experts of tokens whose stacked vectors depend on each other
-CHOICE = np.array(SERVED)
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Read(UndefinedPart):
 
     @property
     def width(self) -> int:
-        return EXPERTS + CHOICE.shape[1] * ONE  # the logits, and what the chosen experts' inner functions give
+        return EXPERTS + len(SERVED[0]) * ONE  # the logits, and what the chosen experts' inner functions give
 
 
 @dataclass(frozen=True)

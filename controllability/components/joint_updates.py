@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from controllability.arrays import Arithmetic, Array, arithmetic
+from controllability.arrays.lazy import np
 from controllability.deltas import Delta, ExpertLowRank, LowRank, Shift
 from controllability.errors import SideConditionFailed
 from controllability.interfaces import Condition, FitRows, JointOptions, JointSolution, JointUpdate, Param, Params

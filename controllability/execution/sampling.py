@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
 from controllability.arrays import ARITHMETICS, Array
-from controllability.arrays.lazy import sympy
+from controllability.arrays.lazy import np, sympy
 from controllability.errors import BadInput, within_depth
 from controllability.interfaces import Component, Layout
 from controllability.symbolic.indexed import IndexedArray
@@ -85,7 +83,7 @@ def sample(
     if kind not in ARITHMETICS:
         raise BadInput(f"unknown kind of numbers {kind!r}: choose one of {', '.join(ARITHMETICS)}")
     known = symbolic_sizes(block) if kind == "indexed" else sizes_of(block, **sizes)
-    rng = np.random.default_rng(seed)
+    rng = None if ARITHMETICS[kind].symbolic else np.random.default_rng(seed)
     shapes: dict[str, tuple[int, ...]] = {}
     for param in sorted(block.parameters(), key=str):
         if not param.shape:
@@ -100,14 +98,14 @@ def sample(
     return (_told_apart(params, v, v_target) if kind == "sympy" else params), v, v_target
 
 
-def _states(kind: str, shapes: list[tuple[int, ...]], rng: np.random.Generator) -> tuple[Any, Any]:
+def _states(kind: str, shapes: list[tuple[int, ...]], rng: Any) -> tuple[Any, Any]:
     if len(shapes) == 1:
         return _draw(kind, "v", shapes[0], rng), _draw(kind, "v'", shapes[0], rng)
     source = tuple(_draw(kind, f"v{i + 1}", shape, rng) for i, shape in enumerate(shapes))
     return source, tuple(_draw(kind, f"v{i + 1}'", shape, rng) for i, shape in enumerate(shapes))
 
 
-def _draw(kind: str, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+def _draw(kind: str, name: str, shape: tuple[int, ...], rng: Any) -> Array:
     if kind == "indexed":
         return IndexedArray.named(name, shape)
     if kind == "sympy":

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from controllability.arrays import Array, arithmetic, errors_and_sizes
+from controllability.arrays.lazy import np
 from controllability.deltas import Delta, LowRank, PatchedMatrix
 from controllability.errors import BadInput, NotVerified, SideConditionFailed
 from controllability.interfaces import Layout, Param, Params

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from controllability.arrays import Array
+from controllability.arrays.lazy import np
 from controllability.deltas import Delta
 from controllability.interfaces.condition import Condition
 from controllability.interfaces.param import Params

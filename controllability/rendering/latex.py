@@ -103,19 +103,24 @@ def _letter(name: str) -> str:
     return "b" if name.endswith("bias") else "m" if "norm" in name else "W"
 
 
+def formulas(proof: Derivation) -> tuple[list[str], list[str], dict[str, str]]:
+    """(each change, what the names in them stand for, parameter -> how it is written), in LaTeX.  Raises as ``closed_form`` does."""
+    form, own, written = closed_form(proof), _symbols(proof), written_names(proof.block)
+    symbols = {str(replace(p, name=written[p.name])): own[str(p)] for p in proof.block.parameters()}
+    changes = [_delta(own[name], symbols, delta) for name, delta in form.deltas.items()]
+    return changes, _definitions(form, symbols), own
+
+
 def _patch(proof: Derivation) -> list[str]:
     try:
-        form = closed_form(proof)
+        changes, meanings, own = formulas(proof)
     except Exception as reason:  # a component that is not ours may fail in any way
         foreign = f"a component does not run on symbols ({type(reason).__name__}: {reason})"
         why = str(reason) if isinstance(reason, ControllabilityError) else foreign
         return [rf"\paragraph{{The patch.}} No closed form: {escape(printable(why.splitlines()[0]))}."]
-    own, written = _symbols(proof), written_names(proof.block)
     names = [rf"${symbol}$ is \texttt{{{escape(name)}}}" for name, symbol in own.items()]
-    symbols = {str(replace(p, name=written[p.name])): own[str(p)] for p in proof.block.parameters()}
-    formulas = [_delta(own[name], symbols, delta) for name, delta in form.deltas.items()]
     return [
-        r"\paragraph{The patch.}", *map(_equation, formulas), "where", *map(_equation, _definitions(form, symbols)),
+        r"\paragraph{The patch.}", *map(_equation, changes), "where", *map(_equation, meanings),
         r"Sums run over the whole range of their index. $n$ is a normalisation (a second one that differs is numbered); activations stand for themselves, or for any"
         r" other function; $e_r$ is the $r$-th chosen expert and $s_r$ its share. \par\noindent "
         + "; ".join(names) + ".",

@@ -3,9 +3,8 @@
 import time
 from dataclasses import replace
 
-import numpy as np
-
 from controllability.arrays import Array, arithmetic
+from controllability.arrays.lazy import np
 from controllability.errors import NotExact
 from controllability.execution.journal import Margin
 from controllability.interfaces import Condition, JointOptions, Place

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-import numpy as np
+from controllability.arrays.lazy import np, sparse
 
 Vector = np.ndarray
 STAY = 0.01  # what σ costs beside 1/σ: a channel that no equation needs is not shut down
@@ -17,7 +17,6 @@ CUTOFFS = (1e-10, 1e-13)  # equations that differ by less are taken for one, unl
 ACCEPTED = 1e-9  # relative error that nearly equal equations may leave
 PRECISION, COARSE = 1e-12, 1e-9  # of the solver; where inequalities are all there is
 ROUGH = 1.2  # times the least shrinkage² is little enough
-NO_ROOM = np.zeros(0)
 
 
 def least_cost(rows: Vector, price: Vector) -> tuple[Vector | None, Vector | None]:
@@ -79,17 +78,16 @@ def _alike(unit: Vector) -> Iterator[tuple[Vector, Vector]]:
 
 
 def _cheapest(
-    rows: Vector, right: Vector, price: Vector, usual: Vector, least: Vector = NO_ROOM
+    rows: Vector, right: Vector, price: Vector, usual: Vector, least: Vector | None = None
 ) -> tuple[Vector, Vector]:
     """x = σ/usual of least cost with rows·(x, room) = right and least ≤ room ≤ 1, and the equations' weights (duals).
 
     1/x is a variable y of its own: x·y ≥ 1 is the cone ‖(x − y, 2)‖ ≤ x + y.
     """
-    from scipy.sparse import eye_array, kron  # imported where it is needed
-
+    least = np.zeros(0) if least is None else least
     d, T, R = len(usual), len(right), len(least)
-    stay, noise, room = STAY * price * usual, price / usual, eye_array(R)
-    cones = [kron(eye_array(d), np.array([[-1.0], [sign], [0.0]])) for sign in (-1, 1)]
+    stay, noise, room = STAY * price * usual, price / usual, sparse.eye_array(R)
+    cones = [sparse.kron(sparse.eye_array(d), np.array([[-1.0], [sign], [0.0]])) for sign in (-1, 1)]
     blocks = [[rows[:, :d], None, rows[:, d:]], [None, None, -room], [None, None, room], [*cones, None]]
     bounds = np.concatenate([right, -least, np.ones(R), np.tile([0.0, 0.0, 2.0], d)])
     goal, scale = np.concatenate([stay, noise, 0 * least]), np.median(noise)
@@ -100,15 +98,13 @@ def _cheapest(
 
 def _least_room(A: Vector, usual: Vector, w: Vector, margin: Vector) -> float:
     """The least h for which some σ ≥ 0 has 1 − h·w ≤ A σ ≤ 1 − margin; unknown are σ/usual, 1 − A σ and h·max(w)."""
-    from scipy.sparse import eye_array  # imported where it is needed
-
     T, d = A.shape
-    room, size = eye_array(T), w.max()
+    room, size = sparse.eye_array(T), w.max()
     blocks = [
         [A * usual, room, None],
         [None, -room, None],
         [None, room, -w[:, None] / size],
-        [-eye_array(d), None, None],
+        [-sparse.eye_array(d), None, None],
     ]
     goal, bounds = np.append(np.zeros(d + T), 1.0), np.concatenate([np.ones(T), -margin, np.zeros(T + d)])
     return _conic(goal, blocks, bounds, (T, 2 * T + d, 0), COARSE)[0][-1] / size
@@ -121,13 +117,11 @@ def _conic(
 
     ``rows``: in so many right − blocks·x is 0, in so many it is not negative, and so many cones of three follow.
     """
-    from scipy.sparse import block_array, csc_array  # imported where it is needed
-
     clarabel: Any = import_module("clarabel")  # compiled: a type checker does not see into it
     settings = clarabel.DefaultSettings()
     settings.verbose, settings.max_threads, settings.max_iter = False, 1, 80
     settings.tol_gap_rel, settings.tol_gap_abs, settings.tol_feas = precision, precision**2, precision
     cones = [clarabel.ZeroConeT(rows[0]), clarabel.NonnegativeConeT(rows[1]), *[clarabel.SecondOrderConeT(3)] * rows[2]]
-    quadratic, linear = csc_array((len(goal), len(goal))), csc_array(block_array(blocks))
+    quadratic, linear = sparse.csc_array((len(goal), len(goal))), sparse.csc_array(sparse.block_array(blocks))
     found = clarabel.DefaultSolver(quadratic, goal, linear, right, cones, settings).solve()
     return np.array(found.x), np.array(found.z)

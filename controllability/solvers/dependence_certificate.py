@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from controllability.arrays import arithmetic
+from controllability.arrays.lazy import np
 
 ROUNDING = 1e-12  # part of the targets below which their combination counts as 0
 NAMED = 0.01  # weights below this part of the largest are not named

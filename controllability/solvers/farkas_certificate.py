@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
+from controllability.arrays.lazy import np, optimize
 from controllability.errors import ControllabilityError
 
 NAMED = 6  # tokens that a message names
@@ -111,8 +110,6 @@ def find_farkas(coefficients: Any, right: Any, guess: np.ndarray | None = None) 
 
 def _proposals(A: np.ndarray, q: np.ndarray, guess: np.ndarray | None) -> Iterator[np.ndarray]:
     """Vectors λ with max |λ| = 1 that may prove it."""
-    from scipy.optimize import linprog  # imported where it is needed
-
     if guess is not None and guess.any():
         yield guess / np.abs(guess).max()
     live = np.asarray(A.any(1))
@@ -130,11 +127,13 @@ def _proposals(A: np.ndarray, q: np.ndarray, guess: np.ndarray | None) -> Iterat
     # most inside: Aᵀλ ≥ δ, qᵀλ ≤ −δ, |λ| ≤ 1, δ as large as possible
     system = np.block([[-rows.T, np.ones((d, 1))], [right[None], np.ones((1, 1))]])
     goal, bounds = np.append(np.zeros(T), -1), [(-1, 1)] * T + [(0, 1)]
-    best = linprog(goal, A_ub=system, b_ub=np.zeros(d + 1), bounds=bounds, method="highs")
+    best = optimize.linprog(goal, A_ub=system, b_ub=np.zeros(d + 1), bounds=bounds, method="highs")
     if best.status == 0 and best.x[-1] > 0:
         yield whole(best.x[:-1])
     # any: the sum of what is not zero, as large as possible
-    best = linprog(right - rows.sum(1), A_ub=system[:, :-1], b_ub=np.zeros(d + 1), bounds=[(-1, 1)] * T, method="highs")
+    best = optimize.linprog(
+        right - rows.sum(1), A_ub=system[:, :-1], b_ub=np.zeros(d + 1), bounds=[(-1, 1)] * T, method="highs"
+    )
     if best.status == 0 and best.fun < -1e-6:
         yield whole(best.x)
 

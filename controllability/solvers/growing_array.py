@@ -1,6 +1,6 @@
 """Arrays that grow row by row without being copied each time: amortised O(1) for every number added."""
 
-import numpy as np
+from controllability.arrays.lazy import np
 
 MORE = 1.5  # room for so many times the rows that are there
 

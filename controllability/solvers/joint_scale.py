@@ -11,12 +11,12 @@ decide); τ keeps a channel alive that no token needs.  One token: m'⁴ = τ·m
 form m'² = |G|·√|m| · mean(|G|/√|m|)/q.  Decided on a trained model: see the page on joint patches.  (new)
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
+from controllability.arrays.lazy import np
 from controllability.errors import BadInput
 from controllability.solvers import convex_programs as programs
 from controllability.solvers.farkas_certificate import Farkas, Infeasible, find_farkas
@@ -24,7 +24,7 @@ from controllability.solvers.nearest_scale import largest_change, to_keep
 from controllability.solvers.resorts import Resort
 
 Vector = np.ndarray
-ROUNDING = 32 * np.finfo(float).eps  # differences of mean(u²) from q that count as none
+ROUNDING = 32 * sys.float_info.epsilon  # differences of mean(u²) from q that count as none
 TINY = 1e-6  # entries of m below this part of the mean |m| count as this large
 GROWTH = 2.0  # "moved rms": no token's pre-norm target grows by more than this factor
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import numpy as np
-
+from controllability.arrays.lazy import np
 from controllability.solvers.farkas_certificate import Infeasible
 from controllability.solvers.joint_scale import Targets, joint_scale
 from controllability.solvers.nearest_scale import STAY, nearest_scale

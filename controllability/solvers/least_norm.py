@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from controllability.arrays import Array, arithmetic
+from controllability.arrays.lazy import linalg, np
 from controllability.solvers.growing_array import Memory
 from controllability.symbolic.definitions import Definitions, kept
 
@@ -114,13 +113,11 @@ class Span:
 
         Their coordinates are lower triangular: forward substitution, O(T² m), decomposes nothing.
         """
-        from scipy.linalg import solve_triangular
-
         count, known = begun.coordinates.shape
         first = begun.solve(delta[:count]) if known else np.zeros((0, delta.shape[1]))
         brought = (self.coordinates[:, known:] != 0).argmax(0)  # the token that a direction came with
         rows = self.coordinates[brought]
-        later = solve_triangular(rows[:, known:], delta[brought] - rows[:, :known] @ first, lower=True)
+        later = linalg.solve_triangular(rows[:, known:], delta[brought] - rows[:, :known] @ first, lower=True)
         return np.concatenate([first, later])
 
     def extended(self, x: np.ndarray) -> "tuple[Span, np.ndarray | None]":

@@ -6,9 +6,7 @@ metric B; with one token and large λ it is ROME's edit, with C = I a ridge as i
 well as can be beside them.  Solved in the tokens' own space: (X B⁻¹ Xᵀ + Ω⁻¹)·left = δ, T × T, where Ω⁻¹ is 0 for a hard row.
 """
 
-import numpy as np
-from scipy.linalg import cho_factor, cho_solve
-
+from controllability.arrays.lazy import linalg, np
 from controllability.errors import BadInput
 
 NO_MOMENTS = "moments: a matrix is not positive, so it is no second moment: make them anew"
@@ -37,7 +35,7 @@ class Drift:
         assert self.second is not None
         scaled = self.second * (len(self.second) / np.trace(self.second))
         try:
-            return cho_factor(ridge * scaled + FLOOR * np.eye(len(scaled)), lower=True, check_finite=False)
+            return linalg.cho_factor(ridge * scaled + FLOOR * np.eye(len(scaled)), lower=True, check_finite=False)
         except np.linalg.LinAlgError:
             raise BadInput(NO_MOMENTS) from None
 
@@ -45,7 +43,7 @@ class Drift:
         """B⁻¹x for rows x (T, n), in units in which tr C = n."""
         if self.second is None:
             return x / (ridge + FLOOR)
-        return cho_solve(self._factor(ridge), x.T, check_finite=False).T
+        return linalg.cho_solve(self._factor(ridge), x.T, check_finite=False).T
 
 
 def metric_fit(

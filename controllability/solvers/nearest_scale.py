@@ -8,9 +8,8 @@ the secular route's, so the gradient is that of the sum at those u_t; SciPy's L-
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
 from controllability.arrays import arithmetic
+from controllability.arrays.lazy import np, optimize
 from controllability.solvers.secular import secular
 
 NOTHING = 1e-12  # mean(y²) below this part of ε is no RMS to keep
@@ -55,8 +54,6 @@ def nearest_scale(
     >>> bool(off < 0.3 < np.abs(G / np.sqrt(np.mean(G * G, -1, keepdims=True)) - G).max())
     True
     """
-    from scipy.optimize import minimize  # imported where it is needed
-
     live = G.any(-1)
     unit = np.zeros_like(G)
     if not live.any():
@@ -80,7 +77,7 @@ def nearest_scale(
     start = np.log(np.maximum(np.where(size > 0, size, typical), least))
     options = {"maxiter": ROUNDS, "maxfun": 2 * ROUNDS, "ftol": min(SETTLED, 0.1 * ridge)}
     bounds = [(low, None) for low in np.log(least)]
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    found = optimize.minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     scale = stored(sign * np.exp(found.x))
     scale = np.where(scale == 0, sign * least, scale)
     unit[live] = secular(xp, wanted, scale, radius)[1]

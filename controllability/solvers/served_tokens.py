@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
+from controllability.arrays.lazy import np
 from controllability.solvers.growing_array import Memory
 from controllability.solvers.least_norm import Span
 

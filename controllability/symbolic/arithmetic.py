@@ -3,16 +3,15 @@
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
 from controllability.arrays.base import Array
-from controllability.arrays.lazy import sympy
+from controllability.arrays.lazy import np, sympy
 from controllability.arrays.objects import ObjectArithmetic
 from controllability.errors import NotExact
 from controllability.symbolic.array_names import assume, named_array, unused
 from controllability.symbolic.definitions import named
 from controllability.symbolic.indexed import IndexedArray, _broadcast, _known, concatenated
 from controllability.symbolic.normal_form import normal_form
+from controllability.symbolic.sums import axis_index
 
 
 class SympyArithmetic(ObjectArithmetic):
@@ -31,7 +30,7 @@ class SympyArithmetic(ObjectArithmetic):
 
     def scalar(self, name: str, value: Any) -> Any:
         if name == "sqrt":  # equal radicands must look equal, or their roots do not cancel
-            value = self.tidy(np.array([value], dtype=object))[0]
+            value = normal_form(value)
         return getattr(sympy, name)(value)
 
     def matmul(self, a: Array, b: Array) -> Array:
@@ -83,9 +82,6 @@ class IndexedArithmetic(SympyArithmetic):
     def each(self, function: Any, x: Array) -> Array:
         return IndexedArray(x.shape, function(x.entry))
 
-    def scalar(self, name: str, value: Any) -> Any:
-        return getattr(sympy, name)(normal_form(value) if name == "sqrt" else value)
-
     def is_zero(self, x: Array) -> Array:
         return _known(x.entry == 0, x.ndim)
 
@@ -93,12 +89,16 @@ class IndexedArithmetic(SympyArithmetic):
         return IndexedArray(x.shape, sympy.Integer(0))
 
     def where(self, condition: Array, a: Array, b: Array) -> Array:
-        if isinstance(condition, IndexedArray):
+        if not condition.entry.is_Integer:
             return condition * a + (1 - condition) * b
-        chosen, other = (a, b) if condition.all() else (b, a)
+        chosen, other = (a, b) if condition else (b, a)
         if not isinstance(chosen, IndexedArray):
             return self.zeros_like(other) + chosen
         return IndexedArray(_broadcast(chosen.shape, getattr(other, "shape", ())), chosen.entry)
+
+    def planes(self, x: Array, index: Array, count: Any) -> Array:
+        named = IndexedArray((count, 1), axis_index(1)) == index[..., None, :]
+        return (named[..., None, None] * x[..., None, :, :, :]).sum(-3)
 
     def repeated(self, x: Array, k: Any) -> Array:
         return IndexedArray((*x.shape[:-2], k, x.shape[-1]), x.entry)

@@ -11,12 +11,9 @@ from functools import cache, partialmethod, reduce
 from itertools import zip_longest
 from typing import Any
 
-import numpy as np
-
-from controllability.arrays.base import Array
-from controllability.arrays.lazy import sympy
+from controllability.arrays.lazy import np, sympy
 from controllability.errors import BadInput, NotExact
-from controllability.symbolic.sums import axis_index, summed
+from controllability.symbolic.sums import again, axis_index, delta, summed
 
 
 class IndexedArray:
@@ -73,7 +70,7 @@ class IndexedArray:
         return IndexedArray(_broadcast(self.shape, other.shape), operation(self.entry, other.entry))
 
     __add__ = __radd__ = partialmethod(_with, operation=operator.add)
-    __mul__ = __rmul__ = partialmethod(_with, operation=operator.mul)
+    __mul__ = __rmul__ = __and__ = __rand__ = partialmethod(_with, operation=operator.mul)
     __sub__ = partialmethod(_with, operation=operator.sub)
     __rsub__ = partialmethod(_with, operation=lambda a, b: b - a)
     __truediv__ = partialmethod(_with, operation=operator.truediv)
@@ -84,19 +81,31 @@ class IndexedArray:
         return IndexedArray(self.shape, -self.entry)
 
     def __eq__(self, other: object) -> Any:
-        """Known to be equal or not, as NumPy booleans; an undecided comparison of places is a Kronecker delta."""
+        """1 or 0 where it is known; an undecided comparison of places is a Kronecker delta."""
         if not isinstance(other, IndexedArray):
             return _known(self.entry == other, self.ndim)
         if self.entry == other.entry:
             return _known(True, max(self.ndim, other.ndim))
-        return IndexedArray(_broadcast(self.shape, other.shape), _delta(self.entry, other.entry))
+        return IndexedArray(_broadcast(self.shape, other.shape), delta(self.entry, other.entry))
 
     def __invert__(self) -> "IndexedArray":
         return 1 - self
 
-    def all(self, *_: Any, **__: Any) -> Any:
-        """A comparison that is undecided is not known to hold."""
-        return _known(False, 1)
+    def __bool__(self) -> bool:
+        """Of a comparison: one that is undecided is not known to hold."""
+        return self.entry == 1
+
+    def all(self, *_: Any, **__: Any) -> "IndexedArray":
+        return _known(bool(self), 1)
+
+    any = all
+
+    def __or__(self, other: Any) -> "IndexedArray":
+        return self + other - self * other
+
+    def argmax(self) -> int:
+        """One generic entry stands for all: the first."""
+        return 0
 
     def swapaxes(self, a: int, b: int) -> "IndexedArray":
         """As in NumPy, for the last two axes."""
@@ -120,28 +129,36 @@ class IndexedArray:
         if other.ndim == 1:
             return (self * other).sum(-1)
         left = self[..., None, :]  # (…, 1, n) against (m, n)
-        return (left * other.swapaxes(-1, -2)).sum(-1)
+        right = other.swapaxes(-1, -2)
+        return (left * (right if other.ndim == 2 else right[..., None, :, :])).sum(-1)
 
     def reshape(self, *shape: Any) -> "IndexedArray":
-        """(n,) from anything with one long axis, (experts · rows, in) into (experts, rows, in), and the last axis into two or back."""
+        """(n,) from anything with one long axis, (experts · rows, in) into (experts, rows, in) and back, and the last axis into two or back."""
         shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
         long = [p for p in reversed(range(self.ndim)) if self.shape[-1 - p] != 1]
         if shape in ((-1,), ()) and len(long) <= 1:
             return self._moved(self.entry, long, tuple(self.shape[-1 - p] for p in long) or (1,) * len(shape))
+        row, column, place = _places()
+        first, second, third = map(axis_index, range(3))
+        if shape == self.shape:
+            return self
         if len(shape) == 3 and self.ndim == 2 and shape[1] == -1:
             rows = self.shape[0] / shape[0]
-            row, column = axis_index(1), axis_index(2)
-            return IndexedArray((shape[0], rows, shape[2]), self.entry.xreplace({row: column * rows + row}))
+            return IndexedArray((shape[0], rows, shape[2]), self.entry.xreplace({second: place(third, second, rows)}))
+        if len(shape) == 2 and self.ndim == 3 and shape[1] == self.shape[2]:
+            at = {third: row(second, self.shape[1]), second: column(second, self.shape[1])}
+            return IndexedArray(shape, self.entry.xreplace(at))
         if shape[-1:] == (-1,) and shape[:-2] == self.shape[:-1]:
             inner = sympy.sympify(self.shape[-1]) / shape[-2]
             inner = int(inner) if inner.is_Integer else inner
             raised = {axis_index(p): axis_index(p + 1) for p in range(1, self.ndim)}
-            place = _places()[2](axis_index(1), axis_index(0), inner)
-            return IndexedArray((*shape[:-1], inner), self.entry.xreplace(raised | {axis_index(0): place}))
+            return IndexedArray(
+                (*shape[:-1], inner), self.entry.xreplace(raised | {first: place(second, first, inner)})
+            )
         if shape[-1:] == (-1,) and shape[:-1] == self.shape[:-2]:
-            row, column = (place(axis_index(0), self.shape[-1]) for place in _places()[:2])
+            at = {second: row(first, self.shape[-1]), first: column(first, self.shape[-1])}
             lowered = {axis_index(p): axis_index(p - 1) for p in range(2, self.ndim)}
-            entry = self.entry.xreplace(lowered | {axis_index(1): row, axis_index(0): column})
+            entry = self.entry.xreplace(lowered | at)
             return IndexedArray((*self.shape[:-2], self.shape[-2] * self.shape[-1]), entry)
         raise NotExact(f"an array of shape {self.shape} cannot be reshaped to {shape} in index notation")
 
@@ -186,7 +203,7 @@ class IndexedArray:
         """``self[index]``: the first axis replaced by those of ``index``."""
         inner = self.ndim - 1
         pushed = {axis_index(p): axis_index(p + inner) for p in range(index.ndim)}
-        entry = self.entry.xreplace({axis_index(inner): index.entry.xreplace(pushed)})
+        entry = again(self.entry.xreplace({axis_index(inner): index.entry.xreplace(pushed)}))
         return IndexedArray((*index.shape, *self.shape[1:]), entry)
 
 
@@ -231,17 +248,12 @@ def _exact(value: Any) -> Any:
     """Python and NumPy numbers as exact ones."""
     if isinstance(value, float):
         return sympy.Rational(repr(value))
-    return value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    return int(value) if isinstance(value, bool) else value
 
 
-def _known(truth: bool, ndim: int) -> Array:
-    return np.full((1,) * ndim, bool(truth))
-
-
-def _delta(a: Any, b: Any) -> Any:
-    if a.func == b.func and getattr(a.func, "distinct", False) and a.args[:-1] == b.args[:-1]:
-        a, b = a.args[-1], b.args[-1]  # equal values stand in one place
-    return sympy.KroneckerDelta(a, b)
+def _known(truth: bool, ndim: int) -> IndexedArray:
+    return IndexedArray((1,) * ndim, sympy.Integer(bool(truth)))
 
 
 def _sliced(part: Any, index: Any, size: Any) -> tuple[Any, Any]:

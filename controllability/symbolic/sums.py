@@ -60,7 +60,7 @@ def _sum_of(inside: Any, index: Any, size: Any) -> Any:
     if inside == 1:
         return size
     for factor in sympy.Mul.make_args(inside):
-        if isinstance(factor, sympy.KroneckerDelta):
+        if isinstance(factor, sympy.KroneckerDelta) and index in factor.args:
             (other,) = [a for a in factor.args if a != index]
             return (inside / factor).xreplace({index: other})
     levels = [int(str(limit[0])[2:]) for s in inside.atoms(sympy.Sum) for limit in s.limits]
@@ -68,6 +68,28 @@ def _sum_of(inside: Any, index: Any, size: Any) -> Any:
     total = sympy.Sum(inside.xreplace({index: bound}), (bound, 0, size - 1))
     table = kept()
     return total if table is None else table.relations.get(total, total)
+
+
+def delta(a: Any, b: Any) -> Any:
+    """1 where two places, or two values that stand in places, are equal, else 0."""
+    if a.func == b.func and getattr(a.func, "distinct", False) and a.args[:-1] == b.args[:-1]:
+        a, b = a.args[-1], b.args[-1]  # equal values stand in one place
+    return sympy.KroneckerDelta(a, b)
+
+
+def again(expression: Any) -> Any:
+    """The expression, its sums over comparisons of places evaluated anew: a place was put in."""
+    if not expression.has(sympy.KroneckerDelta):
+        return expression
+    parts = [*map(again, expression.args)]
+    if isinstance(expression, sympy.KroneckerDelta):
+        return delta(*parts)
+    if not isinstance(expression, sympy.Sum):
+        return expression.func(*parts)
+    total = again(expression.function)
+    for bound, low, high in expression.limits:
+        total = summed(total, bound, high - low + 1)
+    return total
 
 
 def heads(expression: Any) -> set[str]:
