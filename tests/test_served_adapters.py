@@ -17,7 +17,7 @@ from small_models import llama
 
 import controllability as ct
 from controllability.cli.main import main
-from controllability.models.files.server_rules import reasons_against
+from controllability.models.files.server_rules import verdict
 
 peft = pytest.importorskip("peft")
 
@@ -117,6 +117,8 @@ def test_mixtrals_adapter_for_vllm_is_one_for_peft_too(tmp_path):
     assert ct.export_servable(patch, tmp_path / "a", "vllm", None, model)["verdicts"]["peft"]["accepted"]
     adapted = peft.PeftModel.from_pretrained(build("mixtral", torch.float32), str(tmp_path / "a")).eval()
     assert kl_by_hand(adapted, patch) <= 1e-6
+    with pytest.raises(ValueError, match="does not support mixed adapter batches"):  # as docs/serving.md says
+        adapted(**patch.inputs["source"], adapter_names=["default", "default"])
 
 
 def test_experts_that_checkpoints_stack_are_refused_by_name(tmp_path):
@@ -139,7 +141,9 @@ def test_norms_stay_and_the_adapter_of_before_is_refused(tmp_path):
         as_vllm(tmp_path / "before", base)
     with pytest.raises(ValueError, match="Cannot find target module name"):
         as_sglang(tmp_path / "before", base, 64)
-    assert "vLLM only supports modules_to_save being None." in reasons_against(tmp_path / "before", "vllm", model, 64)
+    assert (
+        "vLLM only supports modules_to_save being None." in verdict(tmp_path / "before", "vllm", model, 64)["reasons"]
+    )
     done = ct.export_servable(patch, tmp_path / "a", "vllm", None, model)
     assert done["refitted"] and done["verdicts"]["vllm"]["accepted"]
     assert all(name.endswith("down_proj.weight") for name in as_vllm(tmp_path / "a", base, 8))
@@ -249,9 +253,9 @@ def mixture(tmp_path_factory):
 def test_each_rule_is_one_that_the_second_reader_has_too(breach, mixture, tmp_path):
     model, directory, base = mixture
     server, change, words = BREACHES[breach]
-    assert reasons_against(directory, server, model, 32) == [] and BOTH[server](directory, base, 32)
+    assert verdict(directory, server, model, 32)["accepted"] and BOTH[server](directory, base, 32)
     broken = changed(directory, tmp_path / "b", **change)
-    assert any(words in reason for reason in reasons_against(broken, server, model, 32))
+    assert any(words in reason for reason in verdict(broken, server, model, 32)["reasons"])
     with pytest.raises(ValueError):
         BOTH[server](broken, base, 32)
 
@@ -262,7 +266,7 @@ def test_an_adapter_for_a_base_of_another_size_is_refused(mixture, tmp_path):
     ct.export_servable(patch, tmp_path / "a", "vllm", None, model)
     wider = llama(hidden_size=64)
     for server in BOTH:
-        (reason,) = reasons_against(tmp_path / "a", server, wider, 512)
+        (reason,) = verdict(tmp_path / "a", server, wider, 512)["reasons"]
         assert "of the base model is (64, 48)" in reason and "(32, 8)" in reason
     with pytest.raises(ct.PatchError, match="made for other weights or settings"):
         ct.export_servable(patch, tmp_path / "b", "vllm", None, wider)

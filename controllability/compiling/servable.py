@@ -19,7 +19,7 @@ from controllability.models.files.lora_factors import lora_factors, lora_tensors
 from controllability.models.files.peft_check import check_adapter, on_twin, twin
 from controllability.models.files.peft_forms import forms_of
 from controllability.models.files.peft_reader import CONFIG, MADE_FOR, PREFIX, TENSORS
-from controllability.models.files.server_rules import SERVERS, VLLM_RANKS, reasons_against, refuse_rank
+from controllability.models.files.server_rules import VLLM_RANKS, refuse_rank, verdict
 from controllability.models.hooks.carried_patches import uncompiled
 from controllability.models.hooks.installation import HookStack
 from controllability.models.hooks.own_modes import own_modes
@@ -75,9 +75,8 @@ def export_servable(
             kl = _kl(patch, model, folder)
             if server != "peft" and any(form.kind == "parameter" for form in forms_of(model, lean.entries).values()):
                 _experts_one_by_one(lean, model, folder, done.rank)
-            verdicts = {
-                s: _verdict(lean, model, folder, s, done.rank, max_rank if s == server else None) for s in SERVERS
-            }
+            verdicts = {s: verdict(folder, s, model, max_rank if s == server else None) for s in ("vllm", "sglang")}
+            verdicts |= {"peft": _of_peft(lean, model, folder)}
             if reasons := verdicts[server]["reasons"]:
                 raise PatchError(f"{server} would not take this adapter: {reasons[0]}; nothing was written")
     return {
@@ -164,16 +163,9 @@ def _experts_one_by_one(patch: ModelPatch, model: nn.Module, folder: Path, rank:
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
-def _verdict(patch: ModelPatch, model: Any, folder: Path, server: str, rank: int, most: int | None) -> dict[str, Any]:
-    """What a server says that is started with the rank ``most``, or with the smallest that it has for this one."""
-    reasons, flags = list[str](), ""
-    if server == "peft":
-        try:
-            check_adapter(patch, folder, model)
-        except (NotVerified, PatchError) as failed:
-            reasons = [str(failed).removesuffix("; nothing was written")]
-    else:
-        ranks = VLLM_RANKS if server == "vllm" else (rank,)
-        most = most or min((known for known in ranks if known >= rank), default=ranks[-1])
-        reasons, flags = reasons_against(folder, server, model, most), f"--enable-lora --max-lora-rank {most}"
-    return {"accepted": not reasons, "reasons": reasons, "flags": flags}
+def _of_peft(patch: ModelPatch, model: nn.Module, folder: Path) -> dict[str, Any]:
+    try:
+        check_adapter(patch, folder, model)
+    except (NotVerified, PatchError) as failed:
+        return {"accepted": False, "reasons": [str(failed).removesuffix("; nothing was written")], "flags": ""}
+    return {"accepted": True, "reasons": [], "flags": ""}

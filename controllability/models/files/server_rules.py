@@ -34,13 +34,15 @@ def refuse_rank(server: str, rank: int | None) -> None:
         raise BadInput(f"vLLM's max_lora_rank is one of {', '.join(map(str, VLLM_RANKS))}; got {rank}")
 
 
-def reasons_against(directory: Path, server: str, model: nn.Module, max_rank: int) -> list[str]:
-    """Why "vllm" or "sglang", started with ``max_rank``, would not take an adapter for ``model``; empty: it would.
+def verdict(directory: Path, server: str, model: nn.Module, max_rank: int | None = None) -> dict[str, Any]:
+    """What "vllm" or "sglang" says of an adapter for ``model``: whether it is "accepted", else "reasons"; and the "flags" to start it with.
 
-    Raises ``PatchError`` for files that cannot be read.
+    ``max_rank`` None is the smallest that it has for this adapter.  Raises ``PatchError`` for files that cannot be read.
     """
     config = read_json(directory / CONFIG, f"{directory} has no {CONFIG}")
     rank, maps = config["r"], {name.rpartition(".")[2] for name in config["target_modules"]}
+    ranks = VLLM_RANKS if server == "vllm" else (rank,)
+    max_rank = max_rank or min((known for known in ranks if known >= rank), default=ranks[-1])
     unknown = sorted(name for name in maps if not SGLANG_MAPS.fullmatch(name))
     rules: dict[str, dict[str, Any]] = {
         "vllm": {
@@ -56,7 +58,8 @@ def reasons_against(directory: Path, server: str, model: nn.Module, max_rank: in
         },
     }  # fmt: skip
     foreign = "{} is unsupported LoRA weight" if server == "vllm" else "Cannot find target module name for {}"
-    return [words for words, broken in rules[server].items() if broken] + _misplaced(directory, rank, foreign, model)
+    found = [words for words, broken in rules[server].items() if broken] + _misplaced(directory, rank, foreign, model)
+    return {"accepted": not found, "reasons": found, "flags": f"--enable-lora --max-lora-rank {max_rank}"}
 
 
 def _misplaced(directory: Path, rank: int, foreign: str, model: nn.Module) -> list[str]:
