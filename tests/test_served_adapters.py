@@ -18,6 +18,7 @@ from small_models import llama
 import controllability as ct
 from controllability.cli.main import main
 from controllability.models.files.server_rules import verdict
+from controllability.models.reading import heads
 
 peft = pytest.importorskip("peft")
 
@@ -127,6 +128,26 @@ def test_experts_that_checkpoints_stack_are_refused_by_name(tmp_path):
         ct.export_servable(patch, tmp_path / "a", "vllm", None, model)
     assert "nothing was written" in str(failed.value) and not [*tmp_path.iterdir()]
     assert ct.export_servable(patch, tmp_path / "a", "peft", None, model)["verdicts"]["peft"]["accepted"]
+
+
+def test_a_model_whose_buffers_do_not_follow_its_parameters_is_compared_in_its_own_dtype(tmp_path):
+    model, patch = patched("minimax")
+    kl = ct.export_servable(patch, tmp_path / "a", "vllm", None, model)["kl"]
+    assert kl["adapter"]["worst_query"] <= 1e-6 and "adapter, bfloat16" not in kl
+    assert not {p.dtype for p in model.parameters()} - {torch.float32}
+
+
+def test_a_long_contexts_own_logits_are_never_made(tmp_path, monkeypatch):
+    model, patch = patched("llama")
+    plain = ct.export_servable(patch, tmp_path / "a", "vllm", None, model)["kl"]
+    monkeypatch.setattr(heads, "FEW", 0)
+    sizes, width = [], model.config.vocab_size
+    hook = model.lm_head.register_forward_hook(lambda _, x, y: sizes.append(y.numel() // width))
+    lean = ct.export_servable(patch, tmp_path / "b", "vllm", None, model)["kl"]
+    hook.remove()
+    assert {*sizes} and max(sizes) < patch.inputs["target"]["input_ids"].numel()
+    for name, found in lean.items():
+        assert abs(found["worst_query"] - plain[name]["worst_query"]) <= 1e-6
 
 
 # ------------------------------------------------------------------------------------------- norms, and rank

@@ -1,6 +1,7 @@
 """A patch as a LoRA adapter that a server takes: no norm moves, its rank is bounded, each server's rules are read against it.  (new)"""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from controllability.models.model_patch import ModelPatch
 from controllability.models.moments import Moments
 from controllability.models.patches.solve import solve
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.heads import Result, compare_results
+from controllability.models.reading.heads import Result, Runs, compare_results, without_logits
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.logits import result_of
 from controllability.models.reading.positions import pair_positions
@@ -122,8 +123,12 @@ def _kl(patch: ModelPatch, model: nn.Module, folder: Path) -> dict[str, dict[str
     target, source, positions = (patch.inputs[name] for name in ("target", "source", "positions"))
     rows, behind = pair_positions(target, source, patch.scope, positions)
 
-    def run(one: nn.Module, inputs: Any = source, at: Any = rows) -> Result:
-        return Result.of(result_of(one(**without_cache(model, inputs)))).at(at).kept()
+    def run(one: nn.Module) -> Result:
+        return Result.of(result_of(one(**without_cache(model, source)))).at(rows).kept()
+
+    def contextual(one: nn.Module) -> Result:  # a context is long: its own logits are never made
+        with Runs(one, without_logits(one, [target])) as lean:
+            return lean(target).at(behind).kept()
 
     def halved(one: nn.Module) -> nn.Module:
         for parameter in one.parameters():  # of a twin: the model keeps its own
@@ -133,9 +138,10 @@ def _kl(patch: ModelPatch, model: nn.Module, folder: Path) -> dict[str, dict[str
     found = {"unpatched": run(model), "adapter": run(on_twin(model, folder).eval())}
     with patch.applied(model):
         found["patch"] = run(model)
-    found["adapter, bfloat16"] = run(halved(on_twin(model, folder).eval()))
-    found["context, bfloat16"] = run(halved(twin(model)), target, behind)
-    every = zip(found, compare_results(run(model, target, behind), *found.values()), strict=True)
+    with suppress(RuntimeError):  # some models are not in bfloat16 when their parameters are
+        found["adapter, bfloat16"] = run(halved(on_twin(model, folder).eval()))
+        found["context, bfloat16"] = contextual(half := halved(twin(model)))  # noqa: F841 (its head is asked for later)
+    every = zip(found, compare_results(contextual(model), *found.values()), strict=True)
     worst = lambda kl: max(float(kl[rows.sample == i].mean()) for i in rows.sample.unique())  # noqa: E731
     return {name: {"mean": float(one.kl.mean()), "worst_query": worst(one.kl)} for name, one in every}
 
