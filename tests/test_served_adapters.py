@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -17,6 +18,7 @@ from small_models import llama
 
 import controllability as ct
 from controllability.cli.main import main
+from controllability.compiling import servable
 from controllability.models.files.server_rules import verdict
 from controllability.models.reading import heads
 
@@ -48,14 +50,12 @@ def patched(name, **options):
 
 def kl_by_hand(model, patch):
     """Each query alone: the largest KL of a position from the contextual model ``patch`` was made of, in float64."""
-    worst = 0.0
-    target, source = patch.inputs["target"], patch.inputs["source"]
+    worst, source = 0.0, patch.inputs["source"]
     for one in range(len(source["input_ids"])):
         part = {name: value[one : one + 1] for name, value in source.items()}
         found = model(**part).logits.double().log_softmax(-1)
         wanted = patch.wanted[one].double().log_softmax(-1)
         worst = max(worst, float((wanted.exp() * (wanted - found[0])).sum(-1).max()))
-    assert len(target["input_ids"]) == len(source["input_ids"])
     return worst
 
 
@@ -217,6 +217,20 @@ def test_moments_weigh_what_ordinary_text_feels_of_the_cut(tmp_path):
     with pytest.raises(ct.BadInput, match="moments"):
         ct.export_servable(patch, tmp_path / "other", "vllm", 1, model, ct.second_moments(llama(), texts[:1]))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("most", [4, 16])
+def test_of_a_cut_and_a_fit_of_that_rank_the_better_is_taken(most, tmp_path):
+    model, tokenizer = load()
+    context, asked, _ = facts(3, 4)
+    moments = ct.second_moments(model, [*asked, *facts(9, 30)[1]], tokenizer)
+    patch = ct.compile_context(model, tokenizer, context, asked, strength="gentle", moments=moments).patch
+    joint = dataclasses.replace(patch.joint, rank=most)
+    ways = servable._cut(patch, model, most, moments), servable._solved(patch, model, moments, joint)
+    both = [servable._lost(one, model) for one in ways]
+    done = ct.export_servable(patch, tmp_path / "a", "sglang", most, model)
+    assert done["needed"] > done["rank"] == most
+    assert done["kl"]["adapter"]["mean"] == pytest.approx(min(both), rel=1e-3) and max(both) > min(both)
 
 
 # ------------------------------------------------------------------------------------------- the rules

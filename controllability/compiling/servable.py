@@ -43,7 +43,7 @@ def export_servable(
     """Write ``patch`` as an adapter for "vllm", "sglang" or "peft", started with ``max_rank`` (None: with what it needs).
 
     A patch that moves norms is fitted anew with every scale left alone, as the strength "balanced" does it (in the metric of ``moments``
-    where there are some); a higher rank is cut.  For the two servers experts get the keys of the base model's checkpoints.
+    where there are some); a higher rank is cut, or fitted anew where that leaves less.  For the two servers experts get the keys of the base model's checkpoints.
     The real ``peft`` loads the adapter in its own layout, and is compared on every query.  What comes back is JSON-ready: "needed" is the
     rank before it was cut, "refitted" whether norms moved before, "kl" {model: {"mean", "worst_query"}} of the queries against the contextual
     model in nats, "verdicts" {server: {"accepted", "reasons", "flags"}}.
@@ -65,10 +65,16 @@ def export_servable(
         if moments is not None:
             moments.refuse_other(reading)
         if refitted := any(form.kind == "dense" for form in forms_of(model, patch.entries).values()):
-            lean = _scales_left_alone(patch, model, moments, len(reading.layers))
+            plan = STRENGTHS["balanced"]
+            joint = JointOptions(damping=plan.damping, layers=plan.layers(len(reading.layers)))
+            lean = _solved(patch, model, moments, joint)
         needed = rank_of(lean)
         most = max_rank or (VLLM_RANKS[-1] if server == "vllm" else needed)
-        lean = lean if needed <= most else _cut(lean, model, most, moments)
+        if needed > most:
+            tried = [_cut(lean, model, most, moments)]
+            if moments is not None and lean.joint is not None and lean.joint.damping is not None:
+                tried.append(_solved(lean, model, moments, replace(lean.joint, rank=most)))  # later layers make good
+            lean = min(tried, key=lambda one: _lost(one, model))
         with written(Path(directory)) as folder:
             done = lean.export_peft(folder, model)
             if not done.verified:
@@ -86,11 +92,19 @@ def export_servable(
     }  # fmt: skip
 
 
-def _scales_left_alone(patch: ModelPatch, model: nn.Module, moments: Moments | None, layers: int) -> ModelPatch:
+def _solved(patch: ModelPatch, model: nn.Module, moments: Moments | None, joint: JointOptions) -> ModelPatch:
     target, source, at = (patch.inputs[name] for name in ("target", "source", "positions"))
-    plan, place = STRENGTHS["balanced"], patch.report.place
-    joint = JointOptions(damping=plan.damping, layers=plan.layers(layers))
+    place = patch.report.place
     return ModelPatch.of(solve(model, target, source, "all", "output", "auto", at, silent, joint, moments, place=place))
+
+
+def _lost(patch: ModelPatch, model: nn.Module) -> float:
+    target, source, positions = (patch.inputs[name] for name in ("target", "source", "positions"))
+    rows, behind = pair_positions(target, source, patch.scope, positions)
+    with Runs(model, without_logits(model, [target, source])) as run:
+        wanted = run(target).at(behind).kept()
+        with patch.applied(model):
+            return float(compare_results(wanted, run(source).at(rows))[0].kl.mean())
 
 
 def _cut(patch: ModelPatch, model: nn.Module, most: int, moments: Moments | None) -> ModelPatch:
