@@ -243,7 +243,7 @@ def _inspect(parser: ArgumentParser) -> None:
 @_command(
     "Write a saved patch as an adapter that peft loads, and check it there.",
     "controllability export PATCH_DIR --peft ADAPTER_DIR\n"
-    "  controllability export PATCH_DIR --servable vllm --max-rank 16 --out ADAPTER_DIR",
+    "  controllability export PATCH_DIR --servable vllm --out ADAPTER_DIR",
 )
 def _export(parser: ArgumentParser) -> None:
     add = parser.add_argument
