@@ -18,7 +18,7 @@ _ROOMS = {
     "proof": "Proof prove",
     "models.loading": "encode load_model",
     "models": "ModelPatch diff exact_mode finalize_merges generate import_peft load_moments load_patch patch_model save_moments second_moments",
-    "compiling": "compile_context further_questions",
+    "compiling": "compile_context export_servable further_questions",
     "instrument": "attribute dynamics",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
@@ -26,7 +26,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "BadInput", "Component", "Condition", "ControllabilityError", "ControllabilityWarning", "InputControllable",
     "ModelPatch", "NotControllable",
     "NotExact", "NotVerified", "OutputControllable", "Param", "Patch", "PatchError", "Proof",
-    "ReadingError", "SideConditionFailed", "Trace", "attribute", "compile_context", "diff", "dynamics", "encode", "exact_mode", "finalize_merges", "further_questions", "generate",
+    "ReadingError", "SideConditionFailed", "Trace", "attribute", "compile_context", "diff", "dynamics", "encode", "exact_mode", "export_servable", "finalize_merges", "further_questions", "generate",
     "import_peft", "load_model", "load_moments", "load_patch", "patch_model", "prove", "sample", "save_moments", "second_moments",
     "verify",
 ]  # fmt: skip
@@ -47,7 +47,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from controllability.compiling import compile_context, further_questions
+    from controllability.compiling import compile_context, export_servable, further_questions
     from controllability.errors import (
         BadInput,
         ControllabilityError,

@@ -242,7 +242,8 @@ def _inspect(parser: ArgumentParser) -> None:
 
 @_command(
     "Write a saved patch as an adapter that peft loads, and check it there.",
-    "controllability export PATCH_DIR --peft ADAPTER_DIR",
+    "controllability export PATCH_DIR --peft ADAPTER_DIR\n"
+    "  controllability export PATCH_DIR --servable vllm --out ADAPTER_DIR",
 )
 def _export(parser: ArgumentParser) -> None:
     add = parser.add_argument
@@ -252,6 +253,11 @@ def _export(parser: ArgumentParser) -> None:
     _out(where, "DIR", "the same")
     model = "the model it was made for (default: the directory or file that the patch remembers)"
     add("--model", metavar="MODEL", help=model)
+    served = "for this server: no norm moves, its rules are read against it, and what queries lose is measured"
+    add("--servable", choices=("vllm", "sglang", "peft"), help=served)
+    most = "with --servable: the server's largest rank (default: what the patch needs)"
+    add("--max-rank", type=int, metavar="R", help=most)
+    add("--moments", metavar="FILE", help="with --servable: the metric in which it is fitted anew or cut")
     _loading(parser)
 
 

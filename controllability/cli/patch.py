@@ -10,8 +10,10 @@ from typing import Any
 
 from controllability.cli.files import new_path
 from controllability.cli.output import Output, number
-from controllability.errors import ControllabilityError, NotVerified, PatchError, in_a_line
+from controllability.cli.servable import export_servable
+from controllability.errors import BadInput, ControllabilityError, NotVerified, PatchError, in_a_line
 from controllability.models import ModelPatch, exact_mode, load_patch, patch_model
+from controllability.models.files.server_rules import refuse_rank
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.loading import DTYPES, encode, load_model, on_device
 from controllability.models.patches.sensitivity import measure_sensitivity, sensitivity_of
@@ -151,6 +153,9 @@ def export(args: argparse.Namespace, output: Output) -> int:
     started = time.perf_counter()
     directory = new_path(args.peft, "--peft") or new_path(args.out)
     assert directory is not None
+    if args.servable is None and (args.max_rank is not None or args.moments is not None):
+        raise BadInput("--max-rank and --moments belong to --servable")
+    refuse_rank(args.servable or "peft", args.max_rank)
     mp = load_patch(args.patch)
     mp.refuse_several("held by one adapter")  # before the model is loaded
     # the directory or file that it was made on, if it is still there: nothing is downloaded unasked
@@ -160,6 +165,9 @@ def export(args: argparse.Namespace, output: Output) -> int:
         with output.busy(f"loading {name}"):
             model, _ = load_model(name, mp.report.dtype, args.trust_remote_code, args.device)
         mp.inputs |= {role: on_device(mp.inputs[role], args.device) for role in ("target", "source")}
+    if args.servable is not None:
+        with _as_written(args.patch):
+            return export_servable(args, output, mp, directory, model)
     with output.busy("writing the adapter and loading it with peft"), _as_written(args.patch):
         done = mp.export_peft(directory, model)
     data = done.to_dict()

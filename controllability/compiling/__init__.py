@@ -4,3 +4,4 @@ from controllability.compiling.compile_context import compile_context as compile
 from controllability.compiling.further_questions import further_questions as further_questions
 from controllability.compiling.queries import Query as Query
 from controllability.compiling.result import Compiled as Compiled
+from controllability.compiling.servable import export_servable as export_servable

@@ -124,3 +124,10 @@ def gguf_architectures() -> set[str]:
     """The architectures that transformers reads from GGUF, by the names in the files."""
     older = part("modeling_gguf_pytorch_utils", "GGUF_SUPPORTED_ARCHITECTURES")
     return {*older, *part("integrations.gguf.gguf_config_mapping", "GGUF_CONFIG_ARCHS")} - {"general", "tokenizer"}
+
+
+def as_in_checkpoint(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors by the names, and in the layout, in which ``save_pretrained`` writes them: experts one by one, for instance."""
+    if not isinstance(model, part("modeling_utils", "PreTrainedModel")):
+        return tensors
+    return part("core_model_loading", "revert_weight_conversion")(model, dict(tensors))
