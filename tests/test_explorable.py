@@ -20,6 +20,8 @@ from controllability.interfaces import leaves
 from controllability.solvers.farkas_certificate import Infeasible
 from controllability.solvers.joint_scale import joint_scale
 
+pytestmark = pytest.mark.site
+
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
 CASES = cases()
 EXACT = 1e-12

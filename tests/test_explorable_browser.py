@@ -10,6 +10,8 @@ from explorable_page import HERE, left, page
 from test_explorable import BAD
 from test_html_browser import browse, needs_browser
 
+pytestmark = pytest.mark.site
+
 WALK = (HERE / "explorable_walk.js").read_text(encoding="utf-8")
 LISTEN = """<script>window.trouble = [];
 addEventListener("error", (event) => window.trouble.push(event.message));

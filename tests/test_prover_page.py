@@ -28,6 +28,8 @@ from prover.answers import Prover  # noqa: E402
 from prover.examples import EXAMPLES, PALETTE  # noqa: E402
 from prover.expressions import outline, read, written  # noqa: E402
 
+pytestmark = pytest.mark.site
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LOADING = 240_000  # ms, on a machine that is busy with other things; a free one takes seconds
 DEEP = "residual(" * 60 + 'Linear(Param("W", ("d", "d")))' + ")" * 60

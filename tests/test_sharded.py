@@ -23,6 +23,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+pytestmark = pytest.mark.sharded
+
 pytest.importorskip("transformers.distributed")
 if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
