@@ -9,8 +9,8 @@ import torch
 from helpers import error, runs, tiny_gemma
 
 import controllability as ct
-from controllability.models.files import peft_check
-from controllability.models.files.peft_check import check_adapter
+from controllability.models.files import peft_export
+from controllability.models.files.peft_export import check_adapter
 
 
 def test_adapters_of_mixed_ranks_are_right_for_loaders_that_know_one_rank(gemma, tmp_path):
@@ -70,18 +70,18 @@ def test_a_failed_check_of_an_adapter_names_the_true_reason(tmp_path, monkeypatc
 
     mlp = type(model.model.layers[0].mlp)
     plain = mlp.forward
-    twin = peft_check.on_twin
+    twin = peft_export.on_twin
 
     def on_twin(*given):
         adapted = twin(*given)
         monkeypatch.setattr(mlp, "forward", past)
         return adapted
 
-    monkeypatch.setattr(peft_check, "on_twin", on_twin)
+    monkeypatch.setattr(peft_export, "on_twin", on_twin)
     assert "model.layers.0.mlp.up_proj never ran, so its weights are read past" in reason(tmp_path / "adapter")
     monkeypatch.setattr(mlp, "forward", plain)
-    monkeypatch.setattr(peft_check, "on_twin", twin)
-    monkeypatch.setattr(peft_check, "VERIFIED", type("Strict", (), {"of": lambda *_: 1e-12})())
+    monkeypatch.setattr(peft_export, "on_twin", twin)
+    monkeypatch.setattr(peft_export, "VERIFIED", type("Strict", (), {"of": lambda *_: 1e-12})())
     assert "the file holds another change" in reason(
         tmp_path / "adapter"
     ) or "what is left is how PEFT rounds" in reason(tmp_path / "adapter")

@@ -19,9 +19,8 @@ import controllability as ct
 from controllability.cli.main import main
 from controllability.deltas import ExpertLowRank, LowRank, Shift
 from controllability.interfaces import Param
-from controllability.models.files import peft_check as checking, peft_export as exporting
-from controllability.models.files.lora_factors import lora_factors, lora_tensors
-from controllability.models.files.peft_forms import forms_of
+from controllability.models.files import peft_export as exporting
+from controllability.models.files.peft_forms import forms_of, lora_factors, lora_tensors
 from controllability.models.hooks.carried_patches import carried
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form
@@ -117,7 +116,7 @@ def test_every_family_is_exported_or_refused_by_its_reason(tmp_path):
 def test_other_dtypes(name, dtype, tmp_path):
     model, mp, _ = patched(name, dtype)
     done = mp.export_peft(tmp_path / "adapter", model)
-    assert done.check.error <= checking.VERIFIED[dtype] < 0.5 < done.check.unpatched
+    assert done.check.error <= exporting.VERIFIED[dtype] < 0.5 < done.check.unpatched
 
 
 def test_scope_each_with_one_position(gemma, tmp_path):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import controllability as ct
 from controllability.cli.main import main
 from controllability.compiling import Query, compile_context
-from controllability.compiling.continuations import continuations, given_in, heard
+from controllability.compiling.answers import continuations, given_in, heard
 from controllability.compiling.queries import read_queries
 from controllability.compiling.token_sets import Context, Sample
 from controllability.models.reading.token_text import text_after, word

@@ -17,7 +17,7 @@ import controllability as ct
 from controllability.embedded.world import draw_world
 from controllability.errors import BadInput
 from controllability.instrument.interventions import rank_correlation
-from controllability.models.sweep.cropped_past import CroppedPast
+from controllability.models.sweep.shared_past import CroppedPast
 
 FACTS = ["Mia lives in Oslo .", "Leo lives in Rome .", "Ana has a cat .", "Tom has a dog ."]
 CONTEXT, QUERY = " ".join(FACTS), "Where does Leo live ?"

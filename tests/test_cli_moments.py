@@ -8,7 +8,7 @@ from commands import one_line, outcome, status_of
 
 import controllability as ct
 from controllability.cli.output import Output
-from controllability.compiling.corpus import ordinary_moments
+from controllability.compiling.unrelated_texts import ordinary_moments
 from controllability.models.loading import load_model
 
 CONTEXT = "Mia lives in Oslo . Leo lives in Rome . Ana lives in Paris ."

@@ -15,7 +15,7 @@ from controllability.cli.main import main
 from controllability.cli.output import Output
 from controllability.compiling import compile_context
 from controllability.compiling.controls import another, random_change, shuffled
-from controllability.compiling.rank_figure import measure_by_rank
+from controllability.compiling.write import measure_by_rank
 from controllability.compiling.yardstick import agreement
 from controllability.deltas import LowRank, Shift
 from controllability.models.hooks.carried_patches import carried

@@ -9,8 +9,8 @@ import torch
 from compiled_facts import ASKED, OTHERWISE, PAIR, Plain, eight, exactly, facts, load
 
 import controllability as ct
-from controllability.compiling import Query, rank_figure as picture, unrelated_texts as unrelated
-from controllability.compiling.continuations import end_tokens, with_answers
+from controllability.compiling import Query, unrelated_texts as unrelated, write as picture
+from controllability.compiling.answers import end_tokens, with_answers
 from controllability.compiling.exact_or_ridge import rank_of
 from controllability.compiling.queries import read_queries
 from controllability.compiling.token_sets import Context, Sample, batches, beginnings, padded, positions

@@ -8,8 +8,8 @@ from helpers import snapshot, unchanged
 from test_moments import llama
 
 import controllability as ct
-from controllability.compiling import corpus
-from controllability.compiling.corpus import FEWEST, LENGTH, ordinary_moments
+from controllability.compiling import unrelated_texts
+from controllability.compiling.unrelated_texts import FEWEST, OWN_LENGTH as LENGTH, ordinary_moments
 from controllability.models.loading import load_model
 
 
@@ -37,7 +37,7 @@ def read(monkeypatch, model, tokenizer, *given, **options):
         seen.extend(texts)
         return ct.second_moments(model, [row for row in seen if not isinstance(row, str)] or [torch.arange(40)])
 
-    monkeypatch.setattr(corpus, "second_moments", spy)
+    monkeypatch.setattr(unrelated_texts, "second_moments", spy)
     ordinary_moments(model, tokenizer, None, lambda *_: None, *given, **options)
     rows = [row for row in seen if not isinstance(row, str)]
     return [text for text in seen if isinstance(text, str)], torch.cat(rows) if rows else torch.zeros(0, 0)
@@ -61,7 +61,7 @@ def test_tokens_are_drawn_as_the_model_gives_them():
     """Whatever its generation config would have: here the likeliest token alone, and an early end."""
     model = llama()
     model.generation_config.update(top_k=1, temperature=0.01, repetition_penalty=5.0, eos_token_id=7)
-    rows = corpus._written(model, Words(), 4000, 2, lambda *_: None)
+    rows = unrelated_texts._written(model, Words(), 4000, 2, lambda *_: None)
     with torch.no_grad():
         logits = model(torch.tensor([[2]])).logits[0, -1]
     logits[7] = -torch.inf  # what ends a text is not drawn
@@ -104,17 +104,17 @@ def test_the_embedded_model_gets_worlds_of_facts(monkeypatch):
 
 
 def test_as_many_tokens_as_the_widest_matrix_reads(monkeypatch):
-    monkeypatch.setattr(corpus, "FEWEST", 10)
+    monkeypatch.setattr(unrelated_texts, "FEWEST", 10)
     rows = read(monkeypatch, llama(), Words(knows=False))[1]
     assert 2 * 48 <= rows.numel() < 2 * 48 + LENGTH
-    monkeypatch.setattr(corpus, "MOST", 20)
+    monkeypatch.setattr(unrelated_texts, "MOST", 20)
     assert 40 <= read(monkeypatch, llama(), Words(knows=False))[1].numel() < 40 + LENGTH
 
 
 def test_compiling_makes_them_without_the_context(monkeypatch):
     model, tokenizer = load_model("embedded")
     seen = []
-    monkeypatch.setattr(corpus, "_texts", lambda *given: seen.append(given[4]) or iter([torch.arange(3, 60)]))
+    monkeypatch.setattr(unrelated_texts, "_texts", lambda *given: seen.append(given[4]) or iter([torch.arange(3, 60)]))
     with pytest.warns(ct.ControllabilityWarning, match="57 tokens"):
         ct.compile_context(model, tokenizer, "Mia lives in Oslo .", ["Where does Mia live ?"])
     assert seen == ["Mia lives in Oslo ."]

@@ -18,7 +18,7 @@ import controllability as ct
 from architectures import registry
 from controllability.cli.main import main
 from controllability.models.gguf_files.head import read_head
-from controllability.models.gguf_files.quick_reader import one_reading
+from controllability.models.gguf_files.load import one_reading
 from controllability.models.gguf_files.sound import refuse_unsound
 from controllability.models.loading import encode, load_model
 from controllability.models.transformers_parts import reports_misfits

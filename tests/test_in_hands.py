@@ -228,7 +228,7 @@ def sound(figure):
 
 def test_pictures_show_all_of_their_data(embedded, patch, tmp_path, monkeypatch):
     from controllability.cli import demo
-    from controllability.compiling import rank_figure
+    from controllability.compiling import write
     from controllability.compiling.yardstick import Agreement
 
     model, tokenizer = embedded
@@ -236,14 +236,11 @@ def test_pictures_show_all_of_their_data(embedded, patch, tmp_path, monkeypatch)
     demo.layer_picture(model, patch, *ct.encode(tokenizer, CONTEXT, QUERY), tmp_path / "demo.png")
     sound(kept[0])
     assert str(patch.sensitivity) in {text.get_text() for text in kept[0].texts}
-    kept = drawn(monkeypatch, rank_figure)
+    kept = drawn(monkeypatch, write)
     compiled = ct.compile_context(
         model, tokenizer, CONTEXT, [QUERY], heldout=["Where does Mia live ?"], strength="exact"
     )
     none = Agreement(0.0, 0.0, 1.0, 1.0, 3)  # at the edge of everything
-    rows = [
-        rank_figure.RankRow(1, False, dict.fromkeys(compiled.results, none)),
-        rank_figure.RankRow(2, True, compiled.results),
-    ]
-    rank_figure.rank_picture(compiled, rows, tmp_path / "rank.png")
+    rows = [write.RankRow(1, False, dict.fromkeys(compiled.results, none)), write.RankRow(2, True, compiled.results)]
+    write.rank_picture(compiled, rows, tmp_path / "rank.png")
     sound(kept[0])

@@ -17,9 +17,9 @@ from torch import nn
 import controllability as ct
 from controllability.models.patches.solve import parse_joint_options
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.probes import sizes_are_free
+from controllability.models.reading.inputs import sizes_are_free
 from controllability.models.reading.tolerances import VERIFIED
-from controllability.models.sweep.fallbacks import with_reader_of_last_layer
+from controllability.models.sweep.source_run import with_reader_of_last_layer
 from controllability.solvers import nearest_scale as nearest
 from controllability.solvers.joint_scale_task import sized_scale
 from controllability.solvers.nearest_scale import nearest_scale

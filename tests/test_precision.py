@@ -12,7 +12,7 @@ from helpers import error, runs, snapshot, tiny_gemma, unchanged
 import controllability as ct
 from controllability.deltas import Shift
 from controllability.models.patches import merging
-from controllability.models.patches.rounding import wider
+from controllability.models.patches.merging import wider
 
 HALF = [torch.bfloat16, torch.float16]
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}  # largest relative rounding error

@@ -9,7 +9,7 @@ from test_strengths import ASKED, FACTS, OTHERWISE, load, moments
 
 import controllability as ct
 from controllability.compiling.compile_context import compile_context
-from controllability.compiling.refine import _felt, _whitened
+from controllability.compiling.metric_sweep import _felt, _whitened
 from controllability.compiling.strengths import Strength
 
 GENTLE = {"ridge": 30.0, "damping": 0.1, "last": 1.0}

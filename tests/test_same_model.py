@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import controllability as ct
 from controllability.models.hooks.carried_patches import carried
-from controllability.models.reading.settings import settings_of
+from controllability.models.reading.fingerprints import settings_of
 
 
 def exchanged_activation(model: Any) -> None:

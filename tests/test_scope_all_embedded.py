@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import controllability as ct
 from controllability.embedded.world import draw_world
 from controllability.models.loading import load_model
-from controllability.models.sweep import fallbacks
+from controllability.models.sweep import source_run
 from controllability.rules import normalised_jointly as joint_normalised
 from controllability.solvers.joint_scale import joint_scale
 from controllability.solvers.resorts import Resort
@@ -154,7 +154,7 @@ def test_without_making_good_later_rounding_is_magnified(embedded, monkeypatch):
     model, tokenizer = embedded
     known = facts(tokenizer, 0)
     wanted = [known.wanted(model, i) for i in range(8)]
-    monkeypatch.setattr(fallbacks, "options_at", lambda joint, *_: replace(joint, read_by="anyone"))
+    monkeypatch.setattr(source_run, "options_at", lambda joint, *_: replace(joint, read_by="anyone"))
     mp = solved(model, known)
     assert Resort.NEAREST not in {layer.route for layer in mp.report.layers}
     with mp.applied(model):

@@ -10,7 +10,7 @@ import torch
 from test_live_gemma import tiny_gemma
 
 import controllability as ct
-from controllability.models.sweep.sensitivity import FRAGILE, Sensitivity
+from controllability.models.sweep.report import FRAGILE, Sensitivity
 from controllability.solvers.right_vector import right_vector
 
 

@@ -13,8 +13,8 @@ from test_streaming import Talk, built
 from torch.nn.utils.rnn import pad_sequence
 
 import controllability as ct
-from controllability.compiling.corpus import ordinary_moments
 from controllability.compiling.metric_sweep import drifts
+from controllability.compiling.unrelated_texts import ordinary_moments
 from controllability.embedded.world import NAMES, RELATIONS
 from controllability.models.loading import load_model
 from controllability.models.patches import extend as extending

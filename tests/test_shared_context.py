@@ -10,8 +10,8 @@ from plain_tokenizer import Plain, words
 
 import controllability as ct
 from controllability.compiling import Query, answers
+from controllability.compiling.answers import continuations
 from controllability.compiling.compile_context import compile_context
-from controllability.compiling.continuations import continuations
 from controllability.compiling.token_sets import Context
 from controllability.compiling.yardstick import logits_of
 from controllability.models.sweep import shared_past

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, Gemma3ForCausalLM, Gemma3T
 import controllability as ct
 from controllability.models.patches import extend as streaming
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.probes import is_causal
+from controllability.models.reading.inputs import is_causal
 from controllability.solvers.resorts import Resort
 
 

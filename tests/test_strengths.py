@@ -17,20 +17,20 @@ from plain_tokenizer import Plain, words
 import controllability as ct
 from controllability.cli.main import main
 from controllability.compiling.compile_context import compile_context
-from controllability.compiling.corpus import ordinary_moments
 from controllability.compiling.metric_sweep import EVEN, FIRST, fit_rows
 from controllability.compiling.strengths import STRENGTHS, Strength
 from controllability.compiling.token_sets import Context
+from controllability.compiling.unrelated_texts import ordinary_moments
 from controllability.compiling.yardstick import Yardstick
 from controllability.components import Linear
 from controllability.components.updates import CHOSEN, expertwise
 from controllability.deltas import LowRank
 from controllability.interfaces import FitRows, JointOptions, Param
-from controllability.models.files.moment_files import load_moments, save_moments
 from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.loading import load_model
 from controllability.models.moments import Metric
 from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.second_moments import load_moments, save_moments
 from controllability.solvers.metric_fit import Drift, metric_fit
 
 load = functools.cache(lambda: load_model("embedded"))

@@ -4,11 +4,8 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-VIA, PLACES, ROUTES = (
-    ("input-output", "output"),
-    ("feed-forward", "mixer"),
-    ("auto", "balanced", "scale", "secular", "uniform", "ball"),
-)
+VIA, PLACES = ("input-output", "output"), ("feed-forward", "mixer")
+ROUTES = ("auto", "balanced", "scale", "secular", "uniform", "ball")
 LEVELS, FORMATS = ("derived", "symbolic", "exact", "numeric", "machine"), ("text", "latex", "html", "json", "rocq")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 STRENGTHS = ("gentle", "balanced", "strong", "exact")
@@ -67,9 +64,8 @@ def _prove(parser: ArgumentParser) -> None:
     parser.add_argument("--jointly", action="store_true", help="one patch for many tokens at once, not one for each")
     level = "what to run (default derived: the rules alone)"
     parser.add_argument("--level", choices=LEVELS, default="derived", help=level)
-    parser.add_argument(
-        "--format", choices=FORMATS, help="default text; --json is --format json; rocq is a file for Coq"
-    )
+    form = "default text; --json is --format json; rocq is a file for Coq"
+    parser.add_argument("--format", choices=FORMATS, help=form)
 
 
 @_command(
@@ -214,12 +210,8 @@ def _moments(parser: ArgumentParser) -> None:
 def _attribute(parser: ArgumentParser) -> None:
     add = parser.add_argument
     _studying(parser, "sentence", ("forward", "backward", "all"))
-    add(
-        "--permutations",
-        type=int,
-        metavar="N",
-        help="with --order all: how many orders (default: all of 4 chunks, or 8)",
-    )
+    orders = "with --order all: how many orders (default: all of 4 chunks, or 8)"
+    add("--permutations", type=int, metavar="N", help=orders)
     ablations = "random ablations beside leave-one-out, each a run of its own (default 32; 0: neither)"
     add("--ablations", type=int, default=32, metavar="N", help=ablations)
     add("--seed", type=int, default=0, help="which orders and ablations are drawn (default 0)")

@@ -32,14 +32,9 @@ def list(args: argparse.Namespace, output: Output) -> int:  # noqa: A001 (named 
     output.result({"architectures": rows})
     if not sys.stdout.isatty():  # a line a family, for grep and its like
         for row in rows:
-            cells = (
-                row["name"],
-                ", ".join(row["model_types"]),
-                catalogue.verdict(row),
-                row["topology"],
-                row["feed_forward"],
-            )
-            output.text("\t".join((*cells, ", ".join(row["rules"]) or row["culprit"])))
+            types, why = ", ".join(row["model_types"]), ", ".join(row["rules"]) or row["culprit"]
+            cells = row["name"], types, catalogue.verdict(row), row["topology"], row["feed_forward"], why
+            output.text("\t".join(cells))
         return 0
     output.table(
         f"{len(rows)} registered architectures; families of one shape stand together",
@@ -169,8 +164,7 @@ def _elsewhere(name: str, module: str = "") -> Callable[[argparse.Namespace, Out
     return lambda args, output: getattr(import_module(f"controllability.cli.{module or name}"), name)(args, output)
 
 
-patch, generate, demo, docs = map(_elsewhere, ("patch", "generate", "demo", "docs"))
-protocol, moments = map(_elsewhere, ("protocol", "moments"))
-verify, export = _elsewhere("verify", "patch"), _elsewhere("export", "patch")
+patch, generate, demo, docs, protocol = map(_elsewhere, ("patch", "generate", "demo", "docs", "protocol"))
+verify, export, moments = _elsewhere("verify", "patch"), _elsewhere("export", "patch"), _elsewhere("moments", "compile")
 compile = _elsewhere("compile")  # noqa: A001 (named after the command)
 attribute, dynamics, inspect = (_elsewhere(name, "instrument") for name in ("attribute", "dynamics", "inspect"))

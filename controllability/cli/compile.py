@@ -11,20 +11,19 @@ from controllability.cli.output import Output, number
 from controllability.cli.streams import say
 from controllability.compiling import Compiled, compile_context
 from controllability.compiling.compile_context import planned, refuse_wish
-from controllability.compiling.corpus import ordinary_moments
 from controllability.compiling.exact_or_ridge import Wish
-from controllability.compiling.further_questions import further_questions
 from controllability.compiling.queries import Query, read_queries, refuse_no_text, refuse_overlap
-from controllability.compiling.rank_figure import measure_by_rank
 from controllability.compiling.result import TITLES
 from controllability.compiling.strengths import EXACT, STRENGTHS
-from controllability.compiling.write import Written, write
+from controllability.compiling.unrelated_texts import further_questions, ordinary_moments
+from controllability.compiling.write import Written, measure_by_rank, write
 from controllability.errors import BadInput
-from controllability.models import exact_mode, load_moments
+from controllability.models import exact_mode, load_moments, second_moments
 from controllability.models.loading import load_model
 from controllability.models.moments import Moments
 from controllability.models.reading.model_facts import position_limit, text_config
 from controllability.rendering.text import printable
+from controllability.texts import read_text
 
 LISTED = 12  # answers that are shown
 STEPS = (*STRENGTHS, EXACT)  # each nearer to the queries than the one before, and felt more elsewhere
@@ -184,3 +183,39 @@ def _checked_line(exact: bool, done: Written, seconds: float) -> str:
     else:
         lines.append(found["how"])
     return "\n".join([*lines, f"{seconds:.1f} s"])
+
+
+def moments(args: argparse.Namespace, output: Output) -> int:
+    """See ``controllability moments --help``."""
+    started = time.perf_counter()
+    if not (args.out.strip() and Path(args.out).exists()):
+        new_path(args.out, file=True)
+    lines = None if args.texts is None else read_text(args.texts, "the texts").splitlines()
+    texts, without = [line for line in lines or [] if line.strip()], args.context or ""
+    if lines is not None and not texts:
+        raise BadInput(f"the texts {args.texts} are empty: write one text a line")
+    with output.busy(f"loading {args.model}"):
+        model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code, args.device)
+    with output.progress() as progress, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
+        try:
+            if texts:
+                found = second_moments(model, texts, tokenizer, progress, args.out, without, args.place)
+            else:
+                limit = position_limit(text_config(model))
+                found = ordinary_moments(
+                    model, tokenizer, limit, progress, save=args.out, without=without, place=args.place
+                )
+        except KeyboardInterrupt:
+            if Path(args.out).exists():
+                say(f"controllability: {args.out} holds what was read so far: the same command goes on from there")
+            raise
+    with output.busy("measuring conditions"):
+        conditions = found.condition.values()
+    data = {"tokens": found.tokens, "matrices": len(conditions), "condition": [min(conditions), max(conditions)]}
+    output.result(data | {"out": args.out, "model": args.model, "seconds": time.perf_counter() - started})
+    low, high = data["condition"]
+    output.text(
+        f"{args.out}: second moments of {len(conditions)} matrices over {found.tokens:,} tokens, condition numbers {low:.0f} to "
+        f"{high:.0f}\nuse them: controllability compile {args.model} … --moments {args.out}"
+    )
+    return 0

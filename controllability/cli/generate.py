@@ -17,7 +17,7 @@ from controllability.models.loading import DTYPES, load_model
 from controllability.models.protocol.run import sensitivity_of_token
 from controllability.models.reading.token_text import word_after
 from controllability.models.reading.tolerances import VERIFIED
-from controllability.models.sweep.sensitivity import Sensitivity
+from controllability.models.sweep.report import Sensitivity
 from controllability.models.tokens import with_special
 
 INTERRUPTED = 130
@@ -55,9 +55,8 @@ def generate(args: argparse.Namespace, output: Output) -> int:
     with exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
         # of the patch of one token, the last of the first prompt
         history = torch.tensor(reader.histories[:1], device=args.device)
-        sensitivity = (
-            None if skipped else sensitivity_of_token(model, history, via=args.via, route=args.route, place=args.place)
-        )
+        how = {"via": args.via, "route": args.route, "place": args.place}
+        sensitivity = None if skipped else sensitivity_of_token(model, history, **how)
     return _report(args, output, transcript, stopped is not None, time.perf_counter() - started, sensitivity)
 
 

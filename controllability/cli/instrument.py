@@ -32,14 +32,8 @@ def inspect(args: argparse.Namespace, output: Output) -> int:
     """See ``controllability inspect --help``."""
     out, mp = new_path(args.out), load_patch(args.patch)
     study = Parts(mp)
-    data = {
-        "scope": mp.scope,
-        "via": mp.report.via,
-        "route": mp.report.route,
-        "dtype": mp.report.dtype,
-        "rows": study.records(),
-    }
-    return _shown(study, data, out, output)
+    made = {name: getattr(mp.report, name) for name in ("scope", "via", "route", "dtype")}
+    return _shown(study, made | {"rows": study.records()}, out, output)
 
 
 def _on_model(args: argparse.Namespace, output: Output, study_of: Callable[..., Any]) -> int:

@@ -16,14 +16,13 @@ from controllability.models import ModelPatch, exact_mode, load_patch, patch_mod
 from controllability.models.files.server_rules import refuse_rank
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.loading import DTYPES, encode, load_model, on_device
-from controllability.models.patches.sensitivity import measure_sensitivity, sensitivity_of
+from controllability.models.patches.measured import measure_sensitivity, sensitivity_of
 from controllability.models.reading.heads import Runs, compare_results, without_logits
 from controllability.models.reading.logits import LogitComparison
 from controllability.models.reading.positions import pair_positions
 from controllability.models.reading.token_text import word
 from controllability.models.reading.tolerances import VERIFIED
-from controllability.models.sweep.report import EXPLAINED
-from controllability.models.sweep.sensitivity import Sensitivity
+from controllability.models.sweep.report import EXPLAINED, Sensitivity
 from controllability.models.tokens import how_joined, joined_text
 from controllability.rendering.text import printable
 
@@ -119,6 +118,10 @@ def _report(
     output.result(data | ({"valid": valid} if with_valid else {}))
     heading, *rows = mp.report.rows()
     output.table("layers", heading, rows)
+    allowed = f"{VERIFIED[DTYPES[args.dtype]]:g}"
+    reached = (
+        f"verified: patched as with the context, to {allowed} of the largest logit, at {len(mp.rows.sample)} positions"
+    )
     output.text(
         f"{EXPLAINED}\n"
         f"next word   with context: {shown['target']}   patched: {shown['patched']}   without: {shown['unpatched']}\n"
@@ -128,11 +131,7 @@ def _report(
         + (f"{joined_text(extra['joined'])}\n" if "joined" in extra else "")
         + (f"{sensitivity}\n" if sensitivity is not None else "")
         + (f"saved to {extra['out']}\n" if extra["out"] and valid and not with_valid else "")
-        + (
-            f"verified: patched as with the context, to {VERIFIED[DTYPES[args.dtype]]:g} of the largest logit, at {len(mp.rows.sample)} positions"
-            if valid
-            else f"NOT verified: the relative error is above {VERIFIED[DTYPES[args.dtype]]:g}"
-        )
+        + (reached if valid else f"NOT verified: the relative error is above {allowed}")
     )
     return 0 if valid else 1
 

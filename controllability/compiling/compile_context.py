@@ -10,12 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from controllability.compiling.answers import Speaker
-from controllability.compiling.continuations import end_tokens
+from controllability.compiling.answers import ASKED, Examination, Speaker, end_tokens
 from controllability.compiling.controls import control_arms
-from controllability.compiling.corpus import ordinary_moments
 from controllability.compiling.exact_or_ridge import EXACTLY, ExactAttempt, Solution, Wish, solve, tolerance
-from controllability.compiling.examination import ASKED, Examination
 from controllability.compiling.metric_sweep import drifts, fitted, hard_ones
 from controllability.compiling.queries import Query, as_queries, refuse_overlap, without_repeats
 from controllability.compiling.result import Compiled
@@ -28,7 +25,7 @@ from controllability.compiling.token_sets import (
     refuse_foreign,
     refuse_known,
 )
-from controllability.compiling.unrelated_texts import near_samples, unrelated_samples
+from controllability.compiling.unrelated_texts import near_samples, ordinary_moments, unrelated_samples
 from controllability.compiling.yardstick import Yardstick
 from controllability.errors import BadInput, ControllabilityWarning
 from controllability.models.hooks.own_modes import own_modes
@@ -167,11 +164,8 @@ def refuse_wish(wish: Wish, answer_tokens: int, width: int | None = None) -> Non
         raise BadInput(f"answer tokens must be 0 or more, got {answer_tokens!r}")
     if not isinstance(wish.keep_rms, bool):
         raise BadInput(f"keep_rms must be True or False, got {wish.keep_rms!r}")
-    if isinstance(wish.ridge, int | float) and not isinstance(wish.ridge, bool):
-        usable = 0 <= wish.ridge <= sys.float_info.max
-    else:
-        usable = wish.ridge is None
-    if not usable:
+    number = isinstance(wish.ridge, int | float) and not isinstance(wish.ridge, bool)
+    if wish.ridge is not None and not (number and 0 <= wish.ridge <= sys.float_info.max):
         raise BadInput(f"the ridge λ must be a number from 0 on, got {wish.ridge!r:.80}")
     if wish.keep_rms and wish.ridge:
         raise BadInput("keep_rms asks for an exact patch and ridge for a fit: leave one of them out")

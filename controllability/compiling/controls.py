@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controllability.compiling.answers import Examination, Findings
 from controllability.compiling.exact_or_ridge import Solution
-from controllability.compiling.examination import Examination, Findings
 from controllability.compiling.queries import Query
 from controllability.compiling.token_sets import Context
 from controllability.compiling.unrelated_texts import known_to, other_names
@@ -54,10 +54,8 @@ def control_arms(
         lead, count = asked[0].source[: asked[0].first], max(sample.answered for sample in asked)
         other = replace(Context.of(speaker.tokenizer, text, speaker.limit), lead=lead)
         own = [other.of_query(Query(sample.text, sample.weight, hard=sample.hard), count) for sample in asked]
-        own = replace(speaker, answer_tokens=count, past=None).answered(
-            model, own, progress
-        )  # the past is of the context
-        return solve(Yardstick.of(model, own)).patch
+        other_speaker = replace(speaker, answer_tokens=count, past=None)  # the past is of the context
+        return solve(Yardstick.of(model, other_speaker.answered(model, own, progress))).patch
 
     ways: dict[str, Callable[[], ModelPatch]] = {
         "shuffled context": lambda: compiled(shuffled(context)),

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from controllability.compiling.answers import Answers
+from controllability.compiling.answers import ASKED, Answers
 from controllability.compiling.controls import ControlArm
 from controllability.compiling.exact_or_ridge import Solution, rank_of
-from controllability.compiling.examination import ASKED
 from controllability.compiling.token_sets import Context
 from controllability.compiling.yardstick import Agreement, Apart, Yardstick
 from controllability.models.model_patch import ModelPatch

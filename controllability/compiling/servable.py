@@ -16,10 +16,9 @@ from controllability.deltas import LowRank
 from controllability.errors import NotVerified, PatchError
 from controllability.interfaces import JointOptions
 from controllability.models.files.folders import refuse_unusable, written
-from controllability.models.files.lora_factors import lora_factors, lora_tensors
-from controllability.models.files.peft_check import check_adapter, on_twin, twin
-from controllability.models.files.peft_forms import forms_of
-from controllability.models.files.peft_reader import CONFIG, MADE_FOR, PREFIX, TENSORS
+from controllability.models.files.peft_export import check_adapter, on_twin, twin
+from controllability.models.files.peft_forms import forms_of, lora_factors, lora_tensors
+from controllability.models.files.peft_import import CONFIG, MADE_FOR, PREFIX, TENSORS
 from controllability.models.files.server_rules import VLLM_RANKS, refuse_rank, verdict
 from controllability.models.hooks.carried_patches import uncompiled
 from controllability.models.hooks.installation import HookStack

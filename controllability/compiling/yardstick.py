@@ -55,22 +55,14 @@ def together(compared: Iterable[LogitComparison]) -> Agreement:
     seen = joined(texts)
     if not seen.finite:
         raise NotVerified("verification failed: logits are not finite; try another dtype; nothing was written")
-    return Agreement(
-        seen.top1_agreement, float(seen.kl.mean()), seen.max_logit_error, seen.relative_error, len(seen.kl)
-    )
+    errors = seen.max_logit_error, seen.relative_error
+    return Agreement(seen.top1_agreement, float(seen.kl.mean()), *errors, len(seen.kl))
 
 
 def run(model: Any, batch: Sequence[Sample], side: Side) -> Tensor:
     """The model's logits (B, L, vocabulary) in one of the two runs of a batch."""
     inputs = padded(batch, side, device=next(model.parameters()).device)
     return result_of(model(**without_cache(model, inputs)))
-
-
-def behind(model: Any, batch: Sequence[Sample], past: SharedPast) -> Tensor:
-    """The same of their target runs (B, L, vocabulary), for the positions behind the context."""
-    inputs = padded(batch, "target", device=next(model.parameters()).device)
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    return result_of(model(**past.inputs(inputs["input_ids"][:, past.length :], mask[:, past.length :])))
 
 
 @torch.no_grad()
@@ -91,7 +83,9 @@ def logits_of(
     if past is not None and side == "target":
         for own in past.batches([len(sample.target) - past.length for sample in samples]):
             batch = [samples[i] for i in own]
-            logits = behind(model, batch, past)
+            inputs = padded(batch, "target", device=next(model.parameters()).device)
+            both = inputs["input_ids"], inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+            logits = result_of(model(**past.inputs(*(each[:, past.length :] for each in both))))
             kept = ([row - past.length for row in sample.rows(side, known)] for sample in batch)
             found += [logits[i, rows].cpu() for i, rows in enumerate(kept)]
         return found
@@ -135,9 +129,8 @@ class Yardstick(OneLine):
         """Runs the unpatched model: on the targets for what is wanted, on the sources beside it."""
         without = logits_of(model, samples, "source", known)
         same = all(sample.source == sample.target for sample in samples)
-        return Yardstick(
-            samples, without if same else logits_of(model, samples, "target", known, past=past), without, known
-        )
+        wanted = without if same else logits_of(model, samples, "target", known, past=past)
+        return Yardstick(samples, wanted, without, known)
 
     def found(self, model: Any, alone: bool = False) -> list[Tensor]:
         """The logits of the model as it is now, on the sources."""

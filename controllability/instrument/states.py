@@ -19,7 +19,7 @@ from controllability.models.patches.solve import parse_joint_options, solve
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.heads import Result, Runs, by_blocks, without_logits
 from controllability.models.reading.positions import Positions
-from controllability.models.sweep.cropped_past import CroppedPast
+from controllability.models.sweep.shared_past import CroppedPast
 from controllability.models.sweep.target_run import Progress, silent
 
 Kept = tuple[int, ...]

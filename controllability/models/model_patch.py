@@ -12,16 +12,20 @@ from controllability.models.files.patch_files import read_patch, save_patch
 from controllability.models.files.peft_export import Exported, export_peft
 from controllability.models.files.peft_import import patch_of_adapter
 from controllability.models.hooks.own_modes import own_modes
-from controllability.models.patches.ablation import Ablation, ablation
 from controllability.models.patches.applied import applied
 from controllability.models.patches.extend import Extension, extend, unlearn
-from controllability.models.patches.merged_error import MergedError, merged_error
+from controllability.models.patches.measured import (
+    Ablation,
+    MergedError,
+    ablation,
+    merged_error,
+    sensitivity_of,
+    warn_if_fragile,
+)
 from controllability.models.patches.merging import as_weights as merged_for_a_while, merge, unmerge
 from controllability.models.patches.parts import Change, Parts, change, select
 from controllability.models.patches.record import PatchRecord
-from controllability.models.patches.sensitivity import sensitivity_of, warn_if_fragile
-from controllability.models.sweep.report import LayerReport
-from controllability.models.sweep.sensitivity import Sensitivity
+from controllability.models.sweep.report import LayerReport, Sensitivity
 
 
 class ModelPatch(PatchRecord):

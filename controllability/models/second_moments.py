@@ -1,4 +1,5 @@
-"""``second_moments``: what every matrix of a model reads on ordinary text, run by run, and in a file from which it goes on.
+"""``second_moments``: what every matrix of a model reads on ordinary text, run by run, and in a safetensors file from which it goes on,
+tied to the weights that they are of.
 
 Nothing but the sums is kept, however many texts there are.  Source: theory 7.
 """
@@ -9,29 +10,118 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from architectures.reading import Layer, Tap
 from controllability.arrays.sharded import gathered
-from controllability.errors import BadInput, ControllabilityWarning
-from controllability.models.files.moment_files import NOTHING, Begun, begun, write_begun
-from controllability.models.hooks.carried_patches import uncompiled
+from controllability.errors import BadInput, ControllabilityWarning, PatchError
+from controllability.models.files.folders import refuse_unusable, written
+from controllability.models.files.tensor_files import read_tensors
+from controllability.models.hooks.carried_patches import refuse_carried, uncompiled
 from controllability.models.hooks.layer_hooks import LayerHooks, LayerListener
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.loading import on_device
 from controllability.models.moments import Metric, Moments, matrices
 from controllability.models.reading.checked_reading import checked_reading
+from controllability.models.reading.fingerprints import known_fingerprint
 from controllability.models.reading.heads import Runs, without_logits
 from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed
 from controllability.models.reading.model_facts import position_limit, text_config
 from controllability.models.sweep.target_run import Progress, silent
 from controllability.models.tokens import with_special
+
+FORMAT = "controllability-moments"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Sums over the first ``runs`` runs, whose inputs have the hash ``texts``; ``complete`` if there were no more."""
+
+    moments: Moments
+    runs: int = 0
+    texts: str = ""
+    complete: bool = False
+
+
+NOTHING = Begun(Moments({}, 0))
+
+
+def save_moments(moments: Moments, path: str | Path, model: nn.Module) -> Path:
+    """Write the second moments of ``model`` into the new file ``path``.  Raises ``PatchError`` where it cannot be written.
+
+    ``second_moments(..., save=path)`` writes them as they are made, and can be interrupted.
+
+    >>> # path = ct.save_moments(moments, "moments.safetensors", model)
+    """
+    path, model = Path(path), uncompiled(model)
+    refuse_unusable(path, file=True)
+    refuse_carried(model, "saving its moments")
+    write_begun(Begun(moments, complete=True), path, model)
+    return path
+
+
+def load_moments(path: str | Path, model: nn.Module) -> Moments:
+    """The second moments that ``save_moments`` or ``second_moments`` wrote, float32.
+
+    Raises ``PatchError`` for a file that is missing, damaged, unfinished, of something else, or of another model than ``model``.
+
+    >>> # moments = ct.load_moments("moments.safetensors", model)
+    """
+    found = _read(Path(path), uncompiled(model))
+    if not found.complete:
+        raise PatchError(
+            f"the moments in {path} are unfinished ({found.moments.tokens:,} tokens): make them again with the same texts and file, "
+            "which goes on from there"
+        )
+    return found.moments
+
+
+def begun(path: Path, model: nn.Module) -> Begun:
+    """What a file holds to go on from; nothing, where there is none yet.  Raises ``PatchError``, also where it could not be written."""
+    refuse_carried(model, "making its moments")
+    if not path.exists():
+        refuse_unusable(path, file=True)
+        return NOTHING
+    found = _read(path, model)
+    if not found.texts:
+        raise PatchError(
+            f"{path} holds moments of texts that it does not remember: give a new file, or read it with load_moments"
+        )
+    return found
+
+
+def write_begun(found: Begun, path: Path, model: nn.Module) -> None:
+    """Write sums in place of those that are there."""
+    notes = {
+        "format": FORMAT, "tokens": str(found.moments.tokens), "fingerprint": known_fingerprint(model), "runs": str(found.runs),
+        "texts": found.texts, "complete": str(found.complete),
+    }  # fmt: skip
+    with written(path, path.name) as folder:
+        tensors = {name: metric.second.cpu().contiguous() for name, metric in found.moments.metrics.items()}
+        save_file(tensors, folder / path.name, notes)
+
+
+def _read(path: Path, model: nn.Module) -> Begun:
+    tensors, notes, _ = read_tensors(path)
+    tokens, runs = notes.get("tokens", ""), notes.get("runs", "0")  # older files have no runs, and are complete
+    square = all(t.ndim == 2 and t.shape[0] == t.shape[1] and t.dtype == torch.float32 for t in tensors.values())
+    counted = all(n.isascii() and n.isdecimal() and len(n) < 19 for n in (tokens, runs))
+    if notes.get("format") != FORMAT or not counted or not square:
+        raise PatchError(f"{path} holds no second moments: save_moments(moments, path, model) writes them")
+    refuse_carried(model, "reading its moments")
+    if notes.get("fingerprint") != known_fingerprint(model):
+        raise PatchError(f"the moments in {path} are of other weights (the fingerprints differ): make them anew")
+    moments = Moments({name: Metric(second) for name, second in tensors.items()}, int(tokens))
+    return Begun(moments, int(runs), notes.get("texts", ""), notes.get("complete", "True") == "True")
+
 
 ROWS, LENGTH = 8, 96  # of one run of strings
 PAUSE = 30.0  # seconds between two states on disk, and 20 times as long as it takes to write one
@@ -68,10 +158,8 @@ def second_moments(
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise BadInput(f"second_moments: give a list of texts, got {type(texts).__name__}")
     model = uncompiled(model)
-    sums, length = (
-        _Sums(model, None if save is None else Path(save), place),
-        position_limit(text_config(model)) or LENGTH,
-    )
+    sums = _Sums(model, None if save is None else Path(save), place)
+    length = position_limit(text_config(model)) or LENGTH
     try:
         for count, inputs in _runs(texts, tokenizer, min(LENGTH, length), without):
             sums.take(inputs)

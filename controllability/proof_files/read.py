@@ -14,8 +14,7 @@ from typing import Any, get_args
 from controllability.checks import LEVELS
 from controllability.errors import BadInput, NotVerified, within_depth
 from controllability.interfaces import Component, Place
-from controllability.proof_files.codec import decode, encode
-from controllability.proof_files.json_shapes import keys, one_of, shaped, short, wrong
+from controllability.proof_files.codec import decode, encode, keys, one_of, shaped, short, wrong
 from controllability.proof_files.recheck import CONDITIONS, CheckOptions, checked
 from controllability.proof_files.write import FORMAT, proof_dict
 from controllability.prover.derivation import Derivation

@@ -6,7 +6,7 @@ from typing import Any
 
 from controllability.errors import NotVerified
 from controllability.interfaces import Component, Param, Path, Place
-from controllability.proof_files.json_shapes import one_of, shaped, short, wrong
+from controllability.proof_files.codec import one_of, shaped, short, wrong
 from controllability.proof_files.write import node_dict, place_dict
 from controllability.prover.search import per_expert_leaves, scales_of_norms
 from controllability.rules import RULES, Attempt, Rule, Side, Step

@@ -56,27 +56,13 @@ class Heat:
         most = max((abs(v) for row in self.values for v in row if math.isfinite(v)), default=1) or 1
         image = axes.imshow(self.values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
         axes.figure.colorbar(image, ax=axes)
-        step = -(-len(self.columns) // 40)
-        axes.set_xticks(
-            range(0, len(self.columns), step),
-            self.columns[::step],
-            rotation=60,
-            ha="right",
-            fontsize="small",
-            parse_math=False,
-        )
-        axes.set_yticks(range(len(self.rows)), self.rows, fontsize="small", parse_math=False)
+        step, words = -(-len(self.columns) // 40), {"fontsize": "small", "parse_math": False}
+        axes.set_xticks(range(0, len(self.columns), step), self.columns[::step], rotation=60, ha="right", **words)
+        axes.set_yticks(range(len(self.rows)), self.rows, **words)
         for y, row in enumerate(self.values if len(self.rows) * len(self.columns) <= 200 else ()):
             for x, value in enumerate(row):
-                axes.text(
-                    x,
-                    y,
-                    f"{value:.2g}",
-                    ha="center",
-                    va="center",
-                    fontsize="x-small",
-                    color="white" if abs(value) > 0.6 * most else "black",
-                )
+                colour = "white" if abs(value) > 0.6 * most else "black"
+                axes.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize="x-small", color=colour)
 
 
 @dataclass(frozen=True)
@@ -109,9 +95,8 @@ def figure_of(panels: Sequence[Panel], path: "str | Path | None" = None) -> Any:
     wide = max((len(panel.columns) for panel in panels if isinstance(panel, Heat)), default=0)
     heights = [2.2 + 0.25 * len(panel.rows) if isinstance(panel, Heat) else 4 for panel in panels]
     figure = Figure(figsize=(min(16, max(7, 2 + 0.5 * wide)), sum(heights)), layout="constrained")
-    for axes, panel in zip(
-        figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0], panels, strict=True
-    ):
+    all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, panel in zip(all_axes, panels, strict=True):
         axes.set_title(panel.title, parse_math=False)
         panel.draw(axes)
     return figure if path is None else drawn(figure, Path(path))

@@ -29,11 +29,8 @@ def protocol_picture(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     left.set_xticks(range(len(routes)), routes)
     right.xaxis.get_major_locator().set_params(integer=True)
     right.set(xlabel="token", ylabel="largest KL of the prompts (nats)", title="KL, a line for each route")
-    for label, mark, colour in [
-        *((d, "o", COLOURS[d]) for d in dtypes),
-        ("unpatched", "o", "k"),
-        ("refused", "x", "k"),
-    ]:
+    marks = [("unpatched", "o", "k"), ("refused", "x", "k")]
+    for label, mark, colour in [*((d, "o", COLOURS[d]) for d in dtypes), *marks]:
         left.plot([], [], mark, color=colour, label=label, fillstyle="none" if label == "unpatched" else "full")
     figure.legend(loc="outside lower center", ncols=len(dtypes) + 2, frameon=False)
     return drawn(figure, path)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,29 +12,9 @@ from controllability.arrays.one_line import OneLine
 from controllability.rendering.figure import Panel, figure_of
 from controllability.rendering.tables import aligned, html_table, number
 
-STYLE = """
-:root{color-scheme:light}*{box-sizing:border-box}
-body{margin:0;font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:#1c2128;background:#fff}
-main{max-width:64rem;margin:0 auto;padding:1rem 1.2rem 4rem}h1{font-size:1.5rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:1.6rem 0 .4rem}
-.text{font-size:1.1rem;line-height:2.5;white-space:pre-wrap;overflow-wrap:anywhere}
-.chunk{padding:.15rem .1rem;border-bottom:1px solid #46505c;border-radius:3px}
-.chunk sup{font:600 .68rem ui-monospace,Menlo,Consolas,monospace;color:#1c2128;margin-left:.15rem;white-space:nowrap}
-.chunk:focus-visible{outline:3px solid #0b4f9e}.best sup::before{content:"▲"}
-input[type=range]{width:min(24rem,100%);display:block}output{font-weight:600}
-table{border-collapse:collapse;font-size:.92rem}caption{text-align:left;font-weight:600}
-th,td{text-align:left;vertical-align:top;padding:.25rem .8rem .25rem 0;border-bottom:1px solid #dfe3e8}
-"""
-# colours and marks of the number that the slider names: blue adds to the patch, red takes from it, the line below is as thick as the share
-SCRIPT = """
-const of=JSON.parse(document.getElementById('numbers').textContent),slider=document.getElementById('which');
-function show(){const name=Object.keys(of)[slider.value],v=of[name],most=Math.max(...v.map(Math.abs))||1;
-document.getElementById('said').textContent=name;slider.setAttribute('aria-valuetext',name);
-document.querySelectorAll('.chunk').forEach((e,i)=>{const a=Math.abs(v[i])/most;
-e.style.background=`rgba(${v[i]<0?'190,30,45':'30,100,190'},${(.45*a).toFixed(3)})`;
-e.style.borderBottomWidth=(1+5*a).toFixed(1)+'px';e.style.borderBottomStyle=v[i]<0?'dotted':'solid';
-e.classList.toggle('best',v[i]===Math.max(...v));e.querySelector('sup').textContent=(100*v[i]).toFixed(0)+'%';});}
-slider.addEventListener('input',show);show();
-"""
+STYLE, SCRIPT = (
+    files("controllability.rendering").joinpath(f"study.{kind}").read_text("utf-8") for kind in ("css", "js")
+)
 
 
 class Study(OneLine):

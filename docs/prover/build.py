@@ -31,7 +31,8 @@ def core(file: Path) -> None:
     """The package without the rooms for live models, and what the page asks it, as a zip that Python imports from."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
         for package in ("controllability", "architectures"):
-            for source in sorted((ROOT / package).rglob("*.py")):
+            sources = (p for p in (ROOT / package).rglob("*") if p.suffix in (".py", ".css", ".js"))
+            for source in sorted(sources):
                 inside = source.relative_to(ROOT / package)
                 if inside.parts[0] not in NOT_NEEDED or inside.as_posix() in BUT:
                     _add(packed, source, f"{package}/{inside.as_posix()}")

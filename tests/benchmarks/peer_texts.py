@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controllability.compiling.continuations import end_tokens
+from controllability.compiling.answers import end_tokens
 from controllability.compiling.token_sets import Context, Prefix, Sample, beginnings, padded, unrelated_sample
 
 ROWS = 64  # that are multiplied with the output embeddings at once

@@ -21,12 +21,10 @@ from controllability.models.hooks.carried_patches import TO_STAY
 from controllability.models.hooks.shards import once
 from controllability.models.patches.applier import Entry
 from controllability.models.patches.record import Form, PatchRecord
-from controllability.models.reading.fingerprints import Look
+from controllability.models.reading.fingerprints import Look, in_words
 from controllability.models.reading.inputs import refuse_malformed
 from controllability.models.reading.positions import Positions
-from controllability.models.reading.settings import in_words
-from controllability.models.sweep.report import Report
-from controllability.models.sweep.sensitivity import Sensitivity
+from controllability.models.sweep.report import Report, Sensitivity
 from controllability.version import __version__
 
 FORMAT, VERSION = "controllability-patch", 4

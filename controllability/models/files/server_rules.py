@@ -14,7 +14,7 @@ from torch import nn
 
 from controllability.errors import BadInput
 from controllability.models.files.peft_forms import plain_linear
-from controllability.models.files.peft_reader import CONFIG, PREFIX, TENSORS
+from controllability.models.files.peft_import import CONFIG, PREFIX, TENSORS
 from controllability.models.files.tensor_files import read_json, read_tensors
 from controllability.models.transformers_parts import as_in_checkpoint
 

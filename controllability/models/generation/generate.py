@@ -22,13 +22,17 @@ from controllability.models.reading.heads import Result
 from controllability.models.reading.model_facts import forward_arguments, input_embedding, takes_cache
 from controllability.models.reading.positions import Positions
 from controllability.models.reading.random_inputs import refuse_ids
-from controllability.models.sweep.fallbacks import Plan
 from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.models.sweep.one_pass import in_one_pass, narrow, possible, same, widened
 from controllability.models.sweep.records import record
-from controllability.models.sweep.refuse_misses import AFTER_THE_LAST_LAYER, refuse_other_output, refuse_unreached
 from controllability.models.sweep.report import Layers
-from controllability.models.sweep.source_run import sweep
+from controllability.models.sweep.source_run import (
+    AFTER_THE_LAST_LAYER,
+    Plan,
+    refuse_other_output,
+    refuse_unreached,
+    sweep,
+)
 from controllability.models.sweep.target_run import LayerTarget, check_finite, observe_target, silent
 from controllability.models.transformers_parts import CACHE, after_step
 from controllability.prover.derivation import Derivation

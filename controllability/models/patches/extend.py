@@ -20,22 +20,26 @@ from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.patches.applied import applied
 from controllability.models.patches.applier import entries_of
-from controllability.models.patches.record import PatchRecord
-from controllability.models.patches.served_sequences import PLAIN, Stream, TokenSequence, batch_of, complete, learned_by
+from controllability.models.patches.record import (
+    PLAIN,
+    PatchRecord,
+    Stream,
+    TokenSequence,
+    batch_of,
+    complete,
+    learned_by,
+)
 from controllability.models.patches.solve import solve
 from controllability.models.reading.checked_reading import Checked, checked_reading
 from controllability.models.reading.fingerprints import look_at
-from controllability.models.reading.inputs import refuse_bad_inputs
+from controllability.models.reading.inputs import is_causal, refuse_bad_inputs
 from controllability.models.reading.model_facts import keeps_cache
 from controllability.models.reading.positions import Positions, pair_positions
-from controllability.models.reading.probes import is_causal
-from controllability.models.sweep.cached_pass import BothPasts, pasts_of, solved_in_one_pass
-from controllability.models.sweep.fallbacks import Plan, only_near
 from controllability.models.sweep.layer_sweep import LayerSweep
+from controllability.models.sweep.one_pass import BothPasts, pasts_of, solved_in_one_pass
 from controllability.models.sweep.records import LayerRecord, joined, record
-from controllability.models.sweep.refuse_misses import refuse_unreached
 from controllability.models.sweep.report import LayerReport, Layers
-from controllability.models.sweep.source_run import sweep
+from controllability.models.sweep.source_run import Plan, only_near, refuse_unreached, sweep
 from controllability.models.sweep.target_run import observe_target, silent
 from controllability.solvers.served_tokens import NotContinued
 

@@ -1,27 +1,145 @@
 """Writing a patch into the weights, and putting the originals back to the last bit."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
 from architectures import quantised
 from controllability.arrays.sharded import here
+from controllability.deltas import Delta, ExpertLowRank, Shift
 from controllability.errors import PatchError
+from controllability.interfaces import Param
 from controllability.models.hooks.carried_patches import TO_STAY, anything_applied, carry, state_of_model, uncompiled
-from controllability.models.hooks.installation import finishing
+from controllability.models.hooks.installation import HookStack, finishing
+from controllability.models.hooks.layer_hooks import LayerHook, LayerHooks
 from controllability.models.hooks.own_modes import own_modes
-from controllability.models.patches.applier import Entry
-from controllability.models.patches.merged_error import before_merging
+from controllability.models.patches.applier import Entry, entries_of
+from controllability.models.patches.measured import before_merging, warn_if_fragile
 from controllability.models.patches.record import PatchRecord
-from controllability.models.patches.rounding import HALF, write
-from controllability.models.patches.sensitivity import warn_if_fragile
-from controllability.models.patches.solved_again import solve_again
+from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.fingerprints import Look, look_at, same_again
+from controllability.models.reading.inputs import without_cache
+from controllability.models.reading.positions import pair_positions
+from controllability.models.sweep.layer_sweep import LayerSweep, Sweeper
 from controllability.models.sweep.report import Rounding
+from controllability.models.sweep.source_run import Plan, with_reader_of_last_layer
+from controllability.models.sweep.target_run import observe_target, silent
+
+HALF = (torch.float16, torch.bfloat16)
+ROWS = 1024  # of a matrix that are written at a time: no second matrix is held
+
+
+@torch.no_grad()
+def write(stored: Tensor, param: Param, delta: Delta, reads: Tensor | None = None) -> Rounding:
+    """stored += ΔW in place, summed in a wider dtype and rounded once; returns what rounding cost.
+
+    ``reads`` (in,) is the input that a matrix was solved for, where there is one.  Raises ``PatchError``, when it is written, for
+    a sum that is not finite.
+    """
+    delta = delta.mapped(lambda held: held.to(stored.device))
+    stored = stored[param.index] if param.index else stored
+    loss, size = Loss(), float(delta.norms().double().square().sum()) ** 0.5
+    if isinstance(delta, Shift):
+        exact = stored.to(wider(stored.dtype)) + delta.value.reshape(-1, *stored.shape)[0]
+        stored.copy_(exact)
+        loss.squares = float((stored - exact).double().square().sum())
+    elif isinstance(delta, ExpertLowRank):
+        matrices = stored.view(delta.experts, -1, stored.shape[-1])
+        one = delta.row(0) if delta.left.ndim > 3 else delta
+        for slot, expert in enumerate(one.index.tolist()):
+            own = one.right[slot][0] if len(one.right[slot]) == 1 else None  # a multiple of its input
+            _add(matrices[expert], one.left[slot], one.right[slot], delta.transposed, own, loss)
+    else:
+        left, right = (f.reshape(-1, f.shape[-1]) for f in (delta.left, delta.right))
+        _add(stored, left, right, delta.transposed, reads, loss)
+    if not isfinite(loss.squares):
+        raise PatchError(
+            f"parameter {param} would not be finite: W + ΔW leaves the range of {str(stored.dtype).removeprefix('torch.')} "
+            f"(up to {torch.finfo(stored.dtype).max:.2g}); use applied(), or a model in a wider dtype"
+        )
+    return Rounding(str(param), loss.squares**0.5 / size if size else 0.0, loss.missed)
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a sum is exact enough to see what rounding it to ``dtype`` costs."""
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _add(stored: Tensor, left: Tensor, right: Tensor, transposed: bool, x: Tensor | None, loss: "Loss") -> None:
+    """W += leftᵀ right, a block of rows at a time; W is a view, (out, in), of what is stored."""
+    matrix, dtype = stored.T if transposed else stored, wider(stored.dtype)
+    left, right = left.to(dtype), right.to(dtype)
+    x = None if x is None else x.to(stored.device, dtype)
+    misses, reached = [], []
+    rows = ROWS if here(matrix) is matrix else matrix.shape[0]  # a part of what is split over devices would be a copy
+    for start in range(0, matrix.shape[0], rows):
+        block = matrix[start : start + rows]
+        exact = block.to(dtype) + left[:, start : start + rows].T @ right
+        block.copy_(exact)
+        if x is not None:
+            wanted = exact @ x
+            misses.append((block.to(dtype) @ x - wanted).abs().max())
+            reached.append(wanted.abs().max())
+        loss.squares += float((block - exact).double().square().sum())
+    if x is not None and float(size := torch.stack(reached).max()):
+        loss.missed = max(loss.missed or 0.0, float(torch.stack(misses).max() / size))
+
+
+@dataclass
+class Loss:
+    """What one parameter loses: Σ E² of what was stored less W + ΔW, and the largest part of an output that is missed."""
+
+    squares: float = 0.0
+    missed: float | None = None
+
+
+def solve_again(patch: PatchRecord, model: nn.Module, put: Callable[[Entry], None]) -> None:
+    """Hand each layer's entries to ``put``, which writes them into ``model``, before the next layer is solved.  (new)
+
+    A patch is solved from what the model computes; written into half precision it computes something else, and the layers behind were
+    not made for that.  Here each one is solved on top of the rounded weights before it, in one target run and one source run.
+    A layer runs twice: solved, and with its new weights.  Raises ``SideConditionFailed`` where a layer's numbers
+    changed too much.
+    """
+    inputs = patch.inputs
+    checked = checked_reading(model, inputs["target"], patch.report.place)
+    jointly = patch.scope == "all"
+    reading, proofs = checked.reading, checked.proofs(patch.report.via, patch.report.route, jointly)
+    both, how = (inputs["target"], inputs["source"]), (inputs["positions"], checked.codebooks, checked.length)
+    source_rows, target_rows = pair_positions(*both, patch.scope, *how)
+    joint = patch.joint
+    if joint is not None and jointly:
+        joint = with_reader_of_last_layer(joint, model, checked, inputs["target"])
+    with LayerHooks(model, reading) as hooks:
+        targets, _ = observe_target(hooks, without_cache(model, inputs["target"]), target_rows, silent)
+    derivations = {layer.index: layer.derivation for layer in patch.report.layers}
+    plan = Plan(proofs, patch.scope, joint, [derivations.get(i, 0) for i in range(len(proofs))], metrics=patch.metrics)
+    with HookStack() as installation:
+        for layer, calls in zip(reading.layers, targets, strict=True):
+            if not calls or not plan.moves(layer.index):
+                continue  # this input does not reach it, or it is not patched
+            solver = plan.solver(layer, 0, calls[0], source_rows)
+            sweeper, watched = Sweeper(layer, [solver], lambda _: None), HookStack()
+            installation.finally_do(watched.undo)
+            LayerHook(model, layer, sweeper, watched, sequence_first=reading.architecture.sequence_first)
+            installation.again(model.get_submodule(layer.end), _written(watched, solver, put))
+        model(**without_cache(model, inputs["source"]))
+
+
+def _written(watched: HookStack, solver: LayerSweep, put: Callable[[Entry], None]) -> Callable[[], None]:
+    """Writes what a layer's run has solved; in the run with the new weights nobody listens."""
+
+    def write() -> None:
+        watched.undo()
+        for entry in entries_of([solver]):
+            put(entry)
+
+    return write
 
 
 def merge(patch: PatchRecord, model: nn.Module, corrected: bool | None = None, measured: bool = True) -> int:

@@ -20,28 +20,26 @@ from controllability.models.hooks.layer_hooks import LayerHooks
 from controllability.models.hooks.shards import refuse_unlike
 from controllability.models.moments import Moments
 from controllability.models.patches.applier import entries_of
-from controllability.models.patches.record import PatchRecord
-from controllability.models.patches.served_sequences import Stream
+from controllability.models.patches.record import PatchRecord, Stream
 from controllability.models.reading.checked_reading import checked_reading
-from controllability.models.reading.fingerprints import Look, look_at
+from controllability.models.reading.fingerprints import Look, look_at, settings_of
 from controllability.models.reading.heads import Result, Runs, without_logits
-from controllability.models.reading.inputs import refuse_bad_inputs, refuse_malformed
-from controllability.models.reading.modules import modules_of
+from controllability.models.reading.inputs import cache_settled, refuse_bad_inputs, refuse_malformed
+from controllability.models.reading.model_facts import modules_of
 from controllability.models.reading.positions import Positions, pair_positions
-from controllability.models.reading.probes import cache_settled
-from controllability.models.reading.settings import settings_of
-from controllability.models.sweep.fallbacks import Plan, with_reader_of_last_layer
 from controllability.models.sweep.layer_sweep import LayerSweep
 from controllability.models.sweep.records import LayerRecord
-from controllability.models.sweep.refuse_misses import (
+from controllability.models.sweep.report import Layers, Report
+from controllability.models.sweep.shared_past import Past, seen_in_target
+from controllability.models.sweep.source_run import (
     AFTER_THE_LAST_LAYER,
+    Plan,
     refuse_not_finite,
     refuse_other_output,
     refuse_unreached,
+    sweep,
+    with_reader_of_last_layer,
 )
-from controllability.models.sweep.report import Layers, Report
-from controllability.models.sweep.shared_past import Past, seen_in_target
-from controllability.models.sweep.source_run import sweep
 from controllability.models.sweep.target_run import Progress, check_finite
 
 

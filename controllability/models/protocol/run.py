@@ -14,7 +14,7 @@ from controllability.models.generation.generate import generate
 from controllability.models.generation.steps import Generation
 from controllability.models.patch_model import patch_model
 from controllability.models.reading.tolerances import VERIFIED
-from controllability.models.sweep.sensitivity import Sensitivity
+from controllability.models.sweep.report import Sensitivity
 from controllability.models.sweep.target_run import Progress, silent
 
 EVERY = 10  # the sensitivity is measured on every tenth token of a prompt, from the first

@@ -15,10 +15,14 @@ from controllability.arrays.sharded import gathered, here
 from controllability.errors import BadInput, NotControllable
 from controllability.models.hooks.carried_patches import carried
 from controllability.models.reading.compare_with_module import compare
-from controllability.models.reading.fingerprints import looking, stored
-from controllability.models.reading.model_facts import position_limit
-from controllability.models.reading.modules import modules_of, refuse_fully_sharded, refuse_offloaded, refuse_training
-from controllability.models.reading.settings import settings_of
+from controllability.models.reading.fingerprints import looking, settings_of, stored
+from controllability.models.reading.model_facts import (
+    modules_of,
+    position_limit,
+    refuse_fully_sharded,
+    refuse_offloaded,
+    refuse_training,
+)
 from controllability.prover.derivation import Derivation
 from controllability.prover.search import derive
 

@@ -20,13 +20,12 @@ from controllability.models.exact_mode import exact_mode, in_exact_mode
 from controllability.models.hooks.carried_patches import carried
 from controllability.models.hooks.installation import HookStack
 from controllability.models.hooks.own_modes import own_modes
-from controllability.models.reading.fingerprints import place
+from controllability.models.reading.fingerprints import place, settings_of
 from controllability.models.reading.inputs import without_cache
 from controllability.models.reading.logits import LogitComparison, compare_logits, joined, result_of
 from controllability.models.reading.model_facts import forward_arguments, input_embedding
 from controllability.models.reading.positions import Positions, main_input
 from controllability.models.reading.random_inputs import random_inputs
-from controllability.models.reading.settings import settings_of
 from controllability.models.reading.tolerances import VERIFIED
 
 FEW = 2**21  # so many logits are kept as they are

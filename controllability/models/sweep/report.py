@@ -2,14 +2,61 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
+
 from controllability.arrays.one_line import OneLine
 from controllability.models.sweep.records import LayerRecord
-from controllability.models.sweep.sensitivity import Sensitivity
 from controllability.rendering.tables import aligned, html_table, number
+
+FRAGILE = 20.0  # ratio above which a patch is exact where it was made and fragile elsewhere
+ROUNDINGS = 4.0  # unit roundoffs by which one layer's state is off, in a run that rounds otherwise
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The relative change of the logits at the patched positions over that of all states, with the patch and without.
+
+    Every entry of the input and of every layer's state is disturbed at once, by the same small relative amount and
+    independently: what another kernel, a cache, a merge or a coarser dtype does.  ``note`` says why there are no numbers.
+    """
+
+    patched: float | None
+    plain: float | None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """How much more the patched model magnifies than the plain one."""
+        return self.patched / self.plain if self.patched is not None and self.plain else None
+
+    @property
+    def fragile(self) -> bool:
+        """Whether the patch is exact here and fragile elsewhere."""
+        return self.ratio is not None and self.ratio > FRAGILE
+
+    def expected(self, dtype: torch.dtype) -> float | None:
+        """The relative error of the logits to expect of a run that rounds to ``dtype`` in its own way."""
+        return None if self.patched is None else self.patched * ROUNDINGS * torch.finfo(dtype).eps / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: ``patched``, ``plain``, ``ratio``, and ``note`` where there is one."""
+        numbers = {"patched": self.patched, "plain": self.plain, "ratio": self.ratio}
+        return numbers | ({"note": self.note} if self.note else {})
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Sensitivity":
+        """What ``to_dict`` gave."""
+        return Sensitivity(**{name: data[name] for name in asdict(Sensitivity(None, None)) if name in data})
+
+    def __str__(self) -> str:
+        if self.patched is None:
+            return f"sensitivity: not measured ({self.note})"
+        told = f"sensitivity: a small disturbance grows {self.patched:.2g} times with the patch, {self.plain:.2g} times without"
+        return told + ("; exact here, fragile elsewhere" if self.fragile else "")
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,9 +124,6 @@ class Layers(Sequence[LayerReport]):
         if index not in self._written:
             self._written[index] = layer_report(self.records[index], self._norms)
         return self._written[index]
-
-    def __iter__(self) -> Iterator[LayerReport]:
-        return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
         return f"Layers({len(self)})"
