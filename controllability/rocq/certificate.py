@@ -9,10 +9,11 @@ from controllability.interfaces import Param
 from controllability.prover.derivation import Derivation
 from controllability.rocq.formula import Value, Writer, value
 from controllability.rocq.names import BOUND, KEYWORDS, LOGIC, identifier, stated
-from controllability.rocq.nodes import Nested, Run, Tree, Wanted, pair, solve, tree
+from controllability.rocq.nodes import Nested, Run, Tree, pair, tree
+from controllability.rocq.reduction import Reduction
 from controllability.rocq.states import Level, vector
 
-for module in ("leaf_nodes", "composed_nodes", "undone_nodes", "normalised_nodes", "mixture_nodes"):
+for module in ("leaf_nodes", "composed_nodes", "undone_nodes", "mixture_nodes"):
     import_module(f"controllability.rocq.{module}")  # each registers its lemmas
 
 WORD = re.compile(r"[A-Za-z_]\w*'?")
@@ -43,22 +44,38 @@ def certificate(proof: Derivation) -> str:
     value(w, proof.block, Value("x", size), Level().point(names))  # once for the sizes, which what follows knows then
     formula = value(w, proof.block, Value(level.at("x"), size), level.point(names))
     found = tree(run, proof.root, level, size)
-    solved = solve(run, proof.root, level, Wanted(Value("v", size), Value("v'", size)))
-    patched = {p: f"{names[p]}'" for p in solved.new}
-    for p, text in solved.new.items():
-        run.definitions.append((patched[p], text))
-    run.definitions[:] = _used(run, set(patched.values()))
-    text = _assembled(run, found, solved.proof, formula, size, level, patched)
+    reduction = Reduction(w)
+    given = f"{found.text} {pair(found.params, names.__getitem__)} v v'"
+    new = _new_values(found.params, reduction.at(f"input_move {given}"))
+    shown = reduction.proof(reduction.at(f"input_can {given}"))
+    patched = {p: f"{names[p]}'" for p in new}
+    definitions = [(name, body) for body, name in reduction.definitions.items()]
+    definitions += [(patched[p], reduction.text(one)) for p, one in new.items()]
+    hypotheses = [(name, body) for body, name in reduction.hypotheses.items()]
+    text = _assembled(
+        run, found, shown, formula, size, level, patched, _used(definitions, hypotheses, patched), hypotheses
+    )
     avoid = w.taken | BOUND | KEYWORDS | LOGIC | stated()
     text, sizes_ = w.sizes.resolve(text, set(avoid))
     context = " ".join(f"{{{n} : Type}} {{finite_{n} : Finite {n}}}" for n in sizes_)
     return text.replace("⟪sizes⟫", f"Context {context}." if sizes_ else "", 1)
 
 
-def _used(run: Run, wanted: set[str]) -> list[tuple[str, str]]:
+def _new_values(params: Nested, moved: Any) -> dict[Param, Any]:
+    """The new value of each parameter that a node moves."""
+    if params is None or isinstance(params, Param):
+        return {} if params is None else {params: moved}
+    return {
+        p: one for nested, part in zip(params, moved.items, strict=True) for p, one in _new_values(nested, part).items()
+    }
+
+
+def _used(
+    definitions: list[tuple[str, str]], hypotheses: list[tuple[str, str]], patched: dict[Param, str]
+) -> list[tuple[str, str]]:
     """The definitions that the theorem rests on: what nothing reads could say anything."""
-    read, kept = {name for _, body in run.hypotheses for name in WORD.findall(body)} | wanted, []
-    for name, body in reversed(run.definitions):
+    read, kept = {name for _, body in hypotheses for name in WORD.findall(body)} | set(patched.values()), []
+    for name, body in reversed(definitions):
         if name in read:
             read.update(WORD.findall(body))
             kept.append((name, body))
@@ -92,8 +109,9 @@ def product_of(w: Writer, nested: Nested) -> str:
 
 
 def _assembled(
-    run: Run, found: Tree, proof: str, formula: Value, size: object, level: Level, patched: dict[Param, str]
-) -> str:
+    run: Run, found: Tree, proof: str, formula: Value, size: object, level: Level, patched: dict[Param, str],
+    definitions: list[tuple[str, str]], hypotheses: list[tuple[str, str]],
+) -> str:  # fmt: skip
     w, names = run.w, run.names
     typed = {p: f"({names[p]} : {kind_of(w, p)})" for p in names}
     stay, move = [p for p in names if p not in patched], [p for p in names if p in patched]
@@ -104,14 +122,14 @@ def _assembled(
     new = " ".join(("block", *(patched.get(p, names[p]) for p in names)))
     perfect = f"{' '.join(('block', *(patched.get(p, names[p]) for p in names)))} v = {old} v'"
     exists = "".join(f"exists {patched[p]} : {kind_of(w, p)}, " for p in move)
-    witness = "patch" + "".join(f" {name}" for name, _ in run.hypotheses)
+    witness = "patch" + "".join(f" {name}" for name, _ in hypotheses)
     for p in reversed(move):
         witness = (
             f"(ex_intro _ {patched[p]} {witness})"
             if " " not in witness or witness[0] == "("
             else f"(ex_intro _ {patched[p]} ({witness}))"
         )
-    given = "".join(f"\n  ({name} : {body})" for name, body in run.hypotheses)
+    given = "".join(f"\n  ({name} : {body})" for name, body in hypotheses)
     lines = [
         "From Coq Require Import Reals.", "From Controllability Require Import Theory.", "Open Scope R_scope.", "Section certificate.",
         "⟪sizes⟫", *(f"Variable {name} : {kind}." for name, kind in w.functions.items()), "",
@@ -121,7 +139,7 @@ def _assembled(
         *(f"Variable {typed[p][1:-1]}." for p in stay), f"Definition tree : input {product_of(w, found.params)} ({state}) ({out}) := {node}.", "",
         "(* 3. The patch at a source state v and a target state v'. *)",
         *(f"Variable {typed[p][1:-1]}." for p in move), f"Variables v v' : {state}.",
-        *(f"Definition {name} := {body}." for name, body in run.definitions), "",
+        *(f"Definition {name} := {body}." for name, body in definitions), "",
         "(* 4. Where the side conditions hold, the patched block gives at v what the block gave at v'. *)",
         f"Theorem patch{given} :\n  {new} v = {old} v'.",
         f"Proof. exact (input_ok tree {params} v v' {proof}). Qed.",

@@ -26,10 +26,15 @@ def theory(name: str = "theory.v") -> str:
     return files("controllability.rocq").joinpath(name).read_text(encoding="utf-8")
 
 
+def without_comments() -> str:
+    """The text of the theory alone."""
+    return re.sub(r"\(\*.*?\*\)", " ", theory(), flags=re.DOTALL)
+
+
 @cache
 def stated() -> frozenset[str]:
     """Every name that the theory states."""
-    text = re.sub(r"\(\*.*?\*\)", " ", theory(), flags=re.DOTALL)
+    text = without_comments()
     heads = r"\b(?:Definition|Lemma|Theorem|Fixpoint|Record|Class|Instance)\s+([A-Za-z_]\w*'?)"
     fields = r"[{;]\s*([A-Za-z_]\w*)\s*:(?!=)"
     return frozenset(re.findall(heads, text)) | frozenset(re.findall(fields, text))

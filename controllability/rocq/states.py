@@ -1,11 +1,11 @@
 """States of a certificate: one vector, one for each token of a joint proof, one for each chosen expert inside a mixture."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from controllability.interfaces import Component, Param
-from controllability.rocq.formula import Point, Value, Writer, value
+from controllability.interfaces import Param
+from controllability.rocq.formula import Point, Writer
 from controllability.rocq.sizes import UNIT, Size
 
 
@@ -62,23 +62,3 @@ def vector(w: Writer, size: Any) -> str:
             first = f"({first} * {one})"
         return first
     return f"vec {w.sizes.mark(size)}"
-
-
-def state(w: Writer, component: Component, x: Value, level: Level, names: Mapping[Param, str]) -> Value:
-    """A component on a state, vector by vector."""
-    if type(component).__name__ == "Identity":
-        return x
-    found = value(w, component, Value(level.at(x.text), x.size), level.point(names))
-    return Value(level.over(w, found.text), found.size)
-
-
-def function(w: Writer, x_size: Any, level: Level, write: Callable[[Value], Value], name: str = "") -> tuple[str, Any]:
-    """(fun x => …, the size of what it gives)."""
-    name = name or w.fresh("z")
-    found = write(Value(name, x_size))
-    return f"(fun {name} : {level.kind(w, vector(w, x_size))} => {found.text})", found.size
-
-
-def fixed(w: Writer, component: Component, x_size: Any, level: Level, names: Mapping[Param, str]) -> tuple[str, Any]:
-    """A component that stays, as a function of a state."""
-    return function(w, x_size, level, lambda x: state(w, component, x, level, names))

@@ -242,15 +242,17 @@ Proof. intros G e; destruct (G _ _ _ e) as [q' E']; exists q'; now rewrite E', !
 (** ** 3. Leaves *)
 
 Definition rows_of {E O I} (W : mat (E * O) I) (e : E) : mat O I := fun o => W (e, o).
+Definition stacked {E O I} (W : E -> mat O I) : mat (E * O) I := fun eo => W (fst eo) (snd eo).
+Definition transpose_each {E O I} (W : E -> mat O I) : E -> mat I O := fun e => transpose (W e).
 (** How a parameter is stored: transposed, less an offset, experts stacked. *)
 Record storage (P Q : Type) := Storage { held : P -> Q; store : Q -> P; held_store : forall q, held (store q) = q }.
 Arguments Storage {P Q}. Arguments held {P Q}. Arguments store {P Q}. Arguments held_store {P Q}.
 Definition plain {P} : storage P P := Storage (fun p => p) (fun p => p) (fun _ => eq_refl).
 Definition turned {O I} : storage (mat I O) (mat O I) := Storage transpose transpose (fun _ => eq_refl).
 Definition turned_each {E O I} : storage (E -> mat I O) (E -> mat O I) :=
-  Storage (fun W e => transpose (W e)) (fun W e => transpose (W e)) (fun _ => eq_refl).
+  Storage transpose_each transpose_each (fun _ => eq_refl).
 Definition stack {E O I} : storage (mat (E * O) I) (E -> mat O I) :=
-  Storage rows_of (fun W eo => W (fst eo) (snd eo)) (fun _ => eq_refl).
+  Storage rows_of stacked (fun _ => eq_refl).
 Definition shifted {I} (c : R) (w : vec I) : vec I := fun i => w i + c.
 Program Definition offset {I} (c : R) : storage (vec I) (vec I) := Storage (shifted c) (shifted (- c)) _.
 Next Obligation. intros; extensionality i; unfold shifted; ring. Qed.
@@ -605,18 +607,18 @@ Qed.
 Program Definition T_mixture {P Q V L C X Y Z} `{Space Z} (r : input P X L) (route : L -> C) (f : C -> input Q X Y)
   (l : C -> leaf V Y Z) : through (P * Q * V) (L * Y) X Z :=
   let c p x := route (input_at r (fst (fst p)) x) in
-  let y p x := input_at (f (c p x)) (snd (fst p)) x in
-  Through (fun p x => leaf_at (l (c p x)) (snd p) (y p x)) (fun p x => (input_at r (fst (fst p)) x, y p x))
+  let inner p x := input_at (f (c p x)) (snd (fst p)) x in
+  Through (fun p x => leaf_at (l (c p x)) (snd p) (inner p x)) (fun p x => (input_at r (fst (fst p)) x, inner p x))
           (fun p z z' w => input_can r (fst (fst p)) z z' /\ input_can (f (c p z')) (snd (fst p)) z z' /\
-             leaf_can (l (c p z')) (snd p) (y p z') (sub w (leaf_at (l (c p z')) (snd p) (y p z'))))
+             leaf_can (l (c p z')) (snd p) (inner p z') (sub w (leaf_at (l (c p z')) (snd p) (inner p z'))))
           (fun p z z' w => (input_move r (fst (fst p)) z z', input_move (f (c p z')) (snd (fst p)) z z',
-             leaf_move (l (c p z')) (snd p) (y p z') (sub w (leaf_at (l (c p z')) (snd p) (y p z'))))) _ _.
+             leaf_move (l (c p z')) (snd p) (inner p z') (sub w (leaf_at (l (c p z')) (snd p) (inner p z'))))) _ _.
 Next Obligation.
-  intros P Q V L C X Y Z S r route f l c y p z z' w (A & B & D); subst c y; cbn [fst snd].
+  intros P Q V L C X Y Z S r route f l c inner p z z' w (A & B & D); subst c inner; cbn [fst snd].
   rewrite (input_ok r) by assumption; now rewrite (input_ok (f _)).
 Qed.
 Next Obligation.
-  intros P Q V L C X Y Z S r route f l c y p z z' w (A & B & D); subst c y; cbn [fst snd].
+  intros P Q V L C X Y Z S r route f l c inner p z z' w (A & B & D); subst c inner; cbn [fst snd].
   rewrite (input_ok r) by assumption; rewrite (input_ok (f _)) by assumption.
   rewrite leaf_ok by assumption; apply add_sub.
 Qed.
@@ -685,46 +687,45 @@ Arguments before {Q Y Z}. Arguments open {Q Y Z}. Arguments route_ok {Q Y Z}.
 
 Section Routes.
 Context {I : Type} `{Finite I}.
-Variable eps : R.
 Implicit Types m y G u : vec I.
-Definition mean_of y : R := ratio (mean_square y) eps.
+Definition mean_of eps y : R := ratio (mean_square y) eps.
 
 (** Any scale m' with mean((G/m')^2) = q serves: y* = (G/m') sqrt(r^2 + eps). *)
-Definition serves (m' y G : vec I) : Prop :=
-  0 <= eps /\ 0 < mean_square y /\ (forall i, m' i = 0 -> G i = 0) /\ mean_square (quotient G m') = mean_of y.
-Definition target (m' y G : vec I) : vec I := scale (sqrt (mean_square y + eps)) (quotient G m').
-Lemma serves_ok m' y G : serves m' y G -> times m' (rms eps (target m' y G)) = G.
+Definition serves (eps : R) (m' y G : vec I) : Prop :=
+  0 <= eps /\ 0 < mean_square y /\ (forall i, m' i = 0 -> G i = 0) /\ mean_square (quotient G m') = mean_of eps y.
+Definition target eps (m' y G : vec I) : vec I := scale (sqrt (mean_square y + eps)) (quotient G m').
+Lemma serves_ok eps m' y G : serves eps m' y G -> times m' (rms eps (target eps m' y G)) = G.
 Proof.
   intros (E & P & Z & M); unfold target; rewrite rms_reach by assumption.
   extensionality i; unfold times, quotient; destruct (Req_dec (m' i) 0) as [A | A]; [rewrite A, Z; auto; ring | field; auto].
 Qed.
 (** A scale k t with any k, and mean((G/t)^2) = k^2 q. *)
-Definition size_for (t y G : vec I) : R := sqrt (mean_square (quotient G t) / mean_of y).
-Lemma sized t y G : 0 <= eps -> 0 < mean_square y -> nonzero t -> G <> zero ->
-  serves (scale (size_for t y G) t) y G.
+Definition size_for eps (t y G : vec I) : R := sqrt (mean_square (quotient G t) / mean_of eps y).
+Lemma sized eps t y G : 0 <= eps -> 0 < mean_square y -> nonzero t -> G <> zero ->
+  serves eps (scale (size_for eps t y G) t) y G.
 Proof.
-  intros E P N D; assert (0 < mean_of y) as Q by (unfold mean_of, ratio; apply Rdiv_lt_0_compat; lra).
+  intros E P N D; assert (0 < mean_of eps y) as Q by (unfold mean_of, ratio; apply Rdiv_lt_0_compat; lra).
   assert (0 < mean_square (quotient G t)) as M.
   { apply mean_square_positive; intro A; apply D; extensionality i; pose proof (f_equal (fun x => x i) A) as B.
     unfold quotient, zero in *; replace (G i) with (G i / t i * t i) by (field; apply N); rewrite B; ring. }
-  assert (0 < size_for t y G) as K by (apply sqrt_lt_R0, Rdiv_lt_0_compat; auto).
+  assert (0 < size_for eps t y G) as K by (apply sqrt_lt_R0, Rdiv_lt_0_compat; auto).
   repeat split; auto.
   - unfold scale; intros i A; apply Rmult_integral in A as [A | A]; [lra | destruct (N i A)].
-  - replace (quotient G (scale (size_for t y G) t)) with (scale (/ size_for t y G) (quotient G t)).
+  - replace (quotient G (scale (size_for eps t y G) t)) with (scale (/ size_for eps t y G) (quotient G t)).
     + rewrite mean_square_scale. unfold size_for at 1 2.
-      replace (/ sqrt (mean_square (quotient G t) / mean_of y) * / sqrt (mean_square (quotient G t) / mean_of y))
-        with (/ (mean_square (quotient G t) / mean_of y)); [field; split; lra |].
+      replace (/ sqrt (mean_square (quotient G t) / mean_of eps y) * / sqrt (mean_square (quotient G t) / mean_of eps y))
+        with (/ (mean_square (quotient G t) / mean_of eps y)); [field; split; lra |].
       rewrite <- Rinv_mult. f_equal; symmetry; apply sqrt_sqrt.
       apply Rlt_le, Rdiv_lt_0_compat; auto.
     + extensionality i; unfold scale, quotient; field; split; [apply N | lra].
 Qed.
 
 (** m' = c m. *)
-Program Definition uniform : route (vec I) (vec I) (vec I) :=
-  Route (fun m y => times m (rms eps y)) (fun m y G => scale (size_for m y G) m)
-        (fun m y G => target (scale (size_for m y G) m) y G)
+Program Definition uniform (eps : R) : route (vec I) (vec I) (vec I) :=
+  Route (fun m y => times m (rms eps y)) (fun m y G => scale (size_for eps m y G) m)
+        (fun m y G => let new := scale (size_for eps m y G) m in target eps new y G)
         (fun m y G => 0 <= eps /\ 0 < mean_square y /\ nonzero m /\ G <> zero) _.
-Next Obligation. intros m y G (A & B & C & D); now apply serves_ok, sized. Qed.
+Next Obligation. intros eps m y G (A & B & C & D); now apply serves_ok, sized. Qed.
 (** m'^2 = k^2 (m^2 + |G| mean(m^2)/RMS(G)), the signs of m. *)
 Definition weights m G : vec I :=
   fun i => m i * m i + Rabs (G i) * (mean_square m / sqrt (mean_square G)).
@@ -742,31 +743,31 @@ Proof.
   apply Rmult_integral_contrapositive_currified; [apply Rgt_not_eq, sqrt_lt_R0, W |].
   apply Rmult_integral_contrapositive_currified; [apply N | apply Rinv_neq_0_compat, Rabs_no_R0, N].
 Qed.
-Program Definition balanced : route (vec I) (vec I) (vec I) :=
-  Route (fun m y => times m (rms eps y)) (fun m y G => scale (size_for (balanced_scale m G) y G) (balanced_scale m G))
-        (fun m y G => target (scale (size_for (balanced_scale m G) y G) (balanced_scale m G)) y G)
+Program Definition balanced (eps : R) : route (vec I) (vec I) (vec I) :=
+  Route (fun m y => times m (rms eps y)) (fun m y G => scale (size_for eps (balanced_scale m G) y G) (balanced_scale m G))
+        (fun m y G => let new := scale (size_for eps (balanced_scale m G) y G) (balanced_scale m G) in target eps new y G)
         (fun m y G => 0 <= eps /\ 0 < mean_square y /\ nonzero m /\ G <> zero) _.
-Next Obligation. intros m y G (A & B & C & D); apply serves_ok, sized; auto; now apply balanced_nonzero. Qed.
+Next Obligation. intros eps m y G (A & B & C & D); apply serves_ok, sized; auto; now apply balanced_nonzero. Qed.
 (** m' = m - mu/m with mu a root of mean((G m/(m^2 - mu))^2) = q: the root is a hypothesis. *)
 Definition secular_scale (mu : R) m : vec I := fun i => m i - mu / m i.
-Program Definition secular (mu : R) : route (vec I) (vec I) (vec I) :=
+Program Definition secular eps (mu : R) : route (vec I) (vec I) (vec I) :=
   Route (fun m y => times m (rms eps y)) (fun m _ _ => secular_scale mu m)
-        (fun m y G => target (secular_scale mu m) y G)
+        (fun m y G => let new := secular_scale mu m in target eps new y G)
         (fun m y G => 0 <= eps /\ 0 < mean_square y /\ (forall i, m i <> 0 /\ m i * m i <> mu) /\
-           mean (fun i => (G i * m i / (m i * m i - mu)) * (G i * m i / (m i * m i - mu))) = mean_of y) _.
+           mean (fun i => (G i * m i / (m i * m i - mu)) * (G i * m i / (m i * m i - mu))) = mean_of eps y) _.
 Next Obligation.
-  intros mu m y G (A & B & C & D); apply serves_ok; repeat split; auto.
+  intros eps mu m y G (A & B & C & D); apply serves_ok; repeat split; auto.
   - intros i E; destruct (C i) as [N M]; exfalso; apply M; unfold secular_scale in E.
     replace mu with (m i * m i - (m i - mu / m i) * m i) by (field; auto); rewrite E; ring.
   - rewrite <- D; apply mean_ext; intro i; destruct (C i) as [N M]; unfold quotient, secular_scale.
     replace (m i - mu / m i) with ((m i * m i - mu) / m i) by (field; auto). field; split; auto; lra.
 Qed.
 (** m' = G/n(y); what enters the normalisation stays as it is. *)
-Program Definition scale_alone : route (vec I) (vec I) (vec I) :=
+Program Definition scale_alone (eps : R) : route (vec I) (vec I) (vec I) :=
   Route (fun m y => times m (rms eps y)) (fun _ y G => quotient G (rms eps y)) (fun _ y _ => y)
         (fun _ y G => forall i, rms eps y i = 0 -> G i = 0) _.
 Next Obligation.
-  intros m y G Z; extensionality i; unfold times, quotient.
+  intros eps m y G Z; extensionality i; unfold times, quotient.
   destruct (Req_dec (rms eps y i) 0) as [A | A]; [rewrite A, (Z i A); ring | field; auto].
 Qed.
 
@@ -791,24 +792,24 @@ Lemma mean_scaled c x : mean (scale c x) = c * mean x.
 Proof. apply mean_scale. Qed.
 Lemma centred_zero x : mean x = 0 -> centred x = x.
 Proof. intro E; extensionality i; unfold centred; rewrite E; ring. Qed.
-Definition centred_unit m y G : vec I :=
+Definition centred_unit eps m y G : vec I :=
   let x := both_signs (quotient G (balanced_scale m G)) in
-  scale (sqrt (mean_of (centred y)) / sqrt (mean_square x)) x.
-Program Definition centred_balanced : route (vec I) (vec I) (vec I) :=
-  Route (fun m y => times m (layer eps y)) (fun m y G => quotient G (centred_unit m y G))
-        (fun m y G => scale (sqrt (mean_square (centred y) + eps)) (centred_unit m y G))
+  scale (sqrt (mean_of eps (centred y)) / sqrt (mean_square x)) x.
+Program Definition centred_balanced (eps : R) : route (vec I) (vec I) (vec I) :=
+  Route (fun m y => times m (layer eps y)) (fun m y G => let u := centred_unit eps m y G in quotient G u)
+        (fun m y G => let u := centred_unit eps m y G in scale (sqrt (mean_square (centred y) + eps)) u)
         (fun m y G => 0 <= eps /\ 0 < mean_square (centred y) /\ nonzero m /\
-           Rabs (mean (quotient G (balanced_scale m G))) < mean (map Rabs (quotient G (balanced_scale m G)))) _.
+           let x := quotient G (balanced_scale m G) in Rabs (mean x) < mean (map Rabs x)) _.
 Next Obligation.
-  intros m y G (A & B & C & D); unfold centred_unit; set (x := quotient G (balanced_scale m G)) in *.
-  assert (0 < mean_of (centred y)) as Q by (unfold mean_of, ratio; apply Rdiv_lt_0_compat; lra).
+  intros eps m y G (A & B & C & D); unfold centred_unit; cbv zeta in *; set (x := quotient G (balanced_scale m G)) in *.
+  assert (0 < mean_of eps (centred y)) as Q by (unfold mean_of, ratio; apply Rdiv_lt_0_compat; lra).
   assert (0 < mean_square (both_signs x)) as P.
   { apply mean_square_positive; intro E; assert (x = zero) as F.
     - extensionality i; apply both_signs_zero; auto; now rewrite E.
     - rewrite F in D. replace (mean (map Rabs zero)) with (mean (zero (I := I))) in D.
       + pose proof (Rle_abs (mean (zero (I := I)))); lra.
       + apply mean_ext; intro; unfold map, zero; now rewrite Rabs_R0. }
-  set (k := sqrt (mean_of (centred y)) / sqrt (mean_square (both_signs x))).
+  set (k := sqrt (mean_of eps (centred y)) / sqrt (mean_square (both_signs x))).
   assert (K : 0 < k) by (apply Rdiv_lt_0_compat; now apply sqrt_lt_R0).
   unfold layer. replace (centred (scale _ (scale k (both_signs x))))
     with (scale (sqrt (mean_square (centred y) + eps)) (scale k (both_signs x))).
@@ -819,30 +820,30 @@ Next Obligation.
       replace (G i) with (G i / balanced_scale m G i * balanced_scale m G i)
         by (field; now apply balanced_nonzero). rewrite Z; ring.
     + rewrite mean_square_scale; unfold k.
-      replace (sqrt (mean_of (centred y)) / sqrt (mean_square (both_signs x)) *
-               (sqrt (mean_of (centred y)) / sqrt (mean_square (both_signs x))))
-        with (mean_of (centred y) / mean_square (both_signs x)); [unfold mean_of; field; lra |].
-      rewrite <- (sqrt_sqrt (mean_of (centred y))) at 1 by lra.
+      replace (sqrt (mean_of eps (centred y)) / sqrt (mean_square (both_signs x)) *
+               (sqrt (mean_of eps (centred y)) / sqrt (mean_square (both_signs x))))
+        with (mean_of eps (centred y) / mean_square (both_signs x)); [unfold mean_of; field; lra |].
+      rewrite <- (sqrt_sqrt (mean_of eps (centred y))) at 1 by lra.
       rewrite <- (sqrt_sqrt (mean_square (both_signs x))) at 1 by lra.
       field; apply Rgt_not_eq, sqrt_lt_R0, P.
   - symmetry; apply centred_zero. rewrite !mean_scaled, both_signs_mean; ring.
 Qed.
 
 (** *** Many tokens, one scale: [s] is the scale that linear programming finds, with every RMS kept. *)
-Program Definition keep {T} (s : vec I) : route (vec I) (T -> vec I) (T -> vec I) :=
+Program Definition keep {T} eps (s : vec I) : route (vec I) (T -> vec I) (T -> vec I) :=
   Route (fun m (y : T -> vec I) t => times m (rms eps (y t))) (fun _ _ _ => s)
-        (fun _ (y G : T -> vec I) t => target s (y t) (G t)) (fun _ (y G : T -> vec I) => forall t, serves s (y t) (G t)) _.
-Next Obligation. intros T s m y' G' A; extensionality t; now apply serves_ok. Qed.
+        (fun _ (y G : T -> vec I) t => target eps s (y t) (G t)) (fun _ (y G : T -> vec I) => forall t, serves eps s (y t) (G t)) _.
+Next Obligation. intros T eps s m y' G' A; extensionality t; now apply serves_ok. Qed.
 (** The last resort, for every target: m' = c m with c above every RMS(G_t/m). *)
 Definition enlarged_scale {T} `{Finite T} m (G : T -> vec I) : vec I :=
   scale (1 + sum (fun t => mean_square (quotient (G t) m))) m.
-Program Definition enlarged {T} `{Finite T} : route (vec I) (T -> vec I) (T -> vec I) :=
+Program Definition enlarged {T} `{Finite T} eps : route (vec I) (T -> vec I) (T -> vec I) :=
   Route (fun m (y : T -> vec I) t => times m (rms eps (y t))) (fun m _ (G : T -> vec I) => enlarged_scale m G)
         (fun m _ (G : T -> vec I) t => scale (sqrt (eps / (1 - mean_square (quotient (G t) (enlarged_scale m G)))))
                               (quotient (G t) (enlarged_scale m G)))
         (fun m _ _ => 0 < eps /\ nonzero m) _.
 Next Obligation.
-  intros T F m y' G' [P N]; extensionality t; set (c := 1 + sum (fun t => mean_square (quotient (G' t) m))).
+  intros T F eps m y' G' [P N]; extensionality t; set (c := 1 + sum (fun t => mean_square (quotient (G' t) m))).
   assert (mean_square (quotient (G' t) m) < c /\ 1 <= c) as [L O].
   { pose proof (over_nonneg members (fun t => mean_square (quotient (G' t) m)) (fun _ => mean_square_nonneg _)) as A.
     unfold c, sum; split; [| lra]. pose proof (every t) as B; induction members as [| a l IH]; [destruct B |].
@@ -858,8 +859,6 @@ Next Obligation.
     nra.
 Qed.
 End Routes.
-Arguments scale_alone {I _}. Arguments uniform {I _}. Arguments balanced {I _}. Arguments secular {I _}.
-Arguments centred_balanced {I _}. Arguments keep {I _} eps {T}. Arguments enlarged {I _} eps {T _}.
 
 (** O-normalised, O-centred and their joint forms: put(m, g(x)), by a route; the parameters are those of g and the scale. *)
 Program Definition O_normalised {P Q M X Y Z} (s : storage Q M) (r : route M Y Z) (g : output P X Y) :
