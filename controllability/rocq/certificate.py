@@ -1,9 +1,11 @@
 """A proof as a file for Coq (Rocq): the block as a formula, the derivation as a node, the patch, and the theorem that the kernel checks."""
 
 import re
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+from controllability.components.convolution import Window
 from controllability.errors import BadInput, within_depth
 from controllability.interfaces import Param
 from controllability.prover.derivation import Derivation
@@ -11,9 +13,10 @@ from controllability.rocq.formula import Value, Writer, value
 from controllability.rocq.names import BOUND, KEYWORDS, LOGIC, identifier, stated
 from controllability.rocq.nodes import Nested, Run, Tree, pair, tree
 from controllability.rocq.reduction import Reduction
+from controllability.rocq.sizes import Size
 from controllability.rocq.states import Level, vector
 
-for module in ("leaf_nodes", "composed_nodes", "undone_nodes", "mixture_nodes"):
+for module in ("leaf_nodes", "composed_nodes", "undone_nodes", "mixture_nodes", "stream_nodes"):
     import_module(f"controllability.rocq.{module}")  # each registers its lemmas
 
 WORD = re.compile(r"[A-Za-z_]\w*'?")
@@ -38,10 +41,12 @@ def certificate(proof: Derivation) -> str:
     params = proof.layout.parameters
     _refuse_overlaps(proof, params)
     names = {p: identifier(str(p), w.taken) for p in params}
-    run, level = Run(w, names), Level(tokens)
+    run, level = Run(w, names), Level(tokens, positions=_positions(w, proof))
     sizes = tuple(w.sizes.new(str(size or "n")) for size in proof.layout.inputs)
     size: Any = sizes if len(sizes) > 1 else next(iter(sizes))
-    value(w, proof.block, Value("x", size), Level().point(names))  # once for the sizes, which what follows knows then
+    value(
+        w, proof.block, Value(level.at("x"), size), level.point(names)
+    )  # once for the sizes, which what follows knows then
     formula = value(w, proof.block, Value(level.at("x"), size), level.point(names))
     found = tree(run, proof.root, level, size)
     reduction = Reduction(w)
@@ -59,6 +64,14 @@ def certificate(proof: Derivation) -> str:
     text, sizes_ = w.sizes.resolve(text, set(avoid))
     context = " ".join(f"{{{n} : Type}} {{finite_{n} : Finite {n}}}" for n in sizes_)
     return text.replace("⟪sizes⟫", f"Context {context}." if sizes_ else "", 1)
+
+
+def _positions(w: Writer, proof: Derivation) -> Size | None:
+    """The positions of a block that reads a window."""
+    windows = [node for node in proof.layout.nodes.values() if isinstance(node, Window)]
+    if windows and proof.jointly:
+        raise BadInput(f"{windows[0].describe()} in a joint proof have no formula in Coq: no certificate is written")
+    return w.positions(windows[0].count) if windows else None
 
 
 def _new_values(params: Nested, moved: Any) -> dict[Param, Any]:
@@ -116,7 +129,7 @@ def _assembled(
     typed = {p: f"({names[p]} : {kind_of(w, p)})" for p in names}
     stay, move = [p for p in names if p not in patched], [p for p in names if p in patched]
     node, params = found.text, pair(found.params, names.__getitem__)
-    state, out = level.kind(w, vector(w, size)), level.kind(w, vector(w, formula.size))
+    state, out = level.kind(w, vector(w, size)), replace(level, positions=None).kind(w, vector(w, formula.size))
     body = level.over(w, formula.text)
     old = " ".join(("block", *names.values()))
     new = " ".join(("block", *(patched.get(p, names[p]) for p in names)))

@@ -1,10 +1,12 @@
 """Compositions: what a step makes of its premises' nodes."""
 
+from dataclasses import replace
 from typing import Any
 
 from controllability.interfaces import Product, Sum
 from controllability.rocq.formula import Value, joined
-from controllability.rocq.nodes import Run, Tree, lemma, rest, tree
+from controllability.rocq.nodes import Run, Tree, lemma, reads_a_window, rest, tree
+from controllability.rocq.sizes import UNIT
 from controllability.rocq.states import Level, vector
 from controllability.rules import Step
 
@@ -19,8 +21,19 @@ def constant(run: Run, step: Step, level: Level, size: Any) -> Tree:
 @lemma(("I-before", "input"), ("O-after-fixed", "output"), ("T-before", "through"))
 def before(run: Run, step: Step, level: Level, size: Any) -> Tree:
     """A fixed part before the premise."""
-    p, between = run.fixed(rest(step.place, step.premises[0].place, after=False), size, level)
-    found = tree(run, step.premises[0], level, between)
+    part, premise = rest(step.place, step.premises[0].place, after=False), step.premises[0]
+    if level.positions is not None and reads_a_window(premise.place.component):  # at every position
+        inner = replace(level, positions=None)
+
+        def write(z: Value) -> Value:
+            one = run.state(part, Value(f"({z.text} k)", z.size), inner)
+            return Value(f"(fun k : {run.w.sizes.mark(level.positions or UNIT)} => {one.text})", one.size)
+
+        p, between = run.function(size, level, write)
+        found = tree(run, premise, level, between)
+    else:
+        p, between = run.fixed(part, size, level)
+        found = tree(run, premise, replace(level, positions=None), between)
     return found._replace(text=f"({step.rule.name.replace('-', '_')} {p} {found.text})")
 
 

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from controllability.components.activation import Activation, SoftCap
+from controllability.components.activation import AboveMean, Activation, Clamp, SoftCap
 from controllability.components.bias import Bias
+from controllability.components.collapse import Collapse, Correction
+from controllability.components.convolution import Taps, Window
 from controllability.components.fixed import Blend, Fixed, Gate
 from controllability.components.glu import XIELU, Glu, Swish
 from controllability.components.linear import Linear
@@ -14,35 +16,17 @@ from controllability.components.normalisation import Normalize
 from controllability.components.residual import Identity
 from controllability.components.scale import Scale
 from controllability.components.select import Mixed, Select
-from controllability.components.streams import InverseRms
+from controllability.components.streams import InverseRms, Joined, NormalizeEach, Remixed, Spread, Streams
 from controllability.components.times import Times
 from controllability.errors import BadInput
 from controllability.interfaces import Component, Param, Product, Sequence, Sum
 from controllability.rocq.names import identifier, number
-from controllability.rocq.sizes import UNIT, Size, Sizes
+from controllability.rocq.sizes import UNIT, Rows, Size, Sizes
 
-PLAIN = frozenset(
-    (
-        "identity",
-        "relu",
-        "relu2",
-        "relu6",
-        "leaky_relu",
-        "hardswish",
-        "mish",
-        "silu",
-        "gelu_tanh",
-        "quick_gelu",
-        "tanh",
-        "sigmoid",
-    )
-)
-OF_A_FUNCTION = {
-    "gelu": "erf",
-    "gelu_10": "erf",
-    "laplace": "erf",
-    "sqrtsoftplus": "softplus",
-}  # left open in a certificate
+PLAIN = ["identity", "relu", "relu2", "relu6", "leaky_relu", "hardswish", "mish", "silu", "gelu_tanh", "quick_gelu", "tanh", "sigmoid"]
+# left open in a certificate
+OF_A_FUNCTION = {"gelu": "erf", "gelu_10": "erf", "laplace": "erf", "sqrtsoftplus": "softplus"}
+NOW = "⟪now⟫"  # the position of a window at which a term is; the last one in the end
 
 
 class Value(NamedTuple):
@@ -74,6 +58,7 @@ class Writer:
     held: list[Any] = field(default_factory=list)  # keeps ids alive
     taken: set[str] = field(default_factory=lambda: {"block", "tree", "patch", "perfect", "v", "v'"})
     count: int = 0
+    window: Size | None = None
 
     def fresh(self, stem: str) -> str:
         """A bound name that nothing else has."""
@@ -95,6 +80,14 @@ class Writer:
             self.functions[name] = kind
         return name
 
+    def positions(self, count: int) -> Size:
+        """The positions of the windows of a block: those before, and now.  Raises ``BadInput`` where windows differ."""
+        if self.window is None:
+            self.window = self.sizes.new("P")
+            self.sizes.cut(self.window, "+", self.sizes.new("K"), UNIT)
+        self.sizes.join(self.window, self.sizes.counted("P", count))
+        return self.window
+
     def axis(self, param: Param, index: int, wanted: str = "n") -> Size:
         """A size of its own for an axis of a parameter, named as the parameter's shape says; UNIT for one entry."""
         size = param.shape[index] if len(param.shape) > abs(index) - (index < 0) else wanted
@@ -113,7 +106,7 @@ def value(w: Writer, component: Component, x: Value, at: Point) -> Value:
 
 def shared(w: Writer, x: Value, write: Callable[[Value], Value]) -> Value:
     """What ``write`` makes of ``x``, which is written once."""
-    if " " not in x.text or isinstance(x.size, tuple):
+    if " " not in x.text or isinstance(x.size, tuple) or NOW in x.text:
         return write(x)
     name = w.fresh("x")
     found = write(Value(name, x.size))
@@ -130,6 +123,10 @@ def joined(w: Writer, c: Sum | Product, parts: list[Value]) -> Value:
     """The sum or product of terms, from the left; one number is spread over all features."""
     total, *rest = parts
     for one in rest:
+        if isinstance(c, Product) and isinstance(one.size, Rows):
+            raise BadInput(
+                f"{c.describe():.60} multiplies streams: it has no formula in Coq, no certificate is written"
+            )
         narrow = [w.sizes.find(p.size) == UNIT for p in (total, one)]
         if isinstance(c, Product) and narrow == [True, False]:
             total = Value(f"(spread {total.text})", one.size)
@@ -280,23 +277,111 @@ def inside(w: Writer, c: Mixture, x: Value, at: Point) -> tuple[str, Point]:
     """(the choice of experts at ``x``, the point inside, at row j)."""
     logits = value(w, c.router, x, at)
     route, rows, experts = routing(w, c, logits.size, at.names)
-    return f"({route} {logits.text})", replace(at, row="j", rows=rows, experts=experts)
+    return f"({route} {logits.text})", replace(at, row=w.fresh("j") if at.row else "j", rows=rows, experts=experts)
 
 
 def _mixture(w: Writer, c: Mixture, x: Value, at: Point) -> Value:
-    if at.row:
-        raise BadInput(f"{c.describe()} stands inside another mixture: no certificate is written")
-
     def write(x: Value) -> Value:
         choice, here = inside(w, c, x, at)
         name = w.fresh("chosen")
         here = replace(here, choice=name)
         last = value(w, c.last, value(w, c.inner, x, here), here)
         shares = f"(share {name if c.weighted else f'(evenly {name})'})"
-        row = f"(fun j : {w.sizes.mark(here.rows)} => {last.text})"
+        row = f"(fun {here.row} : {w.sizes.mark(here.rows)} => {last.text})"
         return Value(f"(let {name} := {choice} in (mix {shares} {row}))", last.size)
 
     return shared(w, x, write)
+
+
+def _streams(w: Writer, c: Streams, x: Value, at: Point) -> Value:
+    size = Rows(w.sizes.counted("n", c.count), w.sizes.new("d"))
+    w.sizes.cut(x.size, "*", size.count, size.size)
+    return Value(f"(rows {x.text})", size)
+
+
+def _joined(w: Writer, c: Joined, x: Value, at: Point) -> Value:
+    whole = w.sizes.new("D")
+    w.sizes.cut(whole, "*", x.size.count, x.size.size)
+    return Value(f"(joined {x.text})", whole)
+
+
+def _normalize_each(w: Writer, c: NormalizeEach, x: Value, at: Point) -> Value:
+    w.sizes.cut(x.size, "*", w.sizes.counted("n", c.count), w.sizes.new("d"))
+    return Value(f"(rms_each {number(c.eps, c.describe())} {x.text})", x.size)
+
+
+def _remixed(w: Writer, c: Remixed, x: Value, at: Point) -> Value:
+    def write(x: Value) -> Value:
+        mix, streams = value(w, c.mix, x, at), value(w, c.streams, x, at)
+        w.sizes.cut(mix.size, "*", streams.size.count, streams.size.count)
+        return Value(f"(remixed {mix.text} {streams.text})", streams.size)
+
+    return shared(w, x, write)
+
+
+def _spread(w: Writer, c: Spread, x: Value, at: Point) -> Value:
+    def write(x: Value) -> Value:
+        streams, b, u = (value(w, part, x, at) for part in c.children())
+        size = Rows(w.sizes.join(streams.size.count, b.size), w.sizes.join(streams.size.size, u.size))
+        return Value(f"(written {streams.text} {b.text} {u.text})", size)
+
+    return shared(w, x, write)
+
+
+def full_weights(w: Writer, given: Value, values: Rows) -> str:
+    """Weights of streams, for every feature; those of one for a stream are spread.  '' where they are that already."""
+    if isinstance(given.size, Rows):
+        w.sizes.join(given.size, values)
+        return ""
+    w.sizes.join(given.size, values.count)
+    return "per_stream"
+
+
+def _collapse(w: Writer, c: Collapse, x: Value, at: Point) -> Value:
+    def write(streams: Value) -> Value:
+        given = value(w, c.weights, streams, at)
+        word = full_weights(w, given, streams.size)
+        weights = f"({word} {given.text})" if word else given.text
+        return Value(f"(collapse {number(c.least, c.describe())} {weights} {streams.text})", streams.size.size)
+
+    return shared(w, value(w, c.values, x, at), write)
+
+
+def _correction(w: Writer, c: Correction, x: Value, at: Point) -> Value:
+    def write(x: Value) -> Value:
+        prediction = value(w, c.prediction, x, at)
+
+        def corrected(a: Value) -> Value:
+            gains = value(w, c.gains, a, at)
+            w.sizes.cut(gains.size, "+", UNIT, w.sizes.new("G"))
+            return Value(f"(corrected {prediction.text} {a.text} {gains.text})", w.sizes.join(a.size, prediction.size))
+
+        return shared(w, value(w, c.activated, x, at), corrected)
+
+    return shared(w, x, write)
+
+
+def _window(w: Writer, c: Window, x: Value, at: Point) -> Value:
+    if NOW not in x.text:
+        raise BadInput(f"{c.describe()} stand behind what is not taken at every position: it has no formula in Coq")
+    whole = w.positions(c.count)
+    return Value(f"(fun k : {w.sizes.mark(whole)} => {x.text.replace(NOW, 'k')})", Rows(whole, x.size))
+
+
+def _taps(w: Writer, c: Taps, x: Value, at: Point) -> Value:
+    w.sizes.cut(x.size.count, "+", w.sizes.new("K"), UNIT)
+    w.param(c.weight, "mat", x.size.size, x.size.count)
+    return Value(f"({taps(c)} {at.names[c.weight]} {x.text})", x.size.size)
+
+
+def taps(c: Taps, word: str = "convolved") -> str:
+    """A convolution but for its taps and what it reads."""
+    return f"{word} {number(c.skip, c.describe())} {number(c.factor, c.describe())}"
+
+
+def _clamp(w: Writer, c: Clamp, x: Value, at: Point) -> Value:
+    text = x.text if c.high is None else f"(map (at_most {number(c.high, c.describe())}) {x.text})"
+    return Value(text if c.low is None else f"(map (at_least {number(c.low, c.describe())}) {text})", x.size)
 
 
 def _one_argument(word: Callable[[Any], str]) -> Callable[[Writer, Any, Value, Point], Value]:
@@ -317,4 +402,7 @@ FORMULAS: dict[type, Callable[[Writer, Any, Value, Point], Value]] = {
     Gate: _gate, Glu: _glu, XIELU: _xielu, Select: _select, Mixed: _select, Blend: _blend, Mixture: _mixture,
     Share: lambda w, c, x, at: Value(f"(scale (share {at.choice} {at.row}) {x.text})", x.size),
     Fixed: lambda w, c, x, at: value(w, c.inner, x, at),
+    Clamp: _clamp, AboveMean: _one_argument(lambda c: f"above_mean {number(c.deviations, c.describe())}"),
+    Streams: _streams, Joined: _joined, NormalizeEach: _normalize_each, Remixed: _remixed, Spread: _spread,
+    Collapse: _collapse, Correction: _correction, Window: _window, Taps: _taps,
 }  # fmt: skip

@@ -3,18 +3,21 @@
 from typing import Any
 
 from controllability.components.bias import Bias
+from controllability.components.convolution import Taps
 from controllability.components.linear import Linear
 from controllability.components.mixture import ExpertLinear
 from controllability.components.scale import Scale
 from controllability.errors import BadInput
 from controllability.interfaces import Param
-from controllability.rocq.formula import Value
+from controllability.rocq.formula import Value, taps
 from controllability.rocq.names import number
 from controllability.rocq.nodes import Run, Tree, lemma
 from controllability.rocq.states import Level, vector
 from controllability.rules import Step
 
-KINDS = ("linear", "bias", "scale", "experts")
+KINDS = ("linear", "bias", "scale", "experts", "taps")
+ROWS = [(f"{side[0].upper()}-{kind}{many}", side) for side in ("input", "output") for kind in KINDS for many in ("", " jointly")
+        if (side, kind) != ("output", "experts") and (kind != "taps" or (side, many) == ("output", ""))]  # fmt: skip
 
 
 def expert_storage(c: ExpertLinear) -> str:
@@ -42,8 +45,7 @@ def offset_of(c: Scale) -> str:
     return f"(offset {number(c.offset, c.describe())})" if c.offset else ""
 
 
-@lemma(*((f"{side}-{kind}{many}", {"I": "input", "O": "output"}[side])
-         for side in "IO" for kind in KINDS for many in ("", " jointly") if (side, kind) != ("O", "experts")))  # fmt: skip
+@lemma(*ROWS)
 def leaf(run: Run, step: Step, level: Level, size: Any) -> Tree:
     """The leaves of one parameter, on either side."""
     assert step.update is not None
@@ -75,4 +77,6 @@ def _leaf(run: Run, step: Step, level: Level, size: Any) -> str:
         rows = given("inverse", level.kind(run.w, vector(run.w, size)))
         own = f"(experts{many} {translation(c.bias, run, per_expert=True)}{rows} {level.choice})"
         return held(expert_storage(c), own)
+    if kind == "taps" and isinstance(c, Taps):
+        return f"({taps(c, 'taps')})"
     raise BadInput(f"{step.rule.name} at {step.place.describe()} has no lemma in Coq")

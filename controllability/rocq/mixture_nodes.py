@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from controllability.components.mixture import ExpertLinear, Mixture
+from controllability.errors import BadInput
 from controllability.rocq.formula import Value, inside, routing
 from controllability.rocq.leaf_nodes import expert_storage, held, translation
 from controllability.rocq.nodes import Run, Tree, lemma, tree
@@ -19,6 +20,8 @@ def mixture_of(step: Step) -> Mixture:
 
 def route(run: Run, c: Mixture, logits: Any, level: Level) -> tuple[str, Level]:
     """(the choice as a function of the logits' state, the level inside; its choice is still to be named)."""
+    if level.rows is not None:
+        raise BadInput(f"{c.describe()} moves inside another mixture: it has no lemma in Coq")
     name, rows, experts = routing(run.w, c, logits, run.names)
     kind = level.kind(run.w, vector(run.w, logits))
     body = level.over(run.w, f"({name} {level.at('l')})")

@@ -15,7 +15,7 @@ KEYWORDS = frozenset(WORDS.findall(
 ))  # fmt: skip
 BOUND = frozenset(WORDS.findall("a b c e i j k l m n o p q r s t x y z v H I S O R left right eq_refl"))
 LOGIC = frozenset(
-    WORDS.findall("R unit True I conj ex_intro fst snd tt nil cons Rlt_le Rle_refl Rabs sqrt tanh exp PI")
+    WORDS.findall("R unit True I conj ex_intro fst snd tt inl inr nil cons Rlt_le Rle_refl Rabs sqrt tanh exp PI")
 )
 MOST_DIGITS = 40
 

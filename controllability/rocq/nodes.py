@@ -4,12 +4,13 @@ What a node does is the theory's to say: ``reduction`` reads from there what the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from controllability.components.convolution import Window
 from controllability.errors import BadInput
 from controllability.interfaces import Component, Param, Place, Sequence
-from controllability.rocq.formula import Value, Writer, value
+from controllability.rocq.formula import NOW, Value, Writer, value
 from controllability.rocq.states import Level, vector
 from controllability.rules import Step
 
@@ -50,7 +51,10 @@ class Run:
         """(fun z => …, the size of what it gives)."""
         name = self.w.fresh("z")
         found = write(Value(name, size))
-        return f"(fun {name} : {level.kind(self.w, vector(self.w, size))} => {found.text})", found.size
+        return (
+            f"(fun {name} : {level.kind(self.w, vector(self.w, size))} => {found.text.replace(NOW, '(inr tt)')})",
+            found.size,
+        )
 
     def fixed(self, component: Component, size: Any, level: Level) -> tuple[str, Any]:
         """A component that stays, as a function of a state."""
@@ -58,6 +62,7 @@ class Run:
 
 
 Writes = Callable[[Run, Step, Level, Any], Tree]
+OF_WINDOWS = ("theorem-1b", "O-after-fixed", "O-sum", "O-factor", "O-times", "O-through-bijection", "I-by-output")
 LEMMAS: dict[tuple[str, str], Writes] = {}  # (rule, side) → how its node is written
 
 
@@ -76,7 +81,27 @@ def tree(run: Run, step: Step, level: Level, size: Any) -> Tree:
     row = step.rule.name, step.rule.side
     if row not in LEMMAS:
         raise BadInput(f"the rule {row[0]} ({row[1]} side) has no lemma in Coq: no certificate is written")
+    if level.positions is not None:
+        part = step.place.component
+        if not reads_a_window(part):
+            return _now(run, step, level, size)
+        if row[0] not in OF_WINDOWS:
+            raise BadInput(f"{row[0]} at {part.describe():.60}, with a window inside: it has no lemma in Coq")
     return LEMMAS[row](run, step, level, size)
+
+
+def _now(run: Run, step: Step, level: Level, size: Any) -> Tree:
+    """What needs no window, at the last position."""
+    found = tree(run, step, replace(level, positions=None), size)
+    word = {"input": "I_before", "output": "O_after_fixed", "through": "T_before"}[step.rule.side]
+    return found._replace(
+        text=f"({word} {run.function(size, level, lambda z: Value(level.at(z.text), size))[0]} {found.text})"
+    )
+
+
+def reads_a_window(c: Component) -> bool:
+    """Whether a part reads other positions."""
+    return isinstance(c, Window) or any(map(reads_a_window, c.children()))
 
 
 def pair(nested: Nested, names: Callable[[Param], str]) -> str:

@@ -66,11 +66,15 @@ class Reduction:
         return self._under(name, lambda one: Let(one, value, body(one)))
 
     def _under(self, name: str, write: Callable[[str], Any]) -> Any:
-        """What is written below a variable."""
+        """What is written below a new variable."""
         one = name if name not in self.bound else self.w.fresh(name)
-        self.bound.append(one)
+        return self._within(one, lambda: write(one))
+
+    def _within(self, name: str, write: Callable[[], Any]) -> Any:
+        """What is written below a variable."""
+        self.bound.append(name)
         try:
-            return write(one)
+            return write()
         finally:
             self.bound.pop()
 
@@ -78,7 +82,7 @@ class Reduction:
         if isinstance(f, Function):
             return f.body(self._named(f.name, given))
         if isinstance(f, Let):
-            return f._replace(body=self._applied(f.body, given))
+            return f._replace(body=self._within(f.name, lambda: self._applied(f.body, given)))
         place = {"fst": 0, "snd": 1}.get(f) if isinstance(f, str) else None
         if place is not None and isinstance(given, Pair):
             return given.items[place]
@@ -132,7 +136,7 @@ class Reduction:
             case Pair(items):
                 return f"({', '.join(self.text(one) for one in items)})"
             case Let(name, given, body):
-                return f"(let {name} := {self.text(given)} in {self.text(body)})"
+                return f"(let {name} := {self.text(given)} in {self._within(name, lambda: self.text(body))})"
         return self._under(value.name, lambda one: self._abstraction(value, one))
 
     def _abstraction(self, value: Function, name: str) -> str:

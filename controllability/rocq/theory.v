@@ -40,13 +40,28 @@ Next Obligation. intros []; simpl; auto. Qed.
 Next Obligation. repeat constructor; auto. Qed.
 Next Obligation. intros [] []; auto. Qed.
 
+Lemma app_once {I} (l m : list I) : NoDup l -> NoDup m -> (forall i, In i l -> ~ In i m) -> NoDup (l ++ m).
+Proof.
+  intros N M D; induction N as [| i l A N IH]; simpl in *; auto. constructor.
+  - rewrite in_app_iff; intros [B | B]; [auto | apply (D i); auto].
+  - apply IH; auto.
+Qed.
 #[global] Instance Finite_sum {I J} `{Finite I} `{Finite J} : Finite (I + J).
 Proof.
   refine {| members := List.map inl members ++ List.map inr members |}.
   - intros [i | j]; apply in_or_app; [left | right]; apply in_map, every.
-  - pose proof (Injective_map_NoDup (f := @inr I J) ltac:(intros a b E; now inversion E) once) as R.
-    induction (@once I _) as [| i l N D IH]; simpl; auto. constructor; auto.
-    rewrite in_app_iff, !in_map_iff; intros [(x & E & L) | (x & E & _)]; [now inversion E; subst | discriminate].
+  - apply app_once; try (apply Injective_map_NoDup; [intros a b E; now inversion E | apply once]).
+    intros x A B; rewrite in_map_iff in *; destruct A as (a & <- & _), B as (b & E & _); discriminate.
+  - decide equality; apply same.
+Defined.
+#[global] Instance Finite_product {I J} `{Finite I} `{Finite J} : Finite (I * J).
+Proof.
+  refine {| members := list_prod members members |}.
+  - intros [i j]; apply in_prod; apply every.
+  - induction (@once I _) as [| i l N D IH]; simpl; [constructor |]; apply app_once; auto.
+    + apply Injective_map_NoDup; [intros a b E; now inversion E | apply once].
+    + intros [a b] A B; rewrite in_map_iff in A; destruct A as (c & E & _); inversion E; subst.
+      apply in_prod_iff in B; tauto.
   - decide equality; apply same.
 Defined.
 
@@ -305,6 +320,23 @@ Program Definition elementwise {I} : leaf (vec I) (vec I) (vec I) :=
 Next Obligation.
   intros I m x delta H; extensionality i; unfold times; simpl; unfold quotient.
   destruct (Req_dec (x i) 0) as [E | N]; [rewrite E, (H i E); ring | field; auto].
+Qed.
+
+(** A convolution over time, channel by channel: taps c on a window of positions, the last of which is now. *)
+Definition column {K D} (z : K -> vec D) (i : D) : vec K := fun k => z k i.
+Definition convolved {K D} `{Finite K} (skip factor : R) (c : mat D (K + unit)) (z : K + unit -> vec D) : vec D :=
+  fun i => factor * (dot (c i) (column z i) + skip * z (inr tt) i).
+Definition rank_taps {K D} `{Finite K} (factor : R) (c : mat D K) (z : K -> vec D) (delta : vec D) : mat D K :=
+  fun i k => c i k + delta i / factor * direction (column z i) k.
+Program Definition taps {K D} `{Finite K} (skip factor : R) : leaf (mat D (K + unit)) (K + unit -> vec D) (vec D) :=
+  Leaf (convolved skip factor) (fun _ z delta => factor <> 0 /\ forall i, column z i = zero -> delta i = 0)
+       (fun c z delta => rank_taps factor c z delta) _.
+Next Obligation.
+  intros K D F skip factor c z delta [N Z]; extensionality i; simpl; unfold convolved, rank_taps.
+  rewrite dot_add_l, dot_scale_l; fold (dot (c i) (column z i)).
+  destruct (zero_or_not (column z i)) as [E | M].
+  - rewrite (Z i E); unfold Rdiv; ring.
+  - rewrite direction_at by assumption; field; auto.
 Qed.
 
 (** The experts that were chosen, and their shares. *)
@@ -623,6 +655,109 @@ Next Obligation.
   rewrite leaf_ok by assumption; apply add_sub.
 Qed.
 
+(** *** Values whose weights read them (section 8) *)
+
+(** With the weights w fixed, weighed(s, w, y) reaches every target by the carrier's output y; the weights read view(s, y). *)
+Record weighing (S W Y V Z : Type) := Weighing {
+  view : S -> Y -> V; weighed : S -> W -> Y -> Z;
+  asked : S -> W -> Y -> Z -> Y; askable : S -> W -> Y -> Z -> Prop;
+  asked_ok : forall s w y G, askable s w y G -> weighed s w (asked s w y G) = G }.
+Arguments Weighing {S W Y V Z}. Arguments view {S W Y V Z}. Arguments weighed {S W Y V Z}.
+Arguments asked {S W Y V Z}. Arguments askable {S W Y V Z}. Arguments asked_ok {S W Y V Z}.
+
+(** I-self-weighted: the carrier g for what is missing with the target's weights, then the weights h to these. *)
+Program Definition I_self_weighted {P Q X S W Y V Z} (u : weighing S W Y V Z) (beside : X -> S) (g : output P X Y)
+  (h : input Q V W) : input (P * Q) X Z :=
+  let seen p x := view u (beside x) (output_at g (fst p) x) in
+  let weights p x := input_at h (snd p) (seen p x) in
+  let all p x := weighed u (beside x) (weights p x) (output_at g (fst p) x) in
+  let carried p z z' := let y := asked u (beside z) (weights p z') (output_at g (fst p) z) (all p z') in y in
+  Input all
+    (fun p z z' => askable u (beside z) (weights p z') (output_at g (fst p) z) (all p z') /\
+       output_can g (fst p) z (carried p z z') /\ input_can h (snd p) (view u (beside z) (carried p z z')) (seen p z'))
+    (fun p z z' => (output_move g (fst p) z (carried p z z'),
+       input_move h (snd p) (view u (beside z) (carried p z z')) (seen p z'))) _.
+Next Obligation.
+  intros P Q X S W Y V Z u beside g h seen weights all carried p z z' (A & B & D).
+  set (y := carried p z z') in *; set (g' := output_move g (fst p) z y).
+  change (weighed u (beside z) (input_at h (input_move h (snd p) (view u (beside z) y) (seen p z'))
+    (view u (beside z) (output_at g g' z))) (output_at g g' z) = all p z').
+  unfold g'; rewrite (output_ok g), (input_ok h) by assumption.
+  now apply asked_ok.
+Qed.
+(** The same where the carrier has branches inside. What it gives as it is must not be asked for. *)
+Program Definition I_self_weighted_through {P Q A X S W Y V Z} (u : weighing S W Y V Z) (beside : X -> S)
+  (c : through P A X Y) (h : input Q V W) : input (P * Q) X Z :=
+  let seen p x := view u (beside x) (through_at c (fst p) x) in
+  let weights p x := input_at h (snd p) (seen p x) in
+  let all p x := weighed u (beside x) (weights p x) (through_at c (fst p) x) in
+  let carried p z z' := let y := asked u (beside z) (weights p z') (through_at c (fst p) z') (all p z') in y in
+  Input all
+    (fun p z z' => askable u (beside z) (weights p z') (through_at c (fst p) z') (all p z') /\
+       through_can c (fst p) z z' (carried p z z') /\ input_can h (snd p) (view u (beside z) (carried p z z')) (seen p z'))
+    (fun p z z' => (through_move c (fst p) z z' (carried p z z'),
+       input_move h (snd p) (view u (beside z) (carried p z z')) (seen p z'))) _.
+Next Obligation.
+  intros P Q A' X S W Y V Z u beside c h seen weights all carried p z z' (A & B & D).
+  set (y := carried p z z') in *; set (g' := through_move c (fst p) z z' y).
+  change (weighed u (beside z) (input_at h (input_move h (snd p) (view u (beside z) y) (seen p z'))
+    (view u (beside z) (through_at c g' z))) (through_at c g' z) = all p z').
+  unfold g'; rewrite (through_ok c), (input_ok h) by assumption.
+  now apply asked_ok.
+Qed.
+Program Definition each_weighing {T S W Y V Z} (u : weighing S W Y V Z) :
+  weighing (T -> S) (T -> W) (T -> Y) (T -> V) (T -> Z) :=
+  Weighing (fun s y t => view u (s t) (y t)) (fun s w y t => weighed u (s t) (w t) (y t))
+    (fun s w y G t => asked u (s t) (w t) (y t) (G t)) (fun s w y G => forall t, askable u (s t) (w t) (y t) (G t)) _.
+Next Obligation. intros T S W Y V Z u s w y G A; extensionality t; now apply asked_ok. Qed.
+
+(** Streams: one long vector as rows; what writes into all of them; and the sum that they collapse to. *)
+Definition rows {N D} (x : vec (N * D)) : N -> vec D := fun n i => x (n, i).
+Definition joined {N D} (S : N -> vec D) : vec (N * D) := fun p => S (fst p) (snd p).
+Program Definition as_rows {N D} : undo unit (vec (N * D)) (N -> vec D) :=
+  Undo (fun _ y => rows y) (fun _ S => joined S) (fun _ _ => True) _.
+Next Obligation. reflexivity. Qed.
+Definition remixed {N D} `{Finite N} (M : vec (N * N)) (S : N -> vec D) : N -> vec D :=
+  fun k i => sum (fun j => M (j, k) * S j i).
+Definition written {N D} (S : N -> vec D) (b : vec N) (u : vec D) : N -> vec D := fun n i => S n i + b n * u i.
+Definition per_stream {N D} (w : vec N) : N -> vec D := fun n _ => w n.
+Definition part {N D} (least : R) (w V : N -> vec D) : N -> vec D := fun n i => (w n i + least) * V n i.
+Definition collapse {N D} `{Finite N} (least : R) (w V : N -> vec D) : vec D := fun i => sum (fun n => part least w V n i).
+Definition room {N D} `{Finite N} (least : R) (w : N -> vec D) (b : vec N) : vec D :=
+  fun i => sum (fun n => (w n i + least) * b n).
+(** V = S + b (x) u, and u carries. *)
+Program Definition written_streams {N D} `{Finite N} (least : R) :
+  weighing ((N -> vec D) * vec N) (N -> vec D) (vec D) (N -> vec D) (vec D) :=
+  Weighing (fun s u => written (fst s) (snd s) u) (fun s w u => collapse least w (written (fst s) (snd s) u))
+    (fun s w _ G => quotient (sub G (collapse least w (fst s))) (room least w (snd s)))
+    (fun s w _ _ => nonzero (room least w (snd s))) _.
+Next Obligation.
+  intros N D F least [S b] w y G A; cbn [fst snd] in *; extensionality i.
+  set (u := quotient _ _); transitivity (collapse least w S i + u i * room least w b i).
+  - unfold collapse, room; rewrite <- sum_scale, <- sum_add; apply sum_ext; intro; unfold part, written; ring.
+  - unfold u, quotient; simpl; field; apply A.
+Qed.
+(** V itself carries: the nearest in relative terms. *)
+Definition nearest {N D} `{Finite N} (least : R) (w V : N -> vec D) (G : vec D) : N -> vec D := fun n i =>
+  V n i + V n i * part least w V n i * (G i - collapse least w V i) / sum (fun n => part least w V n i * part least w V n i).
+Program Definition streams {N D} `{Finite N} (least : R) :
+  weighing unit (N -> vec D) (N -> vec D) (N -> vec D) (vec D) :=
+  Weighing (fun _ V => V) (fun _ w V => collapse least w V) (fun _ w V G => nearest least w V G)
+    (fun _ w V _ => forall i, sum (fun n => part least w V n i * part least w V n i) <> 0) _.
+Next Obligation.
+  intros N D F least [] w V G A; cbv beta in *; extensionality i; specialize (A i).
+  set (q := sum (fun n => part least w V n i * part least w V n i)) in *.
+  transitivity (collapse least w V i + (G i - collapse least w V i) / q * q); [| field; auto].
+  unfold q at 2; unfold collapse at 1 2; rewrite <- sum_scale, <- sum_add; apply sum_ext; intro n.
+  unfold part at 1, nearest; fold q; unfold part; field; auto.
+Qed.
+(** p + (1 + g_0)(a - p), and a carries: the weights read it alone. *)
+Definition corrected {G D} (p a : vec D) (g : vec (unit + G)) : vec D := fun i => p i + (1 + g (inl tt)) * (a i - p i).
+Program Definition correction {G D} : weighing (vec D) (vec (unit + G)) (vec D) (vec D) (vec D) :=
+  Weighing (fun _ a => a) (fun p g a => corrected p a g)
+    (fun p g _ w => add p (scale (/ (1 + g (inl tt))) (sub w p))) (fun _ g _ _ => 1 + g (inl tt) <> 0) _.
+Next Obligation. intros G D p g a w A; extensionality i; unfold corrected, scale; simpl; field; auto. Qed.
+
 (** ** 7. The theorems *)
 
 (** Theorem 1 for a block comb(s, g(f(x))), with its patch. The skip s may read what f moves: it is read after the input patch. *)
@@ -670,6 +805,7 @@ Proof.
   unfold scale; field; apply Rgt_not_eq, sqrt_lt_R0; lra.
 Qed.
 
+Definition rms_each {N D} `{Finite D} (eps : R) (x : vec (N * D)) : vec (N * D) := joined (fun n => rms eps (rows x n)).
 Definition inverse_rms {I} `{Finite I} (eps : R) (x : vec I) : vec unit := fun _ => / sqrt (mean_square x + eps).
 
 (** The route ball, and a normalisation without a scale: n is undone inside the ball. *)
@@ -1061,6 +1197,10 @@ Definition xielu (softplus : R -> R) (p n b e x : R) : R :=
   if Rlt_dec 0 x then softplus p * x * x + b * x
   else (exp (Rmin x e) - 1 - x) * (b + softplus n) + b * x.
 Definition at_most (c x : R) : R := Rmin x c.
+Definition at_least (c x : R) : R := Rmax x c.
+(** What stands more than c standard deviations above the mean. *)
+Definition above_mean {I} `{Finite I} (c : R) (x : vec I) : vec I :=
+  fun i => relu (centred x i - c * sqrt (mean_square (centred x))).
 Definition clamp (c x : R) : R := Rmax (Rmin x c) (- c).
 
 (** Fused halves of one vector; where the two are interleaved in storage, the halves are its even and its odd entries. *)

@@ -7,6 +7,7 @@ from controllability.components.bias import Bias
 from controllability.components.fixed import Gate
 from controllability.components.residual import Identity
 from controllability.components.scale import Scale
+from controllability.components.streams import Streams
 from controllability.components.times import Times
 from controllability.errors import BadInput
 from controllability.interfaces import Component, Product, Sum
@@ -63,6 +64,8 @@ def inverse(run: Run, q: Component, wide: Any, size: Any, level: Level) -> Aroun
         one = gate(w, q, run.names[q.weight])
     elif isinstance(q, Times):
         one = number(q.factor, q.describe())
+    elif isinstance(q, Streams):
+        undo, one = "as_rows", "tt"
     elif isinstance(q, SoftCap):
         undo, one = f"(capped {w.free('inverse_tanh', 'R -> R')})", number(q.cap, q.describe())
     else:
@@ -90,7 +93,8 @@ def undone(run: Run, step: Step, level: Level, size: Any) -> Tree:
     """The premise inside what is undone."""
     found = tree(run, step.premises[0], level, size)
     word = {"through": "T_undo", "output": "O_undo", "input": "theorem_1b"}[step.rule.side]
-    return wrapped(run, step, level, size, found, word)
+    out = run.state(step.place.component, Value("x", size), level).size
+    return wrapped(run, step, level, size, found, word)._replace(size=out)
 
 
 def wrapped(run: Run, step: Step, level: Level, size: Any, found: Tree, outermost: str) -> Tree:
