@@ -23,7 +23,20 @@ from controllability.interfaces import Component, Param, Product, Sequence, Sum
 from controllability.rocq.names import identifier, number
 from controllability.rocq.sizes import UNIT, Rows, Size, Sizes
 
-PLAIN = ["identity", "relu", "relu2", "relu6", "leaky_relu", "hardswish", "mish", "silu", "gelu_tanh", "quick_gelu", "tanh", "sigmoid"]
+PLAIN = [
+    "identity",
+    "relu",
+    "relu2",
+    "relu6",
+    "leaky_relu",
+    "hardswish",
+    "mish",
+    "silu",
+    "gelu_tanh",
+    "quick_gelu",
+    "tanh",
+    "sigmoid",
+]
 # left open in a certificate
 OF_A_FUNCTION = {"gelu": "erf", "gelu_10": "erf", "laplace": "erf", "sqrtsoftplus": "softplus"}
 NOW = "⟪now⟫"  # the position of a window at which a term is; the last one in the end

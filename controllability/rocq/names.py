@@ -26,15 +26,15 @@ def theory(name: str = "theory.v") -> str:
     return files("controllability.rocq").joinpath(name).read_text(encoding="utf-8")
 
 
-def without_comments() -> str:
-    """The text of the theory alone."""
-    return re.sub(r"\(\*.*?\*\)", " ", theory(), flags=re.DOTALL)
+def without_comments(name: str = "theory.v") -> str:
+    """The text of the theory alone, or of another file beside it."""
+    return re.sub(r"\(\*.*?\*\)", " ", theory(name), flags=re.DOTALL)
 
 
 @cache
-def stated() -> frozenset[str]:
-    """Every name that the theory states."""
-    text = without_comments()
+def stated(name: str = "theory.v") -> frozenset[str]:
+    """Every name that the theory states, or another file beside it."""
+    text = without_comments(name)
     heads = r"\b(?:Definition|Lemma|Theorem|Fixpoint|Record|Class|Instance)\s+([A-Za-z_]\w*'?)"
     fields = r"[{;]\s*([A-Za-z_]\w*)\s*:(?!=)"
     return frozenset(re.findall(heads, text)) | frozenset(re.findall(fields, text))
