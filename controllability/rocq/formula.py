@@ -1,13 +1,12 @@
 """A block as a formula: what each component computes, as a term over the theory's plain functions, and the sizes that it needs."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from controllability.components.activation import AboveMean, Activation, Clamp, SoftCap
 from controllability.components.bias import Bias
-from controllability.components.collapse import Collapse, Correction
-from controllability.components.convolution import Taps, Window
 from controllability.components.fixed import Blend, Fixed, Gate
 from controllability.components.glu import XIELU, Glu, Swish
 from controllability.components.linear import Linear
@@ -16,29 +15,13 @@ from controllability.components.normalisation import Normalize
 from controllability.components.residual import Identity
 from controllability.components.scale import Scale
 from controllability.components.select import Mixed, Select
-from controllability.components.streams import InverseRms, Joined, NormalizeEach, Remixed, Spread, Streams
+from controllability.components.streams import InverseRms
 from controllability.components.times import Times
 from controllability.errors import BadInput
 from controllability.interfaces import Component, Param, Product, Sequence, Sum
-from controllability.rocq.names import identifier, number
+from controllability.rocq.names import identifier, number, theory
 from controllability.rocq.sizes import UNIT, Rows, Size, Sizes
 
-PLAIN = [
-    "identity",
-    "relu",
-    "relu2",
-    "relu6",
-    "leaky_relu",
-    "hardswish",
-    "mish",
-    "silu",
-    "gelu_tanh",
-    "quick_gelu",
-    "tanh",
-    "sigmoid",
-]
-# left open in a certificate
-OF_A_FUNCTION = {"gelu": "erf", "gelu_10": "erf", "laplace": "erf", "sqrtsoftplus": "softplus"}
 NOW = "⟪now⟫"  # the position of a window at which a term is; the last one in the end
 
 
@@ -107,6 +90,9 @@ class Writer:
         return UNIT if size in (1, "one") else self.sizes.new(str(size))
 
 
+Formula = Callable[[Writer, Any, Value, Point], Value]
+
+
 def value(w: Writer, component: Component, x: Value, at: Point) -> Value:
     """The component at ``x``.  Raises ``BadInput`` for a class that has no formula here."""
     for kind, write in FORMULAS.items():
@@ -150,8 +136,9 @@ def joined(w: Writer, c: Sum | Product, parts: list[Value]) -> Value:
     return total
 
 
-def _elementwise(w: Writer, c: Any, x: Value, at: Point) -> Value:
-    return shared(w, x, lambda x: joined(w, c, [value(w, part, x, at) for part in c.children()]))
+def of_parts(write: Callable[[Writer, Any, list[Value]], Value]) -> Formula:
+    """What a component makes of its parts, all at one state."""
+    return lambda w, c, x, at: shared(w, x, lambda x: write(w, c, [value(w, part, x, at) for part in c.children()]))
 
 
 def matrix(c: Linear, name: str) -> str:
@@ -216,9 +203,11 @@ def activation(w: Writer, c: Activation) -> str:
         return f"(polynomial {listed})"
     if c.symbol:
         return w.free(identifier(c.name, set()), "R -> R")
-    if c.name in OF_A_FUNCTION:
-        return f"({c.name} {w.free(OF_A_FUNCTION[c.name], 'R -> R')})"
-    if c.name not in PLAIN:
+    # one that the theory defines, perhaps by a function that a certificate leaves open
+    found = re.search(rf"Definition {re.escape(c.name)} (?:\((\w+) : R -> R\) )?\(x : R\) : R", theory())
+    if found and found[1]:
+        return f"({c.name} {w.free(found[1], 'R -> R')})"
+    if not found and c.name != "tanh":
         raise BadInput(f"{c.describe()} has no formula in Coq: no certificate is written")
     return c.name
 
@@ -306,103 +295,17 @@ def _mixture(w: Writer, c: Mixture, x: Value, at: Point) -> Value:
     return shared(w, x, write)
 
 
-def _streams(w: Writer, c: Streams, x: Value, at: Point) -> Value:
-    size = Rows(w.sizes.counted("n", c.count), w.sizes.new("d"))
-    w.sizes.cut(x.size, "*", size.count, size.size)
-    return Value(f"(rows {x.text})", size)
-
-
-def _joined(w: Writer, c: Joined, x: Value, at: Point) -> Value:
-    whole = w.sizes.new("D")
-    w.sizes.cut(whole, "*", x.size.count, x.size.size)
-    return Value(f"(joined {x.text})", whole)
-
-
-def _normalize_each(w: Writer, c: NormalizeEach, x: Value, at: Point) -> Value:
-    w.sizes.cut(x.size, "*", w.sizes.counted("n", c.count), w.sizes.new("d"))
-    return Value(f"(rms_each {number(c.eps, c.describe())} {x.text})", x.size)
-
-
-def _remixed(w: Writer, c: Remixed, x: Value, at: Point) -> Value:
-    def write(x: Value) -> Value:
-        mix, streams = value(w, c.mix, x, at), value(w, c.streams, x, at)
-        w.sizes.cut(mix.size, "*", streams.size.count, streams.size.count)
-        return Value(f"(remixed {mix.text} {streams.text})", streams.size)
-
-    return shared(w, x, write)
-
-
-def _spread(w: Writer, c: Spread, x: Value, at: Point) -> Value:
-    def write(x: Value) -> Value:
-        streams, b, u = (value(w, part, x, at) for part in c.children())
-        size = Rows(w.sizes.join(streams.size.count, b.size), w.sizes.join(streams.size.size, u.size))
-        return Value(f"(written {streams.text} {b.text} {u.text})", size)
-
-    return shared(w, x, write)
-
-
-def full_weights(w: Writer, given: Value, values: Rows) -> str:
-    """Weights of streams, for every feature; those of one for a stream are spread.  '' where they are that already."""
-    if isinstance(given.size, Rows):
-        w.sizes.join(given.size, values)
-        return ""
-    w.sizes.join(given.size, values.count)
-    return "per_stream"
-
-
-def _collapse(w: Writer, c: Collapse, x: Value, at: Point) -> Value:
-    def write(streams: Value) -> Value:
-        given = value(w, c.weights, streams, at)
-        word = full_weights(w, given, streams.size)
-        weights = f"({word} {given.text})" if word else given.text
-        return Value(f"(collapse {number(c.least, c.describe())} {weights} {streams.text})", streams.size.size)
-
-    return shared(w, value(w, c.values, x, at), write)
-
-
-def _correction(w: Writer, c: Correction, x: Value, at: Point) -> Value:
-    def write(x: Value) -> Value:
-        prediction = value(w, c.prediction, x, at)
-
-        def corrected(a: Value) -> Value:
-            gains = value(w, c.gains, a, at)
-            w.sizes.cut(gains.size, "+", UNIT, w.sizes.new("G"))
-            return Value(f"(corrected {prediction.text} {a.text} {gains.text})", w.sizes.join(a.size, prediction.size))
-
-        return shared(w, value(w, c.activated, x, at), corrected)
-
-    return shared(w, x, write)
-
-
-def _window(w: Writer, c: Window, x: Value, at: Point) -> Value:
-    if NOW not in x.text:
-        raise BadInput(f"{c.describe()} stand behind what is not taken at every position: it has no formula in Coq")
-    whole = w.positions(c.count)
-    return Value(f"(fun k : {w.sizes.mark(whole)} => {x.text.replace(NOW, 'k')})", Rows(whole, x.size))
-
-
-def _taps(w: Writer, c: Taps, x: Value, at: Point) -> Value:
-    w.sizes.cut(x.size.count, "+", w.sizes.new("K"), UNIT)
-    w.param(c.weight, "mat", x.size.size, x.size.count)
-    return Value(f"({taps(c)} {at.names[c.weight]} {x.text})", x.size.size)
-
-
-def taps(c: Taps, word: str = "convolved") -> str:
-    """A convolution but for its taps and what it reads."""
-    return f"{word} {number(c.skip, c.describe())} {number(c.factor, c.describe())}"
-
-
 def _clamp(w: Writer, c: Clamp, x: Value, at: Point) -> Value:
     text = x.text if c.high is None else f"(map (at_most {number(c.high, c.describe())}) {x.text})"
     return Value(text if c.low is None else f"(map (at_least {number(c.low, c.describe())}) {text})", x.size)
 
 
-def _one_argument(word: Callable[[Any], str]) -> Callable[[Writer, Any, Value, Point], Value]:
+def _one_argument(word: Callable[[Any], str]) -> Formula:
     return lambda w, c, x, at: Value(f"({word(c)} {x.text})", x.size)
 
 
-FORMULAS: dict[type, Callable[[Writer, Any, Value, Point], Value]] = {
-    Sequence: _sequence, Sum: _elementwise, Product: _elementwise, Linear: _linear, ExpertLinear: _expert_linear,
+FORMULAS: dict[type, Formula] = {
+    Sequence: _sequence, Sum: of_parts(joined), Product: of_parts(joined), Linear: _linear, ExpertLinear: _expert_linear,
     Identity: lambda w, c, x, at: x,
     Bias: lambda w, c, x, at: _plus(w, c.bias, x, at.names[c.bias]),
     Scale: lambda w, c, x, at: Value(f"(times {scale_of(w, c, at.names[c.weight], x.size)} {x.text})", x.size),
@@ -416,6 +319,4 @@ FORMULAS: dict[type, Callable[[Writer, Any, Value, Point], Value]] = {
     Share: lambda w, c, x, at: Value(f"(scale (share {at.choice} {at.row}) {x.text})", x.size),
     Fixed: lambda w, c, x, at: value(w, c.inner, x, at),
     Clamp: _clamp, AboveMean: _one_argument(lambda c: f"above_mean {number(c.deviations, c.describe())}"),
-    Streams: _streams, Joined: _joined, NormalizeEach: _normalize_each, Remixed: _remixed, Spread: _spread,
-    Collapse: _collapse, Correction: _correction, Window: _window, Taps: _taps,
 }  # fmt: skip

@@ -9,10 +9,11 @@ from controllability.components.mixture import ExpertLinear
 from controllability.components.scale import Scale
 from controllability.errors import BadInput
 from controllability.interfaces import Param
-from controllability.rocq.formula import Value, taps
+from controllability.rocq.formula import Value
 from controllability.rocq.names import number
 from controllability.rocq.nodes import Run, Tree, lemma
 from controllability.rocq.states import Level, vector
+from controllability.rocq.stream_formulas import taps
 from controllability.rules import Step
 
 KINDS = ("linear", "bias", "scale", "experts", "taps")

@@ -5,11 +5,12 @@ from typing import Any
 from controllability.components.collapse import Collapse, Correction, SelfWeighted
 from controllability.components.streams import Spread
 from controllability.errors import BadInput
-from controllability.rocq.formula import Value, full_weights
+from controllability.rocq.formula import Value
 from controllability.rocq.names import number
 from controllability.rocq.nodes import Run, Tree, lemma, tree
 from controllability.rocq.sizes import UNIT
 from controllability.rocq.states import Level, vector
+from controllability.rocq.stream_formulas import full_weights
 from controllability.rules import Step
 
 
@@ -29,7 +30,7 @@ def self_weighted(run: Run, step: Step, level: Level, size: Any) -> Tree:
     text = h.text
     if isinstance(c, Correction):
         run.w.sizes.cut(h.size, "+", UNIT, run.w.sizes.new("G"))
-    elif word := full_weights(run.w, h, read):  # type: ignore[arg-type]
+    elif word := full_weights(run.w, h.size, read):
 
         def spread(y: Value) -> Value:
             return Value(level.over(run.w, f"({word} {level.at(y.text)} : {vector(run.w, read)})"), read)
