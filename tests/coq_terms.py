@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import controllability as ct
-from controllability.components import Mixture
+from controllability.components import Mixture, NormalizeEach, Streams
 from controllability.interfaces import leaves
 
 TOKEN = re.compile(r"[A-Za-z_]\w*'?|\d+|:=|=>|->|[()+/*:-]")
@@ -77,6 +77,12 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "xielu": lambda s, p, n, b, e: lambda x: np.where(
         x > 0, s(p) * x * x + b * x, (np.exp(np.minimum(x, e)) - 1 - x) * (b + s(n)) + b * x),
     "expert": lambda c, j: c[0][j], "share": lambda c, *j: c[1][j[0]] if j else c[1], "evenly": lambda c: (c[0], c[1] * 0 + 1),
+    "at_least": lambda c: lambda x: np.maximum(x, c), "inr": lambda last: -1,
+    "above_mean": lambda c, x: np.maximum(x - x.mean() - c * x.std(), 0), "joined": lambda S: S.reshape(-1),
+    "remixed": lambda M, S: M.reshape(len(S), len(S)).T @ S, "written": lambda S, b, u: S + np.outer(b, u),
+    "per_stream": lambda w: w[:, None], "collapse": lambda l, w, V: ((w + l) * V).sum(0),
+    "corrected": lambda p, a, g: p + (1 + g[0]) * (a - p),
+    "convolved": lambda s, f, c, z: f * (sum(c[:, 0, -k] * z(-k) for k in range(1, 1 + c.shape[-1])) + s * z(-1)),
     "mix": lambda s, f: sum(s[j] * f(j) for j in range(len(s))), "fst": lambda x: x[0], "snd": lambda x: x[1],
 }  # fmt: skip
 
@@ -102,7 +108,7 @@ def evaluated(term: Any, names: dict[str, Any]) -> Any:
 
 
 def formula_at(proof: ct.Proof, text: str, params: dict[str, Any], x: Any) -> np.ndarray:
-    """The formula of ``proof``'s certificate at one token."""
+    """The formula of ``proof``'s certificate at one token; at the last of several where it reads a window."""
     found = BLOCK.search(text)
     assert found is not None
     written = re.findall(r"\(([A-Za-z_]\w*) : ((?:[^()]|\([^()]*\))*)\)", found[1])
@@ -115,8 +121,16 @@ def formula_at(proof: ct.Proof, text: str, params: dict[str, Any], x: Any) -> np
     for name, mixture in zip(routes, mixtures, strict=True):
         names[name] = _route(mixture, params)
         names["rows_of"] = _rows_of(mixture)
+    for streams in (node for node in proof.layout.nodes.values() if isinstance(node, Streams | NormalizeEach)):
+        names["rows"] = rows = lambda x, count=streams.count: x.reshape(count, -1)
+        names["rms_each"] = lambda e, x, rows=rows: np.concatenate([PLAIN["rms"](e, row) for row in rows(x)])
+    at = (
+        (lambda k: _nested([part[k] for part in x]) if isinstance(x, tuple) else x[k])
+        if "inr" in found[2]
+        else _nested(x)
+    )
     term = parsed(["(", *TOKEN.findall(found[2]), ")"])
-    return np.asarray(evaluated(term, {**names, "x": _nested(x)}))
+    return np.asarray(evaluated(term, {**names, "x": at}))
 
 
 def _nested(x: Any) -> Any:

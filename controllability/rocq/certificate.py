@@ -1,18 +1,22 @@
 """A proof as a file for Coq (Rocq): the block as a formula, the derivation as a node, the patch, and the theorem that the kernel checks."""
 
 import re
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+from controllability.components.convolution import Window
 from controllability.errors import BadInput, within_depth
 from controllability.interfaces import Param
 from controllability.prover.derivation import Derivation
 from controllability.rocq.formula import Value, Writer, value
 from controllability.rocq.names import BOUND, KEYWORDS, LOGIC, identifier, stated
-from controllability.rocq.nodes import Nested, Run, Tree, Wanted, pair, solve, tree
+from controllability.rocq.nodes import Nested, Run, Tree, pair, tree
+from controllability.rocq.reduction import Reduction
+from controllability.rocq.sizes import Size
 from controllability.rocq.states import Level, vector
 
-for module in ("leaf_nodes", "composed_nodes", "undone_nodes", "normalised_nodes", "mixture_nodes"):
+for module in ("leaf_nodes", "composed_nodes", "undone_nodes", "mixture_nodes", "stream_nodes"):
     import_module(f"controllability.rocq.{module}")  # each registers its lemmas
 
 WORD = re.compile(r"[A-Za-z_]\w*'?")
@@ -37,31 +41,42 @@ def certificate(proof: Derivation) -> str:
     params = proof.layout.parameters
     _refuse_overlaps(proof, params)
     names = {p: identifier(str(p), w.taken) for p in params}
-    run, level = Run(w, names), Level(tokens)
+    run, level = Run(w, names), Level(tokens, positions=_positions(w, proof))
     sizes = tuple(w.sizes.new(str(size or "n")) for size in proof.layout.inputs)
     size: Any = sizes if len(sizes) > 1 else next(iter(sizes))
-    value(w, proof.block, Value("x", size), Level().point(names))  # once for the sizes, which what follows knows then
-    formula = value(w, proof.block, Value(level.at("x"), size), level.point(names))
-    found = tree(run, proof.root, level, size)
-    solved = solve(run, proof.root, level, Wanted(Value("v", size), Value("v'", size)))
-    patched = {p: f"{names[p]}'" for p in solved.new}
-    for p, text in solved.new.items():
-        run.definitions.append((patched[p], text))
-    run.definitions[:] = _used(run, set(patched.values()))
-    text = _assembled(run, found, solved.proof, formula, size, level, patched)
+    for _ in range(2):  # once for the sizes, which what follows knows then
+        formula = value(w, proof.block, Value(level.at("x"), size), level.point(names))
+    text = _assembled(run, tree(run, proof.root, level, size), formula, size, level)
     avoid = w.taken | BOUND | KEYWORDS | LOGIC | stated()
     text, sizes_ = w.sizes.resolve(text, set(avoid))
     context = " ".join(f"{{{n} : Type}} {{finite_{n} : Finite {n}}}" for n in sizes_)
     return text.replace("⟪sizes⟫", f"Context {context}." if sizes_ else "", 1)
 
 
-def _used(run: Run, wanted: set[str]) -> list[tuple[str, str]]:
-    """The definitions that the theorem rests on: what nothing reads could say anything."""
-    read, kept = {name for _, body in run.hypotheses for name in WORD.findall(body)} | wanted, []
-    for name, body in reversed(run.definitions):
+def _positions(w: Writer, proof: Derivation) -> Size | None:
+    """The positions of a block that reads a window."""
+    windows = [node for node in proof.layout.nodes.values() if isinstance(node, Window)]
+    if windows and proof.jointly:
+        raise BadInput(f"{windows[0].describe()} in a joint proof have no formula in Coq: no certificate is written")
+    return w.positions(windows[0].count) if windows else None
+
+
+def _new_values(params: Nested, moved: Any) -> dict[Param, Any]:
+    """The new value of each parameter that a node moves."""
+    if params is None or isinstance(params, Param):
+        return {} if params is None else {params: moved}
+    return {
+        p: one for nested, part in zip(params, moved.items, strict=True) for p, one in _new_values(nested, part).items()
+    }
+
+
+def _used(definitions: dict[str, str], read: set[str]) -> list[str]:
+    """The definitions that what is read rests on, by name: what nothing reads could say anything."""
+    kept = []
+    for body, name in reversed(definitions.items()):
         if name in read:
             read.update(WORD.findall(body))
-            kept.append((name, body))
+            kept.append(f"Definition {name} := {body}.")
     return kept[::-1]
 
 
@@ -91,42 +106,39 @@ def product_of(w: Writer, nested: Nested) -> str:
     return f"({' * '.join(product_of(w, one) for one in nested)})"
 
 
-def _assembled(
-    run: Run, found: Tree, proof: str, formula: Value, size: object, level: Level, patched: dict[Param, str]
-) -> str:
-    w, names = run.w, run.names
-    typed = {p: f"({names[p]} : {kind_of(w, p)})" for p in names}
-    stay, move = [p for p in names if p not in patched], [p for p in names if p in patched]
-    node, params = found.text, pair(found.params, names.__getitem__)
-    state, out = level.kind(w, vector(w, size)), level.kind(w, vector(w, formula.size))
-    body = level.over(w, formula.text)
-    old = " ".join(("block", *names.values()))
-    new = " ".join(("block", *(patched.get(p, names[p]) for p in names)))
-    perfect = f"{' '.join(('block', *(patched.get(p, names[p]) for p in names)))} v = {old} v'"
-    exists = "".join(f"exists {patched[p]} : {kind_of(w, p)}, " for p in move)
-    witness = "patch" + "".join(f" {name}" for name, _ in run.hypotheses)
+def _assembled(run: Run, found: Tree, formula: Value, size: Any, level: Level) -> str:
+    w, names, reduction = run.w, run.names, Reduction(run.w)
+    params = pair(found.params, names.__getitem__)
+    given = f"{found.text} {params} v v'"
+    new = {p: reduction.text(one) for p, one in _new_values(found.params, reduction.at(f"input_move {given}")).items()}
+    proof = reduction.proof(reduction.at(f"input_can {given}"))
+    patches = [f"Definition {names[p]}' := {text}." for p, text in new.items()]
+    defined = _used(reduction.definitions, set(WORD.findall(" ".join((*reduction.hypotheses, *new.values())))))
+    variable = {p: f"Variable {names[p]} : {kind_of(w, p)}." for p in names}
+    state, out = level.kind(w, vector(w, size)), replace(level, positions=None).kind(w, vector(w, formula.size))
+    equal = " ".join(f"{names[p]}'" if p in new else names[p] for p in names)
+    equal = f"block {equal} v = block {' '.join(names.values())} v'"
+    move = [p for p in names if p in new]
+    exists = "".join(f"exists {names[p]}' : {kind_of(w, p)}, " for p in move)
+    witness = (
+        f"({' '.join(('patch', *reduction.hypotheses.values()))})" if reduction.hypotheses or not move else "patch"
+    )
     for p in reversed(move):
-        witness = (
-            f"(ex_intro _ {patched[p]} {witness})"
-            if " " not in witness or witness[0] == "("
-            else f"(ex_intro _ {patched[p]} ({witness}))"
-        )
-    given = "".join(f"\n  ({name} : {body})" for name, body in run.hypotheses)
+        witness = f"(ex_intro _ {names[p]}' {witness})"
+    assumed = "".join(f"\n  ({name} : {body})" for body, name in reduction.hypotheses.items())
     lines = [
         "From Coq Require Import Reals.", "From Controllability Require Import Theory.", "Open Scope R_scope.", "Section certificate.",
         "⟪sizes⟫", *(f"Variable {name} : {kind}." for name, kind in w.functions.items()), "",
         "(* 1. The block as a formula. *)",
-        f"Definition block {' '.join(typed.values())} (x : {state}) : {out} := {body}.", "",
+        f"Definition block {' '.join(f'({v[9:-1]})' for v in variable.values())} (x : {state}) : {out} := {level.over(w, formula.text)}.", "",
         "(* 2. The derivation: lemmas of the theory, from the leaves up. What stays is held fixed. *)",
-        *(f"Variable {typed[p][1:-1]}." for p in stay), f"Definition tree : input {product_of(w, found.params)} ({state}) ({out}) := {node}.", "",
+        *(variable[p] for p in names if p not in new), f"Definition tree : input {product_of(w, found.params)} ({state}) ({out}) := {found.text}.", "",
         "(* 3. The patch at a source state v and a target state v'. *)",
-        *(f"Variable {typed[p][1:-1]}." for p in move), f"Variables v v' : {state}.",
-        *(f"Definition {name} := {body}." for name, body in run.definitions), "",
+        *(variable[p] for p in move), f"Variables v v' : {state}.", *defined, *patches, "",
         "(* 4. Where the side conditions hold, the patched block gives at v what the block gave at v'. *)",
-        f"Theorem patch{given} :\n  {new} v = {old} v'.",
+        f"Theorem patch{assumed} :\n  {equal}.",
         f"Proof. exact (input_ok tree {params} v v' {proof}). Qed.",
-        f"Theorem perfect{given} :\n  {exists}{perfect}.",
-        f"Proof. exact {witness if witness[0] == '(' else f'({witness})'}. Qed.",
+        f"Theorem perfect{assumed} :\n  {exists}{equal}.", f"Proof. exact {witness}. Qed.",
         "End certificate.", "", "(* 5. What all of it rests on. *)", "Print Assumptions perfect.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -1,10 +1,11 @@
 """A block as a formula: what each component computes, as a term over the theory's plain functions, and the sizes that it needs."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from controllability.components.activation import Activation, SoftCap
+from controllability.components.activation import AboveMean, Activation, Clamp, SoftCap
 from controllability.components.bias import Bias
 from controllability.components.fixed import Blend, Fixed, Gate
 from controllability.components.glu import XIELU, Glu, Swish
@@ -18,31 +19,10 @@ from controllability.components.streams import InverseRms
 from controllability.components.times import Times
 from controllability.errors import BadInput
 from controllability.interfaces import Component, Param, Product, Sequence, Sum
-from controllability.rocq.names import identifier, number
-from controllability.rocq.sizes import UNIT, Size, Sizes
+from controllability.rocq.names import identifier, number, theory
+from controllability.rocq.sizes import UNIT, Rows, Size, Sizes
 
-PLAIN = frozenset(
-    (
-        "identity",
-        "relu",
-        "relu2",
-        "relu6",
-        "leaky_relu",
-        "hardswish",
-        "mish",
-        "silu",
-        "gelu_tanh",
-        "quick_gelu",
-        "tanh",
-        "sigmoid",
-    )
-)
-OF_A_FUNCTION = {
-    "gelu": "erf",
-    "gelu_10": "erf",
-    "laplace": "erf",
-    "sqrtsoftplus": "softplus",
-}  # left open in a certificate
+NOW = "⟪now⟫"  # the position of a window at which a term is; the last one in the end
 
 
 class Value(NamedTuple):
@@ -74,6 +54,7 @@ class Writer:
     held: list[Any] = field(default_factory=list)  # keeps ids alive
     taken: set[str] = field(default_factory=lambda: {"block", "tree", "patch", "perfect", "v", "v'"})
     count: int = 0
+    window: Size | None = None
 
     def fresh(self, stem: str) -> str:
         """A bound name that nothing else has."""
@@ -95,10 +76,21 @@ class Writer:
             self.functions[name] = kind
         return name
 
+    def positions(self, count: int) -> Size:
+        """The positions of the windows of a block: those before, and now.  Raises ``BadInput`` where windows differ."""
+        if self.window is None:
+            self.window = self.sizes.new("P")
+            self.sizes.cut(self.window, "+", self.sizes.new("K"), UNIT)
+        self.sizes.join(self.window, self.sizes.counted("P", count))
+        return self.window
+
     def axis(self, param: Param, index: int, wanted: str = "n") -> Size:
         """A size of its own for an axis of a parameter, named as the parameter's shape says; UNIT for one entry."""
         size = param.shape[index] if len(param.shape) > abs(index) - (index < 0) else wanted
         return UNIT if size in (1, "one") else self.sizes.new(str(size))
+
+
+Formula = Callable[[Writer, Any, Value, Point], Value]
 
 
 def value(w: Writer, component: Component, x: Value, at: Point) -> Value:
@@ -113,7 +105,7 @@ def value(w: Writer, component: Component, x: Value, at: Point) -> Value:
 
 def shared(w: Writer, x: Value, write: Callable[[Value], Value]) -> Value:
     """What ``write`` makes of ``x``, which is written once."""
-    if " " not in x.text or isinstance(x.size, tuple):
+    if " " not in x.text or isinstance(x.size, tuple) or NOW in x.text:
         return write(x)
     name = w.fresh("x")
     found = write(Value(name, x.size))
@@ -130,6 +122,10 @@ def joined(w: Writer, c: Sum | Product, parts: list[Value]) -> Value:
     """The sum or product of terms, from the left; one number is spread over all features."""
     total, *rest = parts
     for one in rest:
+        if isinstance(c, Product) and isinstance(one.size, Rows):
+            raise BadInput(
+                f"{c.describe():.60} multiplies streams: it has no formula in Coq, no certificate is written"
+            )
         narrow = [w.sizes.find(p.size) == UNIT for p in (total, one)]
         if isinstance(c, Product) and narrow == [True, False]:
             total = Value(f"(spread {total.text})", one.size)
@@ -140,8 +136,9 @@ def joined(w: Writer, c: Sum | Product, parts: list[Value]) -> Value:
     return total
 
 
-def _elementwise(w: Writer, c: Any, x: Value, at: Point) -> Value:
-    return shared(w, x, lambda x: joined(w, c, [value(w, part, x, at) for part in c.children()]))
+def of_parts(write: Callable[[Writer, Any, list[Value]], Value]) -> Formula:
+    """What a component makes of its parts, all at one state."""
+    return lambda w, c, x, at: shared(w, x, lambda x: write(w, c, [value(w, part, x, at) for part in c.children()]))
 
 
 def matrix(c: Linear, name: str) -> str:
@@ -206,9 +203,11 @@ def activation(w: Writer, c: Activation) -> str:
         return f"(polynomial {listed})"
     if c.symbol:
         return w.free(identifier(c.name, set()), "R -> R")
-    if c.name in OF_A_FUNCTION:
-        return f"({c.name} {w.free(OF_A_FUNCTION[c.name], 'R -> R')})"
-    if c.name not in PLAIN:
+    # one that the theory defines, perhaps by a function that a certificate leaves open
+    found = re.search(rf"Definition {re.escape(c.name)} (?:\((\w+) : R -> R\) )?\(x : R\) : R", theory())
+    if found and found[1]:
+        return f"({c.name} {w.free(found[1], 'R -> R')})"
+    if not found and c.name != "tanh":
         raise BadInput(f"{c.describe()} has no formula in Coq: no certificate is written")
     return c.name
 
@@ -280,31 +279,33 @@ def inside(w: Writer, c: Mixture, x: Value, at: Point) -> tuple[str, Point]:
     """(the choice of experts at ``x``, the point inside, at row j)."""
     logits = value(w, c.router, x, at)
     route, rows, experts = routing(w, c, logits.size, at.names)
-    return f"({route} {logits.text})", replace(at, row="j", rows=rows, experts=experts)
+    return f"({route} {logits.text})", replace(at, row=w.fresh("j") if at.row else "j", rows=rows, experts=experts)
 
 
 def _mixture(w: Writer, c: Mixture, x: Value, at: Point) -> Value:
-    if at.row:
-        raise BadInput(f"{c.describe()} stands inside another mixture: no certificate is written")
-
     def write(x: Value) -> Value:
         choice, here = inside(w, c, x, at)
         name = w.fresh("chosen")
         here = replace(here, choice=name)
         last = value(w, c.last, value(w, c.inner, x, here), here)
         shares = f"(share {name if c.weighted else f'(evenly {name})'})"
-        row = f"(fun j : {w.sizes.mark(here.rows)} => {last.text})"
+        row = f"(fun {here.row} : {w.sizes.mark(here.rows)} => {last.text})"
         return Value(f"(let {name} := {choice} in (mix {shares} {row}))", last.size)
 
     return shared(w, x, write)
 
 
-def _one_argument(word: Callable[[Any], str]) -> Callable[[Writer, Any, Value, Point], Value]:
+def _clamp(w: Writer, c: Clamp, x: Value, at: Point) -> Value:
+    text = x.text if c.high is None else f"(map (at_most {number(c.high, c.describe())}) {x.text})"
+    return Value(text if c.low is None else f"(map (at_least {number(c.low, c.describe())}) {text})", x.size)
+
+
+def _one_argument(word: Callable[[Any], str]) -> Formula:
     return lambda w, c, x, at: Value(f"({word(c)} {x.text})", x.size)
 
 
-FORMULAS: dict[type, Callable[[Writer, Any, Value, Point], Value]] = {
-    Sequence: _sequence, Sum: _elementwise, Product: _elementwise, Linear: _linear, ExpertLinear: _expert_linear,
+FORMULAS: dict[type, Formula] = {
+    Sequence: _sequence, Sum: of_parts(joined), Product: of_parts(joined), Linear: _linear, ExpertLinear: _expert_linear,
     Identity: lambda w, c, x, at: x,
     Bias: lambda w, c, x, at: _plus(w, c.bias, x, at.names[c.bias]),
     Scale: lambda w, c, x, at: Value(f"(times {scale_of(w, c, at.names[c.weight], x.size)} {x.text})", x.size),
@@ -317,4 +318,5 @@ FORMULAS: dict[type, Callable[[Writer, Any, Value, Point], Value]] = {
     Gate: _gate, Glu: _glu, XIELU: _xielu, Select: _select, Mixed: _select, Blend: _blend, Mixture: _mixture,
     Share: lambda w, c, x, at: Value(f"(scale (share {at.choice} {at.row}) {x.text})", x.size),
     Fixed: lambda w, c, x, at: value(w, c.inner, x, at),
+    Clamp: _clamp, AboveMean: _one_argument(lambda c: f"above_mean {number(c.deviations, c.describe())}"),
 }  # fmt: skip

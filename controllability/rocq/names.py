@@ -15,7 +15,7 @@ KEYWORDS = frozenset(WORDS.findall(
 ))  # fmt: skip
 BOUND = frozenset(WORDS.findall("a b c e i j k l m n o p q r s t x y z v H I S O R left right eq_refl"))
 LOGIC = frozenset(
-    WORDS.findall("R unit True I conj ex_intro fst snd tt nil cons Rlt_le Rle_refl Rabs sqrt tanh exp PI")
+    WORDS.findall("R unit True I conj ex_intro fst snd tt inl inr nil cons Rlt_le Rle_refl Rabs sqrt tanh exp PI")
 )
 MOST_DIGITS = 40
 
@@ -26,10 +26,15 @@ def theory(name: str = "theory.v") -> str:
     return files("controllability.rocq").joinpath(name).read_text(encoding="utf-8")
 
 
+def without_comments(name: str = "theory.v") -> str:
+    """The text of the theory alone, or of another file beside it."""
+    return re.sub(r"\(\*.*?\*\)", " ", theory(name), flags=re.DOTALL)
+
+
 @cache
-def stated() -> frozenset[str]:
-    """Every name that the theory states."""
-    text = re.sub(r"\(\*.*?\*\)", " ", theory(), flags=re.DOTALL)
+def stated(name: str = "theory.v") -> frozenset[str]:
+    """Every name that the theory states, or another file beside it."""
+    text = without_comments(name)
     heads = r"\b(?:Definition|Lemma|Theorem|Fixpoint|Record|Class|Instance)\s+([A-Za-z_]\w*'?)"
     fields = r"[{;]\s*([A-Za-z_]\w*)\s*:(?!=)"
     return frozenset(re.findall(heads, text)) | frozenset(re.findall(fields, text))

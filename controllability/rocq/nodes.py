@@ -1,17 +1,17 @@
-"""A step of a proof as a node of the theory: its lemma applied to its premises' nodes, its patch in closed form, its side conditions.
+"""A step of a proof as a node of the theory: the lemma of its rule, applied to its premises' nodes.
 
-``tree`` writes the node; ``solve`` the same step's patch and conditions without it, from the states alone. The kernel
-compares the two, so neither is trusted.
+What a node does is the theory's to say: ``reduction`` reads from there what the patch and the side conditions are.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from controllability.components.convolution import Window
 from controllability.errors import BadInput
 from controllability.interfaces import Component, Param, Place, Sequence
-from controllability.rocq.formula import Value, Writer
-from controllability.rocq.states import Level, fixed, state
+from controllability.rocq.formula import NOW, Value, Writer, value
+from controllability.rocq.states import Level, vector
 from controllability.rules import Step
 
 Nested = Any  # a Param, None, or a pair of such: how a node holds its parameters
@@ -25,52 +25,13 @@ class Tree(NamedTuple):
     size: Any
 
 
-class Solved(NamedTuple):
-    """New values of parameters, and the proof that the side conditions hold, from hypotheses."""
-
-    new: dict[Param, str]
-    proof: str
-
-
-class Wanted(NamedTuple):
-    """The state now, the state of the target run (input and through), the output that is wanted (output and through)."""
-
-    z: Value
-    target: Value | None = None
-    w: str = ""
-
-
 @dataclass
 class Run:
-    """One certificate that is being written: names of parameters, definitions in order, hypotheses."""
+    """One certificate that is being written: names of parameters, and of what it leaves open."""
 
     w: Writer
     names: dict[Param, str]
-    definitions: list[tuple[str, str]] = field(default_factory=list)
-    hypotheses: list[tuple[str, str]] = field(default_factory=list)
     unknowns: dict[Any, str] = field(default_factory=dict)
-
-    def define(self, stem: str, text: str) -> str:
-        """A name for a term; the term itself where it is a name already."""
-        if " " not in text:
-            return text
-        known = next((name for name, body in self.definitions if body == text), None)
-        if known is None:
-            known = self.w.fresh(stem)
-            self.definitions.append((known, text))
-        return known
-
-    def defined(self, stem: str, x: Value) -> Value:
-        """The same of a value."""
-        return Value(self.define(stem, x.text), x.size)
-
-    def assume(self, statement: str) -> str:
-        """The hypothesis that a side condition holds."""
-        known = next((name for name, body in self.hypotheses if body == statement), None)
-        if known is None:
-            known = self.w.fresh("H")
-            self.hypotheses.append((known, statement))
-        return known
 
     def unknown(self, step: Step, what: str, kind: str) -> str:
         """A value that the certificate leaves open under a hypothesis: a pseudo-inverse, a common change, a scale, a root."""
@@ -80,77 +41,79 @@ class Run:
         return self.w.free(self.unknowns[key], kind)
 
     def state(self, component: Component, x: Value, level: Level) -> Value:
-        """A component on a state, with the parameters as they are."""
-        return state(self.w, component, x, level, self.names)
+        """A component on a state, vector by vector, with the parameters as they are."""
+        if type(component).__name__ == "Identity":
+            return x
+        found = value(self.w, component, Value(level.at(x.text), x.size), level.point(self.names))
+        return Value(level.over(self.w, found.text), found.size)
+
+    def function(self, size: Any, level: Level, write: Callable[[Value], Value]) -> tuple[str, Any]:
+        """(fun z => …, the size of what it gives)."""
+        name = self.w.fresh("z")
+        found = write(Value(name, size))
+        return (
+            f"(fun {name} : {level.kind(self.w, vector(self.w, size))} => {found.text.replace(NOW, '(inr tt)')})",
+            found.size,
+        )
 
     def fixed(self, component: Component, size: Any, level: Level) -> tuple[str, Any]:
-        """A component that stays, as a function."""
-        return fixed(self.w, component, size, level, self.names)
+        """A component that stays, as a function of a state."""
+        return self.function(size, level, lambda x: self.state(component, x, level))
 
 
 Writes = Callable[[Run, Step, Level, Any], Tree]
-Solves = Callable[[Run, Step, Level, Wanted], Solved]
-LEMMAS: dict[tuple[str, str], tuple[Writes, Solves]] = {}  # (rule, side) → how its node is written
+OF_WINDOWS = ("theorem-1b", "O-after-fixed", "O-sum", "O-factor", "O-times", "O-through-bijection", "I-by-output")
+LEMMAS: dict[tuple[str, str], Writes] = {}  # (rule, side) → how its node is written
 
 
-def lemma(*rows: tuple[str, str]) -> Callable[[type], type]:
-    """Says for which rows of the rule table a class writes nodes."""
+def lemma(*rows: tuple[str, str]) -> Callable[[Writes], Writes]:
+    """Says for which rows of the rule table a function writes nodes."""
 
-    def register(cls: Any) -> Any:
-        for row in rows:
-            LEMMAS[row] = cls.tree, cls.solve
-        return cls
+    def register(write: Writes) -> Writes:
+        LEMMAS.update(dict.fromkeys(rows, write))
+        return write
 
     return register
 
 
-def lemma_of(step: Step) -> tuple[Writes, Solves]:
-    """How a step is written.  Raises ``BadInput`` for a rule that has no lemma."""
-    rule = step.rule
-    if (rule.name, rule.side) not in LEMMAS:
-        raise BadInput(f"the rule {rule.name} ({rule.side} side) has no lemma in Coq: no certificate is written")
-    return LEMMAS[rule.name, rule.side]
-
-
 def tree(run: Run, step: Step, level: Level, size: Any) -> Tree:
-    """The node of a step on states of a size."""
-    return lemma_of(step)[0](run, step, level, size)
+    """The node of a step on states of a size.  Raises ``BadInput`` for a rule that has no lemma."""
+    row = step.rule.name, step.rule.side
+    if row not in LEMMAS:
+        raise BadInput(f"the rule {row[0]} ({row[1]} side) has no lemma in Coq: no certificate is written")
+    if level.positions is not None:
+        part = step.place.component
+        if not reads_a_window(part):
+            return _now(run, step, level, size)
+        if row[0] not in OF_WINDOWS:
+            raise BadInput(f"{row[0]} at {part.describe():.60}, with a window inside: it has no lemma in Coq")
+    return LEMMAS[row](run, step, level, size)
 
 
-def solve(run: Run, step: Step, level: Level, wanted: Wanted) -> Solved:
-    """The patch of a step, and the proof of its side conditions."""
-    return lemma_of(step)[1](run, step, level, wanted)
+def _now(run: Run, step: Step, level: Level, size: Any) -> Tree:
+    """What needs no window, at the last position."""
+    found = tree(run, step, replace(level, positions=None), size)
+    word = {"input": "I_before", "output": "O_after_fixed", "through": "T_before"}[step.rule.side]
+    return found._replace(
+        text=f"({word} {run.function(size, level, lambda z: Value(level.at(z.text), size))[0]} {found.text})"
+    )
 
 
-def both(*proofs: str) -> str:
-    """A conjunction's proof, to the right."""
-    *rest, last = proofs
-    for one in reversed(rest):
-        last = f"(conj {one} {last})"
-    return last
+def reads_a_window(c: Component) -> bool:
+    """Whether a part reads other positions."""
+    return isinstance(c, Window) or any(map(reads_a_window, c.children()))
 
 
 def pair(nested: Nested, names: Callable[[Param], str]) -> str:
     """Parameters as the node pairs them."""
     if nested is None:
         return "tt"
-    if isinstance(nested, Param):
-        return names(nested)
-    return f"({', '.join(pair(one, names) for one in nested)})"
+    return names(nested) if isinstance(nested, Param) else f"({', '.join(pair(one, names) for one in nested)})"
 
 
-def rest_before(place: Place, part: Place) -> Component:
-    """What of a sequence stands before ``part``, which is its end."""
-    count = len(place.component.children()) - (len(part.component.children()) if _is_slice(place, part) else 1)
-    return place.slice(0, count).component
-
-
-def rest_after(place: Place, part: Place) -> Component:
-    """What of a sequence stands behind ``part``, which is its beginning."""
+def rest(place: Place, part: Place, after: bool) -> Component:
+    """What of a sequence stands before ``part``, its end, or ``after`` it, its beginning."""
     count = len(place.component.children())
-    start = len(part.component.children()) if _is_slice(place, part) else 1
-    return place.slice(start, count).component
-
-
-def _is_slice(place: Place, part: Place) -> bool:
-    return part.path == place.path and isinstance(part.component, Sequence)
+    whole = part.path == place.path and isinstance(part.component, Sequence)
+    own = len(part.component.children()) if whole else 1
+    return (place.slice(own, count) if after else place.slice(0, count - own)).component

@@ -3,35 +3,23 @@
 What is shown there holds of the numbers, with no rounding anywhere: rational blocks only.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
 from controllability.arrays import Array
-from controllability.components import (
-    Activation,
-    Bias,
-    Identity,
-    Linear,
-    Product,
-    Scale,
-    Select,
-    Sequence,
-    SoftCap,
-    Sum,
-    Times,
-)
+from controllability.components import Activation, Sequence, SoftCap
 from controllability.errors import BadInput
 from controllability.interfaces import Component, Param
 from controllability.prover.derivation import Derivation
 from controllability.rocq.certificate import kind_of
 from controllability.rocq.formula import Point, Value, Writer, value
-from controllability.rocq.names import identifier, number, ratio
+from controllability.rocq.names import identifier, number, ratio, stated
 from controllability.rocq.states import vector
 from controllability.solvers.farkas_certificate import Farkas
 
 LARGEST = 4096  # numbers in a certificate
-RATIONAL = ("identity", "relu", "relu2")
 HEAD = [
     "From Coq Require Import QArith Qabs List.",
     "From Controllability Require Import Rationals.",
@@ -57,33 +45,23 @@ def numbers(x: Any) -> str:
     )
 
 
-def _at(c: Component, x: str, names: Mapping[Param, str]) -> str:
-    """A rational component at one token.  Raises ``BadInput`` for another."""
-    parts = [_at(part, x, names) for part in c.children()] if isinstance(c, Sum | Product) else []
-    if parts:
-        total = parts[0]
-        for one in parts[1:]:
-            total = f"({'add' if isinstance(c, Sum) else 'times'} {total} {one})"
-        return total
-    if isinstance(c, Sequence):
-        for part in c.parts:
-            x = _at(part, x, names)
-        return x
-    if isinstance(c, Linear) and c.layout == "out_in":
-        product = f"(apply {names[c.weight]} {x})"
-        return product if c.bias is None else f"(add {product} {names[c.bias]})"
-    if isinstance(c, Activation) and (c.coefficients or c.name in RATIONAL) and not c.symbol:
-        known = listed(map(rational, c.coefficients))
-        return f"(map {f'(polynomial {known})' if c.coefficients else c.name} {x})"
-    if isinstance(c, Scale) and c.offset == 0:
-        return f"(times {names[c.weight]} {x})"
-    if isinstance(c, Bias):
-        return f"(add {x} {names[c.bias]})"
-    if isinstance(c, Times):
-        return f"(scale {rational(c.factor)} {x})"
-    if isinstance(c, Identity) or (isinstance(c, Select) and c.index == 0):
-        return x
-    raise BadInput(f"{c.describe()} is no rational map: a certificate of numbers is written for rational blocks only")
+def _rational_words() -> frozenset[str]:
+    """The names that formulas over the rationals may have."""
+    return stated("rationals.v") | {"map", "cons", "nil", "let", "in"}
+
+
+def _formulas(proof: Derivation, at: Mapping[str, Mapping[Param, str]]) -> list[str]:
+    """The block at states, each with its names of the parameters.  Raises ``BadInput`` for one that is no rational map."""
+    found = []
+    for state, names in at.items():
+        w = Writer()
+        text = value(w, proof.block, Value(state, w.sizes.new()), Point(names)).text
+        if odd := set(re.findall(r"[A-Za-z_]\w*'?", text)) - _rational_words() - {state, *names.values()} - w.taken:
+            raise BadInput(
+                f"the block is no rational map, as it has {min(odd)}: a certificate of numbers is for rational blocks"
+            )
+        found.append(text)
+    return found
 
 
 def residual_certificate(
@@ -94,21 +72,7 @@ def residual_certificate(
     States are (d,).  Raises ``BadInput`` for a block that is not rational or has more than 4,096 numbers.
     """
     patch = proof.construct(params, source, target)
-    taken = {
-        "add",
-        "times",
-        "scale",
-        "dot",
-        "apply",
-        "relu",
-        "relu2",
-        "identity",
-        "polynomial",
-        "within",
-        "bound",
-        "source",
-        "target",
-    }
+    taken = {*_rational_words(), "bound", "source", "target", "given", "wanted", "computed", "residual"}
     names = {p: identifier(str(p), taken) for p in proof.layout.parameters}
     values = {p: p.value(params) for p in names}
     if sum(v.size for v in values.values()) > LARGEST:
@@ -116,12 +80,13 @@ def residual_certificate(
     merged = patch.merged_into(params)
     moved = {p: p.value(merged) for p in names if p in patch.deltas}
     patched = names | {p: f"{names[p]}'" for p in moved}
+    given, wanted = _formulas(proof, {"source": patched, "target": names})
     lines = [
         *HEAD, *(f"Definition {names[p]} := {numbers(v)}." for p, v in values.items()),
         *(f"Definition {patched[p]} := {numbers(v)}." for p, v in moved.items()),
         f"Definition source := {numbers(source)}.", f"Definition target := {numbers(target)}.",
         f"Definition bound := {rational(bound)}.",
-        f"Definition given := {_at(proof.block, 'source', patched)}.", f"Definition wanted := {_at(proof.block, 'target', names)}.",
+        f"Definition given := {given}.", f"Definition wanted := {wanted}.",
         "Lemma computed : within bound given wanted = true.", "Proof. vm_compute. reflexivity. Qed.",
         "Theorem residual : Forall2 (fun a b => Qabs (a - b) <= bound) given wanted.",
         "Proof. exact (within_bound _ _ _ computed). Qed.", "Print Assumptions residual.",

@@ -1,22 +1,26 @@
-"""States of a certificate: one vector, one for each token of a joint proof, one for each chosen expert inside a mixture."""
+"""States of a certificate: one vector, one for each token of a joint proof, each chosen expert, or each position of a window."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from controllability.interfaces import Component, Param
-from controllability.rocq.formula import Point, Value, Writer, value
-from controllability.rocq.sizes import UNIT, Size
+from controllability.interfaces import Param
+from controllability.rocq.formula import NOW, Point, Writer
+from controllability.rocq.sizes import UNIT, Rows, Size
 
 
 @dataclass(frozen=True)
 class Level:
-    """What a state has one vector for: nothing, each token t, each row j; and the choice of experts inside a mixture."""
+    """What a state has one vector for: nothing, each token t, each row j; and the choice of experts inside a mixture.
+
+    ``positions`` are those of a window. A state has a vector for each, and what is computed from it one, now, the last.
+    """
 
     tokens: Size | None = None
     rows: Size | None = None
     experts: Size = UNIT
     choice: str = ""  # of one token, or a function of the token
+    positions: Size | None = None
 
     def axes(self, w: Writer) -> list[tuple[str, str]]:
         """Index variables and their types, outermost first."""
@@ -30,18 +34,22 @@ class Level:
 
     def at(self, text: str) -> str:
         """A state's vector at the index variables."""
-        indices = ["t"] * self.joint + ["j"] * (self.rows is not None)
+        indices = ["t"] * self.joint + ["j"] * (self.rows is not None) + [NOW] * (self.positions is not None)
         return f"({' '.join((text, *indices))})" if indices else text
 
     def over(self, w: Writer, body: str) -> str:
         """The state with this vector at the index variables."""
         for name, kind in reversed(self.axes(w)):
             body = f"(fun {name} : {kind} => {body})"
-        return body
+        return body.replace(NOW, "(inr tt)")
 
     def kind(self, w: Writer, vector: str) -> str:
         """The type of a state of such vectors."""
-        return " -> ".join((*(kind for _, kind in self.axes(w)), vector))
+        axes = [
+            *(kind for _, kind in self.axes(w)),
+            *([] if self.positions is None else [w.sizes.mark(self.positions)]),
+        ]
+        return " -> ".join((*axes, vector))
 
     def outside(self) -> "Level":
         """The level around a mixture."""
@@ -55,30 +63,12 @@ class Level:
 
 
 def vector(w: Writer, size: Any) -> str:
-    """The type of a vector, or of a tuple of them."""
+    """The type of a vector, of rows, or of a tuple of vectors."""
+    if isinstance(size, Rows):
+        return f"{w.sizes.mark(size.count)} -> vec {w.sizes.mark(size.size)}"
     if isinstance(size, tuple):
         first, *rest = (f"vec {w.sizes.mark(s)}" for s in size)
         for one in rest:
             first = f"({first} * {one})"
         return first
     return f"vec {w.sizes.mark(size)}"
-
-
-def state(w: Writer, component: Component, x: Value, level: Level, names: Mapping[Param, str]) -> Value:
-    """A component on a state, vector by vector."""
-    if type(component).__name__ == "Identity":
-        return x
-    found = value(w, component, Value(level.at(x.text), x.size), level.point(names))
-    return Value(level.over(w, found.text), found.size)
-
-
-def function(w: Writer, x_size: Any, level: Level, write: Callable[[Value], Value], name: str = "") -> tuple[str, Any]:
-    """(fun x => …, the size of what it gives)."""
-    name = name or w.fresh("z")
-    found = write(Value(name, x_size))
-    return f"(fun {name} : {level.kind(w, vector(w, x_size))} => {found.text})", found.size
-
-
-def fixed(w: Writer, component: Component, x_size: Any, level: Level, names: Mapping[Param, str]) -> tuple[str, Any]:
-    """A component that stays, as a function of a state."""
-    return function(w, x_size, level, lambda x: state(w, component, x, level, names))

@@ -40,13 +40,28 @@ Next Obligation. intros []; simpl; auto. Qed.
 Next Obligation. repeat constructor; auto. Qed.
 Next Obligation. intros [] []; auto. Qed.
 
+Lemma app_once {I} (l m : list I) : NoDup l -> NoDup m -> (forall i, In i l -> ~ In i m) -> NoDup (l ++ m).
+Proof.
+  intros N M D; induction N as [| i l A N IH]; simpl in *; auto. constructor.
+  - rewrite in_app_iff; intros [B | B]; [auto | apply (D i); auto].
+  - apply IH; auto.
+Qed.
 #[global] Instance Finite_sum {I J} `{Finite I} `{Finite J} : Finite (I + J).
 Proof.
   refine {| members := List.map inl members ++ List.map inr members |}.
   - intros [i | j]; apply in_or_app; [left | right]; apply in_map, every.
-  - pose proof (Injective_map_NoDup (f := @inr I J) ltac:(intros a b E; now inversion E) once) as R.
-    induction (@once I _) as [| i l N D IH]; simpl; auto. constructor; auto.
-    rewrite in_app_iff, !in_map_iff; intros [(x & E & L) | (x & E & _)]; [now inversion E; subst | discriminate].
+  - apply app_once; try (apply Injective_map_NoDup; [intros a b E; now inversion E | apply once]).
+    intros x A B; rewrite in_map_iff in *; destruct A as (a & <- & _), B as (b & E & _); discriminate.
+  - decide equality; apply same.
+Defined.
+#[global] Instance Finite_product {I J} `{Finite I} `{Finite J} : Finite (I * J).
+Proof.
+  refine {| members := list_prod members members |}.
+  - intros [i j]; apply in_prod; apply every.
+  - induction (@once I _) as [| i l N D IH]; simpl; [constructor |]; apply app_once; auto.
+    + apply Injective_map_NoDup; [intros a b E; now inversion E | apply once].
+    + intros [a b] A B; rewrite in_map_iff in A; destruct A as (c & E & _); inversion E; subst.
+      apply in_prod_iff in B; tauto.
   - decide equality; apply same.
 Defined.
 
@@ -242,15 +257,17 @@ Proof. intros G e; destruct (G _ _ _ e) as [q' E']; exists q'; now rewrite E', !
 (** ** 3. Leaves *)
 
 Definition rows_of {E O I} (W : mat (E * O) I) (e : E) : mat O I := fun o => W (e, o).
+Definition stacked {E O I} (W : E -> mat O I) : mat (E * O) I := fun eo => W (fst eo) (snd eo).
+Definition transpose_each {E O I} (W : E -> mat O I) : E -> mat I O := fun e => transpose (W e).
 (** How a parameter is stored: transposed, less an offset, experts stacked. *)
 Record storage (P Q : Type) := Storage { held : P -> Q; store : Q -> P; held_store : forall q, held (store q) = q }.
 Arguments Storage {P Q}. Arguments held {P Q}. Arguments store {P Q}. Arguments held_store {P Q}.
 Definition plain {P} : storage P P := Storage (fun p => p) (fun p => p) (fun _ => eq_refl).
 Definition turned {O I} : storage (mat I O) (mat O I) := Storage transpose transpose (fun _ => eq_refl).
 Definition turned_each {E O I} : storage (E -> mat I O) (E -> mat O I) :=
-  Storage (fun W e => transpose (W e)) (fun W e => transpose (W e)) (fun _ => eq_refl).
+  Storage transpose_each transpose_each (fun _ => eq_refl).
 Definition stack {E O I} : storage (mat (E * O) I) (E -> mat O I) :=
-  Storage rows_of (fun W eo => W (fst eo) (snd eo)) (fun _ => eq_refl).
+  Storage rows_of stacked (fun _ => eq_refl).
 Definition shifted {I} (c : R) (w : vec I) : vec I := fun i => w i + c.
 Program Definition offset {I} (c : R) : storage (vec I) (vec I) := Storage (shifted c) (shifted (- c)) _.
 Next Obligation. intros; extensionality i; unfold shifted; ring. Qed.
@@ -303,6 +320,23 @@ Program Definition elementwise {I} : leaf (vec I) (vec I) (vec I) :=
 Next Obligation.
   intros I m x delta H; extensionality i; unfold times; simpl; unfold quotient.
   destruct (Req_dec (x i) 0) as [E | N]; [rewrite E, (H i E); ring | field; auto].
+Qed.
+
+(** A convolution over time, channel by channel: taps c on a window of positions, the last of which is now. *)
+Definition column {K D} (z : K -> vec D) (i : D) : vec K := fun k => z k i.
+Definition convolved {K D} `{Finite K} (skip factor : R) (c : mat D (K + unit)) (z : K + unit -> vec D) : vec D :=
+  fun i => factor * (dot (c i) (column z i) + skip * z (inr tt) i).
+Definition rank_taps {K D} `{Finite K} (factor : R) (c : mat D K) (z : K -> vec D) (delta : vec D) : mat D K :=
+  fun i k => c i k + delta i / factor * direction (column z i) k.
+Program Definition taps {K D} `{Finite K} (skip factor : R) : leaf (mat D (K + unit)) (K + unit -> vec D) (vec D) :=
+  Leaf (convolved skip factor) (fun _ z delta => factor <> 0 /\ forall i, column z i = zero -> delta i = 0)
+       (fun c z delta => rank_taps factor c z delta) _.
+Next Obligation.
+  intros K D F skip factor c z delta [N Z]; extensionality i; simpl; unfold convolved, rank_taps.
+  rewrite dot_add_l, dot_scale_l; fold (dot (c i) (column z i)).
+  destruct (zero_or_not (column z i)) as [E | M].
+  - rewrite (Z i E); unfold Rdiv; ring.
+  - rewrite direction_at by assumption; field; auto.
 Qed.
 
 (** The experts that were chosen, and their shares. *)
@@ -605,21 +639,124 @@ Qed.
 Program Definition T_mixture {P Q V L C X Y Z} `{Space Z} (r : input P X L) (route : L -> C) (f : C -> input Q X Y)
   (l : C -> leaf V Y Z) : through (P * Q * V) (L * Y) X Z :=
   let c p x := route (input_at r (fst (fst p)) x) in
-  let y p x := input_at (f (c p x)) (snd (fst p)) x in
-  Through (fun p x => leaf_at (l (c p x)) (snd p) (y p x)) (fun p x => (input_at r (fst (fst p)) x, y p x))
+  let inner p x := input_at (f (c p x)) (snd (fst p)) x in
+  Through (fun p x => leaf_at (l (c p x)) (snd p) (inner p x)) (fun p x => (input_at r (fst (fst p)) x, inner p x))
           (fun p z z' w => input_can r (fst (fst p)) z z' /\ input_can (f (c p z')) (snd (fst p)) z z' /\
-             leaf_can (l (c p z')) (snd p) (y p z') (sub w (leaf_at (l (c p z')) (snd p) (y p z'))))
+             leaf_can (l (c p z')) (snd p) (inner p z') (sub w (leaf_at (l (c p z')) (snd p) (inner p z'))))
           (fun p z z' w => (input_move r (fst (fst p)) z z', input_move (f (c p z')) (snd (fst p)) z z',
-             leaf_move (l (c p z')) (snd p) (y p z') (sub w (leaf_at (l (c p z')) (snd p) (y p z'))))) _ _.
+             leaf_move (l (c p z')) (snd p) (inner p z') (sub w (leaf_at (l (c p z')) (snd p) (inner p z'))))) _ _.
 Next Obligation.
-  intros P Q V L C X Y Z S r route f l c y p z z' w (A & B & D); subst c y; cbn [fst snd].
+  intros P Q V L C X Y Z S r route f l c inner p z z' w (A & B & D); subst c inner; cbn [fst snd].
   rewrite (input_ok r) by assumption; now rewrite (input_ok (f _)).
 Qed.
 Next Obligation.
-  intros P Q V L C X Y Z S r route f l c y p z z' w (A & B & D); subst c y; cbn [fst snd].
+  intros P Q V L C X Y Z S r route f l c inner p z z' w (A & B & D); subst c inner; cbn [fst snd].
   rewrite (input_ok r) by assumption; rewrite (input_ok (f _)) by assumption.
   rewrite leaf_ok by assumption; apply add_sub.
 Qed.
+
+(** *** Values whose weights read them (section 8) *)
+
+(** With the weights w fixed, weighed(s, w, y) reaches every target by the carrier's output y; the weights read view(s, y). *)
+Record weighing (S W Y V Z : Type) := Weighing {
+  view : S -> Y -> V; weighed : S -> W -> Y -> Z;
+  asked : S -> W -> Y -> Z -> Y; askable : S -> W -> Y -> Z -> Prop;
+  asked_ok : forall s w y G, askable s w y G -> weighed s w (asked s w y G) = G }.
+Arguments Weighing {S W Y V Z}. Arguments view {S W Y V Z}. Arguments weighed {S W Y V Z}.
+Arguments asked {S W Y V Z}. Arguments askable {S W Y V Z}. Arguments asked_ok {S W Y V Z}.
+
+(** I-self-weighted: the carrier g for what is missing with the target's weights, then the weights h to these. *)
+Program Definition I_self_weighted {P Q X S W Y V Z} (u : weighing S W Y V Z) (beside : X -> S) (g : output P X Y)
+  (h : input Q V W) : input (P * Q) X Z :=
+  let seen p x := view u (beside x) (output_at g (fst p) x) in
+  let weights p x := input_at h (snd p) (seen p x) in
+  let all p x := weighed u (beside x) (weights p x) (output_at g (fst p) x) in
+  let carried p z z' := let y := asked u (beside z) (weights p z') (output_at g (fst p) z) (all p z') in y in
+  Input all
+    (fun p z z' => askable u (beside z) (weights p z') (output_at g (fst p) z) (all p z') /\
+       output_can g (fst p) z (carried p z z') /\ input_can h (snd p) (view u (beside z) (carried p z z')) (seen p z'))
+    (fun p z z' => (output_move g (fst p) z (carried p z z'),
+       input_move h (snd p) (view u (beside z) (carried p z z')) (seen p z'))) _.
+Next Obligation.
+  intros P Q X S W Y V Z u beside g h seen weights all carried p z z' (A & B & D).
+  set (y := carried p z z') in *; set (g' := output_move g (fst p) z y).
+  change (weighed u (beside z) (input_at h (input_move h (snd p) (view u (beside z) y) (seen p z'))
+    (view u (beside z) (output_at g g' z))) (output_at g g' z) = all p z').
+  unfold g'; rewrite (output_ok g), (input_ok h) by assumption.
+  now apply asked_ok.
+Qed.
+(** The same where the carrier has branches inside. What it gives as it is must not be asked for. *)
+Program Definition I_self_weighted_through {P Q A X S W Y V Z} (u : weighing S W Y V Z) (beside : X -> S)
+  (c : through P A X Y) (h : input Q V W) : input (P * Q) X Z :=
+  let seen p x := view u (beside x) (through_at c (fst p) x) in
+  let weights p x := input_at h (snd p) (seen p x) in
+  let all p x := weighed u (beside x) (weights p x) (through_at c (fst p) x) in
+  let carried p z z' := let y := asked u (beside z) (weights p z') (through_at c (fst p) z') (all p z') in y in
+  Input all
+    (fun p z z' => askable u (beside z) (weights p z') (through_at c (fst p) z') (all p z') /\
+       through_can c (fst p) z z' (carried p z z') /\ input_can h (snd p) (view u (beside z) (carried p z z')) (seen p z'))
+    (fun p z z' => (through_move c (fst p) z z' (carried p z z'),
+       input_move h (snd p) (view u (beside z) (carried p z z')) (seen p z'))) _.
+Next Obligation.
+  intros P Q A' X S W Y V Z u beside c h seen weights all carried p z z' (A & B & D).
+  set (y := carried p z z') in *; set (g' := through_move c (fst p) z z' y).
+  change (weighed u (beside z) (input_at h (input_move h (snd p) (view u (beside z) y) (seen p z'))
+    (view u (beside z) (through_at c g' z))) (through_at c g' z) = all p z').
+  unfold g'; rewrite (through_ok c), (input_ok h) by assumption.
+  now apply asked_ok.
+Qed.
+Program Definition each_weighing {T S W Y V Z} (u : weighing S W Y V Z) :
+  weighing (T -> S) (T -> W) (T -> Y) (T -> V) (T -> Z) :=
+  Weighing (fun s y t => view u (s t) (y t)) (fun s w y t => weighed u (s t) (w t) (y t))
+    (fun s w y G t => asked u (s t) (w t) (y t) (G t)) (fun s w y G => forall t, askable u (s t) (w t) (y t) (G t)) _.
+Next Obligation. intros T S W Y V Z u s w y G A; extensionality t; now apply asked_ok. Qed.
+
+(** Streams: one long vector as rows; what writes into all of them; and the sum that they collapse to. *)
+Definition rows {N D} (x : vec (N * D)) : N -> vec D := fun n i => x (n, i).
+Definition joined {N D} (S : N -> vec D) : vec (N * D) := fun p => S (fst p) (snd p).
+Program Definition as_rows {N D} : undo unit (vec (N * D)) (N -> vec D) :=
+  Undo (fun _ y => rows y) (fun _ S => joined S) (fun _ _ => True) _.
+Next Obligation. reflexivity. Qed.
+Definition remixed {N D} `{Finite N} (M : vec (N * N)) (S : N -> vec D) : N -> vec D :=
+  fun k i => sum (fun j => M (j, k) * S j i).
+Definition written {N D} (S : N -> vec D) (b : vec N) (u : vec D) : N -> vec D := fun n i => S n i + b n * u i.
+Definition per_stream {N D} (w : vec N) : N -> vec D := fun n _ => w n.
+Definition part {N D} (least : R) (w V : N -> vec D) : N -> vec D := fun n i => (w n i + least) * V n i.
+Definition collapse {N D} `{Finite N} (least : R) (w V : N -> vec D) : vec D := fun i => sum (fun n => part least w V n i).
+Definition room {N D} `{Finite N} (least : R) (w : N -> vec D) (b : vec N) : vec D :=
+  fun i => sum (fun n => (w n i + least) * b n).
+(** V = S + b (x) u, and u carries. *)
+Program Definition written_streams {N D} `{Finite N} (least : R) :
+  weighing ((N -> vec D) * vec N) (N -> vec D) (vec D) (N -> vec D) (vec D) :=
+  Weighing (fun s u => written (fst s) (snd s) u) (fun s w u => collapse least w (written (fst s) (snd s) u))
+    (fun s w _ G => quotient (sub G (collapse least w (fst s))) (room least w (snd s)))
+    (fun s w _ _ => nonzero (room least w (snd s))) _.
+Next Obligation.
+  intros N D F least [S b] w y G A; cbn [fst snd] in *; extensionality i.
+  set (u := quotient _ _); transitivity (collapse least w S i + u i * room least w b i).
+  - unfold collapse, room; rewrite <- sum_scale, <- sum_add; apply sum_ext; intro; unfold part, written; ring.
+  - unfold u, quotient; simpl; field; apply A.
+Qed.
+(** V itself carries: the nearest in relative terms. *)
+Definition nearest {N D} `{Finite N} (least : R) (w V : N -> vec D) (G : vec D) : N -> vec D := fun n i =>
+  V n i + V n i * part least w V n i * (G i - collapse least w V i) / sum (fun n => part least w V n i * part least w V n i).
+Program Definition streams {N D} `{Finite N} (least : R) :
+  weighing unit (N -> vec D) (N -> vec D) (N -> vec D) (vec D) :=
+  Weighing (fun _ V => V) (fun _ w V => collapse least w V) (fun _ w V G => nearest least w V G)
+    (fun _ w V _ => forall i, sum (fun n => part least w V n i * part least w V n i) <> 0) _.
+Next Obligation.
+  intros N D F least [] w V G A; cbv beta in *; extensionality i; specialize (A i).
+  set (q := sum (fun n => part least w V n i * part least w V n i)) in *.
+  transitivity (collapse least w V i + (G i - collapse least w V i) / q * q); [| field; auto].
+  unfold q at 2; unfold collapse at 1 2; rewrite <- sum_scale, <- sum_add; apply sum_ext; intro n.
+  unfold part at 1, nearest; fold q; unfold part; field; auto.
+Qed.
+(** p + (1 + g_0)(a - p), and a carries: the weights read it alone. *)
+Definition corrected {G D} (p a : vec D) (g : vec (unit + G)) : vec D := fun i => p i + (1 + g (inl tt)) * (a i - p i).
+Program Definition correction {G D} : weighing (vec D) (vec (unit + G)) (vec D) (vec D) (vec D) :=
+  Weighing (fun _ a => a) (fun p g a => corrected p a g)
+    (fun p g _ w => add p (scale (/ (1 + g (inl tt))) (sub w p))) (fun _ g _ _ => 1 + g (inl tt) <> 0) _.
+Next Obligation. intros G D p g a w A; extensionality i; unfold corrected, scale; simpl; field; auto. Qed.
 
 (** ** 7. The theorems *)
 
@@ -668,6 +805,7 @@ Proof.
   unfold scale; field; apply Rgt_not_eq, sqrt_lt_R0; lra.
 Qed.
 
+Definition rms_each {N D} `{Finite D} (eps : R) (x : vec (N * D)) : vec (N * D) := joined (fun n => rms eps (rows x n)).
 Definition inverse_rms {I} `{Finite I} (eps : R) (x : vec I) : vec unit := fun _ => / sqrt (mean_square x + eps).
 
 (** The route ball, and a normalisation without a scale: n is undone inside the ball. *)
@@ -685,46 +823,45 @@ Arguments before {Q Y Z}. Arguments open {Q Y Z}. Arguments route_ok {Q Y Z}.
 
 Section Routes.
 Context {I : Type} `{Finite I}.
-Variable eps : R.
 Implicit Types m y G u : vec I.
-Definition mean_of y : R := ratio (mean_square y) eps.
+Definition mean_of eps y : R := ratio (mean_square y) eps.
 
 (** Any scale m' with mean((G/m')^2) = q serves: y* = (G/m') sqrt(r^2 + eps). *)
-Definition serves (m' y G : vec I) : Prop :=
-  0 <= eps /\ 0 < mean_square y /\ (forall i, m' i = 0 -> G i = 0) /\ mean_square (quotient G m') = mean_of y.
-Definition target (m' y G : vec I) : vec I := scale (sqrt (mean_square y + eps)) (quotient G m').
-Lemma serves_ok m' y G : serves m' y G -> times m' (rms eps (target m' y G)) = G.
+Definition serves (eps : R) (m' y G : vec I) : Prop :=
+  0 <= eps /\ 0 < mean_square y /\ (forall i, m' i = 0 -> G i = 0) /\ mean_square (quotient G m') = mean_of eps y.
+Definition target eps (m' y G : vec I) : vec I := scale (sqrt (mean_square y + eps)) (quotient G m').
+Lemma serves_ok eps m' y G : serves eps m' y G -> times m' (rms eps (target eps m' y G)) = G.
 Proof.
   intros (E & P & Z & M); unfold target; rewrite rms_reach by assumption.
   extensionality i; unfold times, quotient; destruct (Req_dec (m' i) 0) as [A | A]; [rewrite A, Z; auto; ring | field; auto].
 Qed.
 (** A scale k t with any k, and mean((G/t)^2) = k^2 q. *)
-Definition size_for (t y G : vec I) : R := sqrt (mean_square (quotient G t) / mean_of y).
-Lemma sized t y G : 0 <= eps -> 0 < mean_square y -> nonzero t -> G <> zero ->
-  serves (scale (size_for t y G) t) y G.
+Definition size_for eps (t y G : vec I) : R := sqrt (mean_square (quotient G t) / mean_of eps y).
+Lemma sized eps t y G : 0 <= eps -> 0 < mean_square y -> nonzero t -> G <> zero ->
+  serves eps (scale (size_for eps t y G) t) y G.
 Proof.
-  intros E P N D; assert (0 < mean_of y) as Q by (unfold mean_of, ratio; apply Rdiv_lt_0_compat; lra).
+  intros E P N D; assert (0 < mean_of eps y) as Q by (unfold mean_of, ratio; apply Rdiv_lt_0_compat; lra).
   assert (0 < mean_square (quotient G t)) as M.
   { apply mean_square_positive; intro A; apply D; extensionality i; pose proof (f_equal (fun x => x i) A) as B.
     unfold quotient, zero in *; replace (G i) with (G i / t i * t i) by (field; apply N); rewrite B; ring. }
-  assert (0 < size_for t y G) as K by (apply sqrt_lt_R0, Rdiv_lt_0_compat; auto).
+  assert (0 < size_for eps t y G) as K by (apply sqrt_lt_R0, Rdiv_lt_0_compat; auto).
   repeat split; auto.
   - unfold scale; intros i A; apply Rmult_integral in A as [A | A]; [lra | destruct (N i A)].
-  - replace (quotient G (scale (size_for t y G) t)) with (scale (/ size_for t y G) (quotient G t)).
+  - replace (quotient G (scale (size_for eps t y G) t)) with (scale (/ size_for eps t y G) (quotient G t)).
     + rewrite mean_square_scale. unfold size_for at 1 2.
-      replace (/ sqrt (mean_square (quotient G t) / mean_of y) * / sqrt (mean_square (quotient G t) / mean_of y))
-        with (/ (mean_square (quotient G t) / mean_of y)); [field; split; lra |].
+      replace (/ sqrt (mean_square (quotient G t) / mean_of eps y) * / sqrt (mean_square (quotient G t) / mean_of eps y))
+        with (/ (mean_square (quotient G t) / mean_of eps y)); [field; split; lra |].
       rewrite <- Rinv_mult. f_equal; symmetry; apply sqrt_sqrt.
       apply Rlt_le, Rdiv_lt_0_compat; auto.
     + extensionality i; unfold scale, quotient; field; split; [apply N | lra].
 Qed.
 
 (** m' = c m. *)
-Program Definition uniform : route (vec I) (vec I) (vec I) :=
-  Route (fun m y => times m (rms eps y)) (fun m y G => scale (size_for m y G) m)
-        (fun m y G => target (scale (size_for m y G) m) y G)
+Program Definition uniform (eps : R) : route (vec I) (vec I) (vec I) :=
+  Route (fun m y => times m (rms eps y)) (fun m y G => scale (size_for eps m y G) m)
+        (fun m y G => let new := scale (size_for eps m y G) m in target eps new y G)
         (fun m y G => 0 <= eps /\ 0 < mean_square y /\ nonzero m /\ G <> zero) _.
-Next Obligation. intros m y G (A & B & C & D); now apply serves_ok, sized. Qed.
+Next Obligation. intros eps m y G (A & B & C & D); now apply serves_ok, sized. Qed.
 (** m'^2 = k^2 (m^2 + |G| mean(m^2)/RMS(G)), the signs of m. *)
 Definition weights m G : vec I :=
   fun i => m i * m i + Rabs (G i) * (mean_square m / sqrt (mean_square G)).
@@ -742,31 +879,31 @@ Proof.
   apply Rmult_integral_contrapositive_currified; [apply Rgt_not_eq, sqrt_lt_R0, W |].
   apply Rmult_integral_contrapositive_currified; [apply N | apply Rinv_neq_0_compat, Rabs_no_R0, N].
 Qed.
-Program Definition balanced : route (vec I) (vec I) (vec I) :=
-  Route (fun m y => times m (rms eps y)) (fun m y G => scale (size_for (balanced_scale m G) y G) (balanced_scale m G))
-        (fun m y G => target (scale (size_for (balanced_scale m G) y G) (balanced_scale m G)) y G)
+Program Definition balanced (eps : R) : route (vec I) (vec I) (vec I) :=
+  Route (fun m y => times m (rms eps y)) (fun m y G => scale (size_for eps (balanced_scale m G) y G) (balanced_scale m G))
+        (fun m y G => let new := scale (size_for eps (balanced_scale m G) y G) (balanced_scale m G) in target eps new y G)
         (fun m y G => 0 <= eps /\ 0 < mean_square y /\ nonzero m /\ G <> zero) _.
-Next Obligation. intros m y G (A & B & C & D); apply serves_ok, sized; auto; now apply balanced_nonzero. Qed.
+Next Obligation. intros eps m y G (A & B & C & D); apply serves_ok, sized; auto; now apply balanced_nonzero. Qed.
 (** m' = m - mu/m with mu a root of mean((G m/(m^2 - mu))^2) = q: the root is a hypothesis. *)
 Definition secular_scale (mu : R) m : vec I := fun i => m i - mu / m i.
-Program Definition secular (mu : R) : route (vec I) (vec I) (vec I) :=
+Program Definition secular eps (mu : R) : route (vec I) (vec I) (vec I) :=
   Route (fun m y => times m (rms eps y)) (fun m _ _ => secular_scale mu m)
-        (fun m y G => target (secular_scale mu m) y G)
+        (fun m y G => let new := secular_scale mu m in target eps new y G)
         (fun m y G => 0 <= eps /\ 0 < mean_square y /\ (forall i, m i <> 0 /\ m i * m i <> mu) /\
-           mean (fun i => (G i * m i / (m i * m i - mu)) * (G i * m i / (m i * m i - mu))) = mean_of y) _.
+           mean (fun i => (G i * m i / (m i * m i - mu)) * (G i * m i / (m i * m i - mu))) = mean_of eps y) _.
 Next Obligation.
-  intros mu m y G (A & B & C & D); apply serves_ok; repeat split; auto.
+  intros eps mu m y G (A & B & C & D); apply serves_ok; repeat split; auto.
   - intros i E; destruct (C i) as [N M]; exfalso; apply M; unfold secular_scale in E.
     replace mu with (m i * m i - (m i - mu / m i) * m i) by (field; auto); rewrite E; ring.
   - rewrite <- D; apply mean_ext; intro i; destruct (C i) as [N M]; unfold quotient, secular_scale.
     replace (m i - mu / m i) with ((m i * m i - mu) / m i) by (field; auto). field; split; auto; lra.
 Qed.
 (** m' = G/n(y); what enters the normalisation stays as it is. *)
-Program Definition scale_alone : route (vec I) (vec I) (vec I) :=
+Program Definition scale_alone (eps : R) : route (vec I) (vec I) (vec I) :=
   Route (fun m y => times m (rms eps y)) (fun _ y G => quotient G (rms eps y)) (fun _ y _ => y)
         (fun _ y G => forall i, rms eps y i = 0 -> G i = 0) _.
 Next Obligation.
-  intros m y G Z; extensionality i; unfold times, quotient.
+  intros eps m y G Z; extensionality i; unfold times, quotient.
   destruct (Req_dec (rms eps y i) 0) as [A | A]; [rewrite A, (Z i A); ring | field; auto].
 Qed.
 
@@ -791,24 +928,24 @@ Lemma mean_scaled c x : mean (scale c x) = c * mean x.
 Proof. apply mean_scale. Qed.
 Lemma centred_zero x : mean x = 0 -> centred x = x.
 Proof. intro E; extensionality i; unfold centred; rewrite E; ring. Qed.
-Definition centred_unit m y G : vec I :=
+Definition centred_unit eps m y G : vec I :=
   let x := both_signs (quotient G (balanced_scale m G)) in
-  scale (sqrt (mean_of (centred y)) / sqrt (mean_square x)) x.
-Program Definition centred_balanced : route (vec I) (vec I) (vec I) :=
-  Route (fun m y => times m (layer eps y)) (fun m y G => quotient G (centred_unit m y G))
-        (fun m y G => scale (sqrt (mean_square (centred y) + eps)) (centred_unit m y G))
+  scale (sqrt (mean_of eps (centred y)) / sqrt (mean_square x)) x.
+Program Definition centred_balanced (eps : R) : route (vec I) (vec I) (vec I) :=
+  Route (fun m y => times m (layer eps y)) (fun m y G => let u := centred_unit eps m y G in quotient G u)
+        (fun m y G => let u := centred_unit eps m y G in scale (sqrt (mean_square (centred y) + eps)) u)
         (fun m y G => 0 <= eps /\ 0 < mean_square (centred y) /\ nonzero m /\
-           Rabs (mean (quotient G (balanced_scale m G))) < mean (map Rabs (quotient G (balanced_scale m G)))) _.
+           let x := quotient G (balanced_scale m G) in Rabs (mean x) < mean (map Rabs x)) _.
 Next Obligation.
-  intros m y G (A & B & C & D); unfold centred_unit; set (x := quotient G (balanced_scale m G)) in *.
-  assert (0 < mean_of (centred y)) as Q by (unfold mean_of, ratio; apply Rdiv_lt_0_compat; lra).
+  intros eps m y G (A & B & C & D); unfold centred_unit; cbv zeta in *; set (x := quotient G (balanced_scale m G)) in *.
+  assert (0 < mean_of eps (centred y)) as Q by (unfold mean_of, ratio; apply Rdiv_lt_0_compat; lra).
   assert (0 < mean_square (both_signs x)) as P.
   { apply mean_square_positive; intro E; assert (x = zero) as F.
     - extensionality i; apply both_signs_zero; auto; now rewrite E.
     - rewrite F in D. replace (mean (map Rabs zero)) with (mean (zero (I := I))) in D.
       + pose proof (Rle_abs (mean (zero (I := I)))); lra.
       + apply mean_ext; intro; unfold map, zero; now rewrite Rabs_R0. }
-  set (k := sqrt (mean_of (centred y)) / sqrt (mean_square (both_signs x))).
+  set (k := sqrt (mean_of eps (centred y)) / sqrt (mean_square (both_signs x))).
   assert (K : 0 < k) by (apply Rdiv_lt_0_compat; now apply sqrt_lt_R0).
   unfold layer. replace (centred (scale _ (scale k (both_signs x))))
     with (scale (sqrt (mean_square (centred y) + eps)) (scale k (both_signs x))).
@@ -819,30 +956,30 @@ Next Obligation.
       replace (G i) with (G i / balanced_scale m G i * balanced_scale m G i)
         by (field; now apply balanced_nonzero). rewrite Z; ring.
     + rewrite mean_square_scale; unfold k.
-      replace (sqrt (mean_of (centred y)) / sqrt (mean_square (both_signs x)) *
-               (sqrt (mean_of (centred y)) / sqrt (mean_square (both_signs x))))
-        with (mean_of (centred y) / mean_square (both_signs x)); [unfold mean_of; field; lra |].
-      rewrite <- (sqrt_sqrt (mean_of (centred y))) at 1 by lra.
+      replace (sqrt (mean_of eps (centred y)) / sqrt (mean_square (both_signs x)) *
+               (sqrt (mean_of eps (centred y)) / sqrt (mean_square (both_signs x))))
+        with (mean_of eps (centred y) / mean_square (both_signs x)); [unfold mean_of; field; lra |].
+      rewrite <- (sqrt_sqrt (mean_of eps (centred y))) at 1 by lra.
       rewrite <- (sqrt_sqrt (mean_square (both_signs x))) at 1 by lra.
       field; apply Rgt_not_eq, sqrt_lt_R0, P.
   - symmetry; apply centred_zero. rewrite !mean_scaled, both_signs_mean; ring.
 Qed.
 
 (** *** Many tokens, one scale: [s] is the scale that linear programming finds, with every RMS kept. *)
-Program Definition keep {T} (s : vec I) : route (vec I) (T -> vec I) (T -> vec I) :=
+Program Definition keep {T} eps (s : vec I) : route (vec I) (T -> vec I) (T -> vec I) :=
   Route (fun m (y : T -> vec I) t => times m (rms eps (y t))) (fun _ _ _ => s)
-        (fun _ (y G : T -> vec I) t => target s (y t) (G t)) (fun _ (y G : T -> vec I) => forall t, serves s (y t) (G t)) _.
-Next Obligation. intros T s m y' G' A; extensionality t; now apply serves_ok. Qed.
+        (fun _ (y G : T -> vec I) t => target eps s (y t) (G t)) (fun _ (y G : T -> vec I) => forall t, serves eps s (y t) (G t)) _.
+Next Obligation. intros T eps s m y' G' A; extensionality t; now apply serves_ok. Qed.
 (** The last resort, for every target: m' = c m with c above every RMS(G_t/m). *)
 Definition enlarged_scale {T} `{Finite T} m (G : T -> vec I) : vec I :=
   scale (1 + sum (fun t => mean_square (quotient (G t) m))) m.
-Program Definition enlarged {T} `{Finite T} : route (vec I) (T -> vec I) (T -> vec I) :=
+Program Definition enlarged {T} `{Finite T} eps : route (vec I) (T -> vec I) (T -> vec I) :=
   Route (fun m (y : T -> vec I) t => times m (rms eps (y t))) (fun m _ (G : T -> vec I) => enlarged_scale m G)
         (fun m _ (G : T -> vec I) t => scale (sqrt (eps / (1 - mean_square (quotient (G t) (enlarged_scale m G)))))
                               (quotient (G t) (enlarged_scale m G)))
         (fun m _ _ => 0 < eps /\ nonzero m) _.
 Next Obligation.
-  intros T F m y' G' [P N]; extensionality t; set (c := 1 + sum (fun t => mean_square (quotient (G' t) m))).
+  intros T F eps m y' G' [P N]; extensionality t; set (c := 1 + sum (fun t => mean_square (quotient (G' t) m))).
   assert (mean_square (quotient (G' t) m) < c /\ 1 <= c) as [L O].
   { pose proof (over_nonneg members (fun t => mean_square (quotient (G' t) m)) (fun _ => mean_square_nonneg _)) as A.
     unfold c, sum; split; [| lra]. pose proof (every t) as B; induction members as [| a l IH]; [destruct B |].
@@ -858,8 +995,6 @@ Next Obligation.
     nra.
 Qed.
 End Routes.
-Arguments scale_alone {I _}. Arguments uniform {I _}. Arguments balanced {I _}. Arguments secular {I _}.
-Arguments centred_balanced {I _}. Arguments keep {I _} eps {T}. Arguments enlarged {I _} eps {T _}.
 
 (** O-normalised, O-centred and their joint forms: put(m, g(x)), by a route; the parameters are those of g and the scale. *)
 Program Definition O_normalised {P Q M X Y Z} (s : storage Q M) (r : route M Y Z) (g : output P X Y) :
@@ -1062,6 +1197,10 @@ Definition xielu (softplus : R -> R) (p n b e x : R) : R :=
   if Rlt_dec 0 x then softplus p * x * x + b * x
   else (exp (Rmin x e) - 1 - x) * (b + softplus n) + b * x.
 Definition at_most (c x : R) : R := Rmin x c.
+Definition at_least (c x : R) : R := Rmax x c.
+(** What stands more than c standard deviations above the mean. *)
+Definition above_mean {I} `{Finite I} (c : R) (x : vec I) : vec I :=
+  fun i => relu (centred x i - c * sqrt (mean_square (centred x))).
 Definition clamp (c x : R) : R := Rmax (Rmin x c) (- c).
 
 (** Fused halves of one vector; where the two are interleaved in storage, the halves are its even and its odd entries. *)

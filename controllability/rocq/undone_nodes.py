@@ -1,310 +1,167 @@
-"""What stands around a premise and is undone: other terms, other factors, bijections; and the theorems on sums."""
+"""What stands around a premise and is undone: other terms, other factors, bijections, normalisations; and the theorems on sums."""
 
-import re
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from controllability.components.activation import SoftCap
 from controllability.components.bias import Bias
 from controllability.components.fixed import Gate
 from controllability.components.residual import Identity
 from controllability.components.scale import Scale
+from controllability.components.streams import Streams
 from controllability.components.times import Times
 from controllability.errors import BadInput
-from controllability.interfaces import Component, Place, Product, Sum
-from controllability.rocq.formula import Value, gate, scale_of
-from controllability.rocq.names import number, ratio
-from controllability.rocq.nodes import Run, Solved, Tree, Wanted, both, lemma, solve, tree
+from controllability.interfaces import Component, Product, Sum
+from controllability.rocq.formula import Value, eps_of, gate, scale_of
+from controllability.rocq.leaf_nodes import offset_of
+from controllability.rocq.names import number
+from controllability.rocq.nodes import Run, Tree, lemma, tree
 from controllability.rocq.sizes import UNIT
-from controllability.rocq.states import Level, function, vector
+from controllability.rocq.states import Level, vector
 from controllability.rules import Step
 
-
-def holds(run: Run, level: Level, *conditions: str) -> str:
-    """The proof of conditions at each vector of a state: each a proof in brackets, or a statement to be assumed."""
-    proofs = []
-    for told in conditions:
-        proved = told.startswith("(nonzero_ratio")
-        each = level.joint and not proved and re.search(r"\bt\b", told)
-        proof = told if proved else run.assume(f"forall t, {told}" if each else told)
-        proofs.append(f"({proof} t)" if each else proof)
-    found = both(*proofs)
-    return f"(fun t => {found})" if level.joint else found
+SINGLE = {"auto": "balanced", "balanced": "balanced", "uniform": "uniform", "secular": "secular"}
 
 
-class Around(ABC):
-    """One thing that is undone."""
+class Around(NamedTuple):
+    """The theory's name for what is undone, what it is undone with as a function of the state, and the component."""
 
-    undo: str  # the theory's name for it, at one vector
-
-    @abstractmethod
-    def value(self, run: Run, x: Value, level: Level) -> str:
-        """What it is undone with, at a state: a state."""
-
-    def lemma(self, level: Level) -> str:
-        return f"(each {self.undo})" if level.joint and not self.undo.startswith("sum_") else self.undo
-
-    def function(self, run: Run, size: Any, level: Level) -> str:
-        return function(run.w, size, level, lambda x: Value(self.value(run, x, level), None))[0]
-
-    @abstractmethod
-    def before(self, run: Run, s: str, goal: str, level: Level) -> tuple[str, str]:
-        """(what must come before it so that ``goal`` comes out, the proof that it can be undone)."""
-
-
-@dataclass(frozen=True)
-class Other(Around):
-    """Another term of a sum, another factor of a product; ``first`` where it stands before the premise."""
-
+    undo: str
+    function: str
     component: Component
-    kind: type
-    first: bool
-    size: Any = None  # of the premise's vectors, where one number is spread over them
 
-    @property
-    def undo(self) -> str:  # type: ignore[override]
-        """sum_after, sum_before, factor, factor_before."""
-        if self.kind is Sum:
-            return "sum_after" if self.first else "sum_before"
-        return "factor" if self.first else "factor_before"
-
-    def value(self, run: Run, x: Value, level: Level) -> str:
-        found = run.state(self.component, x, level)
-        find = run.w.sizes.find
-        one, wide = find(found.size) == UNIT, self.kind is Product and find(self.size) != UNIT
-        if self.kind is Product and not one and not wide:
-            raise BadInput(f"{self.component.describe():.60} is a factor of one number: it has no lemma in Coq")
-        if one and wide:
-            return level.over(run.w, f"(spread {level.at(found.text)} : {vector(run.w, self.size)})")
-        return found.text
-
-    def before(self, run: Run, s: str, goal: str, level: Level) -> tuple[str, str]:
-        if self.kind is Sum:
-            return f"(sub {goal} {s})", "I"
-        text = level.over(run.w, f"(quotient {level.at(goal)} {level.at(s)})")
-        return text, holds(run, level, f"nonzero {level.at(s)}")
+    def wrap(self, word: str, text: str) -> str:
+        """A node inside it."""
+        return f"({word} {self.undo} {self.function} {text})"
 
 
-@dataclass(frozen=True)
-class Inverse(Around):
-    """A bijection behind the premise, its parameters as they are."""
+def term(run: Run, c: Component, kind: type, first: bool, wide: Any, size: Any, level: Level) -> Around:
+    """Another term of a sum, another factor of a product whose premise is ``wide``; ``first`` where it stands before."""
+    find = run.w.sizes.find
 
-    q: Component
-    size: Any
+    def write(x: Value) -> Value:
+        found = run.state(c, x, level)
+        if kind is Sum or find(found.size) != UNIT or find(wide) == UNIT:
+            if kind is Product and find(found.size) != UNIT and find(wide) == UNIT:
+                raise BadInput(f"{c.describe():.60} multiplies one number: it has no lemma in Coq")
+            return found
+        return Value(level.over(run.w, f"(spread {level.at(found.text)} : {vector(run.w, wide)})"), wide)
 
-    @property
-    def undo(self) -> str:  # type: ignore[override]
-        """The theory's name."""
-        if isinstance(self.q, SoftCap):
-            return "(capped inverse_tanh)"
-        for kind, name in ((Scale, "factor"), (Bias, "sum_before"), (Times | Gate, "multiple")):
-            if isinstance(self.q, kind):
-                return name
-        raise BadInput(f"{self.q.describe()} has no lemma in Coq that undoes it: no certificate is written")
-
-    def one(self, run: Run) -> str:
-        q, w = self.q, run.w
-        if isinstance(q, Scale):
-            return scale_of(w, q, run.names[q.weight], self.size)
-        if isinstance(q, Bias):
-            w.param(q.bias, "vec", self.size)
-            return run.names[q.bias]
-        if isinstance(q, Gate):
-            return gate(w, q, run.names[q.weight])
-        assert isinstance(q, Times | SoftCap)
-        return number(q.factor if isinstance(q, Times) else q.cap, q.describe())
-
-    def value(self, run: Run, x: Value, level: Level) -> str:
-        if isinstance(self.q, SoftCap):
-            run.w.free("inverse_tanh", "R -> R")
-        one = self.one(run)
-        return f"(fun t : {level.axes(run.w)[0][1]} => {one})" if level.joint else one
-
-    def before(self, run: Run, s: str, goal: str, level: Level) -> tuple[str, str]:
-        q, one, at, w = self.q, self.one(run), level.at(goal), run.w
-        if isinstance(q, Bias):
-            return f"(sub {goal} {s})", "I"
-        if isinstance(q, Scale):
-            return level.over(w, f"(quotient {at} {one})"), holds(run, level, f"nonzero {one}")
-        if isinstance(q, SoftCap):
-            told = f"forall i, tanh (inverse_tanh ({at} i / {one})) = {at} i / {one}"
-            text = f"(map (fun r => {one} * inverse_tanh (r / {one})) {at})"
-            return level.over(w, text), holds(run, level, nonzero(q.cap, q), told)
-        told = nonzero(q.factor, q) if isinstance(q, Times) else f"{one} <> 0"
-        return level.over(w, f"(scale (/ {one}) {at})"), holds(run, level, told)
+    names = {Sum: ("sum_before", "sum_after"), Product: ("factor_before", "factor")}
+    undo = names[kind][first]
+    each = level.joint and kind is Product
+    return Around(f"(each {undo})" if each else undo, run.function(size, level, write)[0], c)
 
 
-def nonzero(value: Any, q: Component) -> str:
-    """The proof that a number is not zero."""
-    above, below = ratio(value, q.describe())
-    return f"(nonzero_ratio {above} {below})" if above > 0 else f"(nonzero_ratio_neg {-above} {below})"
+def inverse(run: Run, q: Component, wide: Any, size: Any, level: Level) -> Around:
+    """A bijection behind a premise that gives ``wide`` vectors, its parameters as they are."""
+    w, undo = run.w, "multiple"
+    if isinstance(q, Scale):
+        undo, one = "factor", scale_of(w, q, run.names[q.weight], wide)
+    elif isinstance(q, Bias):
+        w.param(q.bias, "vec", wide)
+        undo, one = "sum_before", run.names[q.bias]
+    elif isinstance(q, Gate):
+        one = gate(w, q, run.names[q.weight])
+    elif isinstance(q, Times):
+        one = number(q.factor, q.describe())
+    elif isinstance(q, Streams):
+        undo, one = "as_rows", "tt"
+    elif isinstance(q, SoftCap):
+        undo, one = f"(capped {w.free('inverse_tanh', 'R -> R')})", number(q.cap, q.describe())
+    else:
+        raise BadInput(f"{q.describe()} has no lemma in Coq that undoes it: no certificate is written")
+    text = run.function(size, level, lambda x: Value(level.over(w, one), None))[0]
+    return Around(f"(each {undo})" if level.joint and undo != "sum_before" else undo, text, q)
 
 
-def others(place: Place, carried: Place, size: Any = None) -> list[Around]:
-    """The terms or factors around one, the innermost first: what stands before it as one, what stands behind one by one."""
+def around(run: Run, step: Step, level: Level, size: Any, wide: Any) -> list[Around]:
+    """What a step's first premise stands in, the innermost first: what stands before it as one, what stands behind one by one."""
+    place, carried = step.place, step.premises[0].place
     kind, parts = type(place.component), place.component.children()
+    if kind not in (Sum, Product):
+        return [] if isinstance(parts[-1], Identity) else [inverse(run, parts[-1], wide, size, level)]
     at = carried.outlet[len(place.path)] - place.start
-    before = [Other(parts[0] if at == 1 else kind(parts[:at]), kind, True, size)] if at else []  # type: ignore[call-arg]
-    return [*before, *(Other(part, kind, False, size) for part in parts[at + 1 :])]
-
-
-def wrapped(run: Run, found: Tree, around: list[Around], size: Any, level: Level, word: str) -> Tree:
-    """A node inside what is undone."""
-    text = found.text
-    for one in around:
-        text = f"({word} {one.lemma(level)} {one.function(run, size, level)} {text})"
-    return found._replace(text=text)
-
-
-def unwrapped(run: Run, premise: Step, around: list[Around], level: Level, wanted: Wanted) -> Solved:
-    """The premise's patch, for what is left of the wanted output."""
-    goal, proofs = run.define("goal", wanted.w), list[str]()
-    for one in reversed(around):
-        s = run.define("s", one.value(run, wanted.z, level))
-        before, proof = one.before(run, s, goal, level)
-        goal = run.define("goal", before)
-        proofs.append(proof)
-    inner = solve(run, premise, level, wanted._replace(w=goal))
-    return Solved(inner.new, both(*proofs, inner.proof))
-
-
-def around_of(run: Run, step: Step, level: Level, size: Any) -> list[Around]:
-    """What a step's premise stands in."""
-    place, premise = step.place, step.premises[0].place
-    if isinstance(place.component, Sum | Product):
-        return others(place, premise, run.state(premise.component, Value("x", size), level).size)
-    q = place.component.children()[-1]
-    inner = run.state(premise.component, Value("x", size), level)
-    return [] if isinstance(q, Identity) else [Inverse(q, inner.size)]
+    first = [(parts[0] if at == 1 else kind(parts[:at]), True)] if at else []
+    return [term(run, c, kind, one, wide, size, level) for c, one in (*first, *((c, False) for c in parts[at + 1 :]))]
 
 
 @lemma(
-    ("O-sum", "output"), ("O-factor", "output"),
+    ("O-sum", "output"), ("O-factor", "output"), ("theorem-1b", "input"), ("I-factor", "input"),
     *((name, side) for name in ("O-through-bijection", "O-times") for side in ("output", "through")),
 )  # fmt: skip
-class Undone:
+def undone(run: Run, step: Step, level: Level, size: Any) -> Tree:
     """The premise inside what is undone."""
-
-    @staticmethod
-    def tree(run: Run, step: Step, level: Level, size: Any) -> Tree:
-        word = "T_undo" if step.rule.side == "through" else "O_undo"
-        return wrapped(
-            run, tree(run, step.premises[0], level, size), around_of(run, step, level, size), size, level, word
-        )
-
-    @staticmethod
-    def solve(run: Run, step: Step, level: Level, wanted: Wanted) -> Solved:
-        return unwrapped(run, step.premises[0], around_of(run, step, level, wanted.z.size), level, wanted)
+    found = tree(run, step.premises[0], level, size)
+    word = {"through": "T_undo", "output": "O_undo", "input": "theorem_1b"}[step.rule.side]
+    out = run.state(step.place.component, Value("x", size), level).size
+    return wrapped(run, step, level, size, found, word)._replace(size=out)
 
 
-@lemma(("theorem-1b", "input"), ("I-factor", "input"))
-class Theorem1b:
-    """The branch alone, on the output side."""
-
-    @staticmethod
-    def tree(run: Run, step: Step, level: Level, size: Any) -> Tree:
-        found = Undone.tree(run, step, level, size)
-        return found._replace(text=re.sub(r"^\(O_undo ", "(theorem_1b ", found.text))
-
-    @staticmethod
-    def solve(run: Run, step: Step, level: Level, wanted: Wanted) -> Solved:
-        assert wanted.target is not None
-        goal = run.define("goal", run.state(step.place.component, wanted.target, level).text)
-        return Undone.solve(run, step, level, Wanted(wanted.z, None, goal))
+def wrapped(run: Run, step: Step, level: Level, size: Any, found: Tree, outermost: str) -> Tree:
+    """A premise's node inside what it stands in."""
+    inner = "T_undo" if outermost in ("T_undo", "theorem_1_through") else "O_undo"
+    text, others = found.text, around(run, step, level, size, found.size)
+    for i, one in enumerate(others, 1):
+        text = one.wrap(outermost if i == len(others) else inner, text)
+    return found._replace(text=text)
 
 
 @lemma(("theorem-1", "input"))
-class Theorem1:
+def theorem_1(run: Run, step: Step, level: Level, size: Any) -> Tree:
     """f on the input side, then g on the output side; or a branch with branches inside, through."""
-
-    @staticmethod
-    def tree(run: Run, step: Step, level: Level, size: Any) -> Tree:
-        around = others(step.place, step.premises[0].place)
-        if len(step.premises) == 1:
-            found = wrapped(run, tree(run, step.premises[0], level, size), around, size, level, "T_undo")
-            return found._replace(text=re.sub(r"^\(T_undo ", "(theorem_1_through ", found.text))
-        f = tree(run, step.premises[0], level, size)
-        g = tree(run, step.premises[1], level, f.size)
-        undo, s = around[0].lemma(level), around[0].function(run, size, level)[1:-1]
-        if len(around) == 2:
-            undo, s = f"(both {undo} {around[1].lemma(level)})", _two(run, around, size, level)
-        if len(around) > 2:
-            raise BadInput(f"theorem-1 at {step.place.describe():.60}: more than two other terms have no lemma in Coq")
-        text = f"(theorem_1 {undo} (fun _ => {s}) {f.text} {g.text})"
-        return Tree(text, (f.params, g.params), g.size)
-
-    @staticmethod
-    def solve(run: Run, step: Step, level: Level, wanted: Wanted) -> Solved:
-        assert wanted.target is not None
-        goal = run.define("goal", run.state(step.place.component, wanted.target, level).text)
-        around = others(step.place, step.premises[0].place)
-        if len(step.premises) == 1:
-            return unwrapped(run, step.premises[0], around, level, wanted._replace(w=goal))
-        one, two = step.premises
-        f = solve(run, one, level, wanted)
-        y = run.defined("y", run.state(one.place.component, wanted.target, level))
-        undone: list[str] = []
-        for other in reversed(around):
-            before, proof = other.before(run, run.define("s", other.value(run, wanted.z, level)), goal, level)
-            goal = run.define("goal", before)
-            undone.append(proof)
-        g = solve(run, two, level, Wanted(y, None, goal))
-        return Solved(f.new | g.new, both(f.proof, both(*undone), g.proof))
-
-
-def _two(run: Run, around: list[Around], size: Any, level: Level) -> str:
-    def pair(x: Value) -> Value:
-        return Value(f"({', '.join(one.value(run, x, level) for one in around)})", None)
-
-    return function(run.w, size, level, pair)[0][1:-1]
+    f = tree(run, step.premises[0], level, size)
+    if len(step.premises) == 1:
+        return wrapped(run, step, level, size, f, "theorem_1_through")
+    g = tree(run, step.premises[1], level, f.size)
+    first, *others = around(run, step, level, size, g.size)
+    undo, values = first.undo, f"({first.function} x)"
+    for one in others:
+        undo, values = f"(both {undo} {one.undo})", f"({values}, {one.function} x)"
+    kind = level.kind(run.w, vector(run.w, size))
+    return Tree(f"(theorem_1 {undo} (fun _ (x : {kind}) => {values}) {f.text} {g.text})", (f.params, g.params), g.size)
 
 
 @lemma(("T-sum", "through"))
-class ThroughSum:
+def through_sum(run: Run, step: Step, level: Level, size: Any) -> Tree:
     """One term through; the others as in the target run where they are steered, else as they are."""
-
-    @staticmethod
-    def tree(run: Run, step: Step, level: Level, size: Any) -> Tree:
-        carrier, *beside = step.premises
-        found = tree(run, carrier, level, size)
-        for one in others(step.place, carrier.place):
-            steered = _steered(step, one, beside)
-            if steered is None:
-                found = wrapped(run, found, [one], size, level, "T_undo")
-            else:
-                f = tree(run, steered, level, size)
-                found = Tree(f"(T_sum {one.lemma(level)} {f.text} {found.text})", (f.params, found.params), found.size)
-        return found
-
-    @staticmethod
-    def solve(run: Run, step: Step, level: Level, wanted: Wanted) -> Solved:
-        assert wanted.target is not None
-        carrier, *beside = step.premises
-        goal, new, proofs = run.define("goal", wanted.w), {}, list[str]()
-        for one in reversed(others(step.place, carrier.place)):
-            steered = _steered(step, one, beside)
-            if steered is not None:
-                solved = solve(run, steered, level, wanted)
-                new |= solved.new
-                proofs.append(solved.proof)
-            s = one.value(run, wanted.z if steered is None else wanted.target, level)
-            before, proof = one.before(run, run.define("s", s), goal, level)
-            goal = run.define("goal", before)
-            proofs.append(proof)
-        inner = solve(run, carrier, level, wanted._replace(w=goal))
-        return Solved(new | inner.new, both(*proofs, inner.proof))
+    found = tree(run, step.premises[0], level, size)
+    for one in around(run, step, level, size, found.size):
+        steered = next((p for p in step.premises[1:] if p.place.component is one.component), None)
+        if steered is None:
+            inner = one.component.children() if isinstance(one.component, Sum) else ()
+            if any(p.place.component is part for p in step.premises[1:] for part in inner):
+                told = "a steered term among several before the carried one has no lemma"
+                raise BadInput(f"T-sum at {step.place.describe():.60}: {told}")
+            found = found._replace(text=one.wrap("T_undo", found.text))
+        else:
+            f = tree(run, steered, level, size)
+            found = Tree(f"(T_sum {one.undo} {f.text} {found.text})", (f.params, found.params), found.size)
+    return found
 
 
-def _steered(step: Step, one: Around, beside: list[Step]) -> Step | None:
-    """The premise about a term; None where it stays.  Raises ``BadInput`` for several terms of which some are steered."""
-    assert isinstance(one, Other)
-    for premise in beside:
-        if premise.place.component is one.component:
-            return premise
-    inner = one.component.children() if isinstance(one.component, Sum) else ()
-    if any(premise.place.component is part for premise in beside for part in inner):
-        raise BadInput(
-            f"T-sum at {step.place.describe():.60}: a steered term among several before the carried one has no lemma"
-        )
-    return None
+@lemma(
+    ("O-normalised", "output"), ("O-normalised", "through"), ("O-centred", "output"),
+    ("O-normalised jointly", "output"), ("O-normalised jointly", "through"),
+)  # fmt: skip
+def normalised(run: Run, step: Step, level: Level, size: Any) -> Tree:
+    """m∘n(premise): a new scale and a new input of the normalisation, by a route."""
+    found, parts = tree(run, step.premises[0], level, size), step.place.component.children()
+    scale = parts[-1] if isinstance(parts[-1], Scale) else None
+    eps, letter = eps_of(parts[-1 if scale is None else -2]), "T" if step.rule.side == "through" else "O"
+    if step.route == "ball":
+        unit = run.function(size, level, lambda x: Value("tt", None))[0]
+        text = f"({letter}_undo (ball {eps}) {unit} {found.text})"
+        scaled = [] if scale is None else [inverse(run, scale, found.size, size, level)]
+        return found._replace(text=scaled[0].wrap(f"{letter}_undo", text) if scaled else text)
+    assert scale is not None
+    scale_of(run.w, scale, "", found.size)
+    if step.rule.name == "O-centred":
+        route = f"(centred_balanced {eps})"
+    elif level.joint:
+        route = f"(keep {eps} {run.unknown(step, 'new_scale', vector(run.w, found.size))})"
+    elif step.route == "secular":
+        route = f"(secular {eps} {run.unknown(step, 'mu', 'R')})"
+    else:
+        route = f"({SINGLE[step.route]} {eps})"
+    text = f"({letter}_normalised {offset_of(scale) or 'plain'} {route} {found.text})"
+    return Tree(text, (found.params, scale.weight), found.size)
