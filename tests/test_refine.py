@@ -28,7 +28,7 @@ def price(patch):
 
 def test_steps_lower_the_queries_and_the_held_out_ones():
     """More than a smaller λ does for as much drift."""
-    before = snapshot(load()[0])
+    before, hooks = snapshot(load()[0]), hook_count(load()[0])  # transformers leaves some of its own for hidden states
     plain, refined, stronger = made(), made(refine=12), made(ridge=3.0)
     assert refined.results["queries"].kl < 0.5 * plain.results["queries"].kl
     assert refined.results["heldout"].kl < plain.results["heldout"].kl
@@ -37,7 +37,7 @@ def test_steps_lower_the_queries_and_the_held_out_ones():
     )
     assert refined.solution.patch.report.fit["refined"] == 12
     assert unchanged(load()[0], before)
-    assert hook_count(load()[0]) == 0
+    assert hook_count(load()[0]) == hooks
 
 
 def test_what_a_change_reads_stays():
