@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import controllability as ct
 from controllability.embedded.world import draw_worlds
-from controllability.rendering.figure import Lines, figure_of
+from controllability.rendering.figure import Lines, drawn, two_plots
 
 WIDTH, BINS, MOST, REACH = 2, 32, 24, 4.0  # of x; of y; pairs of a prompt; y is cut off there
 SEED, STEPS, BATCH = 0, 2000, 32
@@ -161,6 +161,16 @@ def panels(found: dict[str, Tensor], what: str) -> list[Any]:
     ]
 
 
+def draw(both: dict[str, dict[str, Tensor]], path: Path) -> None:
+    """A column for each model."""
+    figure, axes = two_plots(3, (11, 9))
+    for column, (name, found) in enumerate(both.items()):
+        for row, panel in enumerate(panels(found, name)):
+            panel.draw(axes[row][column])
+            axes[row][column].set_title(panel.title)
+    drawn(figure, path, dpi=75)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the order of sums, and so the result, depends on it
     model, states, losses = train()
@@ -175,4 +185,4 @@ if __name__ == "__main__":
         for key, held in found.items():
             print(name, key, *(" ".join(f"{v:.3g}" for v in row) for row in held.tolist()), sep="\n  ")
     if len(sys.argv) > 1:
-        figure_of([panel for name, found in both.items() for panel in panels(found, name)], Path(sys.argv[1]))
+        draw(both, Path(sys.argv[1]))
