@@ -230,9 +230,9 @@ def _inspect(parser: ArgumentParser) -> None:
 
 
 @_command(
-    "The patches of thousands of contexts and queries, as a Parquet table; goes on where it was interrupted.",
+    "Patches of thousands of pairs as a Parquet table; an interrupted run goes on.",
     "controllability survey embedded --data pairs.jsonl --out found\n"
-    "  torchrun --nproc-per-node 2 -m controllability survey MODEL --data pairs.jsonl --out found",
+    "  torchrun --nproc-per-node 2 -m \\\n    controllability survey MODEL --data pairs.jsonl --out found",
 )
 def _survey(parser: ArgumentParser) -> None:
     add = parser.add_argument

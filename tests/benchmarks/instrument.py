@@ -107,13 +107,14 @@ given = ct.load_model("embedded")
 ct.survey(*given, [{"context": "Mia lives in Oslo .", "query": "Where does Mia live ?"}])
 print("ready", flush=True)
 sys.stdin.readline()
+began = time.process_time()
 ct.survey(*given, sys.argv[1], sys.argv[2])
-print("done", flush=True)
+print(time.process_time() - began, flush=True)
 """
 
 
-def seconds_of(data: Path, processes: int) -> float:
-    """Of a survey by so many processes of one thread, without their start."""
+def seconds_of(data: Path, processes: int) -> tuple[float, float]:
+    """(seconds, processor time of the busiest process) of a survey by so many processes of one thread, without their start."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [{"RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"} for rank in range(processes)]
         workers = [
@@ -128,26 +129,30 @@ def seconds_of(data: Path, processes: int) -> float:
         began = time.perf_counter()
         for worker in workers:
             print(file=worker.stdin, flush=True)
-        for worker in workers:
-            assert worker.stdout is not None and worker.stdout.readline() == "done\n"
+        busy = max(float(worker.stdout.readline()) for worker in workers if worker.stdout is not None)
         took = time.perf_counter() - began
         for worker in workers:
             worker.communicate()
-        return took
+        return took, busy
 
 
-def processes_ratio(count: int, times: int = 3) -> float:
-    """Two processes ÷ one, each with one thread: the best of several of either."""
+def processes_ratios(count: int, times: int = 3) -> tuple[float, float]:
+    """Two processes ÷ one, each with one thread, in seconds and in processor time (where others use the machine too): the best of several of either."""
     with tempfile.TemporaryDirectory() as folder:
         data = write_lines(Path(folder) / "data.jsonl", draw_pairs(count))
         found = [[seconds_of(data, n) for n in (2, 1)] for _ in range(times)]
-    return min(two for two, _ in found) / min(one for _, one in found)
+    two, one = (torch.tensor(each).amin(0) for each in zip(*found, strict=True))
+    return tuple((two / one).tolist())
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["survey"]:
     count = int(sys.argv[2]) if len(sys.argv) > 2 else 1000
     print(f"{count} pairs, batches of 16 ÷ one by one: {batched_ratio(count):.2f}", flush=True)
-    print(f"{count} pairs, two processes ÷ one: {processes_ratio(count):.2f}")
+    print(
+        "{} pairs, two processes ÷ one, in seconds and in processor time: {:.2f}, {:.2f}".format(
+            count, *processes_ratios(count)
+        )
+    )
 elif __name__ == "__main__":
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     own, tokenizer = ct.load_model("embedded")
