@@ -19,7 +19,7 @@ _ROOMS = {
     "models.loading": "encode load_model",
     "models": "ModelPatch diff exact_mode finalize_merges generate import_peft load_moments load_patch patch_model save_moments second_moments",
     "compiling": "compile_context export_servable further_questions",
-    "instrument": "attribute dynamics",
+    "instrument": "attribute dynamics read_survey survey",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
@@ -27,8 +27,8 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "ModelPatch", "NotControllable",
     "NotExact", "NotVerified", "OutputControllable", "Param", "Patch", "PatchError", "Proof",
     "ReadingError", "SideConditionFailed", "Trace", "attribute", "compile_context", "diff", "dynamics", "encode", "exact_mode", "export_servable", "finalize_merges", "further_questions", "generate",
-    "import_peft", "load_model", "load_moments", "load_patch", "patch_model", "prove", "sample", "save_moments", "second_moments",
-    "verify",
+    "import_peft", "load_model", "load_moments", "load_patch", "patch_model", "prove", "read_survey", "sample", "save_moments", "second_moments",
+    "survey", "verify",
 ]  # fmt: skip
 
 
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from controllability.execution.patch import Patch
     from controllability.execution.sampling import sample
     from controllability.execution.trace import Trace
-    from controllability.instrument import attribute, dynamics
+    from controllability.instrument import attribute, dynamics, read_survey, survey
     from controllability.interfaces import Component, Condition, InputControllable, OutputControllable, Param
     from controllability.models import (
         ModelPatch,

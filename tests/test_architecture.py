@@ -29,7 +29,7 @@ from architecture import (
 # packages that cost too much to load with ours, and those that not everybody has: they may be imported inside functions
 HEAVY = {
     "torch", "transformers", "sympy", "scipy", "matplotlib", "pandas", "mpmath", "numpy", "rich", "tokenizers", "safetensors",
-    "peft", "bitsandbytes", "accelerate", "gguf", "clarabel",
+    "peft", "bitsandbytes", "accelerate", "gguf", "clarabel", "pyarrow",
 }  # fmt: skip
 FACE = "controllability"  # loads its names on first use; what it names under TYPE_CHECKING runs down like all else
 

@@ -200,6 +200,16 @@ def test_a_cache_that_is_no_plain_one_is_never_cropped():
     assert past is None and logits.shape[:2] == (1, 2)
 
 
+@pytest.mark.parametrize("family", ["mamba", "rwkv", "jamba"])
+def test_a_model_with_states_in_place_of_a_cache_is_run_anew_and_says_at_what_cost(family):
+    model = build(family)
+    with exactly(torch.float64):
+        found = attribute(model, order="forward")
+    cost = f"{found.tokens / found.plain:.1f} times the tokens of a plain run"
+    assert cost in found.notes[0] and "cannot be cropped" in str(found) and found.tokens > 3 * found.plain
+    assert found.residual <= 1e-12
+
+
 def without_first_token():
     """The same tokenizer, which puts nothing before a text."""
     settings = json.loads(TOKENIZER.backend_tokenizer.to_str()) | {"post_processor": None}

@@ -78,6 +78,14 @@ def test_a_directory_in_use_is_left_alone(capsys, tmp_path):
     assert status == 2 and "is not an empty directory" in err and [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
+def framed(page, width):
+    """A page in a frame of this width: no window is narrower than 500 pixels."""
+    return (
+        f'<!doctype html><body><template id="seen"></template><iframe id="frame" width="{width}" height="800" style="border:0"></iframe>'
+        f"<script>document.getElementById('frame').srcdoc={json.dumps(page).replace('</', '<' + chr(92) + '/')}</script></body>"
+    )
+
+
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_in_a_browser(capsys, tmp_path, width):
@@ -93,9 +101,12 @@ def test_the_page_in_a_browser(capsys, tmp_path, width):
     assert "<b onclick" not in text.split("<main>")[1]
     step = (
         "<script>const s=document.getElementById('which');s.value=2;s.dispatchEvent(new Event('input'));"
-        "document.body.dataset.wide=document.documentElement.scrollWidth>innerWidth</script></body>"
+        "document.body.dataset.wide=document.documentElement.scrollWidth>innerWidth;document.body.dataset.width=innerWidth;"
+        "parent.document.getElementById('seen').content.append(document.documentElement.cloneNode(true))</script></body>"
     )
-    shown = browse(tmp_path, text.replace("</body>", step), f"--window-size={max(width, 500)},900", "--dump-dom")
+    shown = browse(tmp_path, framed(text.replace("</body>", step), width), "--window-size=1400,900", "--dump-dom")
+    shown = shown.partition('<template id="seen">')[2]
+    assert f'data-width="{width}"' in shown
     assert '<output id="said">layer 1</output>' in shown
     share = json.loads(re.search(r'id="numbers">(.*?)</script>', text)[1])["layer 1"]
     best = re.search(r'class="chunk best"[^>]*>(.*?)<sup>(.*?)</sup>', shown)

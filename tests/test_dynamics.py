@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from family_models import build
 from helpers import exactly, snapshot, unchanged
 
 import controllability as ct
@@ -96,3 +97,12 @@ def test_words_tables_and_no_gradients(made):
     assert len(found["forward"].panels()) == 4
     with pytest.raises(BadInput, match="choose forward or backward"):
         ct.dynamics(model, TOKENIZER, CONTEXT, QUERY, order="all")
+
+
+def test_a_forward_without_a_gradient_is_named():
+    """RWKV writes its states in place."""
+    model = build("rwkv")
+    with exactly(torch.float64):
+        with pytest.raises(BadInput, match=r"has no gradient .* gradients=False"):
+            ct.dynamics(model, TOKENIZER, CONTEXT, QUERY, "sentence")
+        assert ct.dynamics(model, TOKENIZER, CONTEXT, QUERY, "sentence", gradients=False).norms.shape[1] == 3

@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import controllability as ct
 from controllability.errors import BadInput, PatchError
+from controllability.models.patches.parts import Parts
 
 
 def mixtral():
@@ -180,3 +181,17 @@ def test_a_patch_for_all_tokens_has_none_for_one(tmp_path):
         with pytest.raises(BadInput, match="scope 'all' is one set of weights"):
             asked()
     assert saved.delta(DOWN).norm == pytest.approx(float(mp.delta(DOWN).matrix.norm()), rel=1e-5)
+
+
+def test_the_table_of_a_batch_is_that_of_its_samples():
+    """The mean that a row is held against is that of its own sample, whatever else was solved with it."""
+    model, (target, source) = tiny_gemma(layers=2, dtype=torch.float64), runs(9, 4, batch=3)
+    with exactly(torch.float64):
+        rows = Parts(ct.patch_model(model, target, source, route="secular")).records()
+        for sample in range(3):
+            one = [{name: held[sample : sample + 1] for name, held in given.items()} for given in (target, source)]
+            alone = Parts(ct.patch_model(model, *one, route="secular")).records()
+            for row, wanted in zip([row for row in rows if row["sample"] == sample], alone, strict=True):
+                for name in ("norm", "relative_norm", "cosine_to_mean", "margin"):
+                    assert row[name] == pytest.approx(wanted[name], rel=1e-8, abs=1e-12), name
+                assert (row["rank"], row["route"], row["token"]) == (wanted["rank"], wanted["route"], wanted["token"])

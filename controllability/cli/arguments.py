@@ -86,16 +86,13 @@ def _recheck(parser: ArgumentParser) -> None:
     'controllability patch MODEL_DIR --context "Mia lives in Oslo ." \\\n    --query "Where does Mia live ?"',
 )
 def _patch(parser: ArgumentParser) -> None:
-    add = parser.add_argument
     _model(parser)
     _text(parser, "context")
     _text(parser, "query")
-    scope = "a patch for each position (default), one for the last, or one for all of them"
-    add("--scope", choices=("each", "last", "all"), default="each", help=scope)
+    _scope(parser, ("each", "last", "all"))
     _solving(parser)
     _measuring(parser)
-    positions = "positions of the query: as in the target (default), or from 0"
-    add("--positions", choices=("keep", "reset"), default="keep", help=positions)
+    _positions(parser)
     _out(parser, "DIR", "save the patch here")
 
 
@@ -233,6 +230,24 @@ def _inspect(parser: ArgumentParser) -> None:
 
 
 @_command(
+    "Patches of thousands of pairs as a Parquet table; an interrupted run goes on.",
+    "controllability survey embedded --data pairs.jsonl --out found\n"
+    "  torchrun --nproc-per-node 2 -m \\\n    controllability survey MODEL --data pairs.jsonl --out found",
+)
+def _survey(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    _model(parser)
+    data = 'UTF-8, a pair a line: {"context": TEXT, "query": TEXT}, with an "id" if you like'
+    add("--data", required=True, metavar="FILE", help=data)
+    add("--batch", type=int, default=16, metavar="N", help="pairs of one run (default 16)")
+    _scope(parser, ("each", "last"))
+    _solving(parser, "secular")
+    _positions(parser)
+    where = "write the table here: new, empty, or of the same survey, which goes on"
+    add("--out", required=True, metavar="DIR", help=where)
+
+
+@_command(
     "Write a saved patch as an adapter that peft loads, and check it there.",
     "controllability export PATCH_DIR --peft ADAPTER_DIR\n"
     "  controllability export PATCH_DIR --servable vllm --out ADAPTER_DIR",
@@ -296,6 +311,16 @@ def _out(parser: Any, kind: str = "FILE", what: str = "write what would be print
 def _measuring(parser: ArgumentParser) -> None:
     what = "do not measure how much a small disturbance grows"
     parser.add_argument("--skip-sensitivity", action="store_true", help=what)
+
+
+def _scope(parser: ArgumentParser, scopes: tuple[str, ...]) -> None:
+    what = "a patch for each position (default), one for the last" + ", or one for all of them" * ("all" in scopes)
+    parser.add_argument("--scope", choices=scopes, default="each", help=what)
+
+
+def _positions(parser: ArgumentParser) -> None:
+    positions = "positions of the query: as in the target (default), or from 0"
+    parser.add_argument("--positions", choices=("keep", "reset"), default="keep", help=positions)
 
 
 def _solving(parser: ArgumentParser, route: str = "auto") -> None:

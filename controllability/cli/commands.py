@@ -167,4 +167,6 @@ def _elsewhere(name: str, module: str = "") -> Callable[[argparse.Namespace, Out
 patch, generate, demo, docs, protocol = map(_elsewhere, ("patch", "generate", "demo", "docs", "protocol"))
 verify, export, moments = _elsewhere("verify", "patch"), _elsewhere("export", "patch"), _elsewhere("moments", "compile")
 compile = _elsewhere("compile")  # noqa: A001 (named after the command)
-attribute, dynamics, inspect = (_elsewhere(name, "instrument") for name in ("attribute", "dynamics", "inspect"))
+attribute, dynamics, inspect, survey = (
+    _elsewhere(name, "instrument") for name in ("attribute", "dynamics", "inspect", "survey")
+)

@@ -1,7 +1,8 @@
-"""The commands that look at what a context did: ``attribute``, ``dynamics``, ``inspect``."""
+"""The commands that look at what a context did: ``attribute``, ``dynamics``, ``inspect``, ``survey``."""
 
 import argparse
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 from controllability.cli.files import new_path
 from controllability.cli.output import Output
-from controllability.instrument import attribute as attributed, dynamics as followed
+from controllability.cli.streams import say
+from controllability.instrument import attribute as attributed, dynamics as followed, survey as surveyed
+from controllability.instrument.surveys import process
 from controllability.models import exact_mode, load_patch
 from controllability.models.files.folders import written
 from controllability.models.loading import load_model
 from controllability.models.patches.parts import Parts
 from controllability.rendering.study import Study
+
+SHOWN = 20  # pairs without a patch
 
 
 def attribute(args: argparse.Namespace, output: Output) -> int:
@@ -36,14 +41,52 @@ def inspect(args: argparse.Namespace, output: Output) -> int:
     return _shown(study, made | {"rows": study.records()}, out, output)
 
 
+def survey(args: argparse.Namespace, output: Output) -> int:
+    """See ``controllability survey --help``.  Of several processes the first shows what it does, and the others what fails."""
+    started, (rank, world) = time.perf_counter(), process()
+    output.quiet = rank > 0
+    if args.device == "cuda" and world > 1:
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    names = ("batch", "scope", "positions", "via", "route", "place")
+    try:
+        found = _run(args, output, surveyed, args.data, args.out, **{name: getattr(args, name) for name in names})
+    except KeyboardInterrupt:
+        say(f"controllability: {args.out} holds what was written so far: the same command goes on from there")
+        raise
+    if rank:
+        return 0
+    told = {
+        "out": args.out,
+        "pairs": found.pairs,
+        "done": found.done,
+        "rows": found.table.num_rows,
+        "errors": found.errors,
+    }
+    output.result(told | {"processes": world, "seconds": time.perf_counter() - started})
+    bad = [[str(one["line"]), one["id"] or "", one["error"]] for one in found.errors]
+    if bad:
+        output.table(
+            f"{len(bad)} pairs without a patch",
+            ["line", "id", "why"],
+            bad[:SHOWN] + [["…", "", ""]] * (len(bad) > SHOWN),
+        )
+    output.text(f"{args.out}: {found.table.num_rows:,} rows of {found.done - len(bad):,} of {found.pairs:,} pairs")
+    return int(not found.table.num_rows)
+
+
 def _on_model(args: argparse.Namespace, output: Output, study_of: Callable[..., Any]) -> int:
     started, out = time.perf_counter(), new_path(args.out)
+    names = ("chunks", "order", "answer", "via", "route", "place")
+    study = _run(args, output, study_of, args.context, args.query, **{name: getattr(args, name) for name in names})
+    return _shown(study, study.to_dict() | {"seconds": time.perf_counter() - started}, out, output)
+
+
+def _run(args: argparse.Namespace, output: Output, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """``function`` of the model that is asked for, of what is given, with a bar."""
     with output.busy(f"loading {args.model}"):
         model, tokenizer = load_model(args.model, args.dtype, args.trust_remote_code, args.device)
-    options = {name: getattr(args, name) for name in ("chunks", "order", "answer", "via", "route", "place")}
     with output.progress() as progress, exact_mode() if args.dtype == "float64" else contextlib.nullcontext():
-        study = study_of(model, tokenizer, args.context, args.query, progress=progress, **options)
-    return _shown(study, study.to_dict() | {"seconds": time.perf_counter() - started}, out, output)
+        return function(model, tokenizer, *given, progress=progress, **options)
 
 
 def _shown(study: Study, data: dict[str, Any], out: Path | None, output: Output) -> int:

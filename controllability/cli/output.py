@@ -19,6 +19,7 @@ class Output:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
+        self.quiet = False  # no bars: one process of several shows its own
 
     def result(self, data: dict[str, Any]) -> None:
         """The JSON object, when JSON was asked for.  Non-finite numbers are a failure, not text."""
@@ -81,7 +82,7 @@ class Output:
         from rich.console import Console
         from rich.text import Text
 
-        if not sys.stderr.isatty():
+        if self.quiet or not sys.stderr.isatty():
             yield
             return
         with Console(stderr=True).status(Text(printable(what))):
@@ -90,19 +91,20 @@ class Output:
     @contextmanager
     def progress(self) -> Iterator[Progress]:
         """A bar a stage on stderr: ``progress(stage, done, total)``."""
-        if not sys.stderr.isatty():
+        if self.quiet or not sys.stderr.isatty():
             yield lambda stage, done, total: None
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        left = TimeRemainingColumn(elapsed_when_finished=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left)
         with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
             tasks: dict[str, Any] = {}
 
             def report(stage: str, done: int, total: int) -> None:
                 if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=total)
+                    tasks[stage] = bars.add_task(stage, total=total, completed=done)
                 bars.update(tasks[stage], completed=done, total=total)
 
             yield report

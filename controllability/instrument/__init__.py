@@ -2,3 +2,4 @@
 
 from controllability.instrument.attribution import Attribution as Attribution, attribute as attribute
 from controllability.instrument.dynamics import Dynamics as Dynamics, dynamics as dynamics
+from controllability.instrument.surveys import Survey as Survey, read_survey as read_survey, survey as survey

@@ -1,6 +1,7 @@
 """How the patch grows with its context: the size and direction of each step, beside a step of gradient descent on the same text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from controllability.errors import BadInput
+from controllability.errors import BadInput, in_a_line
 from controllability.instrument.attribution import Attribution, attribute, increments, sizes
 from controllability.instrument.chunks import Reading, Rule
 from controllability.models.hooks.carried_patches import uncompiled
@@ -155,9 +156,22 @@ def _gradient(model: nn.Module, reading: Reading, chunk: int, names: set[str]) -
     if len(ids) < 2:
         return {name: torch.zeros_like(value) for name, value in leaves.items()}
     held = torch.tensor([ids], device=next(model.parameters()).device)
-    with torch.enable_grad():
+    with torch.enable_grad(), _differentiable():
         leaves = {name: value.requires_grad_() for name, value in leaves.items()}
         logits = result_of(functional_call(model, leaves, (), {"input_ids": held}))[0]
         first, wide = max(1, len(before)), torch.promote_types(logits.dtype, torch.float32)
         loss = nn.functional.cross_entropy(logits[first - 1 : -1].to(wide), held[0, first:])
         return dict(zip(leaves, torch.autograd.grad(loss, [*leaves.values()], materialize_grads=True), strict=True))
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Says which option leaves the gradient steps out where a forward overwrites what its gradient needs (RWKV's states)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise BadInput(
+            f"this model's own forward has no gradient ({in_a_line(error, 90)} …): leave the gradient steps out, gradients=False"
+        ) from None

@@ -26,7 +26,7 @@ Kept = tuple[int, ...]
 State = tuple[Kept, Kept]
 Item = TypeVar("Item")
 ROWS = 4096  # tokens that are run at a time
-NO_CROP = "the model's cache cannot be cropped: each partial context was run over by itself"
+NO_CROP = "the model's cache cannot be cropped: each partial context was run over by itself, {:.1f} times the tokens of a plain run"
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,7 @@ def solve_states(model: nn.Module, reading: Reading, states: Iterable[State], op
     if not reading.answer:
         reading = replace(reading, answer=(int(logits[0, reading.asked - 1].argmax()),))
     forward = all(not before and kept == every[: len(kept)] for before, kept in states)
-    solved = Solved(
-        states,
-        {},
-        {},
-        {},
-        {},
-        reading,
-        [NO_CROP] if forward and past is None else [],
-        len(reading.ids) + len(reading.then),
-    )
+    solved = Solved(states, {}, {}, {}, {}, reading, [], len(reading.ids) + len(reading.then))
     said = _logprobs(_behind_query(Result.of(logits), reading), reading)
     solved.logprobs |= zip((every, ()), said, strict=False)
     crop, parts, done = past if forward else None, list[dict[str, Delta]](), 0
@@ -102,6 +93,8 @@ def solve_states(model: nn.Module, reading: Reading, states: Iterable[State], op
             2 * len(reading.then) + (0 if crop else len(reading.context(b) + reading.context(k))) for b, k in batch
         )
     options.progress("partial contexts", done, len(states))
+    if forward and past is None:
+        solved.notes.append(NO_CROP.format(solved.tokens / (len(reading.ids) + len(reading.then))))
     solved.deltas = {name: _joined([part[name] for part in parts]) for name in parts[0]}
     return solved
 

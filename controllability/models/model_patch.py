@@ -90,7 +90,7 @@ class ModelPatch(PatchRecord):
         """A row for each parameter and token, as a ``pandas.DataFrame`` where pandas is installed, else a list of dicts.
 
         Columns: layer, call, parameter, sample, token, rank (factors that are not 0; None for a vector), norm ‖ΔW‖, relative_norm (‖ΔW‖/‖W‖; of a
-        norm's scale max |Δm|/|m|), cosine_to_mean (with the mean ΔW of all tokens), margin (the layer's least at this token), route.
+        norm's scale max |Δm|/|m|), cosine_to_mean (with the mean ΔW of its sample's tokens), margin (the layer's least at this token), route.
         Sample and token are None for the one patch of scope "all".
 
         >>> # mp.frame()

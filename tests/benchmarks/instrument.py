@@ -1,18 +1,27 @@
-"""Attribution against a known truth and against interventions, and what it costs: the numbers of docs/reading-a-patch.md.
+"""Attribution against a known truth and against interventions, and what it costs; surveys in batches and in processes: the numbers of the docs.
 
 ``python tests/benchmarks/instrument.py [QUESTIONS] [MODEL]``; scikit-learn is needed for ContextCite's estimator, MODEL for the timing.
+``python tests/benchmarks/instrument.py survey [PAIRS]``; pyarrow is needed.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
 import sys
+import tempfile
+import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import markdown, median, random_model, timed
+
+sys.path.append(str(Path(__file__).parent.parent))
+from survey_runs import draw_pairs, write_lines
 
 import controllability as ct
 from controllability.embedded.world import draw_world
@@ -77,7 +86,74 @@ def ratio(model: Any, tokenizer: Any, tokens: int = 1000, chunks: int = 16) -> t
         return median(timed(study) / timed(plain) for _ in range(3)), found.tokens / found.plain
 
 
-if __name__ == "__main__":
+def batched_ratio(count: int) -> float:
+    """A survey in batches of 16 ÷ the same one by one, in processor time of one thread (the machine may be shared)."""
+    torch.set_num_threads(1)
+    model, tokenizer = ct.load_model("embedded")
+    pairs, seconds = draw_pairs(count), []
+    ct.survey(model, tokenizer, pairs[:16])  # what is tried once on a model
+    for batch in (16, 1):
+        began = time.process_time()
+        ct.survey(model, tokenizer, pairs, batch=batch)
+        seconds.append(time.process_time() - began)
+    return seconds[0] / seconds[1]
+
+
+WORKER = """
+import sys, time, torch
+torch.set_num_threads(1)
+import controllability as ct
+given = ct.load_model("embedded")
+ct.survey(*given, [{"context": "Mia lives in Oslo .", "query": "Where does Mia live ?"}])
+print("ready", flush=True)
+sys.stdin.readline()
+began = time.process_time()
+ct.survey(*given, sys.argv[1], sys.argv[2])
+print(time.process_time() - began, flush=True)
+"""
+
+
+def seconds_of(data: Path, processes: int) -> tuple[float, float]:
+    """(seconds, processor time of the busiest process) of a survey by so many processes of one thread, without their start."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [{"RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"} for rank in range(processes)]
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", WORKER, str(data), f"{folder}/out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env=os.environ | rank,
+            )
+            for rank in ranks
+        ]  # fmt: skip
+        for worker in workers:
+            assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+        began = time.perf_counter()
+        for worker in workers:
+            print(file=worker.stdin, flush=True)
+        busy = max(float(worker.stdout.readline()) for worker in workers if worker.stdout is not None)
+        took = time.perf_counter() - began
+        for worker in workers:
+            worker.communicate()
+        return took, busy
+
+
+def processes_ratios(count: int, times: int = 3) -> tuple[float, float]:
+    """Two processes ÷ one, each with one thread, in seconds and in processor time (where others use the machine too): the best of several of either."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_lines(Path(folder) / "data.jsonl", draw_pairs(count))
+        found = [[seconds_of(data, n) for n in (2, 1)] for _ in range(times)]
+    two, one = (torch.tensor(each).amin(0) for each in zip(*found, strict=True))
+    return tuple((two / one).tolist())
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["survey"]:
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else 1000
+    print(f"{count} pairs, batches of 16 ÷ one by one: {batched_ratio(count):.2f}", flush=True)
+    print(
+        "{} pairs, two processes ÷ one, in seconds and in processor time: {:.2f}, {:.2f}".format(
+            count, *processes_ratios(count)
+        )
+    )
+elif __name__ == "__main__":
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     own, tokenizer = ct.load_model("embedded")
     control = random_model("small", vocab_size=len(tokenizer))

@@ -139,9 +139,16 @@ class Parts(Study):
     title = "The patch, parameter by parameter and token by token"
 
     def records(self) -> list[dict[str, Any]]:
-        reports, pairs = dict(_layers(self.patch)), self.patch.rows.named()
-        found = ((entry, reports.get((entry.layer, entry.call))) for entry in self.patch.entries)
-        return [row for entry, layer in found for row in _records(entry, layer, pairs)]
+        found = self.columns()
+        return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The same by column, an entry a row."""
+        reports, pairs, found = dict(_layers(self.patch)), self.patch.rows.named(), dict[str, list[Any]]()
+        for entry in self.patch.entries:
+            for name, values in _columns(entry, reports.get((entry.layer, entry.call)), pairs).items():
+                found.setdefault(name, []).extend(values)
+        return found
 
     def panels(self) -> Sequence[Panel]:
         sums: dict[tuple[int, str], float] = {}
@@ -153,31 +160,35 @@ class Parts(Study):
         return [Heat("‖ΔW‖ of a layer at a token (sample:position)", [f"layer {n}" for n in layers], tokens, values)]
 
 
-def _records(entry: Entry, layer: LayerReport | None, pairs: list[list[int]]) -> Iterator[dict[str, Any]]:
+def _columns(entry: Entry, layer: LayerReport | None, pairs: list[list[int]]) -> dict[str, list[Any]]:
     delta, name = entry.delta, str(entry.param)
     single = not _by_row(delta)
-    rows = delta.mapped(lambda held: held[None]) if single else delta
-    norms = rows.norms().double()
-    means = rows.products(rows).double().mean(-1), rows.products(rows).double().mean()
+    rows, pairs = (delta.mapped(lambda held: held[None]), [[None, None]]) if single else (delta, pairs)  # type: ignore[list-item]
+    count, sample = len(pairs), torch.tensor([pair[0] or 0 for pair in pairs])
+    inner = rows.products(rows).double().cpu()
+    same = (sample[:, None] == sample).double()
+    same /= same.sum(-1, keepdim=True)  # each row's mean is over the tokens of its sample
+    means = (same * inner).sum(-1), ((same @ inner) * same).sum(-1)
+    norms = rows.norms().double().cpu()
     cosines = means[0] / (norms * means[1].clamp_min(0).sqrt())
     seen = None if layer is None else layer.tokens
-    for row, pair in enumerate([[None, None]] if single else pairs):
-        every = [] if seen is None else [v for m in seen.margins for v in (m if single else m[row : row + 1])]
-        margins = [v for v in every if v is not None]
-        relative = [] if seen is None else [v for v in seen.changes.get(name, [])[row : row + 1] if v is not None]
-        yield {
-            "layer": entry.layer, "call": entry.call, "parameter": name, "sample": pair[0], "token": pair[1],
-            "rank": None if isinstance(delta, Shift) else _rank(rows, row), "norm": float(norms[row]),
-            "relative_norm": relative[0] if relative else None,
-            "cosine_to_mean": float(cosines[row]) if bool(cosines[row].isfinite()) else None,
-            "margin": min(margins, default=None), "route": seen.route[0 if single else row] if seen else None,
-        }  # fmt: skip
+    margins = [] if seen is None else [*zip(*seen.margins, strict=True)] or [()] * len(seen.route)
+    margins = [tuple(v for one in margins for v in one)] if single else margins
+    changes = ([] if seen is None else seen.changes.get(name, []))[:count]
+    return {
+        "layer": [entry.layer] * count, "call": [entry.call] * count, "parameter": [name] * count,
+        "sample": [pair[0] for pair in pairs], "token": [pair[1] for pair in pairs],
+        "rank": [None] * count if isinstance(delta, Shift) else _ranks(rows), "norm": norms.tolist(),
+        "relative_norm": changes or [None] * count,
+        "cosine_to_mean": [v if math.isfinite(v) else None for v in cosines.tolist()],
+        "margin": [min((v for v in each if v is not None), default=None) for each in margins] or [None] * count,
+        "route": [None] * count if seen is None else seen.route[:count],
+    }  # fmt: skip
 
 
-def _rank(rows: Any, row: int) -> int:
-    """How many factors the ΔW of a row has that are not 0."""
-    left, right = rows.left[row].flatten(0, -2), rows.right[row].flatten(0, -2)
-    return int((left.any(-1) & right.any(-1)).sum())
+def _ranks(rows: Any) -> list[int]:
+    """How many factors the ΔW of each row has that are not 0."""
+    return (rows.left.any(-1) & rows.right.any(-1)).flatten(1).sum(1).tolist()
 
 
 def _by_row(delta: Delta) -> bool:
