@@ -203,6 +203,14 @@ def fully_sharded(folder: str, out: str) -> str:
     return "nothing was refused"
 
 
+def uneven(folder: str, out: str) -> str:
+    try:
+        ct.patch_model(load(folder, True), TARGET, SOURCE)
+    except ct.BadInput as error:
+        return str(error)
+    return "nothing was refused"
+
+
 def killed(folder: str, out: str) -> None:
     """One process gets SIGTERM in the middle; torchrun ends the other."""
     split = load(folder, True)
@@ -236,7 +244,9 @@ def costs(folder: str, out: str) -> float:
     return ratios[2]
 
 
-CASES = {f.__name__: f for f in (patched, exactly, sent, generated, compiled, refused, fully_sharded, killed, costs)}
+CASES = {
+    f.__name__: f for f in (patched, exactly, sent, generated, compiled, refused, fully_sharded, uneven, killed, costs)
+}
 
 
 def main() -> None:

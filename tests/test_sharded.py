@@ -43,7 +43,7 @@ FAMILIES = {
 WITHIN = 300  # seconds
 
 
-def start(out: Path, *cases: str) -> subprocess.Popen[str]:
+def start(out: Path, *cases: str, processes: int = 2) -> subprocess.Popen[str]:
     root = str(WORKER.parents[1])
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -54,7 +54,7 @@ def start(out: Path, *cases: str) -> subprocess.Popen[str]:
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc-per-node=2",
+        f"--nproc-per-node={processes}",
         str(WORKER),
         str(out),
         *cases,
@@ -180,6 +180,14 @@ def test_all_processes_end_with_one_error(run: Run, case: str, words: str) -> No
 
 def test_fsdp_is_refused_by_name(run: Run) -> None:
     assert "spread by fully_shard (FSDP2)" in run(*OTHERS)["fully_sharded"]
+
+
+def test_a_number_of_processes_that_does_not_divide_the_heads(folders: dict[str, str], tmp_path: Path) -> None:
+    output, _ = ended(start(tmp_path, f"uneven:{folders['llama']}", processes=3))
+    assert (
+        "3 processes share this model, which has 4 attention heads: start it with a number that divides them (1, 2, 4)"
+        in output
+    )
 
 
 def test_a_process_that_is_ended_ends_the_others(folders: dict[str, str], tmp_path: Path) -> None:

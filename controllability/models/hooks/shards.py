@@ -115,12 +115,28 @@ def plain_is_replicated(split: bool) -> Iterator[None]:
             _WITHIN[0] -= split
 
 
+def refuse_uneven(model: nn.Module) -> None:
+    """Raise ``BadInput`` where more or fewer processes share a model than its attention heads can be dealt out to."""
+    mesh = _mesh_of(model)
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    if mesh is not None and isinstance(heads, int) and heads % mesh.size():
+        fits = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise BadInput(
+            f"{mesh.size()} processes share this model, which has {heads} attention heads: start it with a number that divides them "
+            f"({', '.join(map(str, fits))}). Nothing was changed"
+        )
+
+
+def _mesh_of(model: nn.Module) -> DeviceMesh | None:
+    return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+
+
 def refuse_unlike(model: nn.Module, what: str, given: Any) -> None:
     """Raise ``BadInput`` in every process of a split model where they were not all ``given`` the same, or run other versions.
 
     Costs one small message; nothing where the model is not split.
     """
-    mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    mesh = _mesh_of(model)
     if mesh is None:
         return
     digest = hashlib.sha256()

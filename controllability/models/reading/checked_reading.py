@@ -14,6 +14,7 @@ from architectures.reading import Layer, Reading, architecture_of
 from controllability.arrays.sharded import gathered, here
 from controllability.errors import BadInput, NotControllable
 from controllability.models.hooks.carried_patches import carried
+from controllability.models.hooks.shards import refuse_uneven
 from controllability.models.reading.compare_with_module import compare
 from controllability.models.reading.fingerprints import looking, settings_of, stored
 from controllability.models.reading.model_facts import (
@@ -95,6 +96,7 @@ def checked_reading(model: nn.Module, example: Mapping[str, Any] | None = None, 
     refuse_training(model, modules)
     refuse_offloaded(model, modules)
     refuse_fully_sharded(modules)
+    refuse_uneven(model)
     architecture = architecture_of(model)
     place = architecture.place(place)
     known = _CHECKED.setdefault(model, {}).get(place)
