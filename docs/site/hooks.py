@@ -68,21 +68,6 @@ def readme() -> str:
     return from_the_top(text[text.index("On a fresh machine") :])
 
 
-def on_config(config: Any) -> Any:
-    """Keep what exists: a checkout may lack a part that is built by its own branch."""
-    generated = {*COPIED}
-
-    def there(entry: Any) -> Any:
-        if isinstance(entry, str):
-            return entry if entry in generated or (DOCS / entry).exists() else None
-        ((title, below),) = entry.items()
-        kept = [found for e in below if (found := there(e))] if isinstance(below, list) else there(below)
-        return {title: kept} if kept else None
-
-    config.nav = [found for entry in config.nav if (found := there(entry))]
-    return config
-
-
 def on_files(files: Any, config: Any) -> Any:
     """Add pages that have their text elsewhere, and the proof pages of the gallery."""
     from mkdocs.structure.files import File
