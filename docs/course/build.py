@@ -15,7 +15,9 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS  # as in pyproject.toml
-SETUP = "# Runs anywhere the package is installed:  pip install controllability"
+SETUP = (
+    '# Runs where the package is installed, from a checkout (it has no public address yet):  pip install . "torch<2.14"'
+)
 
 
 def lessons() -> list[Path]:

@@ -5,6 +5,12 @@ document.addEventListener("DOMContentLoaded", () => {
     katex.render(tex, place, { displayMode: place.tagName === "DIV", throwOnError: true });
   }
   document.querySelector(".md-search")?.setAttribute("aria-label", "Search");
+  // a session is copied without its prompts and without what it printed
+  for (const session of document.querySelectorAll(".language-pycon")) {
+    let typed = false;
+    const lines = session.textContent.split("\n").filter((line) => (typed = /^>>>( |$)/.test(line) || (typed && /^\.\.\.( |$)/.test(line))));
+    session.dataset.copy = lines.map((line) => line.slice(4)).join("\n");
+  }
   // what scrolls sideways can be scrolled with the keyboard
   for (const wide of document.querySelectorAll(".md-typeset__scrollwrap, .md-typeset pre > code, div.arithmatex")) wide.tabIndex = 0;
 });
