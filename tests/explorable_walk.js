@@ -57,7 +57,10 @@
     look("refused");
     out.empty = text("size-words");
     out.means = Object.fromEntries(
-      [...document.querySelectorAll("#routes tbody tr")].map((row) => [row.cells[0].textContent, [...row.cells].slice(1).map((cell) => cell.textContent)]),
+      [...document.querySelectorAll("#routes tbody tr")].map((row) => [
+        row.cells[0].textContent,
+        [...row.cells].slice(1).map((cell) => cell.textContent),
+      ]),
     );
     out.bold = [...document.querySelectorAll("#routes tr.best")].map((row) => row.cells[0].textContent);
     out.after = document.querySelector("input[value=patched]").disabled;
@@ -68,7 +71,12 @@
     await write(...start);
     out.returned = document.querySelector("input[name=state]:checked").value;
     out.shown = {};
-    for (const [id, value] of [["via", "input-output"], ["route", "uniform"], ["route", "auto"], ["share", "1"]]) {
+    for (const [id, value] of [
+      ["via", "input-output"],
+      ["route", "uniform"],
+      ["route", "auto"],
+      ["share", "1"],
+    ]) {
       document.querySelector("input[value=target]").click();
       change(id, value, id === "share" ? "input" : "change");
       out.shown[`${id} ${value}`] = document.querySelector("input[name=state]:checked").value;

@@ -206,6 +206,11 @@ def test_cells_can_be_run_one_by_one(notebooks, n):
             )
 
 
+def test_a_narrow_terminal_does_not_change_a_page(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    build.executed(LESSONS[2].read_text(), "lesson-3.md")
+
+
 def test_a_page_that_says_something_else_stops_the_build(tmp_path, monkeypatch):
     pytest.importorskip("nbformat")
     page = tmp_path / "lesson-1.md"

@@ -83,7 +83,12 @@ function solve() {
   );
   if (state.runs) {
     const chosen = asked === "auto" ? "balanced" : asked;
-    state.routes = { "no patch": spreadOf(model, model.layers.map(() => ({}))) };
+    state.routes = {
+      "no patch": spreadOf(
+        model,
+        model.layers.map(() => ({})),
+      ),
+    };
     for (const route of ROUTES.slice(1)) {
       const by = route === chosen ? found : solvedBy(route);
       state.routes[route] = by instanceof Refused ? by : spreadOf(model, by.patch);

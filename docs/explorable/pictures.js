@@ -176,7 +176,11 @@ function drawSizes(table, sizes, report, on) {
         make(
           "td",
           { class: "line" },
-          margin === undefined ? (norm ? "none needed" : "does not move") : `${number(margin)} (${CONDITION[report[l].route === "ball" && name === "scale" ? "ball" : name]})`,
+          margin === undefined
+            ? norm
+              ? "none needed"
+              : "does not move"
+            : `${number(margin)} (${CONDITION[report[l].route === "ball" && name === "scale" ? "ball" : name]})`,
         ),
       );
     }),
