@@ -78,8 +78,8 @@ def prove(
 
     With ``jointly`` the patch is one for many tokens at once (theory 5), and ``proof.max_tokens`` says for how many in general position.
 
-    ``via`` chooses Theorem 1 ("input-output") or 1b ("output"), ``route`` what a normalised output does (auto, scale,
-    secular, uniform, ball), ``frozen`` names parameters that must not move.  Raises ``NotControllable`` with the
+    ``via`` chooses Theorem 1 ("input-output") or 1b ("output"), ``route`` what a normalised output does (balanced, scale,
+    secular, uniform, ball; auto takes balanced), ``frozen`` names parameters that must not move.  Raises ``NotControllable`` with the
     smallest culprit and the nearest change that has a proof, and ``BadInput`` for unknown options.  Sound, not
     complete: a refusal means that no derivation was found.
 

@@ -21,7 +21,7 @@ function answers(data, cases) {
       const { patch, report, logits } = solveLast(model, read.question, start, target, { route, via });
       const patched = run(model, read.question, start, patch),
         part = run(model, read.question, start, partOf(patch, layers, share));
-      Object.assign(out, { report, sizes: sizesOf(model, patch) });
+      Object.assign(out, { report, sizes: sizesOf(model, patch), spread: spreadOf(model, patch) });
       Object.assign(out.logits, {
         sweep: Array.from(logits[0]),
         patched: plain(patched.logits),

@@ -105,7 +105,7 @@ def in_python(model, tokenizer, case: dict) -> dict:
         except ct.SideConditionFailed as refused:
             out["refused"] = refused
         else:
-            out |= {"report": mp.report.layers, "sizes": mp.frame()}
+            out |= {"report": mp.report.layers, "sizes": mp.frame(), "spread": spread(model, mp)}
             with mp.applied(model, as_weights=True):
                 out["nodes"]["patched"] = nodes(model, source)
                 out["logits"]["patched"] = model(**source, use_cache=False).logits[0]
@@ -114,6 +114,14 @@ def in_python(model, tokenizer, case: dict) -> dict:
         if case["others"]:
             out["joint"] = jointly(model, tokenizer, case)
     return out
+
+
+def spread(model, mp) -> list[float]:
+    """mean(m'²) of each layer's scale after the norm."""
+    names = [f"model.layers.{i}.{MAPS['scale']}.weight" for i in range(3)]
+    moved = {row["parameter"] for row in mp.frame()}
+    weights = (model.get_parameter(n) + (mp.delta(n).matrix if n in moved else 0) for n in names)
+    return [float(((1 + weight) ** 2).mean()) for weight in weights]
 
 
 def jointly(model, tokenizer, case: dict) -> dict:

@@ -55,9 +55,32 @@
         out.routes[`${route} ${via}`] = byId("refusal").textContent || [difference("patched"), moved];
       }
     look("refused");
+    out.empty = text("size-words");
+    out.means = Object.fromEntries(
+      [...document.querySelectorAll("#routes tbody tr")].map((row) => [
+        row.cells[0].textContent,
+        [...row.cells].slice(1).map((cell) => cell.textContent),
+      ]),
+    );
+    out.bold = [...document.querySelectorAll("#routes tr.best")].map((row) => row.cells[0].textContent);
     out.after = document.querySelector("input[value=patched]").disabled;
-    change("via", "input-output");
-    change("route", "auto");
+    out.fallen = document.querySelector("input[name=state]:checked").value;
+    await write("Mia lives in Oslo .", start[1]); // still no patch by this route
+    out.stays = document.querySelector("input[name=state]:checked").value;
+    byId("route").value = "auto"; // not by the control: the texts alone bring a patch back
+    await write(...start);
+    out.returned = document.querySelector("input[name=state]:checked").value;
+    out.shown = {};
+    for (const [id, value] of [
+      ["via", "input-output"],
+      ["route", "uniform"],
+      ["route", "auto"],
+      ["share", "1"],
+    ]) {
+      document.querySelector("input[value=target]").click();
+      change(id, value, id === "share" ? "input" : "change");
+      out.shown[`${id} ${value}`] = document.querySelector("input[name=state]:checked").value;
+    }
     document
       .querySelector("a[href='#node-1-2-0-0']")
       .dispatchEvent(new MouseEvent("click", { bubbles: true, cancelable: true }));
@@ -92,6 +115,11 @@
       out.bad[name] = [text("messages"), text("said"), document.querySelectorAll("table tr, .curve").length];
       look(name);
     }
+    document.querySelector("input[value=target]").click();
+    await write("Mia lives in Oslo .", "Where does Leo live ?");
+    document.querySelector("input[value=patched]").click();
+    look("stranger");
+    out.stranger = text("said");
     document.querySelector("input[value=target]").click();
     await write("Leo lives in Rome . Leo lives in Oslo .", "Where does Leo live ?");
     look("clash");

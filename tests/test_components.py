@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
+from functools import partial
 
 import mpmath
 import numpy as np
@@ -106,6 +108,31 @@ def test_zero_input_without_bias_is_named_with_its_position():
         "side condition failed at linear W, position 1: the input of W is not zero (margin 0)\n"
         "  hint:  give linear W a bias: it moves the output whatever the input is"
     )
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("name", ["linear", "scale", "bias"])
+def test_a_vector_of_another_length_is_one_error_with_both_lengths(name, kind):
+    """Also of length 1, or none, which arithmetic would spread without a word."""
+    component = {"linear": Linear(Param("p")), "scale": Scale(Param("p")), "bias": Bias(Param("p"))}[name]
+    one = np.ones if kind == "numpy" else partial(torch.ones, dtype=torch.float64)
+    fits, params = one(IN), {"p": one((OUT, IN) if name == "linear" else IN)}
+    out = OUT if name == "linear" else IN
+    for wrong in (one(IN + 2), one(1), one(())):
+        shape = re.escape(f"has shape {tuple(wrong.shape)}, ")
+        takes = shape + f"which {name} p does not take: p has shape {re.escape(str(tuple(params['p'].shape)))}$"
+        for call in (
+            lambda: component.steer_input(params, wrong, fits),  # noqa: B023
+            lambda: component.steer_input(params, wrong, wrong),  # noqa: B023
+            lambda: component.steer_output(params, wrong, one(out)),  # noqa: B023
+        ):
+            with pytest.raises(BadInput, match="^x(_target)? " + takes):
+                call()
+        with pytest.raises(BadInput, match="^x_target " + takes):
+            component.steer_input(params, fits, wrong)
+        with pytest.raises(BadInput, match=f"^delta {shape}but {name} p gives vectors of length {out}$"):
+            component.steer_output(params, fits, wrong)
+    assert component.steer_input(params, fits, 2 * fits) and component.steer_output(params, fits, one(out))
 
 
 def test_scale_condition_is_about_the_coordinates_that_must_change():

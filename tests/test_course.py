@@ -42,6 +42,30 @@ def test_every_lesson_has_its_parts_in_order(page):
     assert not following or f"]({following[0].name})" in text.splitlines()[-1], "it says what comes next"
 
 
+def test_words_are_linked_to_the_glossary_once_where_the_course_first_uses_them():
+    text = BLOCK.sub("", "".join(page.read_text() for page in LESSONS))
+    links = re.findall(r"\]\(glossary\.md#([\w-]+)\)", text)
+    entries = re.findall(r"^### (.*)", (ROOT / "docs" / "glossary.md").read_text(), re.M)
+    anchors = {re.sub(r"[^\w]+", "-", entry.lower()) for entry in entries}
+    assert len(links) == len(set(links)) and set(links) <= anchors
+    assert set(links) >= {
+        "token",
+        "attention",
+        "weights",
+        "position",
+        "hint",
+        "rule",
+        "block",
+        "channel",
+        "frozen",
+        "tap",
+    }
+    assert "feed-forward block" not in text.lower(), "one name: feed-forward half"
+    for word in ("derivation", "near-tie", "logits", "perfect patch", "sensitivity"):
+        before = text[: text.index(f"glossary.md#{word.replace(' ', '-')})")]
+        assert len(re.findall(word, before, re.I)) == 1, word
+
+
 @lesson
 def test_the_common_mistake_is_answered_in_the_packages_own_words(page):
     mistake = part(page.read_text(), "A common mistake")
@@ -180,6 +204,11 @@ def test_cells_can_be_run_one_by_one(notebooks, n):
             assert not cell.outputs or build.doctest.OutputChecker().check_output(
                 cell.outputs[0].text, shown.getvalue(), build.FLAGS
             )
+
+
+def test_a_narrow_terminal_does_not_change_a_page(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    build.executed(LESSONS[2].read_text(), "lesson-3.md")
 
 
 def test_a_page_that_says_something_else_stops_the_build(tmp_path, monkeypatch):

@@ -64,6 +64,7 @@ def differences(found: dict, wanted: dict, case: dict) -> dict[str, float]:
             assert mine["amplification"] is None  # the package then tells the condition of a sum, the page nothing
         else:
             out[f"amplification {i}"] = apart([mine["amplification"]], [layer.amplification])
+        out[f"spread {i}"] = apart([found["spread"][i]], [wanted["spread"][i]])
         for margin in layer.margins:
             (name,) = (name for name, where in MAPS.items() if where in margin["where"])
             if margin["margin"] is not None:
@@ -252,7 +253,12 @@ def test_the_page_is_one_small_file_that_asks_for_nothing(tmp_path):
     assert file.stat().st_size <= 6_000_000
     text = file.read_text(encoding="utf-8")
     read = Links(text)
-    assert {link for link in read.found if not link.startswith("#")} == {"data:,"}
+    assert {link for link in read.found if not link.startswith("#")} == {
+        "data:,",
+        "index.html",
+        "lesson-3.html",
+        "lesson-4.html",
+    }
     assert len(read.ids) == len(set(read.ids))
     outside = re.sub(r"http://www\.w3\.org/2000/svg", "", text)
     assert not re.search(r"(?i)https?:|@import|url\((?!#)|\bfetch\(|XMLHttpRequest|WebSocket|importScripts", outside)

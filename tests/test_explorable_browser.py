@@ -65,7 +65,25 @@ def test_every_route_returns_the_answer_or_says_why_not(seen):
         alone = {("scale", "input-output"): f"{down} {scale}", ("scale", "output"): scale}
         usual = f"{inside} {down} {scale}" if via == "input-output" else f"{down} {scale}"
         assert moved == alone.get((route, via), usual)
+    assert (seen["fallen"], seen["stays"], seen["returned"]) == ("source", "source", "patched")
+    assert set(seen["shown"].values()) == {"patched"}, "every control shows what it changes"
+    assert seen["empty"].startswith("The table of sizes is empty")
     assert seen["after"] is True  # without a patch there is none to apply
+
+
+@needs_browser
+def test_the_routes_are_compared_by_lesson_4_s_measure(seen):
+    """And the page's words about them hold on its own example."""
+    means = {name: [float(x) for x in row] for name, row in seen["means"].items() if name != "ball"}
+    assert seen["bold"] == ["ball"] and seen["means"]["ball"][0].startswith("no patch: in layer 2")
+    assert set(means) == {"no patch", "balanced", "uniform", "secular", "scale"}
+    most = {name: max(row) for name, row in means.items()}
+    assert max(most["uniform"], most["secular"]) < 1.6 * most["balanced"] and most["scale"] > 100 * most["balanced"]
+
+
+@needs_browser
+def test_a_person_of_whom_the_facts_say_nothing_has_no_answer_that_comes_back(seen):
+    assert "right or wrong, and not only the word" in seen["stranger"] and "The answer is back" not in seen["stranger"]
 
 
 @needs_browser

@@ -310,6 +310,38 @@ def test_search_answers_from_disk_and_mathematics_is_set(site, browser):
 
 
 @pytest.mark.site
+@pytest.mark.parametrize("word", ["margin", "token", "position"])
+def test_search_prefers_the_glossary(site, browser, word):
+    tab = browser.new_page()
+    tab.goto((site / "index.html").as_uri())
+    tab.click(".md-search__input")
+    tab.keyboard.type(word, delay=30)
+    tab.wait_for_selector(f".md-search-result__link[href*='h={word}']", timeout=30_000)
+    assert f"glossary.html?h={word}#{word}" in tab.locator(".md-search-result__link").nth(1).get_attribute("href")
+    tab.close()
+
+
+@pytest.mark.site
+def test_a_session_is_copied_without_prompts_and_outputs(site, browser):
+    tab = browser.new_page()
+    tab.goto((site / "lesson-2.html").as_uri())
+    tab.evaluate("document.addEventListener('copy', (event) => (window.copied = event.target.value))")
+    for block, wanted in ((1, 'params = {"W": np.array'), (2, "chain = W >> Activation"), (-1, "delta = np.array")):
+        tab.locator("[data-clipboard-target]").nth(block).dispatch_event("click")
+        copied = tab.evaluate("window.copied")
+        assert wanted in copied and not re.search(r"^(>>>|\.\.\.|True|\()", copied, re.M)
+        compile(copied, "copied", "exec")
+    tab.close()
+
+
+@pytest.mark.site
+def test_every_lesson_links_its_notebook_under_its_title(site, read):
+    for n in range(1, 9):
+        page = read[site / f"lesson-{n}.html"]
+        assert f"course/lesson-{n}.ipynb" in page.links and (site / "course" / f"lesson-{n}.ipynb").is_file()
+
+
+@pytest.mark.site
 def test_the_gallery_holds_the_package_s_own_pages(site):
     gallery = script("gallery")
     assert len(gallery.FAMILIES) == 10

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from controllability.arrays import Array
-from controllability.deltas import Delta
-from controllability.errors import SideConditionFailed
+from controllability.arrays import Array, arithmetic
+from controllability.deltas import Delta, PatchedMatrix
+from controllability.errors import BadInput, SideConditionFailed
 from controllability.interfaces.component import Component
 from controllability.interfaces.condition import Condition, measure
 from controllability.interfaces.joint import JointUpdate
@@ -55,10 +55,10 @@ class InputControllable(_OldWords, ABC):
     def steer_input(self, params: Params, x: Array, x_target: Array) -> dict[str, Delta]:
         """The patch with which the output at ``x`` is what it was at ``x_target`` (same shapes).
 
-        Raises ``SideConditionFailed`` when no way is open at these numbers.
+        Raises ``BadInput`` for a length that the parameters do not take, ``SideConditionFailed`` when no way is open at these numbers.
         """
         assert isinstance(self, Component)
-        delta = self(params, x_target) - self(params, x)
+        delta = _value(self, params, "x_target", x_target) - _value(self, params, "x", x)
         return first_open(self.input_updates(), params, x, delta)
 
 
@@ -72,8 +72,15 @@ class OutputControllable(_OldWords, ABC):
     def steer_output(self, params: Params, x: Array, delta: Array) -> dict[str, Delta]:
         """The patch that adds ``delta`` (..., out) to the output at ``x`` (..., in).
 
-        Raises ``SideConditionFailed`` when no way is open at these numbers.
+        Raises ``BadInput`` for lengths that do not fit, ``SideConditionFailed`` when no way is open at these numbers.
         """
+        assert isinstance(self, Component)
+        arithmetic(delta)
+        size = _value(self, params, "x", x).shape[-1:]
+        if delta.shape[-1:] != size:
+            raise BadInput(
+                f"delta has shape {tuple(delta.shape)}, but {self.describe()} gives vectors of length {size[0]}"
+            )
         return first_open(self.output_updates(), params, x, delta)
 
 
@@ -110,6 +117,26 @@ class Bijection(ABC):
     def image_margin(self, params: Params, y: Array) -> Array:
         """How far each target (..., d) is from leaving the image, shape (..., 1); positive inside."""
         raise NotImplementedError(f"{type(self).__name__} has image conditions but no image_margin")
+
+
+def _value(component: Component, params: Params, name: str, x: Array) -> Array:
+    """The output at ``x``.  Raises ``BadInput`` where the parameters take inputs of another length."""
+    arithmetic(x)
+    y = cause = None
+    try:
+        y = component(params, x) if x.shape else None
+    except BadInput:
+        raise
+    except (ValueError, RuntimeError) as error:  # NumPy's and torch's words for it
+        cause = error
+    if y is None or (y.shape[-1] != x.shape[-1] == component.output_width(x.shape[-1])):  # the last: it was spread
+        values = {str(param): param.value(params) for param in component.own_parameters()}
+        arrays = {key: value.base if isinstance(value, PatchedMatrix) else value for key, value in values.items()}
+        held = ", ".join(f"{key} has shape {tuple(array.shape)}" for key, array in arrays.items())
+        raise BadInput(
+            f"{name} has shape {tuple(x.shape)}, which {component.describe()} does not take: {held}"
+        ) from cause
+    return y
 
 
 def updates_of(component: Component, *sides: str) -> tuple[Update, ...]:

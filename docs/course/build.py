@@ -8,14 +8,18 @@ from __future__ import annotations
 import base64
 import doctest
 import io
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 DOCS = Path(__file__).resolve().parent.parent
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS  # as in pyproject.toml
-SETUP = "# Runs anywhere the package is installed:  pip install controllability"
+SETUP = (
+    '# Runs where the package is installed, from a checkout (it has no public address yet):  pip install . "torch<2.14"'
+)
 
 
 def lessons() -> list[Path]:
@@ -52,7 +56,8 @@ def executed(text: str, name: str) -> tuple[list[doctest.Example], list[str]]:
     """
     test = doctest.DocTestParser().get_doctest(text, {"__name__": "__main__"}, name, name, 0)
     recorder = Recorder()
-    recorder.run(test, out=io.StringIO().write, clear_globs=True)
+    with patch.dict(os.environ, COLUMNS="100"):  # as wide as the pages are, wherever they are built
+        recorder.run(test, out=io.StringIO().write, clear_globs=True)
     return test.examples, recorder.got
 
 

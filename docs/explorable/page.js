@@ -59,23 +59,41 @@ function suggest({ facts, asked }) {
   );
 }
 
+/** The patch by a route and the theorem that is chosen, or the refusal. */
+function solvedBy(route) {
+  const { read, runs } = state;
+  try {
+    return solveLast(model, read.question, read.context.length, runs.target, { route, via: byId("via").value });
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    return error;
+  }
+}
+
 /** The patch for the route and the theorem that are chosen; what it cannot be is said. */
 function solve() {
-  const { read, runs } = state;
-  state.solved = null;
-  byId("refusal").replaceChildren();
-  if (runs) {
-    try {
-      state.solved = solveLast(model, read.question, read.context.length, runs.target, {
-        route: byId("route").value,
-        via: byId("via").value,
-      });
-    } catch (error) {
-      if (!(error instanceof Refused)) throw error;
-      byId("refusal").replaceChildren(
-        make("p", { class: "problem" }, `There is no patch by this route: ${error.message}. Choose another route.`),
-      );
+  const asked = byId("route").value,
+    found = state.runs ? solvedBy(asked) : null,
+    refused = found instanceof Refused;
+  state.solved = refused ? null : found;
+  byId("refusal").replaceChildren(
+    ...(refused
+      ? [make("p", { class: "problem" }, `There is no patch by this route: ${found.message}. Choose another route.`)]
+      : []),
+  );
+  if (state.runs) {
+    const chosen = asked === "auto" ? "balanced" : asked;
+    state.routes = {
+      "no patch": spreadOf(
+        model,
+        model.layers.map(() => ({})),
+      ),
+    };
+    for (const route of ROUTES.slice(1)) {
+      const by = route === chosen ? found : solvedBy(route);
+      state.routes[route] = by instanceof Refused ? by : spreadOf(model, by.patch);
     }
+    drawRoutes(byId("routes"), state.routes, chosen);
   }
   state.other = { ticked: state.other.ticked };
   act();
@@ -90,7 +108,10 @@ function act() {
   if (runs) {
     state.acting = solved && partOf(solved.patch, layersOn(), share());
     runs.patched = solved ? run(model, read.question, read.context.length, state.acting) : null;
-    if (!solved && state.shown === "patched") show("source");
+    if (!solved && state.shown === "patched") {
+      show("source");
+      state.fallen = true;
+    } else if (solved && state.fallen) show("patched");
   }
   document.querySelector("input[value=patched]").disabled = !solved;
   draw();
@@ -99,6 +120,7 @@ function act() {
 /** One of the three states is looked at. */
 function show(name) {
   state.shown = name;
+  state.fallen = false; // from "patched", because there was no patch: it returns with the next one
   state.seen.add(name);
   document.querySelector(`input[name=state][value=${name}]`).checked = true;
 }
@@ -113,13 +135,14 @@ function draw() {
     ...more,
     ...tokens(read.asked, "asked"),
   );
-  for (const id of ["logits", "sizes", "others", "node", "merged", "said", "size-words"])
+  for (const id of ["logits", "sizes", "routes", "others", "node", "merged", "said", "size-words"])
     if (!runs) byId(id).replaceChildren();
   for (const id of ["keep", "jointly"]) byId(id).disabled = !runs || (id === "keep" && !solved);
   if (!runs) {
     document.querySelectorAll(".curves").forEach((old) => old.remove());
     document.querySelectorAll("a.moved").forEach((link) => link.classList.remove("moved"));
     byId("said").replaceChildren(make("p", {}, "The model has nothing to answer yet: see the message in section 1."));
+    byId("size-words").textContent = "There is no patch yet: see the message in section 1.";
     return;
   }
   drawSaid();
@@ -132,7 +155,9 @@ function draw() {
   );
   if (solved) drawSizes(byId("sizes"), sizesOf(model, solved.patch), solved.report, layersOn());
   else byId("sizes").replaceChildren();
-  byId("size-words").textContent = solved ? sizeWords(solved) : "";
+  byId("size-words").textContent = solved
+    ? sizeWords(solved)
+    : "The table of sizes is empty, because there is no patch: the message above says why.";
   drawInside();
   drawOthers();
 }
@@ -153,14 +178,14 @@ function drawSaid() {
   const same = best(logits) === best(wanted),
     error = largest(subtract(logits, wanted));
   const about = questionsAbout(data, state.read.facts).find(({ text }) => text === state.read.asked.join(" "));
+  const knows = about && about.values.includes(wordOf(data, best(wanted)));
   const words = {
-    target:
-      about && about.values.includes(wordOf(data, best(wanted)))
-        ? "It reads the facts, so it knows."
-        : "This is what the model says with the facts, right or wrong.",
-    source: same ? "A lucky guess: the scores are quite different, see below." : "Without the facts it can only guess.",
+    target: knows ? "It reads the facts, so it knows." : "This is what the model says with the facts, right or wrong.",
+    source: same
+      ? `${knows ? "A lucky guess" : "The same word"}: the scores are quite different, see below.`
+      : "Without the facts it can only guess.",
     patched: whole()
-      ? `The answer is back, and not only the answer: no score of any word differs by more than ${number(error)}, which is rounding.`
+      ? `${knows ? "The answer is back, and not only the answer" : "It says what it says with the facts, right or wrong, and not only the word"}: no score of any word differs by more than ${number(error)}, which is rounding.`
       : `This is a part of the patch. The promise is for the whole: all layers, all the way. Largest difference now: ${number(error)}.`,
   }[shown];
   const kind = shown === "target" ? "" : same ? "right" : "wrong";
@@ -191,7 +216,7 @@ function sizeWords({ patch, report }) {
     report[0].amplification === null
       ? ""
       : ` A rounding error of the last matrix is magnified ${report.map(({ amplification }) => number(amplification, 2)).join(", ")} times on its way out of layers 1, 2, 3.`;
-  return `Bars grow with the square root, so that small changes are seen; of a norm’s scale it is the largest change of an entry beside that entry. The whole patch is ${numbers.toLocaleString("en")} numbers; the weights it changes are ${dense.toLocaleString("en")}.${noise}`;
+  return `The margin is how far a side condition is from failing. Bars grow with the square root, so that small changes are seen; of a norm’s scale it is the largest change of an entry beside that entry. The whole patch is ${numbers.toLocaleString("en")} numbers; the weights it changes are ${dense.toLocaleString("en")}.${noise}`;
 }
 
 function drawInside() {
@@ -281,7 +306,7 @@ function listen() {
   };
   document.querySelectorAll("#layers input").forEach((box) => box.addEventListener("change", seen(act)));
   byId("share").addEventListener("input", seen(act));
-  for (const id of ["route", "via"]) byId(id).addEventListener("change", solve);
+  for (const id of ["route", "via"]) byId(id).addEventListener("change", seen(solve));
   for (const link of document.querySelectorAll("a.node")) {
     link.addEventListener("click", (event) => {
       event.preventDefault();

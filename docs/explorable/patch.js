@@ -176,6 +176,10 @@ function partOf(patch, on, share) {
   );
 }
 
+/** The mean of m'^2 of each layer: what an error in what leaves the norm is multiplied by (its square). */
+const spreadOf = (model, patch) =>
+  patch.map(({ scale }, l) => meanSquare(scale ? add(model.layers[l].m.post, scale) : model.layers[l].m.post));
+
 /** The Frobenius norm of a change in factors. */
 function normOf(factors) {
   let sum = 0;

@@ -136,7 +136,8 @@ const CONDITION = {
   gate: "largest entry of z",
   up: "largest entry of z",
   down: "largest entry of y",
-  scale: "room that is left",
+  ball: "room: how far the target is inside of what the norm can give",
+  scale: "smallest entry that leaves the norm",
 };
 
 /** The table of changes: a row for each thing that moves, with its size as a bar and how far its side condition is from failing. */
@@ -148,7 +149,7 @@ function drawSizes(table, sizes, report, on) {
     make(
       "tr",
       {},
-      ["layer", "what", "‖ΔW‖", "beside ‖W‖", "", "side condition: must not be 0"].map((text, i) =>
+      ["layer", "what", "‖ΔW‖", "beside ‖W‖", "", "margin: at 0 the side condition fails"].map((text, i) =>
         text ? make("th", { scope: "col", class: i === 2 || i === 3 ? "number" : null }, text) : make("td", {}),
       ),
     ),
@@ -175,12 +176,38 @@ function drawSizes(table, sizes, report, on) {
         make(
           "td",
           { class: "line" },
-          margin === undefined ? (norm ? "none needed" : "does not move") : `${number(margin)} (${CONDITION[name]})`,
+          margin === undefined
+            ? norm
+              ? "none needed"
+              : "does not move"
+            : `${number(margin)} (${CONDITION[report[l].route === "ball" && name === "scale" ? "ball" : name]})`,
         ),
       );
     }),
   );
   table.replaceChildren(head, make("tbody", {}, rows));
+}
+
+/** The table of routes: the mean of m'^2 in each layer, or why there is no patch. */
+function drawRoutes(table, routes, chosen) {
+  const head = ["route", "layer 1", "layer 2", "layer 3"].map((text, i) =>
+    make("th", { scope: "col", class: i ? "number" : null }, text),
+  );
+  const rows = Object.entries(routes).map(([name, found]) =>
+    make(
+      "tr",
+      { class: name === chosen ? "best" : null },
+      make("th", { scope: "row" }, name),
+      found instanceof Refused
+        ? make("td", { colspan: 3 }, `no patch: ${found.message}`)
+        : found.map((x) => make("td", { class: "number" }, number(x))),
+    ),
+  );
+  table.replaceChildren(
+    make("caption", { class: "quiet" }, "The mean of m′²; in bold the chosen route"),
+    make("thead", {}, make("tr", {}, head)),
+    make("tbody", {}, rows),
+  );
 }
 
 /** A vector as a path in a box of the picture. */

@@ -62,6 +62,16 @@ def anchored(text: str) -> str:
     return re.sub(row, name, text, flags=re.M)
 
 
+def with_notebook(text: str, lesson: str) -> str:
+    """A lesson with the way to its notebook under its title, which is a file of the site and no page.
+
+    >>> with_notebook("# Lesson 1: x\\n\\n**Goal.**", "lesson-1")
+    '# Lesson 1: x\\n\\n<a href="course/lesson-1.ipynb" download>This lesson as a notebook</a>\\n\\n**Goal.**'
+    """
+    title, rest = text.split("\n", 1)
+    return f'{title}\n\n<a href="course/{lesson}.ipynb" download>This lesson as a notebook</a>\n{rest}'
+
+
 def readme() -> str:
     """The README behind its first heading and picture; the start page says the rest in its own words."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -94,6 +104,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         markdown = markdown.replace("<!-- GALLERY -->", table())
     if name == "reference.md":
         markdown = anchored(markdown)
+    if re.fullmatch(r"lesson-\d\.md", name):
+        markdown = with_notebook(markdown, name.removesuffix(".md"))
     if name == "api-components.md":  # a component's formula is its code
         markdown = re.sub(
             r"^(::: .*)$", r"\1\n    options: {show_source: true, merge_init_into_class: false}", markdown, flags=re.M

@@ -57,7 +57,7 @@ def check_adapter(patch: PatchRecord, directory: Path, model: nn.Module | None) 
     try:
         import peft  # noqa: F401
     except ImportError:
-        return Check(None, "not verified: peft is not installed (pip install 'controllability[peft]')")
+        return Check(None, "not verified: peft is not installed (in a checkout: pip install '.[peft]')")
     inputs, note = without_cache(model, patch.inputs["source"]), ""
     if not patch.inputs["source"]:  # an imported adapter
         if input_embedding(model) is None:

@@ -130,7 +130,7 @@ def refuse_missing_extra(path: Path) -> None:
     """Raise ``BadInput`` where what reads GGUF is not installed."""
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise BadInput(f'reading {path} needs the package {package}: pip install "controllability[gguf]"')
+            raise BadInput(f'reading {path} needs the package {package}: in a checkout, pip install ".[gguf]"')
     if not reports_misfits():
         raise BadInput(
             f"reading {path} needs transformers 5.23: older ones load a file whose weights do not fit without a word"
