@@ -18,7 +18,7 @@ import controllability as ct
 from controllability.errors import BadInput, PatchError
 from controllability.instrument import survey_files, surveys as module
 
-pytest.importorskip("pyarrow", reason="surveys are Parquet files: pip install 'controllability[tables]'")
+pytest.importorskip("pyarrow", reason="surveys are Parquet files: pip install '.[tables]'")
 TOKENIZER = ct.load_model("embedded")[1]
 PAIRS = draw_pairs(10)
 
@@ -274,7 +274,7 @@ def test_damaged_files_are_named(small, tmp_path, name):
 
 def test_without_pyarrow_it_is_named(small, monkeypatch):
     monkeypatch.setattr(survey_files, "find_spec", lambda name: None)
-    refused(r"pip install 'controllability\[tables\]'", BadInput, small, TOKENIZER, PAIRS)
+    refused(r"pip install '\.\[tables\]'", BadInput, small, TOKENIZER, PAIRS)
 
 
 def test_the_command(capsys, tmp_path):

@@ -12,7 +12,7 @@ from survey_runs import BATCH, Runner, draw_pairs, write_lines
 
 import controllability as ct
 
-pytest.importorskip("pyarrow", reason="surveys are Parquet files: pip install 'controllability[tables]'")
+pytest.importorskip("pyarrow", reason="surveys are Parquet files: pip install '.[tables]'")
 COUNT = 60
 
 

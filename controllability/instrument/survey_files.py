@@ -27,7 +27,7 @@ def require() -> None:
     """Raise ``BadInput`` without pyarrow."""
     if find_spec("pyarrow") is None:
         raise BadInput(
-            "a survey is written as Parquet, with pyarrow, which is not installed: pip install 'controllability[tables]'"
+            "a survey is written as Parquet, with pyarrow, which is not installed (in a checkout: pip install '.[tables]')"
         )
 
 
