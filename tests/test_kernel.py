@@ -75,6 +75,13 @@ def certificates(names, **options) -> dict[str, str]:
     return found
 
 
+def has_joint_proof(name: str) -> bool:
+    try:
+        return bool(ct.prove(architectures.block(name), "output", jointly=True))
+    except ct.NotControllable:
+        return False
+
+
 def level_certificates() -> dict[str, str]:
     """Every rule of the table, on every side, jointly too where there is such a proof."""
     found = {}
@@ -179,7 +186,9 @@ def test_one_family_of_each_shape_is_accepted_by_both_theorems(compiled, tmp_pat
 @pytest.mark.parametrize("jointly", [False, True])
 def test_every_family_is_accepted_by_both_theorems(compiled, tmp_path, jointly):
     names = [name for family in patchable_families().values() for name in family]
-    texts = sorted(set(certificates(names, jointly=jointly).values()))
+    alone = [name for name in names if jointly and not has_joint_proof(name)]
+    assert set(alone) == ({"inkling_text", "inkling2_text"} if jointly else set())  # their taps serve one token
+    texts = sorted(set(certificates([name for name in names if name not in alone], jointly=jointly).values()))
     assert all(accepted(texts, compiled, tmp_path, seconds=3000))
 
 
