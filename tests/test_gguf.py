@@ -178,7 +178,7 @@ def test_the_extra_is_named(llama, monkeypatch):
     for package in ("gguf", "accelerate"):
         with monkeypatch.context() as patching:
             patching.setattr(importlib.util, "find_spec", lambda n, *a, p=package: None if n == p else usual(n, *a))
-            refused(llama, match=rf'needs the package {package}: pip install "controllability\[gguf\]"')
+            refused(llama, match=rf'needs the package {package}: in a checkout, pip install "\.\[gguf\]"')
 
 
 def test_a_file_cut_short_anywhere(llama, tmp_path):
