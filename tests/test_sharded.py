@@ -185,7 +185,7 @@ def test_fsdp_is_refused_by_name(run: Run) -> None:
 def test_a_number_of_processes_that_does_not_divide_the_heads(folders: dict[str, str], tmp_path: Path) -> None:
     output, _ = ended(start(tmp_path, f"uneven:{folders['llama']}", processes=3))
     assert (
-        "3 processes share this model, which has 4 attention heads: start it with a number that divides them (1, 2, 4)"
+        "3 processes share this model, which has 4 attention and 2 key heads: start it with a number that divides them (1, 2)"
         in output
     )
 

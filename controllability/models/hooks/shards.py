@@ -6,6 +6,7 @@ Source: theory, section 9.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -117,12 +118,16 @@ def plain_is_replicated(split: bool) -> Iterator[None]:
 
 def refuse_uneven(model: nn.Module) -> None:
     """Raise ``BadInput`` where more or fewer processes share a model than its attention heads can be dealt out to."""
-    mesh = _mesh_of(model)
-    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
-    if mesh is not None and isinstance(heads, int) and heads % mesh.size():
-        fits = [n for n in range(1, heads + 1) if heads % n == 0]
+    mesh, config = _mesh_of(model), getattr(model, "config", None)
+    config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    found = [getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value")]
+    heads = [count for count in found if isinstance(count, int)]
+    together = math.gcd(*heads)
+    if mesh is not None and heads and together % mesh.size():
+        fits = [n for n in range(1, together + 1) if together % n == 0]
         raise BadInput(
-            f"{mesh.size()} processes share this model, which has {heads} attention heads: start it with a number that divides them "
+            f"{mesh.size()} processes share this model, which has {' attention and '.join(map(str, heads))} "
+            f"{'key' if len(heads) > 1 else 'attention'} heads: start it with a number that divides them "
             f"({', '.join(map(str, fits))}). Nothing was changed"
         )
 
