@@ -183,10 +183,18 @@ def refused(folder: str, out: str) -> dict[str, str]:
     shards.__version__ += str(rank)
     told("versions", lambda: ct.patch_model(split, TARGET, SOURCE))
     shards.__version__ = ct.__version__
+    found["afterwards"] = str(miss(run(split, patch), patch.target_logits, "last"))  # type: ignore[arg-type]
+    for name in ("mlp.down_proj", "self_attn.q_proj"):  # one that is patched, one that is not: in process 1 alone
+        weight = split.get_parameter(f"model.layers.1.{name}.weight")._local_tensor
+        before = weight[0, 0].clone()
+        with torch.no_grad():
+            weight[0, 0] = float("nan") if rank else before
+        told(f"NaN in {name}", lambda: ct.patch_model(split, TARGET, SOURCE))
+        with torch.no_grad():
+            weight[0, 0] = before
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     assert all(told == everyone[0] for told in everyone), everyone
-    found["afterwards"] = str(miss(run(split, patch), patch.target_logits, "last"))  # type: ignore[arg-type]
     return found
 
 

@@ -170,6 +170,11 @@ def test_a_context_is_compiled(run: Run) -> None:
             "export",
             "PatchError: this patch is of a model that is split over several devices: save it, and export it in one",
         ),
+        (
+            "NaN in mlp.down_proj",
+            "BadInput: parameter model.layers.1.mlp.down_proj.weight holds NaN or infinite values",
+        ),
+        ("NaN in self_attn.q_proj", "BadInput: parameter model.layers.1.self_attn.q_proj.weight holds NaN or infinite"),
         ("occupied", "exists already and is not an empty directory: nothing was written"),
     ],
 )

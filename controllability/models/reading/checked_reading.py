@@ -169,7 +169,7 @@ def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
             norm = float(
                 gathered(torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)))
             )
-            if not norm < float("inf") and not bool(torch.isfinite(value).all()):
+            if not norm < float("inf") and not _finite(value):
                 raise BadInput(f"parameter {name} holds NaN or infinite values: nothing was changed")
             norms[name] = norm
     for name, value in stored(model):
@@ -180,6 +180,7 @@ def _norms(model: nn.Module, reading: Reading) -> dict[str, float]:
 
 
 def _finite(value: Tensor) -> bool:
-    value = here(value)
-    total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
-    return value.is_meta or bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())
+    total = gathered(
+        value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+    )  # the same answer on every device
+    return value.is_meta or bool(torch.isfinite(total)) or bool(gathered(torch.isfinite(value).all()))
