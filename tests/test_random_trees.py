@@ -26,12 +26,14 @@ from judging import (
     AGREES,
     BENT,
     CONDITION,
+    DIGITS,
     KINDS,
     TOGETHER,
     WRONG,
     YES,
     Affine,
     counted,
+    executed,
     judge,
     outcome,
     table,
@@ -104,6 +106,15 @@ def test_the_judge_notices_a_wrong_rule(monkeypatch):
 
     monkeypatch.setattr(updates, "rank_one_change", wrong)
     assert len(caught(range(40))) >= 5
+
+
+def test_numbers_that_50_digits_do_not_hold_are_judged_with_more():
+    """1 + tanh of a large negative number is 0 with 50 digits, and the patch is refused; the proof is right all the same."""
+    case = grown(4631)
+    proof = ct.prove(case.block, frozen=case.frozen, **case.options)
+    with pytest.raises(ct.NotVerified, match="magnify rounding too much"):
+        executed(proof, case, DIGITS)
+    assert judge(case)[0] == YES
 
 
 def test_the_judge_notices_a_missing_rule(monkeypatch):
