@@ -322,6 +322,8 @@ def test_bad_input_is_one_error_and_leaves_nothing(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ct.BadInput, match=words):
             ct.export_servable(patch, tmp_path / "a", server, rank, model)
+    with pytest.raises(ct.BadInput, match="moments must be what second_moments gave, got str"):
+        ct.export_servable(patch, tmp_path / "a", "peft", None, model, moments="C.safetensors")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "own").write_text("mine")
     with pytest.raises(ct.PatchError, match="exists already"):

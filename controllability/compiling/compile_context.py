@@ -29,7 +29,7 @@ from controllability.compiling.unrelated_texts import near_samples, ordinary_mom
 from controllability.compiling.yardstick import Yardstick
 from controllability.errors import BadInput, ControllabilityWarning
 from controllability.models.hooks.own_modes import own_modes
-from controllability.models.moments import Moments
+from controllability.models.moments import Moments, refuse_other_than_moments
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.model_facts import cache_bytes, position_limit, text_config
 from controllability.models.sweep.shared_past import SharedPast
@@ -140,8 +140,7 @@ def _refuse_strange(model: Any, tokenizer: Any, moments: Any, controls: Any) -> 
     if not isinstance(model, nn.Module) or not hasattr(model, "config") or not callable(tokenizer):
         given = f"{type(model).__name__} and {type(tokenizer).__name__}"
         raise BadInput(f"give a model of transformers and its tokenizer, got {given}")
-    if not isinstance(moments, Moments | None):
-        raise BadInput(f"moments must be what second_moments gave, got {type(moments).__name__}")
+    refuse_other_than_moments(moments)
     if not isinstance(controls, bool):
         raise BadInput(f"controls must be True or False, got {controls!r:.80}")
 

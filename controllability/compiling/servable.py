@@ -24,7 +24,7 @@ from controllability.models.hooks.carried_patches import uncompiled
 from controllability.models.hooks.installation import HookStack
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.model_patch import ModelPatch
-from controllability.models.moments import Moments
+from controllability.models.moments import Moments, refuse_other_than_moments
 from controllability.models.patches.solve import solve
 from controllability.models.reading.checked_reading import checked_reading
 from controllability.models.reading.heads import Result, Runs, compare_results, without_logits
@@ -60,6 +60,7 @@ def export_servable(
     if not patch.inputs["target"]:
         raise PatchError("this patch has no queries to compare on: an adapter that was imported is served as it is")
     with own_modes(model), torch.no_grad():
+        refuse_other_than_moments(moments)
         reading, moments = checked_reading(model, place=patch.report.place).reading, moments or patch.moments
         if moments is not None:
             moments.refuse_other(reading)

@@ -111,3 +111,9 @@ def matrices(layer: Layer, tap: Tap | None = None) -> list[str]:
     paths = [path for each in (layer.taps if tap is None else [tap]) for path in each.paths]
     updates = [update for path in paths for update in updates_of(node(layer.block, path), "input", "output")]
     return list(dict.fromkeys(update.param.name for update in updates if update.kind == "linear"))
+
+
+def refuse_other_than_moments(given: object) -> None:
+    """Raise ``BadInput`` for what is neither None nor the moments that ``second_moments`` gives."""
+    if not isinstance(given, Moments | None):
+        raise BadInput(f"moments must be what second_moments gave, got {type(given).__name__}")

@@ -9,7 +9,7 @@ from controllability.errors import BadInput
 from controllability.models.hooks.carried_patches import uncompiled
 from controllability.models.hooks.own_modes import own_modes
 from controllability.models.model_patch import ModelPatch
-from controllability.models.moments import Moments
+from controllability.models.moments import Moments, refuse_other_than_moments
 from controllability.models.patches.solve import parse_joint_options, solve
 from controllability.models.sweep.target_run import Progress, silent
 
@@ -50,8 +50,7 @@ def patch_model(
     if scope not in ("each", "last", "all"):
         raise BadInput(f"unknown scope {scope!r}: choose each, last or all")
     joint = parse_joint_options(scope, ridge, rank, keep_rms)
-    if not isinstance(moments, Moments | None):
-        raise BadInput(f"moments must be what second_moments gave, got {type(moments).__name__}")
+    refuse_other_than_moments(moments)
     if not callable(progress):
         raise BadInput(f"progress must be a function (stage, done, total), got {type(progress).__name__}")
     model = uncompiled(model)
